@@ -1,0 +1,1 @@
+"""unclip_jax: DALL·E 2 (unCLIP) in JAX and Flax."""

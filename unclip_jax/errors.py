@@ -1,0 +1,26 @@
+"""Errors meant for the person at the keyboard, and the one place that prints them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user gave is wrong.
+
+    The message is one line that names the field, the value, what was expected
+    and what to do about it. Commands print it without a traceback.
+    """
+
+
+def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 1."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
