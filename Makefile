@@ -1,0 +1,52 @@
+# Everything here sets itself up: `make demo` and `make test` work in a fresh clone.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+DEMO ?= runs/demo
+
+# Compiled programs are kept between processes.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
+
+.PHONY: help demo test test-all lint format clean
+
+help:
+	@echo "make demo      train every stage small on emoji, then sample a captioned grid"
+	@echo "make test      the test suite, with parity against PyTorch"
+	@echo "make test-all  the slow tests too"
+	@echo "make lint      ruff"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+# The CPU build of torch, for the parity tests only; set TORCH= to go without.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(if $(TORCH),$(BIN)/pip install --quiet --disable-pip-version-check --retries 0 \
+	    --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH))
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test$(if $(TORCH),$(comma)parity)]"
+	touch $@
+comma := ,
+
+demo: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash configs/emoji/demo.sh $(DEMO)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

@@ -1,0 +1,52 @@
+"""CLIP on emoji: the first stage to train; all others stand on it.
+
+    python train.py --config=configs/emoji/clip.py --workdir=runs/emoji/clip
+
+About two minutes on two CPU cores. What it reaches: README, "What the demo reaches".
+"""
+
+from configs import base
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.models.clip import ClipConfig
+from unclip_jax.stages import ClipStage
+from unclip_jax.train_config import TrainConfig
+
+CONTEXT_LENGTH = 24
+VOCAB_SIZE = 4096
+EMBED_DIM = 128
+
+
+def get_config(variant=""):
+    """The config; `:smoke` runs in seconds."""
+    stage = ClipStage(
+        model=ClipConfig(
+            image_size=64,
+            patch=8,
+            vision_width=128,
+            vision_layers=4,
+            vision_heads=4,
+            text_width=128,
+            text_layers=3,
+            text_heads=4,
+            vocab_size=VOCAB_SIZE,
+            context_length=CONTEXT_LENGTH,
+            embed_dim=EMBED_DIM,
+            activation="gelu",
+        )
+    )
+    train = TrainConfig(
+        batch_size=128,
+        steps=300,
+        learning_rate=1e-3,
+        warmup_steps=30,
+        schedule="cosine",
+        b2=0.98,
+        weight_decay=0.1,
+        ema_decay=0.99,
+        log_every=20,
+        eval_every=100,
+        preview_every=300,
+        checkpoint_every=100,
+    )
+    config = base.make(stage, DataConfig(name="emoji", augment=0.15), train)
+    return base.smoke(config) if base.is_smoke(variant) else config

@@ -1,0 +1,48 @@
+"""The diffusion prior on emoji: caption to CLIP image embedding.
+
+    python train.py --config=configs/emoji/prior.py --workdir=runs/emoji/prior \
+        --config.clip=runs/emoji/clip
+
+About a minute on two CPU cores. What it reaches: README, "What the demo reaches".
+"""
+
+from configs import base
+from configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.models.prior import PriorConfig
+from unclip_jax.samplers import Sampling
+from unclip_jax.stages import PriorStage
+from unclip_jax.train_config import TrainConfig
+
+
+def get_config(variant=""):
+    """The config; `:smoke` runs in seconds."""
+    stage = PriorStage(
+        model=PriorConfig(
+            embed_dim=EMBED_DIM,
+            width=128,
+            layers=4,
+            heads=4,
+            context_length=CONTEXT_LENGTH,
+            vocab_size=VOCAB_SIZE,
+            text_width=0,
+        ),
+        sampling=Sampling(method="ddpm", spacing="64"),
+    )
+    train = TrainConfig(
+        batch_size=128,
+        steps=600,
+        learning_rate=1e-3,
+        warmup_steps=30,
+        schedule="cosine",
+        b2=0.96,
+        eps=1e-6,
+        weight_decay=6e-2,
+        ema_decay=0.99,
+        log_every=50,
+        eval_every=200,
+        preview_every=600,
+        checkpoint_every=200,
+    )
+    config = base.make(stage, DataConfig(name="emoji"), train)
+    return base.smoke(config) if base.is_smoke(variant) else config

@@ -1,0 +1,49 @@
+"""What the tests of networks share: params in which nothing is zero, and comparing arrays."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def shapes(network: nn.Module, *args, **kwargs):
+    """The tree of `ShapeDtypeStruct`s of a network's params."""
+    init = lambda key: network.init(key, *args, **kwargs)  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0))["params"]
+
+
+def random_params(network: nn.Module, *args, seed: int = 0, **kwargs):
+    """Params with every leaf random, so that no zero initialisation hides a mistake."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        fan_in = math.prod(leaf.shape[:-1]) or 1
+        noise = rng.standard_normal(leaf.shape) / math.sqrt(max(fan_in, 4))
+        return jnp.asarray(noise + (path[-1].key == "scale"), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes(network, *args, **kwargs))
+
+
+def size(tree) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def relative_error(ours, reference) -> float:
+    """Greatest absolute difference over the reference's greatest absolute value."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    return np.abs(ours - reference).max() / np.abs(reference).max()
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def prefix_mask(lengths, length: int) -> jax.Array:
+    """`[b, length]` booleans, True on the first `lengths[i]` places."""
+    return jnp.arange(length)[None, :] < jnp.array(lengths)[:, None]

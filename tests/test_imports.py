@@ -1,0 +1,96 @@
+"""Imports point one way, as docs/design.md says, and users' code never needs the test extras."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "unclip_jax"
+
+# Each part of the package, and the parts it may import. Order is the direction.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "diffusion": {"errors"},
+    "losses": {"errors", "diffusion"},
+    "degrade": {"errors"},
+    "samplers": {"errors", "diffusion"},
+    "models": {"errors", "models"},
+    "presets": {"models"},
+    "stages": {
+        "errors", "config", "diffusion", "losses", "samplers", "degrade", "models", "stages",
+    },
+    "data": {"errors", "data"},
+    "sharding": {"errors"},
+    "optim": {"errors"},
+    "checkpoint": {"errors"},
+    "report": {"errors"},
+    "training": {"errors", "config", "sharding", "optim", "checkpoint", "report", "training"},
+    "pipeline": {"errors", "stages", "checkpoint", "data"},
+    "evaluation": {"errors", "stages", "pipeline", "data", "evaluation"},
+    "runs": {"errors", "config", "stages", "pipeline", "data", "evaluation", "checkpoint"},
+    "evaluate": {"errors", "stages", "pipeline", "data", "evaluation", "report", "checkpoint"},
+}  # fmt: skip
+
+# What only some parts may import from outside.
+RESERVED = {
+    "flax": {"models", "training", "checkpoint", "report"},
+    "torch": set(),
+    "transformers": set(),
+    "diffusers": set(),
+    "tensorflow": set(),
+    "pickle": set(),
+}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full dotted names of every module a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+def test_every_part_has_its_place():
+    found = {part_of(path) for path in files()}
+    assert found == set(ALLOWED), "add the part to ALLOWED and to docs/design.md"
+
+
+def test_imports_point_one_way():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in files()
+        for name in imported(path)
+        if name.startswith("unclip_jax.")
+        and name.split(".")[1] not in ALLOWED[part_of(path)] | {part_of(path)}
+    ]
+    assert not wrong
+
+
+def test_no_part_imports_what_is_reserved():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in files()
+        for name in imported(path)
+        if part_of(path) not in RESERVED.get(name.split(".")[0], {part_of(path)})
+    ]
+    assert not wrong
+
+
+def test_the_rules_have_no_cycle():
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {p for p, uses in ALLOWED.items() if p not in done and uses - {p} <= done}
+        assert ready, f"a cycle among {set(ALLOWED) - done}"
+        done |= ready

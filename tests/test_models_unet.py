@@ -1,0 +1,319 @@
+"""The U-Net and the decoder: shapes, conditions, and what may depend on what."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import normal, prefix_mask, random_params, relative_error, shapes, size
+
+from unclip_jax.errors import UserError
+from unclip_jax.models import Decoder, DecoderConfig, TextConfig, UNet, UNetConfig
+from unclip_jax.models.unet import depth_to_space, space_to_depth
+
+UNET = UNetConfig(
+    image_size=12,
+    channels=8,
+    channel_mults=(1, 2),
+    res_blocks=1,
+    attention_sizes=(6,),
+    head_channels=4,
+    context_dim=10,
+    groups=4,
+)
+CONVOLUTIONS = dataclasses.replace(UNET, attention_sizes=(), context_dim=0)
+TEXT = TextConfig(vocab_size=11, context_length=5, width=10, layers=1, heads=2)
+PLAIN = DecoderConfig(dataclasses.replace(UNET, context_dim=0))
+GLIDE = DecoderConfig(UNET, text=TEXT)
+UNCLIP = DecoderConfig(UNET, text=TEXT, embed_dim=7)
+KARLO = DecoderConfig(UNET, text_width=6, embed_dim=7, use_z_t=True, learned_null=True)
+Z_I_ONLY = DecoderConfig(UNET, embed_dim=7, clip_tokens=3)
+Z_I_IN_TIME = dataclasses.replace(PLAIN, embed_dim=7, clip_tokens=0)
+
+X = normal(0, 3, 12, 12, 3)
+T = jnp.array([0, 7, 999])
+
+
+def conditions(config, seed=1, lengths=(0, 2, 5)):
+    cond = {
+        "z_i": normal(seed, 3, 7),
+        "z_t": normal(seed + 1, 3, 7),
+        "text_states": normal(seed + 2, 3, 5, 6),
+        "tokens": jax.random.randint(jax.random.key(seed), (3, 5), 0, 11),
+        "text_mask": prefix_mask(lengths, 5),
+    }
+    return {name: cond[name] for name in config.conditions}
+
+
+def applied(network, params):
+    return jax.jit(lambda *args: network.apply({"params": params}, *args))
+
+
+# ---------------------------------------------------------------- U-Net
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"image_size": 7, "channel_mults": (1,), "attention_sizes": (7,), "in_channels": 1},
+        {"image_size": 20, "channel_mults": (1, 1, 3), "attention_sizes": (20, 5), "groups": 1},
+        {"patch": 2, "attention_sizes": (3,), "out_channels": 3},
+        {"patch": 3, "attention_sizes": (), "context_dim": 0, "res_blocks": 2, "emb_dim": 6},
+        {"scale_shift": False, "channels": 12, "channel_mults": (2, 1), "head_channels": 3},
+    ],
+)
+def test_unet_shapes(changes):
+    config = dataclasses.replace(UNET, **changes)
+    side = config.image_size
+    x = normal(0, 2, side, side, config.in_channels)
+    emb = normal(1, 2, config.embedding_features)
+    context = normal(2, 2, 3, config.context_dim) if config.context_dim else None
+    network, t = UNet(config), jnp.array([3, 4])
+    params = random_params(network, x, t, emb, context)
+    out = network.apply({"params": params}, x, t, emb, context)
+    assert out.shape == (2, side, side, config.out_channels)
+    assert out.dtype == jnp.float32
+    assert jnp.isfinite(out).all()
+
+
+def test_unet_starts_as_zero():
+    variables = UNet(CONVOLUTIONS).init(jax.random.key(0), X, T)
+    np.testing.assert_array_equal(UNet(CONVOLUTIONS).apply(variables, X, T), 0.0)
+
+
+def test_convolutions_alone_run_at_any_size_and_far_pixels_do_not_meet():
+    """A crop gives what the whole gives, away from its borders, but for the norms' statistics."""
+    network = UNet(CONVOLUTIONS)
+    params = random_params(network, X, T)
+    for height, width in ((2, 4), (12, 6), (16, 22)):
+        assert network.apply({"params": params}, normal(0, 1, height, width, 3), T[:1]).shape == (
+            1,
+            height,
+            width,
+            6,
+        )
+    for bad in (normal(0, 1, 7, 12, 3), normal(0, 1, 12, 9, 3)):
+        with pytest.raises(UserError, match="multiples of 2"):
+            network.apply({"params": params}, bad, T[:1])
+
+
+def test_wrong_inputs_are_user_errors():
+    network, context = UNet(UNET), normal(1, 3, 4, 10)
+    init = jax.random.key(0)
+    for message, args in {
+        "expected .*12, 12, 3": (X[:, :10, :10], T, None, context),
+        "expected .*12, 12, 3.": (X[..., :2], T, None, context),
+        "context_dim = 10": (X, T, None, None),
+        "U-Net context has": (X, T, None, context[..., :9]),
+        "U-Net emb has": (X, T, normal(0, 3, 5), context),
+        "U-Net context_mask has": (X, T, None, context, jnp.ones((3, 5), bool)),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            jax.eval_shape(network.init, init, *args)
+    with pytest.raises(UserError, match="no context: give both"):
+        jax.eval_shape(UNet(CONVOLUTIONS).init, init, X, T, None, None, jnp.ones((3, 4), bool))
+
+
+def test_masked_context_is_not_read_and_all_masked_equals_none_at_all():
+    """With every context token masked, keys and values are the image's own."""
+    network, context = UNet(UNET), normal(1, 3, 4, 10)
+    mask = jnp.array([[True, False, True, False]] * 2 + [[False] * 4])
+    params = random_params(network, X, T, None, context, mask)
+    apply = applied(network, params)
+    out = apply(X, T, None, context, mask)
+    other = jnp.where(mask[:, :, None], context, normal(2, 3, 4, 10))
+    np.testing.assert_array_equal(apply(X, T, None, other, mask), out)
+    assert relative_error(apply(X, T, None, context, ~mask), out) > 1e-3
+
+    without = jax.tree.map(lambda leaf: leaf, params)
+    for name in [n for n in params if "attention" in n]:
+        without[name] = {k: v for k, v in params[name].items() if k != "context_kv"}
+    unconditional = UNet(dataclasses.replace(UNET, context_dim=0))
+    alone = unconditional.apply({"params": without}, X, T)
+    assert relative_error(out[2], alone[2]) < 1e-5
+
+
+def test_context_is_a_set():
+    """Attention reads its tokens in no order."""
+    network, context = UNet(UNET), normal(1, 3, 4, 10)
+    params = random_params(network, X, T, None, context)
+    out = network.apply({"params": params}, X, T, None, context)
+    reversed_ = network.apply({"params": params}, X, T, None, context[:, ::-1])
+    assert relative_error(reversed_, out) < 1e-5
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_patches_fold_and_unfold(patch):
+    x = normal(0, 2, 6, 12, 5)
+    folded = space_to_depth(x, patch)
+    assert folded.shape == (2, 6 // patch, 12 // patch, 5 * patch**2)
+    np.testing.assert_array_equal(depth_to_space(folded, patch), x)
+    # One square of pixels is one place's channels.
+    np.testing.assert_array_equal(folded[0, 0, 1], x[0, :patch, patch : 2 * patch].reshape(-1))
+
+
+def test_patch_1_is_the_net_on_folded_images():
+    """A patch stem is the same U-Net at a smaller side with more channels in and out."""
+    patched = dataclasses.replace(CONVOLUTIONS, patch=2, out_channels=3)
+    folded = dataclasses.replace(CONVOLUTIONS, image_size=6, in_channels=12, out_channels=12)
+    params = random_params(UNet(patched), X, T)
+    assert size(params) == size(shapes(UNet(folded), space_to_depth(X, 2), T))
+    out = UNet(folded).apply({"params": params}, space_to_depth(X, 2), T)
+    ours = UNet(patched).apply({"params": params}, X, T)
+    np.testing.assert_array_equal(ours, depth_to_space(out, 2))
+
+
+def test_dropout_draws_only_in_training():
+    network = UNet(dataclasses.replace(CONVOLUTIONS, dropout=0.3))
+    params = random_params(network, X, T)
+
+    def apply(key=None):
+        rngs = {} if key is None else {"dropout": jax.random.key(key)}
+        return network.apply({"params": params}, X, T, deterministic=key is None, rngs=rngs)
+
+    plain = UNet(CONVOLUTIONS).apply({"params": params}, X, T)
+    np.testing.assert_array_equal(apply(), plain)
+    np.testing.assert_array_equal(apply(1), apply(1))
+    assert relative_error(apply(1), apply(2)) > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_no_gradient(remat):
+    context, dropout = normal(1, 3, 4, 10), {"dropout": jax.random.key(5)}
+    exact = dataclasses.replace(UNET, dropout=0.2)
+    params = random_params(UNet(exact), X, T, None, context)
+
+    def grads(config):
+        def loss(params):
+            out = UNet(config).apply(
+                {"params": params}, X, T, None, context, deterministic=False, rngs=dropout
+            )
+            return jnp.sin(out).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    a, b = grads(exact), grads(dataclasses.replace(exact, remat=remat))
+    for ours, expected in zip(jax.tree.leaves(b), jax.tree.leaves(a), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------- decoder
+
+
+@pytest.mark.parametrize("config", [PLAIN, GLIDE, UNCLIP, KARLO, Z_I_ONLY, Z_I_IN_TIME])
+def test_decoder_is_encode_then_denoise(config):
+    network, cond = Decoder(config), conditions(config)
+    params = random_params(network, X, T, cond)
+    out = applied(network, params)(X, T, cond)
+    assert out.shape == (3, 12, 12, 6)
+    encoded = network.apply({"params": params}, cond, method="encode")
+    denoised = network.apply({"params": params}, X, T, encoded, method="denoise")
+    assert relative_error(denoised, out) < 1e-6
+    # An example is its own: alone it comes out the same.
+    one = network.apply({"params": params}, X[2:], T[2:], jax.tree.map(lambda a: a[2:], cond))
+    assert relative_error(one, out[2:]) < 1e-5
+
+
+@pytest.mark.parametrize("config", [GLIDE, UNCLIP, KARLO])
+def test_a_dropped_caption_reaches_nothing(config):
+    """Tokens, states and z_t of a fully masked caption do not matter, and those of others do."""
+    network, cond, other = Decoder(config), conditions(config), conditions(config, seed=9)
+    params = random_params(network, X, T, cond)
+    apply = applied(network, params)
+    z_i = {"z_i": cond["z_i"]} if config.embed_dim else {}
+    kept = {"text_mask": cond["text_mask"]} | z_i
+    same = (apply(X, T, other | kept) == apply(X, T, cond)).all((1, 2, 3))
+    assert same.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("config", [UNCLIP, KARLO, Z_I_ONLY, Z_I_IN_TIME])
+def test_a_dropped_z_i_is_zeros_or_the_learned_null(config):
+    network, cond = Decoder(config), conditions(config)
+    params = random_params(network, X, T, cond)
+    apply = applied(network, params)
+    mask = jnp.array([True, False, True])
+    null = params["null_z_i"] if config.learned_null else jnp.zeros(7)
+    expected = apply(X, T, cond | {"z_i": cond["z_i"].at[1].set(null)})
+    out = apply(X, T, cond | {"z_i_mask": mask})
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(out[mask], apply(X, T, cond)[mask], atol=1e-5)
+    assert relative_error(out[1], apply(X, T, cond)[1]) > 1e-3
+
+
+def test_everything_dropped_has_a_finite_gradient():
+    network, cond = Decoder(KARLO), conditions(KARLO, lengths=(0, 0, 0))
+    cond["z_i_mask"] = jnp.zeros(3, bool)
+    params = random_params(network, X, T, cond)
+    grads = jax.jit(jax.grad(lambda p: network.apply({"params": p}, X, T, cond).std()))(params)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_bfloat16_decoder_is_finite_and_near_float32():
+    half = dataclasses.replace(
+        UNCLIP,
+        unet=dataclasses.replace(UNET, dtype="bfloat16"),
+        text=dataclasses.replace(TEXT, dtype="bfloat16"),
+    )
+    cond = conditions(UNCLIP)
+    params = random_params(Decoder(UNCLIP), X, T, cond)
+    out = Decoder(half).apply({"params": params}, X, T, cond)
+    assert out.dtype == jnp.float32
+    assert relative_error(out, Decoder(UNCLIP).apply({"params": params}, X, T, cond)) < 0.05
+
+
+def test_conditions_that_are_missing_or_unknown_are_user_errors():
+    init, cond = jax.random.key(0), conditions(KARLO)
+    for message, bad in {
+        r"add \['z_i'\]": {k: v for k, v in cond.items() if k != "z_i"},
+        r"unknown: \['z_i_msk'\]": cond | {"z_i_msk": jnp.ones(3, bool)},
+        "cond z_i has shape": cond | {"z_i": normal(0, 3, 6)},
+        "cond z_t has shape": cond | {"z_t": normal(0, 3, 6)},
+        "cond text_mask has shape": cond | {"text_mask": jnp.ones((3, 4), bool)},
+        "cond text_states has shape": cond | {"text_states": normal(0, 3, 5, 7)},
+        "cond z_i_mask has shape": cond | {"z_i_mask": jnp.ones((3, 1), bool)},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            jax.eval_shape(Decoder(KARLO).init, init, X, T, bad)
+
+
+# ---------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (UNET, {"image_size": 13}),
+        (UNET, {"patch": 4}),
+        (UNET, {"channels": 10}),
+        (UNET, {"channels": 7, "groups": 7}),
+        (UNET, {"groups": 0}),
+        (UNET, {"channel_mults": ()}),
+        (UNET, {"channel_mults": (1, 0)}),
+        (UNET, {"channel_mults": 3}),
+        (UNET, {"attention_sizes": (5,)}),
+        (UNET, {"head_channels": 3}),
+        (UNET, {"attention_sizes": ()}),
+        (UNET, {"dropout": 1.0}),
+        (UNET, {"dtype": "half"}),
+        (UNET, {"remat": True}),
+        (KARLO, {"text": TEXT}),
+        (UNCLIP, {"text": dataclasses.replace(TEXT, width=12)}),
+        (GLIDE, {"learned_null": True}),
+        (GLIDE, {"use_z_t": True}),
+        (Z_I_ONLY, {"use_z_t": True}),
+        (Z_I_ONLY, {"clip_tokens": 0}),
+        (PLAIN, {"embed_dim": 7}),
+        (PLAIN, {"text_width": 7}),
+    ],
+)
+def test_a_config_that_makes_no_network_is_a_user_error(config, changes):
+    with pytest.raises(UserError, match=rf"{type(config).__name__}\.\w+ = .*: expected"):
+        dataclasses.replace(config, **changes)
+
+
+def test_configs_are_hashable_and_take_lists_from_files():
+    listed = dataclasses.replace(UNET, channel_mults=[1, 2], attention_sizes=[6])
+    assert listed == UNET
+    assert hash(dataclasses.replace(KARLO, unet=listed)) == hash(KARLO)

@@ -1,0 +1,472 @@
+"""The loop: optimizer against NumPy, averages in closed form, and resuming bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_run
+from toy_run import Batches, init_params, loss_fn, numpy_leaves, run
+
+from unclip_jax import config as settings
+from unclip_jax import optim, report, resume, sharding, training
+from unclip_jax.errors import UserError
+from unclip_jax.training import TrainConfig
+
+SPEEDS = {"train/steps_per_second", "train/examples_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Drawing the curves takes longer than a toy run; one test looks at them."""
+    if "draws_curves" not in request.node.name:
+        monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+
+
+def assert_same(first, second):
+    """Bit for bit."""
+    first, second = numpy_leaves(first), numpy_leaves(second)
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def metrics_of(workdir):
+    return [
+        {name: value for name, value in record.items() if name not in SPEEDS}
+        for record in report.read_metrics(Path(workdir) / report.METRICS_FILE)
+    ]
+
+
+def step_fn(config, loss=loss_fn):
+    return training.make_train_step(
+        loss, training.make_optimizer(config), config, sharding.make_mesh()
+    )
+
+
+def fresh(config):
+    return training.init_state(init_params(), training.make_optimizer(config))
+
+
+def command(workdir, save_to=None, **changes):
+    arguments = [sys.executable, toy_run.__file__, str(workdir), json.dumps(changes)]
+    return arguments + ([str(save_to)] if save_to else [])
+
+
+def environment(**changes):
+    paths = [str(Path(toy_run.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
+
+
+def wait_for(condition, process):
+    """Until `condition()`; the process must live meanwhile."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# The optimizer
+
+
+def test_adamw_agrees_with_numpy_and_decays_kernels_only():
+    config = TrainConfig(
+        steps=5, learning_rate=0.03, warmup_steps=2, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (4, 3), "bias": (2, 3), "scale": (3,), "positions": (6, 3)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    gradients = [{n: rng.normal(size=s) for n, s in shapes.items()} for _ in range(4)]
+
+    optimizer = training.make_optimizer(config)
+    tree = {"layer": jax.tree.map(jnp.float32, params), "normalisation": {"std": jnp.ones(2)}}
+    state = optimizer.init(tree)
+    for gradient in gradients:
+        pushed = {
+            "layer": jax.tree.map(jnp.float32, gradient),
+            "normalisation": {"std": jnp.ones(2)},
+        }
+        updates, state = optimizer.update(pushed, state, tree)
+        tree = optax.apply_updates(tree, updates)
+
+    for name, value in params.items():
+        m, v = 0.0, 0.0
+        for n, gradient in enumerate(gradients, 1):
+            g = gradient[name]
+            m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+            update = (m / (1 - 0.8**n)) / (np.sqrt(v / (1 - 0.9**n)) + 1e-3)
+            update = update + (0.5 * value if name == "kernel" else 0.0)
+            value = value - 0.03 * min(1.0, n / 2) * update
+        np.testing.assert_allclose(tree["layer"][name], value, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(tree["normalisation"]["std"], np.ones(2))
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    config = TrainConfig(steps=100, learning_rate=2.0, warmup_steps=10, schedule="cosine")
+    rate = optim.learning_rate(config)
+    assert float(rate(0)) == pytest.approx(0.2)
+    assert float(rate(9)) == pytest.approx(2.0)
+    assert float(rate(55)) == pytest.approx(1.0)  # half way down
+    assert float(rate(100)) == pytest.approx(0.0, abs=1e-6)
+    constant = optim.learning_rate(TrainConfig(learning_rate=2.0))
+    assert float(constant(0)) == float(constant(10**6)) == 2.0
+
+
+def test_clipping_bounds_the_gradient_but_reports_its_true_norm():
+    config = TrainConfig(batch_size=16, learning_rate=1.0, b1=0.0, b2=0.0, grad_clip=1e-3, eps=1.0)
+    before = init_params()
+    state, metrics = step_fn(config)(fresh(config), next(Batches()))
+    assert float(metrics["grad_norm"]) > 0.1
+    # With b1 = b2 = 0 and eps = 1, Adam's update is g / (|g| + 1), hence below the clipped norm.
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, before)
+    assert 0 < float(optax.tree.norm(moved)) <= 1e-3
+
+
+# One step
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch():
+    whole = TrainConfig(batch_size=16, learning_rate=0.1)
+    parts = TrainConfig(batch_size=16, learning_rate=0.1, grad_accum=4)
+    batch = next(Batches())
+    one, metrics = step_fn(whole)(fresh(whole), batch)
+    four, metrics_of_four = step_fn(parts)(fresh(parts), batch)
+    for a, b in zip(numpy_leaves(one), numpy_leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    for name in metrics:
+        assert float(metrics[name]) == pytest.approx(float(metrics_of_four[name]), rel=1e-5)
+
+
+def test_microbatches_draw_different_noise():
+    def loss(params, batch, key):
+        draw = jax.random.uniform(key)
+        return loss_fn(params, batch, key)[0], {"draw": draw, "square": draw**2}
+
+    config = TrainConfig(batch_size=16, grad_accum=8)
+    _, metrics = step_fn(config, loss)(fresh(config), next(Batches()))
+    assert float(metrics["square"]) - float(metrics["draw"]) ** 2 > 1e-3  # their variance
+
+
+def test_the_average_has_its_closed_form():
+    config = TrainConfig(batch_size=16, learning_rate=0.1, ema_decay=0.8, ema_warmup=False)
+    step, state, batches = step_fn(config), fresh(config), Batches()
+    kernels = [np.asarray(state.params["dense"]["kernel"], np.float64)]
+    for _ in range(6):
+        state, _ = step(state, next(batches))
+        kernels.append(np.asarray(state.params["dense"]["kernel"], np.float64))
+    # decay^n p_0 + (1 - decay) sum_i decay^(n - i) p_i
+    expected = 0.8**6 * kernels[0]
+    expected += 0.2 * sum(0.8 ** (6 - i) * kernels[i] for i in range(1, 7))
+    np.testing.assert_allclose(state.ema_params["dense"]["kernel"], expected, rtol=1e-5)
+    assert state.ema_params["dense"]["kernel"].dtype == jnp.float32
+
+
+def test_the_average_warms_up():
+    config = TrainConfig(batch_size=16, learning_rate=0.1, ema_decay=0.999)
+    state = fresh(config)
+    first = np.asarray(state.params["dense"]["bias"])
+    state, _ = step_fn(config)(state, next(Batches()))
+    expected = 0.1 * first + 0.9 * np.asarray(state.params["dense"]["bias"])
+    np.testing.assert_allclose(state.ema_params["dense"]["bias"], expected, rtol=1e-5)
+
+
+def test_constants_stay_bit_for_bit():
+    config = TrainConfig(batch_size=16, learning_rate=0.1, weight_decay=0.5, ema_decay=0.9)
+    step, state, batches = step_fn(config), fresh(config), Batches()
+    for _ in range(3):
+        state, _ = step(state, next(batches))
+    assert_same(state.params["normalisation"], init_params()["normalisation"])
+    assert_same(state.ema_params["normalisation"], init_params()["normalisation"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
+    config = TrainConfig(batch_size=16)
+    step, batches = step_fn(config), Batches(poison=1)
+    state, metrics = step(fresh(config), next(batches))
+    assert float(metrics["finite"]) == 1.0
+    before = numpy_leaves(state)[1:]
+    state, metrics = step(state, next(batches))
+    assert float(metrics["finite"]) == 0.0 and int(state.step) == 2
+    assert_same(before, numpy_leaves(state)[1:])
+
+
+def test_a_metric_must_not_take_the_loops_names():
+    config = TrainConfig(batch_size=16)
+
+    def loss(params, batch, key):
+        return loss_fn(params, batch, key)[0], {"grad_norm": 0.0}
+
+    with pytest.raises(ValueError, match="grad_norm"):
+        step_fn(config, loss)(fresh(config), next(Batches()))
+
+
+# The loop
+
+
+def test_training_learns_reports_exports_and_draws_curves(tmp_path, capsys):
+    exported = {}
+    final = run(
+        tmp_path,
+        evaluate=lambda params, step: {"bias": float(params["dense"]["bias"][0])},
+        preview=lambda params, step: (
+            [(np.full((9, 9, 3), 200, np.uint8), "dä 日本 \U0001f600")] * 3
+        ),
+        export=lambda params, step: exported.update({step: jax.tree.map(np.asarray, params)}),
+        eval_every=15,
+        preview_every=20,
+    )
+    assert int(final.step) == 30
+    assert_same(exported[30], final.ema_params)
+    records = metrics_of(tmp_path)
+    losses = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    assert [step for step, _ in losses] == [4, 8, 10, 12, 16, 20, 24, 28, 30]
+    assert losses[-1][1] < losses[0][1]
+    assert [r["step"] for r in records if "eval/bias" in r] == [15, 30]
+    previews = sorted(path.name for path in (tmp_path / "previews").iterdir())
+    assert previews == ["step_00000020.png", "step_00000030.png"]
+    for name in ("curves.png", "description.json", "parameters.txt", "tensorboard", "lock"):
+        assert (tmp_path / name).exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("21 parameters on")
+    assert any(line.startswith("step 4/30  loss ") and "time left" in line for line in lines)
+
+
+def test_logged_values_are_means_over_the_steps_between(tmp_path):
+    """A loss that is the step number: the mean of 1..4, then of 5..8."""
+
+    def loss(params, batch, key):
+        return loss_fn(params, batch, key)[0], {"index": batch["index"][0].astype(jnp.float32)}
+
+    class Numbered(Batches):
+        def __next__(self):
+            batch = super().__next__()
+            return batch | {"index": np.full(self.batch_size, self.index, np.int32)}
+
+    run(tmp_path, Numbered(), loss=loss, steps=8, checkpoint_every=8)
+    assert [record["train/index"] for record in metrics_of(tmp_path)] == [2.5, 6.5]
+
+
+def test_no_batch_is_read_that_is_not_trained_on(tmp_path):
+    batches = Batches(end=30)
+    run(tmp_path, batches)
+    assert batches.log == list(range(30))
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+    """SIGTERM in step 17, between checkpoints; the line logged there is one more.
+
+    The position in the data is bytes here, as with Grain's loader.
+    """
+
+    class Terminating(Batches):
+        def __next__(self):
+            if self.index == 17:
+                signal.raise_signal(signal.SIGTERM)
+            return super().__next__()
+
+    whole = run(tmp_path / "whole", Batches(as_bytes=True))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "parts", Terminating(as_bytes=True))
+    assert stop.value.code == 0
+    batches = Batches(as_bytes=True)
+    assert_same(run(tmp_path / "parts", batches), whole)
+    assert batches.log == list(range(17, 30))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    steps = [record["step"] for record in metrics_of(tmp_path / "parts")]
+    assert steps == [4, 8, 10, 12, 16, 17, 20, 24, 28, 30]
+    same = [4, 8, 10, 12, 16, 24, 28, 30]
+    expected = [r for r in metrics_of(tmp_path / "whole") if r["step"] in same]
+    assert [r for r in metrics_of(tmp_path / "parts") if r["step"] in same] == expected
+
+
+def test_a_finished_run_trains_no_more_but_exports_again(tmp_path):
+    exported = []
+    first = run(tmp_path)
+    batches = Batches()
+    again = run(tmp_path, batches, export=lambda params, step: exported.append(step))
+    assert_same(first, again)
+    assert exported == [30] and batches.log == []
+
+
+def test_more_steps_go_on_where_the_run_ended(tmp_path):
+    run(tmp_path / "parts", steps=20, schedule="constant")
+    parts = run(tmp_path / "parts", steps=30, schedule="constant", log_every=7)
+    assert_same(parts, run(tmp_path / "whole", schedule="constant"))
+    with pytest.raises(UserError, match=r"train\.steps: got 10, but .* is at step 30 already"):
+        run(tmp_path / "parts", steps=10, schedule="constant")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """kill -9 at random moments, the same command each time, and then to the end."""
+    changes = {"steps": 3000, "checkpoint_every": 25, "log_every": 10}
+    whole = run(tmp_path / "whole", **changes)
+    workdir = tmp_path / "killed"
+    delays = random.Random(0)
+    reached = -1
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(workdir, **changes), env=environment(), stdout=subprocess.DEVNULL
+        )
+
+        def further(reached=reached):
+            steps = [
+                int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()
+            ]
+            return max(steps, default=-1) > reached
+
+        wait_for(further, process)
+        time.sleep(delays.uniform(0.0, 0.3))
+        process.kill()
+        process.wait()
+        steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+        reached = max(steps)
+    assert 0 < reached < 3000
+    assert_same(run(workdir, **changes), whole)
+    assert metrics_of(workdir) == metrics_of(tmp_path / "whole")
+
+
+def test_training_stops_when_the_loss_is_not_finite(tmp_path):
+    with pytest.raises(UserError, match=r"step 18: .*last good checkpoint is step 10"):
+        run(tmp_path, Batches(poison=17))
+    checkpoints = resume.Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.latest() == 10
+    with pytest.raises(UserError, match=r"step 3: .*none was saved"):
+        run(tmp_path / "other", Batches(poison=2), log_every=100)
+
+
+def test_a_bad_step_never_reaches_a_checkpoint(tmp_path):
+    """The bad step lies right before the save, and nothing is logged until then."""
+    with pytest.raises(UserError, match=r"step 9: .*in a new workdir"):
+        run(tmp_path, Batches(poison=8), log_every=1000)
+    assert resume.Checkpoints(tmp_path / "checkpoints", keep=2).latest() is None
+
+
+def test_only_the_last_checkpoints_stay(tmp_path):
+    run(tmp_path, checkpoint_every=3, keep_checkpoints=2)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == [27, 30]
+
+
+def test_another_description_is_refused(tmp_path):
+    run(tmp_path, steps=5)
+    with pytest.raises(UserError) as error:
+        run(
+            tmp_path,
+            steps=5,
+            learning_rate=0.5,
+            description={"stage": {"kind": "toy", "layers": 2}},
+        )
+    message = str(error.value)
+    assert "stage.layers was 1, now 2" in message
+    assert "train.learning_rate was 0.02, now 0.5" in message
+    assert "train.steps" in message  # among those that may change
+    with pytest.raises(UserError, match=r"stage\.diffusion\.steps was absent, now 7"):
+        run(
+            tmp_path,
+            steps=5,
+            description={"stage": {"kind": "toy", "layers": 1, "diffusion": {"steps": 7}}},
+        )
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    script = (
+        "import sys, pathlib; from unclip_jax import resume\n"
+        "with resume.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on"):
+            run(tmp_path, steps=4)
+        holder.kill()
+    run(tmp_path, steps=4)
+
+
+def test_data_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(UserError, match="ran out at step 6 of 30"):
+        run(tmp_path / "a", Batches(end=5))
+    with pytest.raises(UserError, match=r"batch\['x'\]: got shape \[8, 5\], expected 16 rows"):
+        run(tmp_path / "b", Batches(batch_size=8))
+
+    class Captions(Batches):
+        def __next__(self):
+            return super().__next__() | {"caption": np.array(["a"] * 16)}
+
+    with pytest.raises(UserError, match=r"batch\['caption'\]: got dtype <U1, expected numbers"):
+        run(tmp_path / "c", Captions())
+
+
+def test_workdirs_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run", "gs://bucket/run", ""):
+        with pytest.raises(UserError, match="workdir"):
+            run(workdir, steps=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("steps", 0),
+        ("learning_rate", 0.0),
+        ("ema_decay", 1.0),
+        ("b2", 1.0),
+        ("eps", 0.0),
+        ("schedule", "linear"),
+        ("log_every", 0),
+        ("eval_every", -1),
+        ("grad_clip", -1.0),
+        ("keep_checkpoints", 0),
+    ],
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(UserError, match=rf"train\.{name}: got"):
+        TrainConfig(**{name: value})
+
+
+def test_train_config_survives_the_round_trip():
+    config = TrainConfig(steps=7, schedule="cosine", learning_rate=1e-3)
+    plain = json.loads(json.dumps(settings.to_dict(config)))
+    assert settings.build(TrainConfig, plain, "config.train") == config
+
+
+# Devices
+
+
+def test_eight_devices_equal_one(tmp_path):
+    """A batch split over eight devices, in two microbatches, against one device."""
+    changes = {"steps": 12, "grad_accum": 2}
+    flags = "--xla_force_host_platform_device_count="
+    for count in (1, 8):
+        subprocess.run(
+            command(tmp_path / str(count), tmp_path / f"{count}.npz", **changes),
+            env=environment(XLA_FLAGS=flags + str(count)),
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "8.npz") as eight:
+        for name in one:
+            np.testing.assert_allclose(one[name], eight[name], rtol=1e-4, atol=1e-6)
+    refused = subprocess.run(
+        command(tmp_path / "refused", batch_size=12, **changes),
+        env=environment(XLA_FLAGS=flags + "8"),
+        capture_output=True,
+        text=True,
+    )
+    assert "train.batch_size: got 12, expected a multiple of 16" in refused.stderr

@@ -1,0 +1,106 @@
+"""A linear model on synthetic data, trained by the real loop; tests also run it as a script."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax import training
+
+BATCH = 16
+WEIGHTS = np.linspace(-1.0, 1.0, 15, dtype=np.float32).reshape(5, 3)
+
+
+class Batches:
+    """Batch i is a function of i alone; the position is i. `log` keeps the i's handed out."""
+
+    def __init__(self, batch_size=BATCH, poison=None, end=None, as_bytes=False):
+        self.index, self.batch_size, self.log = 0, batch_size, []
+        self.poison, self.end, self.as_bytes = poison, end, as_bytes
+
+    def __next__(self):
+        if self.index == self.end:
+            raise StopIteration
+        rng = np.random.default_rng(self.index)
+        x = rng.normal(size=(self.batch_size, 5)).astype(np.float32)
+        y = x @ WEIGHTS + rng.normal(size=(1, 3)).astype(np.float32)
+        if self.index == self.poison:
+            y[0, 0] = np.inf
+        self.log.append(self.index)
+        self.index += 1
+        return {"x": x, "y": y}
+
+    def get_state(self):
+        return str(self.index).encode() if self.as_bytes else {"index": self.index}
+
+    def set_state(self, state):
+        self.index = int(state) if self.as_bytes else state["index"]
+
+
+def init_params():
+    return {
+        "dense": {"kernel": jnp.full((5, 3), 0.1), "bias": jnp.zeros((3,))},
+        "normalisation": {"std": jnp.full((3,), 0.7)},
+    }
+
+
+def predict(params, x):
+    return x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
+
+
+def loss_fn(params, batch, key):
+    """Squared error over a std that is constant; no randomness."""
+    error = (predict(params, batch["x"]) - batch["y"]) / params["normalisation"]["std"][None]
+    return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error))}
+
+
+def noisy_loss_fn(params, batch, key):
+    """The same with inputs that noise from `key` disturbs."""
+    noise = 0.1 * jax.random.normal(key, batch["x"].shape)
+    loss, metrics = loss_fn(params, batch | {"x": batch["x"] + noise}, key)
+    return loss, metrics | {"noise": jnp.mean(noise)}
+
+
+def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings):
+    """Train; keyword arguments go to TrainConfig, or to `train` where it knows them."""
+    callbacks = {
+        name: settings.pop(name) for name in ("evaluate", "preview", "export") if name in settings
+    }
+    defaults = {
+        "batch_size": BATCH,
+        "steps": 30,
+        "learning_rate": 0.02,
+        "schedule": "cosine",
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+        "ema_decay": 0.9,
+        "log_every": 4,
+        "checkpoint_every": 10,
+    }
+    config = training.TrainConfig(**defaults | settings)
+    return training.train(
+        loss_fn=loss,
+        init_params=init_params,
+        batches=batches or Batches(config.batch_size),
+        config=config,
+        workdir=workdir,
+        description=description or {"stage": {"kind": "toy", "layers": 1}},
+        **callbacks,
+    )
+
+
+def numpy_leaves(state):
+    """All arrays of a state, in order."""
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    workdir, settings, *save_to = sys.argv[1:]
+    final = run(workdir, **json.loads(settings))
+    if save_to:
+        np.savez(save_to[0], *numpy_leaves(final))

@@ -1,0 +1,82 @@
+"""Train one stage: CLIP first, then the prior, the decoder and the upsamplers in any order.
+
+    python train.py --config=configs/emoji/clip.py --workdir=runs/emoji/clip
+    python train.py --config=configs/emoji/prior.py --workdir=runs/emoji/prior \
+        --config.clip=runs/emoji/clip
+
+Any field can be set: --config.train.learning_rate=1e-4. A config ends in :smoke to run in seconds.
+The same command again resumes. When the run ends, WORKDIR/model holds the trained stage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from unclip_jax.errors import UserError, run_command
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as emoji/clip.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and previews go.")
+
+
+def parse(argv: list[str]) -> None:
+    """Read the command line into the flags.
+
+    Raises:
+        UserError: a flag or config field that does not exist, or a value of the wrong type.
+    """
+    try:
+        rest = flags.FLAGS([sys.argv[0], *argv])
+        if rest[1:]:
+            raise UserError(f"argument {rest[1]!r}: not understood; flags are --name=value")
+        for flag in ("config", "workdir"):
+            if flags.FLAGS[flag].value is None:
+                raise UserError(f"--{flag}: missing; see python train.py --help")
+    except flags.Error as error:
+        raise UserError(f"{error}; see the config file for its fields") from error
+    except (AttributeError, ValueError, TypeError, OSError) as error:
+        raise UserError(f"--config: {error}") from error
+
+
+def main(argv: list[str]) -> None:
+    """Prepare the run, train, and save the stage."""
+    parse(argv)
+
+    import jax
+
+    from unclip_jax import checkpoint, runs, training
+    from unclip_jax.data import batches
+
+    run = runs.prepare(CONFIG.value)
+    workdir = Path(WORKDIR.value)
+
+    def export(params, step: int) -> None:
+        checkpoint.save_stage(
+            workdir / "model", params=params, description=run.description | {"step": step}
+        )
+
+    training.train(
+        loss_fn=run.stage.loss,
+        init_params=run.init_params,
+        batches=batches.batches(
+            run.source,
+            run.data,
+            seed=run.train.seed,
+            batch_size=run.train.batch_size // jax.process_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        config=run.train,
+        workdir=workdir,
+        description=run.description,
+        evaluate=run.evaluate,
+        preview=run.preview,
+        export=export,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

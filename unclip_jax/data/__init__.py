@@ -1,0 +1,1 @@
+"""Data sets, the tokenizer, batches, and stored embeddings."""

@@ -1,0 +1,251 @@
+"""Batches of a source: decoded, tokenised, shuffled, sharded over processes, resumable.
+
+The stream of a data set is one sequence of positions: epoch after epoch, each in its
+own order, drawn from the seed. Process p of n reads the positions p, p + n, p + 2n, ...
+A bad record leaves its position empty and the next one fills the batch, so batches are
+full, and the state is a position: resuming is exact, whatever was skipped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.images import jitter, square
+from unclip_jax.data.records import BadRecord, Source
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.errors import UserError
+
+_TRUNCATIONS_NAMED = 5
+
+
+def batches(
+    source: Source,
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    drop_remainder: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """An iterator of batches, endless unless `epochs` says otherwise.
+
+    Each batch is a dict of numpy arrays: `image` uint8 `[b, s, s, 3]`, `tokens` int32
+    `[b, l]`, `index` int32 `[b]`, and whatever else the source's records carry.
+
+    Args:
+      source: the data set.
+      config: gives image size, context length, vocabulary, augmentation and cache.
+      seed: from which orders and augmentations are drawn, 0..2**32-1.
+      batch_size: pairs per batch, of this process.
+      shuffle: whether each epoch has its own random order, rather than the source's.
+      epochs: passes over the data set, all processes together; None for no end. With
+        several processes prefer None: where images are bad, one may end before another.
+      drop_remainder: whether a last batch that isn't full is left out.
+      process_index: this process, `jax.process_index()`.
+      process_count: how many there are, `jax.process_count()`.
+
+    Raises:
+      UserError: if an argument has no meaning, or the data set holds fewer pairs than
+        one batch and has an end; and, from the iterator, if every record is bad.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size}: expected at least 1")
+    if epochs is not None and epochs < 1:
+        raise UserError(f"epochs: {epochs}: expected at least 1, or None for no end")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed: {seed}: expected 0..4294967295")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index: {process_index}: expected 0..{process_count - 1}")
+    share = math.inf if epochs is None else len(source) * epochs // process_count
+    if drop_remainder and share < batch_size:
+        raise UserError(
+            f"batch_size: {batch_size}: more than the {share} pairs of {source.name} that a "
+            "process sees; use a smaller batch, epochs=None or drop_remainder=False"
+        )
+    # Unshuffled, a process meets the same residue class in every epoch.
+    repeats = 1 if shuffle else math.gcd(len(source), process_count)
+    examples = _Examples(source, config, reachable=len(source) // repeats)
+
+    stream = grain.MapDataset.range(len(source)).seed(seed)
+    if shuffle:
+        stream = stream.shuffle()
+    stream = stream.repeat(epochs).map(examples)
+    if config.augment:
+        stream = stream.random_map(_Jitter(config.augment))
+    stream = stream[process_index::process_count]
+    options = grain.ReadOptions(num_threads=0) if examples.cached else _read_options(batch_size)
+    batched = stream.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
+    settings = {
+        "data": source.fingerprint,
+        "seed": seed,
+        "shuffle": shuffle,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    return Batches(iter(batched), examples, settings)
+
+
+class Batches:
+    """An iterator of batches whose position can be saved and restored."""
+
+    def __init__(self, iterator: grain.DatasetIterator, examples: _Examples, settings: dict):
+        """Use `batches`."""
+        self._iterator = iterator
+        self._examples = examples
+        self._settings = settings
+
+    def __iter__(self) -> Batches:
+        """The iterator itself."""
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch; `UserError` once it is clear that every record is bad."""
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._examples.raise_if_all_bad(at_end=True)
+            raise
+
+    @property
+    def skipped(self) -> int:
+        """How many different records were skipped so far, those the source left out included."""
+        return len(self._examples.bad) + len(self._examples.source.skipped)
+
+    @property
+    def truncated(self) -> int:
+        """How many different captions were cut to the context length so far."""
+        return len(self._examples.truncated)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch returned, as a dict that JSON can hold."""
+        return {**self._settings, "position": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `get_state` was called: the same batches follow, bit for bit.
+
+        Raises:
+          UserError: if the state is of other data, another seed, order or sharding.
+        """
+        for field, value in self._settings.items():
+            if state.get(field) != value:
+                raise UserError(
+                    f"state: {field} was {state.get(field)!r} and is {value!r}: batches continue "
+                    "only with the data, seed and processes that they began with"
+                )
+        self._iterator.set_state(state["position"])
+
+
+class _Examples:
+    """Index -> an example of arrays, or None for a bad record. Safe to call from threads.
+
+    Attributes:
+      cached: whether examples are kept in memory once made.
+      bad: indices of bad records met so far.
+      truncated: indices of captions cut so far.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, reachable: int):
+        self.source = source
+        self.bad: set[int] = set()
+        self.truncated: set[int] = set()
+        self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
+        self._size = config.image_size
+        self._tokenizer = Tokenizer(config.context_length, config.vocab_size)
+        self._reachable = reachable
+        self._good = False
+        self._images: dict[int, np.ndarray] = {}
+        self._examples: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, index: int) -> dict[str, np.ndarray] | None:
+        if index in self.bad:
+            return None
+        if index in self._examples:
+            return self._examples[index]
+        try:
+            record = self.source[index]
+            example = self._example(record)
+        except BadRecord as error:
+            self._skip(index, str(error))
+            return None
+        self._good = True
+        if self.cached:
+            self._examples[index] = example
+        return example
+
+    def _example(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
+        index, name = record["index"], record["name"]
+        tokens, cut = self._tokenizer.encode_and_report([record["caption"]])
+        if cut:
+            self._note_truncation(index, f"{name}: {cut[0]}")
+        extras = {k: np.asarray(v) for k, v in record.items() if k not in _NOT_EXTRA}
+        image = self._image(record)
+        return {"image": image, "tokens": tokens[0], "index": np.int32(index), **extras}
+
+    def _image(self, record: dict[str, Any]) -> np.ndarray:
+        number = self.source.image_of(record["index"])
+        if number in self._images:
+            return self._images[number]
+        try:
+            image = square(record["image"], self._size)
+        except BadRecord as error:
+            raise BadRecord(f"{record['name']}: {error}") from error
+        if self.cached:
+            self._images[number] = image
+        return image
+
+    def _skip(self, index: int, why: str) -> None:
+        with self._lock:
+            if index not in self.bad:
+                logging.warning("%s: skipped %s", self.source.name, why)
+            self.bad.add(index)
+        self.raise_if_all_bad()
+
+    def _note_truncation(self, index: int, what: str) -> None:
+        with self._lock:
+            is_new = index not in self.truncated
+            self.truncated.add(index)
+            if is_new and len(self.truncated) <= _TRUNCATIONS_NAMED:
+                logging.warning("%s: cut the caption of %s", self.source.name, what)
+
+    def raise_if_all_bad(self, at_end: bool = False) -> None:
+        all_met = len(self.bad) >= self._reachable or (at_end and self.bad)
+        if all_met and not self._good:
+            raise UserError(
+                f"name: {self.source.name}: every one of the {len(self.bad)} records read is bad; "
+                "the warnings above say why"
+            )
+
+
+_NOT_EXTRA = frozenset({"image", "caption", "index", "name"})
+
+
+class _Jitter(grain.transforms.RandomMap):
+    """Random scale and shift, drawn for each position of the stream."""
+
+    def __init__(self, strength: float):
+        self._strength = strength
+
+    def random_map(self, example: dict, rng: np.random.Generator) -> dict:
+        return {**example, "image": jitter(example["image"], self._strength, rng)}
+
+
+def _read_options(batch_size: int) -> grain.ReadOptions:
+    """Threads that decode ahead: Pillow lets go of the interpreter lock while it decodes.
+
+    No worker processes: those need a guarded main module and parsed absl flags, and
+    would each hold the data set.
+    """
+    threads = min(os.cpu_count() or 1, 16)
+    return grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))

@@ -1,0 +1,119 @@
+"""From image files, in any mode, to small square RGB arrays."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from unclip_jax.data.records import BadRecord
+
+MAX_PIXELS = 80_000_000  # larger pictures are taken for decompression bombs
+
+
+def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
+    """An image, from a file's bytes or from pixels, as 8-bit RGB.
+
+    Transparency goes on white, EXIF rotation is applied, 16-bit grey is scaled
+    to 8, and of an animation the first frame is taken.
+
+    Args:
+      image: an image file's bytes, or uint8 `[h, w]` or `[h, w, 1 | 3 | 4]`.
+      size: the side wanted later: a JPEG may be decoded at a fraction of its size that
+        is still at least twice this.
+
+    Raises:
+      BadRecord: if it isn't an image, is truncated, or has more than `MAX_PIXELS`.
+    """
+    try:
+        opened = _from_pixels(image) if isinstance(image, np.ndarray) else _from_file(image, size)
+        return _to_rgb(opened)
+    except (BadRecord, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadRecord(f"not a readable image ({reason})") from error
+
+
+def _from_pixels(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise BadRecord(
+            f"pixels of shape {pixels.shape} and type {pixels.dtype}: expected uint8 [h, w, c]"
+        )
+    is_grey = pixels.ndim == 3 and pixels.shape[-1] == 1
+    return Image.fromarray(pixels[..., 0] if is_grey else pixels)
+
+
+def _from_file(data: bytes, size: int) -> Image.Image:
+    opened = Image.open(io.BytesIO(data))
+    if opened.width * opened.height > MAX_PIXELS:
+        raise BadRecord(
+            f"{opened.width}x{opened.height} pixels: more than the {MAX_PIXELS:,} that are "
+            "decoded; shrink it"
+        )
+    opened.draft(None, (2 * size, 2 * size))
+    return ImageOps.exif_transpose(opened)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BadRecord("floating-point pixels: their range is unknown; save it with 8 bits")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip rather than scale
+        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = Image.new("RGBA", image.size, "white")
+    opaque.alpha_composite(image.convert("RGBA"))
+    return opaque.convert("RGB")
+
+
+def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """The centre square of an image, resized (bicubic, antialiased).
+
+    Args:
+      image: as for `open_rgb`.
+      size: side of the result, in pixels.
+
+    Returns:
+      uint8 `[size, size, 3]`.
+
+    Raises:
+      BadRecord: as for `open_rgb`.
+    """
+    rgb = open_rgb(image, size)
+    side = min(rgb.size)
+    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+    if rgb.size != (size, size):
+        box = (left, top, left + side, top + side)
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(rgb)
+
+
+def jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """A randomly scaled and shifted copy of an image; white fills what it uncovers.
+
+    The picture is seen through a square window whose side is uniform in
+    `1 - strength .. 1 + strength` times the image's and whose centre is off by up to
+    `strength / 2` of it, in x and in y.
+
+    Args:
+      image: uint8 `[s, s, 3]`.
+      strength: from 0 (an unchanged image) to below 1.
+      rng: where the three random numbers come from.
+
+    Returns:
+      uint8 `[s, s, 3]`.
+    """
+    size = image.shape[0]
+    if strength == 0.0:
+        return image
+    zoom, shift_x, shift_y = rng.uniform(-1.0, 1.0, 3) * strength
+    margin = int(np.ceil(size * strength)) + 1  # as far as the window can reach
+    canvas = ImageOps.expand(Image.fromarray(image), margin, "white")
+    side = size * (1.0 + zoom)
+    left = margin + (size * (1.0 + shift_x) - side) / 2
+    top = margin + (size * (1.0 + shift_y) - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BICUBIC, box=box))

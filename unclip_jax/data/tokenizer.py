@@ -1,0 +1,230 @@
+"""CLIP's tokenizer: byte-level BPE on lower-cased text.
+
+Ids and cleaning are OpenAI's. The merges are those of OpenAI's vocabulary file (MIT
+licence, see `bpe_simple_vocab_16e6.LICENSE` beside this module); the Rust library
+`tokenizers` applies them.
+
+Hugging Face's `CLIPTokenizer` has the same merges but cleans otherwise: it doesn't repair
+mis-decoded text (ftfy), doesn't undo HTML entities, doesn't strip, and lowers each character
+by itself, so that a Greek final sigma differs. Given text from `clean`, its ids are these,
+with three exceptions: it composes what HTML entities left decomposed (NFC), takes a spelled-out
+"<|endoftext|>" for the token even inside punctuation, and doesn't know the clitic "'ſ".
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import importlib.resources
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import ftfy
+import numpy as np
+import tokenizers
+
+from unclip_jax.errors import UserError
+
+CONTEXT_LENGTH = 77
+VOCAB_SIZE = 49408
+MIN_VOCAB_SIZE = 2 * 256 + 2  # every byte, within a word and at its end; start, end
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+_END_OF_WORD = "</w>"
+# Special tokens, English clitics, words, single digits, runs of anything else. OpenAI
+# matches whatever the case, and the long s is the one letter that lower-casing leaves.
+_PIECES = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+_NAMED_IN_WARNINGS = 5
+
+
+def clean(text: str) -> str:
+    """Text as CLIP was trained on it.
+
+    Mis-decoded characters are repaired, HTML entities undone twice, white space
+    collapsed, and everything lower-cased.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def text_mask(tokens: Any, end_token: int) -> Any:
+    """Where the text is: True through the first end token, False on the padding after.
+
+    Args:
+      tokens: int `[..., l]`, numpy or jax.
+      end_token: id of the end token.
+
+    Returns:
+      bool `[..., l]`, of the same kind; all True where there is no end token.
+    """
+    is_end = tokens == end_token
+    return (is_end.cumsum(-1) - is_end) == 0
+
+
+class Tokenizer:
+    """Texts to ids and back.
+
+    Ids are: the 256 bytes, the 256 bytes that end a word, merged tokens in the order of
+    their merges, then start and end. A smaller vocabulary keeps the first merges of the
+    same BPE: any text still encodes, into more tokens, and an embedding table is small.
+
+    Attributes:
+      context_length: ids per text, start and end included.
+      vocab_size: number of ids.
+      start_token: the id that opens each text, `vocab_size - 2`.
+      end_token: the id that closes it, `vocab_size - 1`. Padding after it is 0.
+    """
+
+    def __init__(self, context_length: int = CONTEXT_LENGTH, vocab_size: int = VOCAB_SIZE):
+        """Makes a tokenizer.
+
+        Raises:
+          UserError: if `context_length` is below 3 or `vocab_size` not in 514..49408.
+        """
+        if context_length < 3:
+            raise UserError(
+                f"context_length: {context_length}: expected at least 3: start, one token, end"
+            )
+        if not MIN_VOCAB_SIZE <= vocab_size <= VOCAB_SIZE:
+            raise UserError(
+                f"vocab_size: {vocab_size}: expected {MIN_VOCAB_SIZE} (bytes alone) to "
+                f"{VOCAB_SIZE} (CLIP's own)"
+            )
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.start_token = vocab_size - 2
+        self.end_token = vocab_size - 1
+        self._bpe = _bpe(vocab_size)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """The ids of some texts; those too long are cut, with one warning for all.
+
+        A cut text keeps its end token.
+
+        Args:
+          texts: b texts.
+
+        Returns:
+          int32 `[b, context_length]`.
+
+        Raises:
+          UserError: if `texts` is one string, or holds anything but strings.
+        """
+        tokens, cut = self.encode_and_report(texts)
+        if cut:
+            more = f"; and {len(cut) - _NAMED_IN_WARNINGS} more"
+            warnings.warn(
+                f"{len(cut)} of {len(texts)} captions are longer than {self.context_length} tokens "
+                f"and were cut: {'; '.join(cut[:_NAMED_IN_WARNINGS])}"
+                f"{more if len(cut) > _NAMED_IN_WARNINGS else ''}",
+                stacklevel=2,
+            )
+        return tokens
+
+    def encode_and_report(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Like `encode`, but says what was cut rather than warning of it.
+
+        Returns:
+          int32 `[b, context_length]`, and one phrase for each text that was cut: which it
+          is, how many tokens it had, its last words kept.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"texts: {texts!r:.80}: expected a list of strings; give [text]")
+        tokens = np.zeros((len(texts), self.context_length), np.int32)
+        cut = []
+        for row, ids in enumerate(self._ids([clean(text) for text in texts])):
+            whole = [self.start_token, *ids, self.end_token]
+            kept = whole[: self.context_length]
+            if len(whole) > self.context_length:
+                kept[-1] = self.end_token
+                last_words = " ".join(self._text(kept).split()[-4:])
+                cut.append(f'caption {row} ({len(whole)} tokens, kept to "...{last_words}")')
+            tokens[row, : len(kept)] = kept
+        return tokens, cut
+
+    def decode(self, tokens: np.ndarray) -> list[str]:
+        """The texts of some ids, up to each end token: cleaned, lower-case.
+
+        Args:
+          tokens: int `[b, l]`; start, end and padding are left out.
+
+        Raises:
+          UserError: if an id is not in the vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise UserError(
+                f"tokens: {tokens.min()}..{tokens.max()}: expected ids in 0..{self.vocab_size - 1}"
+            )
+        return [self._text(row.tolist()) for row in tokens]
+
+    def _ids(self, cleaned: list[str]) -> list[list[int]]:
+        encodings = self._bpe.encode_batch_fast(cleaned, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        for row, text in enumerate(cleaned):
+            if START in text or END in text:
+                ids[row] = self._ids_with_specials(text)
+        return ids
+
+    def _ids_with_specials(self, text: str) -> list[int]:
+        """Ids of a text that spells out a special token, which stands for its id then."""
+        special = {START: self.start_token, END: self.end_token}
+        ids = []
+        for piece, _ in self._bpe.pre_tokenizer.pre_tokenize_str(text):
+            merged = [token.id for token in self._bpe.model.tokenize(piece)]
+            ids.extend([special[piece]] if piece in special else merged)
+        return ids
+
+    def _text(self, ids: list[int]) -> str:
+        inner = ids[: ids.index(self.end_token)] if self.end_token in ids else ids
+        text = self._bpe.decode([i for i in inner if i != self.start_token])
+        return " ".join(text.replace(_END_OF_WORD, " ").split())
+
+
+@functools.cache
+def _bpe(vocab_size: int) -> tokenizers.Tokenizer:
+    """The byte-level BPE with the first merges of CLIP's."""
+    merges = _merges()[: vocab_size - MIN_VOCAB_SIZE]
+    letters = _byte_letters()
+    pieces = [*letters, *(letter + _END_OF_WORD for letter in letters)]
+    pieces += ["".join(pair) for pair in merges]
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, START, END])}
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD)
+    )
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(
+                tokenizers.Regex(_PIECES), behavior="removed", invert=True
+            ),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    return bpe
+
+
+def _merges() -> list[tuple[str, str]]:
+    """CLIP's merges, best first."""
+    file = importlib.resources.files(__package__).joinpath(_VOCABULARY)
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+    first, count = 1, VOCAB_SIZE - MIN_VOCAB_SIZE  # the first line names the file's version
+    return [tuple(line.split()) for line in lines[first : first + count]]
+
+
+def _byte_letters() -> list[str]:
+    """A printable letter for each byte, in the order of their ids.
+
+    Printable Latin-1 bytes stand for themselves and come first; the others, in order,
+    take the letters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(len(others))]

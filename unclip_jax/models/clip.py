@@ -1,0 +1,238 @@
+"""CLIP's two towers (arXiv 2103.00020): a vision Transformer and a causal text Transformer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.errors import UserError
+from unclip_jax.models.layers import (
+    ACTIVATIONS,
+    Transformer,
+    as_tuple,
+    causal_mask,
+    check,
+    check_compute,
+    check_counts,
+    check_heads,
+    check_shape,
+    layer_norm,
+)
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Size of a `Clip`. The defaults are OpenAI's ViT-L/14.
+
+    Attributes:
+      image_size: side of the images in pixels; a multiple of `patch`.
+      patch: side of a patch in pixels.
+      vision_width: features of a patch; a multiple of `vision_heads`.
+      vision_layers: blocks of the image tower.
+      vision_heads: attention heads of the image tower.
+      text_width: features of a token; a multiple of `text_heads`.
+      text_layers: blocks of the text tower.
+      text_heads: attention heads of the text tower.
+      vocab_size: tokens in the vocabulary; the last id ends a caption.
+      context_length: most tokens in a caption.
+      embed_dim: dimension of the shared space.
+      activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact).
+      mlp_ratio: hidden width of both towers' perceptrons over the width.
+      pixel_mean: mean of each channel, of pixels in [0, 1].
+      pixel_std: standard deviation of each channel, of pixels in [0, 1].
+      dtype: compute dtype.
+      remat: "none", "full" or "dots", see `layers.remat`.
+    """
+
+    image_size: int = 224
+    patch: int = 14
+    vision_width: int = 1024
+    vision_layers: int = 24
+    vision_heads: int = 16
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    vocab_size: int = 49408
+    context_length: int = 77
+    embed_dim: int = 768
+    activation: str = "quick_gelu"
+    mlp_ratio: float = 4.0
+    pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` where a field makes no network."""
+        check_counts(self, "image_size", "patch", "vision_width", "vision_layers", "vision_heads")
+        check_counts(self, "text_width", "text_layers", "text_heads")
+        check_counts(self, "vocab_size", "context_length", "embed_dim")
+        tiles = self.image_size % self.patch == 0
+        check(self, "image_size", tiles, f"a multiple of patch = {self.patch}")
+        check_heads(self, "vision_width", "vision_heads")
+        check_heads(self, "text_width", "text_heads")
+        names = ", ".join(ACTIVATIONS)
+        check(self, "activation", self.activation in ACTIVATIONS, f"one of {names}")
+        check(self, "mlp_ratio", self.mlp_ratio > 0, "a positive number")
+        for field in ("pixel_mean", "pixel_std"):
+            as_tuple(self, field)
+            check(self, field, len(getattr(self, field)) == 3, "three numbers, one per channel")
+        check(self, "pixel_std", all(s > 0 for s in self.pixel_std), "positive numbers")
+        check_compute(self)
+
+
+@jax.custom_vjp
+def _clip_log_scale(log_scale: jax.Array) -> jax.Array:
+    """min(log_scale, ln 100); beyond the limit only a gradient that leads back passes."""
+    return jnp.minimum(log_scale, MAX_LOG_SCALE)
+
+
+def _clip_log_scale_backward(log_scale: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where((log_scale < MAX_LOG_SCALE) | (g > 0), g, 0.0),)
+
+
+_clip_log_scale.defvjp(lambda s: (_clip_log_scale(s), s), _clip_log_scale_backward)
+
+
+class VisionTower(nn.Module):
+    """Patches and a class token, LayerNorm, Transformer, LayerNorm of the class token."""
+
+    config: ClipConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """`[b, h, w, 3]` in [-1, 1] to `[b, vision_width]`."""
+        c = self.config
+        check_shape("images", images, (None, c.image_size, c.image_size, 3))
+        mean, std = (jnp.array(s).reshape(1, 1, 1, 3) for s in (c.pixel_mean, c.pixel_std))
+        pixels = ((images.astype(jnp.float32) + 1.0) / 2.0 - mean) / std
+        patches = nn.Conv(
+            c.vision_width,
+            (c.patch, c.patch),
+            strides=c.patch,
+            padding="VALID",
+            use_bias=False,
+            dtype=c.dtype,
+            name="patches",
+        )(pixels)
+        b, width = images.shape[0], c.vision_width
+        patches = patches.reshape(b, -1, width)
+        small = nn.initializers.normal(width**-0.5)
+        first = self.param("class_token", small, (width,)).astype(c.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (b, 1, width)), patches], axis=1)
+        x = x + self.param("positions", small, (x.shape[1], width)).astype(c.dtype)[None]
+        x = layer_norm("norm_in")(x)
+        x = Transformer(
+            c.vision_layers,
+            c.vision_heads,
+            c.mlp_ratio,
+            c.activation,
+            c.dtype,
+            c.remat,
+            name="transformer",
+        )(x)
+        return layer_norm("norm_out")(x[:, 0])
+
+
+class TextTower(nn.Module):
+    """Token and position embeddings, causal Transformer, LayerNorm."""
+
+    config: ClipConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """`[b, l]` int, l at most `context_length`, to `[b, l, text_width]` float32 states."""
+        c = self.config
+        check_shape("tokens", tokens, (None, None))
+        length = tokens.shape[1]
+        if length > c.context_length:
+            raise UserError(
+                f"tokens have length {length}: expected at most context_length = "
+                f"{c.context_length}; truncate the captions"
+            )
+        embed = nn.Embed(
+            c.vocab_size, c.text_width, embedding_init=nn.initializers.normal(0.02), name="tokens"
+        )
+        positions = self.param(
+            "positions", nn.initializers.normal(0.01), (c.context_length, c.text_width)
+        )
+        x = embed(tokens) + positions[None, :length]
+        x = Transformer(
+            c.text_layers,
+            c.text_heads,
+            c.mlp_ratio,
+            c.activation,
+            c.dtype,
+            c.remat,
+            name="transformer",
+        )(x, causal_mask(length))
+        return layer_norm("norm_out")(x)
+
+
+class Clip(nn.Module):
+    """Both towers, their projections into the shared space, and the learned temperature."""
+
+    config: ClipConfig
+
+    def setup(self) -> None:
+        """Name the parameters."""
+        c = self.config
+        self.vision = VisionTower(c)
+        self.text = TextTower(c)
+        self.vision_projection = nn.Dense(
+            c.embed_dim,
+            use_bias=False,
+            kernel_init=nn.initializers.normal(c.vision_width**-0.5),
+        )
+        self.text_projection = nn.Dense(
+            c.embed_dim,
+            use_bias=False,
+            kernel_init=nn.initializers.normal(c.text_width**-0.5),
+        )
+        self.log_scale = self.param("log_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Image embeddings z_i, projected but not normalised.
+
+        Args:
+          images: `[b, image_size, image_size, 3]` in [-1, 1].
+
+        Returns:
+          `[b, embed_dim]` float32.
+        """
+        return self.vision_projection(self.vision(images))
+
+    def encode_text(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Text embeddings z_t, projected but not normalised, and the states they are read from.
+
+        z_t is read at the first end-of-text token, id `vocab_size - 1`. Every caption must have
+        one: without it the state at position 0 would be read.
+
+        Args:
+          tokens: `[b, l]` int, with l at most `context_length`.
+
+        Returns:
+          `[b, embed_dim]` float32, and `[b, l, text_width]` float32 outputs of the final
+          LayerNorm, before the projection.
+        """
+        states = self.text(tokens)
+        end = jnp.argmax(tokens == self.config.vocab_size - 1, axis=-1)
+        pooled = jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
+        return self.text_projection(pooled), states
+
+    def logit_scale(self) -> jax.Array:
+        """The factor on cosine similarities: exp of the learned log scale, at most 100."""
+        return jnp.exp(_clip_log_scale(self.log_scale))
+
+    def __call__(
+        self, images: jax.Array, tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`(z_i [b, e], z_t [b, e], logit_scale [])`: see the three methods."""
+        z_t, _ = self.encode_text(tokens)
+        return self.encode_image(images), z_t, self.logit_scale()

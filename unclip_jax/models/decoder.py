@@ -1,0 +1,219 @@
+"""The decoder: a U-Net conditioned on a CLIP image embedding and a caption.
+
+Section 2.1 of arXiv 2204.06125: GLIDE, to which z_i comes in two ways, projected and added to
+the timestep's embedding, and as four more tokens after the caption's states. Either condition
+can be left out for some examples, which is how classifier-free guidance is trained and sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.errors import UserError
+from unclip_jax.models.layers import check, check_counts, check_shape, layer_norm
+from unclip_jax.models.text import TextConfig, TextEncoder
+from unclip_jax.models.unet import UNet, UNetConfig
+
+CONDITIONS = ("z_i", "z_i_mask", "tokens", "text_states", "text_mask", "z_t")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Size of a `Decoder`, and what it is conditioned on.
+
+    Attributes:
+      unet: the U-Net; its `context_dim` is the width of the context tokens, 0 where there are
+        none.
+      text: the decoder's own caption Transformer, as wide as the context; None where there is
+        none.
+      text_width: features of CLIP's text states, where those are given instead of tokens; else 0.
+      embed_dim: dimension of z_i; 0 for a decoder without it (GLIDE).
+      clip_tokens: context tokens made of z_i.
+      use_z_t: whether CLIP's text embedding z_t, of `embed_dim` too, is projected and added to
+        the timestep's embedding.
+      learned_null: whether a z_i that is left out is a learned embedding; otherwise it is zeros.
+    """
+
+    unet: UNetConfig
+    text: TextConfig | None = None
+    text_width: int = 0
+    embed_dim: int = 0
+    clip_tokens: int = 4
+    use_z_t: bool = False
+    learned_null: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` where a field makes no network."""
+        check_counts(self, "text_width", "embed_dim", "clip_tokens", least=0)
+        width = self.unet.context_dim
+        if self.text is not None:
+            check(self, "text_width", self.text_width == 0, "0, as the decoder has its own `text`")
+            ok = self.text.width == width
+            check(self, "text", ok, f"a width equal to unet.context_dim = {width}")
+        if not self.embed_dim:
+            for field in ("use_z_t", "learned_null"):
+                check(self, field, not getattr(self, field), "False, as embed_dim is 0")
+        if self.use_z_t:
+            check(self, "use_z_t", self.has_text, "False, as there is neither text nor text_width")
+        tokens = self.has_text or bool(self.embed_dim and self.clip_tokens)
+        ok = tokens == (width > 0)
+        need = "more than 0, the width of the context tokens" if tokens else "0: no context tokens"
+        check(self, "unet", ok, f"a context_dim of {need}")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a caption at all."""
+        return self.text is not None or self.text_width > 0
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names that `cond` must have; "z_i_mask" may come besides where z_i does."""
+        names = ("z_i",) if self.embed_dim else ()
+        if self.has_text:
+            names += ("tokens" if self.text else "text_states", "text_mask")
+        return names + (("z_t",) if self.use_z_t else ())
+
+
+class Decoder(nn.Module):
+    """A U-Net and the encoder of its conditions."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        """Name the parameters."""
+        c, width = self.config, self.config.unet.context_dim
+        features, dtype = c.unet.embedding_features, c.unet.dtype
+        self.unet = UNet(c.unet)
+        if c.text is not None:
+            self.text = TextEncoder(c.text)
+            self.text_to_emb = nn.Dense(features)
+        if c.text_width:
+            self.text_to_context = nn.Dense(width, dtype=dtype)
+            self.text_norm = layer_norm(None)
+        if c.embed_dim:
+            self.z_i_to_emb = nn.Dense(features)
+            if c.clip_tokens:
+                self.z_i_to_context = nn.Dense(c.clip_tokens * width, dtype=dtype)
+        if c.use_z_t:
+            self.z_t_to_emb = nn.Dense(features)
+        if c.learned_null:
+            self.null_z_i = self.param("null_z_i", nn.initializers.normal(0.02), (c.embed_dim,))
+
+    def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Everything that depends on neither x_t nor t: once for each sample, not once a step.
+
+        Dropping is done with masks. A z_i whose "z_i_mask" is False is replaced by zeros or by
+        the learned null. A caption whose "text_mask" is False everywhere is dropped with its z_t:
+        the result depends on neither.
+
+        Args:
+          cond: the arrays named by `config.conditions`, and optionally "z_i_mask":
+            "z_i" `[b, e]`; "z_i_mask" `[b]` bool; "tokens" `[b, l]` int or "text_states"
+            `[b, l, text_width]`; "text_mask" `[b, l]` bool; "z_t" `[b, e]`. Other conditions of
+            `CONDITIONS` may be there and are not read.
+
+        Returns:
+          What `denoise` takes: "emb" `[b, embedding_features]`, "context" `[b, m, context_dim]`
+          and "context_mask" `[b, m]`, each None where there is none.
+
+        Raises:
+          UserError: a condition is missing, unknown or of the wrong shape.
+        """
+        c = self.config
+        self._check_conditions(cond)
+        embs, contexts, masks = [], [], []
+        if c.embed_dim:
+            z_i = self._z_i(cond)
+            embs.append(self.z_i_to_emb(z_i))
+            if c.clip_tokens:
+                b, width = z_i.shape[0], c.unet.context_dim
+                tokens = self.z_i_to_context(z_i).reshape(b, width, c.clip_tokens)
+                contexts.append(tokens.swapaxes(1, 2))
+                masks.append(jnp.ones((b, c.clip_tokens), bool))
+        if c.text is not None:
+            states = self.text(cond["tokens"], cond["text_mask"])
+            embs.append(self.text_to_emb(states[:, -1]))
+            contexts.append(states)
+            masks.append(jnp.ones(states.shape[:2], bool))
+        if c.text_width:
+            states = self.text_norm(self.text_to_context(cond["text_states"]))
+            contexts.append(states.astype(c.unet.dtype))
+            masks.append(cond["text_mask"])
+        if c.use_z_t:
+            has_caption = cond["text_mask"].any(-1, keepdims=True)
+            embs.append(self.z_t_to_emb(jnp.where(has_caption, cond["z_t"], 0.0)))
+        return {
+            "emb": sum(embs) if embs else None,
+            "context": jnp.concatenate(contexts, axis=1) if contexts else None,
+            "context_mask": jnp.concatenate(masks, axis=1) if masks else None,
+        }
+
+    def denoise(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        encoded: Mapping[str, Any],
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """One evaluation of the U-Net.
+
+        Args:
+          x_t: `[b, h, w, in_channels]` noisy images.
+          t: `[b]` timesteps, int or float.
+          encoded: what `encode` returned.
+          deterministic: False in training: dropout then draws from the rng "dropout".
+
+        Returns:
+          `[b, h, w, out_channels]` float32.
+        """
+        return self.unet(
+            x_t,
+            t,
+            encoded["emb"],
+            encoded["context"],
+            encoded["context_mask"],
+            deterministic=deterministic,
+        )
+
+    def __call__(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        cond: Mapping[str, jax.Array],
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """`denoise` with `encode(cond)`."""
+        return self.denoise(x_t, t, self.encode(cond), deterministic)
+
+    def _z_i(self, cond: Mapping[str, jax.Array]) -> jax.Array:
+        z_i = cond["z_i"]
+        if "z_i_mask" not in cond:
+            return z_i
+        null = self.null_z_i if self.config.learned_null else jnp.zeros(z_i.shape[-1:])
+        return jnp.where(cond["z_i_mask"][:, None], z_i, null[None, :])
+
+    def _check_conditions(self, cond: Mapping[str, jax.Array]) -> None:
+        c = self.config
+        missing = [name for name in c.conditions if name not in cond]
+        unknown = [name for name in cond if name not in CONDITIONS]
+        if missing or unknown:
+            raise UserError(
+                f"decoder cond has {sorted(cond)}: expected {list(c.conditions)}"
+                f"{' and optionally z_i_mask' if c.embed_dim else ''}; "
+                + (f"add {missing}" if missing else f"unknown: {unknown}")
+            )
+        for name in ("z_i", "z_t"):
+            if name in c.conditions:
+                check_shape(f"decoder cond {name}", cond[name], (None, c.embed_dim))
+        if c.embed_dim and "z_i_mask" in cond:
+            check_shape("decoder cond z_i_mask", cond["z_i_mask"], cond["z_i"].shape[:1])
+        if c.text_width:
+            states = cond["text_states"]
+            check_shape("decoder cond text_states", states, (None, None, c.text_width))
+            check_shape("decoder cond text_mask", cond["text_mask"], states.shape[:2])

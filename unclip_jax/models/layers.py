@@ -1,0 +1,356 @@
+"""The few layers all the networks are made of.
+
+Norms and softmax run in float32 whatever the compute dtype; parameters are always float32.
+Attention is heads first, `[b, n, l, k]`, and there is one function for it. A deep Transformer is
+one block scanned over a leading layer axis, so its compile time does not grow with its depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "full", "dots")
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+NORM_EPS = 1e-5
+
+
+# ---------------------------------------------------------------- what a config must satisfy
+
+
+def check(config: Any, field: str, ok: bool, expected: str) -> None:
+    """Raise a `UserError` naming `config.field` and its value unless `ok`."""
+    if not ok:
+        value = getattr(config, field)
+        raise UserError(f"{type(config).__name__}.{field} = {value!r}: expected {expected}")
+
+
+def check_counts(config: Any, *fields: str, least: int = 1) -> None:
+    """Every named field of `config` must be an integer of at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        check(config, field, ok, f"an integer, {least} or more")
+
+
+def check_heads(config: Any, width: str, heads: str) -> None:
+    """The field named by `width` must be a multiple of the field named by `heads`."""
+    n = getattr(config, heads)
+    check(config, width, getattr(config, width) % n == 0, f"a multiple of {heads} = {n}")
+
+
+def check_compute(config: Any) -> None:
+    """The fields `dtype` and `remat` must name a compute dtype and a remat policy."""
+    check(config, "dtype", config.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+    check(config, "remat", config.remat in REMAT_POLICIES, f"one of {', '.join(REMAT_POLICIES)}")
+
+
+def as_tuple(config: Any, field: str) -> None:
+    """Turn a list read from a file into the tuple that a hashable config needs."""
+    value = getattr(config, field)
+    check(config, field, isinstance(value, list | tuple), "a sequence")
+    object.__setattr__(config, field, tuple(value))
+
+
+def check_shape(name: str, x: jax.Array, expected: Sequence[int | None]) -> None:
+    """Raise a `UserError` unless `x` has the `expected` shape; None stands for any size."""
+    fits = len(x.shape) == len(expected) and all(
+        e is None or s == e for s, e in zip(x.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise UserError(f"{name} has shape {tuple(x.shape)}: expected [{wanted}]")
+
+
+# ---------------------------------------------------------------- recomputation in the backward
+
+
+def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether a primitive is a weight's product: a convolution, or a matmul with no batch dims."""
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    if primitive is jax.lax.dot_general_p:
+        _, (batch_dims, _) = params["dimension_numbers"]
+        return not batch_dims
+    return False
+
+
+def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`module`, recomputed in the backward pass as `policy` says.
+
+    Args:
+      module: a Linen module class whose `__call__` takes positional arrays.
+      policy: "none" keeps every activation; "full" keeps only the module's input; "dots" also
+        keeps the results of matrix products and convolutions with weights.
+
+    Returns:
+      A module class with the same parameters and results.
+    """
+    if policy == "none":
+        return module
+    return nn.remat(module, prevent_cse=False, policy=_is_product if policy == "dots" else None)
+
+
+# ---------------------------------------------------------------- time
+
+
+def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
+    """Sinusoids of the timestep, `[cos, sin]` at the frequencies exp(-ln 10000 * i / (dim / 2)).
+
+    Args:
+      t: `[b]`, integer or float timesteps.
+      dim: features, an even number.
+
+    Returns:
+      `[b, dim]` float32.
+    """
+    if dim % 2:
+        raise UserError(f"timestep_embedding dim = {dim}: expected an even number")
+    half = dim // 2
+    freqs = jnp.exp(-math.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[:, None] * freqs[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of `dim` features, then Linear, SiLU, Linear of `features`; all in float32."""
+
+    dim: int
+    features: int
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """`[b]` timesteps to `[b, features]`."""
+        h = nn.Dense(self.features, name="linear_1")(timestep_embedding(t, self.dim))
+        return nn.Dense(self.features, name="linear_2")(nn.silu(h))
+
+
+# ---------------------------------------------------------------- norms
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """A float32 LayerNorm over the last axis, eps 1e-5, its variance taken about the mean."""
+    return nn.LayerNorm(epsilon=NORM_EPS, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm of images in float32, eps 1e-5, its variance taken about the mean.
+
+    Pixels are reduced before channels are grouped, so that the images are never reshaped: half
+    the time of Linen's own on a CPU.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, h, w, c]` of any float dtype to the same shape in float32."""
+        b, _, _, c = x.shape
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+
+        def group_mean(y: jax.Array) -> jax.Array:
+            per_group = y.mean((1, 2)).reshape(b, self.groups, -1).mean(-1, keepdims=True)
+            per_channel = jnp.broadcast_to(per_group, (b, self.groups, c // self.groups))
+            return per_channel.reshape(b, 1, 1, c)
+
+        centred = x.astype(jnp.float32)
+        centred = centred - group_mean(centred)
+        gain = jax.lax.rsqrt(group_mean(centred**2) + NORM_EPS)
+        return centred * (gain * scale.reshape(1, 1, 1, c)) + bias.reshape(1, 1, 1, c)
+
+
+# ---------------------------------------------------------------- convolution
+
+
+def _conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _kernel_gradient_by_conv(x: jax.Array, kernel: jax.Array, g: jax.Array) -> jax.Array:
+    return jax.linear_transpose(partial(_conv, x), kernel)(g)[0]
+
+
+def _kernel_gradient_by_products(x: jax.Array, kernel: jax.Array, g: jax.Array) -> jax.Array:
+    """One matrix product, pixels contracted, for each of the kernel's nine taps."""
+    _, h, w, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [
+        jnp.einsum("bhwc,bhwd->cd", padded[:, i : i + h, j : j + w], g)
+        for i in (0, 1, 2)
+        for j in (0, 1, 2)
+    ]
+    return jnp.stack(taps).reshape(kernel.shape)
+
+
+@jax.custom_vjp
+def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Stride-1 SAME 3x3 convolution of `[b, h, w, c]` with `[3, 3, c, d]`.
+
+    Its gradient is the exact one. XLA's CPU backend computes a convolution's kernel gradient
+    slowly, so where the program is lowered for a CPU nine matrix products do it instead. As a
+    `custom_vjp` it has no forward-mode derivative.
+    """
+    return _conv(x, kernel)
+
+
+def _conv3x3_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+    return _conv(x, kernel), (x, kernel)
+
+
+def _conv3x3_backward(saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel), x)(g)
+    dkernel = jax.lax.platform_dependent(
+        x, kernel, g, cpu=_kernel_gradient_by_products, default=_kernel_gradient_by_conv
+    )
+    return dx, dkernel
+
+
+conv3x3.defvjp(_conv3x3_forward, _conv3x3_backward)
+
+
+class Conv3x3(nn.Module):
+    """Stride-1 SAME 3x3 convolution with a bias."""
+
+    features: int
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, h, w, c]` to `[b, h, w, features]` in `dtype`."""
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return conv3x3(x, kernel) + bias.reshape(1, 1, 1, -1)
+
+
+# ---------------------------------------------------------------- attention and Transformer
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention with scale 1/sqrt(head dim); the softmax is in float32.
+
+    A query whose mask is False everywhere gets zeros, never NaN and never a masked value. The
+    division by the softmax's sum comes after the second product, where there is less to divide.
+
+    Args:
+      q: `[b, n, l, k]` queries.
+      k: `[b, n, m, k]` keys.
+      v: `[b, n, m, k]` values.
+      mask: boolean, of rank 4 and broadcastable to `[b, n, l, m]`; True = attend.
+
+    Returns:
+      `[b, n, l, k]` in the dtype of `v`.
+    """
+    scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (q.shape[-1] ** -0.5)
+    lowest = jnp.finfo(jnp.float32).min
+    if mask is not None:
+        scores = jnp.where(mask, scores, lowest)
+    # A fully masked row peaks at `lowest`; half of it as a floor sends its weights to exactly 0.
+    peak = jnp.maximum(jax.lax.stop_gradient(scores).max(-1, keepdims=True), lowest / 2)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum(
+        "bnlm,bnmk->bnlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (mixed / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-LayerNorm residual block: self-attention, then a two-layer perceptron.
+
+    Attributes:
+      heads: attention heads; they divide the width.
+      mlp_width: hidden width of the perceptron.
+      depth: blocks in the whole stack; the projections into the residual stream start
+        1/sqrt(2 * depth) as large, so that the stream's variance does not grow with depth.
+      activation: a name in `ACTIVATIONS`.
+      dtype: compute dtype.
+    """
+
+    heads: int
+    mlp_width: int
+    depth: int
+    activation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+        """`[b, l, d]` to `([b, l, d], None)`, the pair that `nn.scan` wants."""
+        width = x.shape[-1]
+        into_stream = nn.initializers.variance_scaling(
+            0.5 / self.depth, "fan_in", "truncated_normal"
+        )
+        h = layer_norm("norm_1")(x).astype(self.dtype)
+        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), dtype=self.dtype, name="qkv")(h)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        h = jnp.moveaxis(attention(q, k, v, mask), 1, 2)
+        x = x + nn.DenseGeneral(
+            width, axis=(-2, -1), dtype=self.dtype, kernel_init=into_stream, name="out"
+        )(h)
+        h = layer_norm("norm_2")(x).astype(self.dtype)
+        h = ACTIVATIONS[self.activation](nn.Dense(self.mlp_width, dtype=self.dtype, name="up")(h))
+        x = x + nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="down")(h)
+        return x, None
+
+
+class Transformer(nn.Module):
+    """A stack of `TransformerBlock`s under one `nn.scan`: every parameter has a layer axis first.
+
+    Attributes:
+      layers: number of blocks.
+      heads: attention heads; they divide the width.
+      mlp_ratio: hidden width of the perceptron over the width.
+      activation: a name in `ACTIVATIONS`.
+      dtype: compute dtype, also that of the residual stream.
+      remat: what the backward pass recomputes, see `remat`.
+    """
+
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`[b, l, d]` to `[b, l, d]` in `dtype`; `mask` as in `attention`."""
+        blocks = nn.scan(
+            remat(TransformerBlock, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.layers,
+        )
+        x, _ = blocks(
+            heads=self.heads,
+            mlp_width=int(x.shape[-1] * self.mlp_ratio),
+            depth=self.layers,
+            activation=self.activation,
+            dtype=self.dtype,
+            name="blocks",
+        )(x.astype(self.dtype), mask)
+        return x
+
+
+def causal_mask(length: int) -> jax.Array:
+    """`[1, 1, length, length]` booleans, True where the key is not after the query."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]

@@ -1,0 +1,350 @@
+"""The ADM U-Net (Dhariwal and Nichol, arXiv 2105.05233) with GLIDE's caption attention.
+
+It serves every diffusion over pixels: the decoder (attention, caption and image embedding) and
+the upsamplers (convolutions only, so that they train on crops and run at full size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.errors import UserError
+from unclip_jax.models.layers import (
+    Conv3x3,
+    GroupNorm,
+    TimeEmbedding,
+    as_tuple,
+    attention,
+    check,
+    check_compute,
+    check_counts,
+    check_shape,
+    remat,
+)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Size of a `UNet`.
+
+    Attributes:
+      image_size: side of the images in pixels. A U-Net with attention takes this size only; one
+        without takes any size its levels divide.
+      in_channels: channels of the input.
+      out_channels: channels of the output.
+      channels: channels of the first level; a multiple of `groups`, and even.
+      channel_mults: channels of each level over `channels`; each level halves the side.
+      res_blocks: residual blocks per level on the way down; one more on the way up.
+      attention_sizes: feature sides, in features, at which attention follows each residual block.
+        With none, nothing attends; with some, the middle attends too.
+      head_channels: channels per attention head.
+      dropout: rate inside residual blocks, in training.
+      emb_dim: features of the time embedding; 0 stands for 4 * `channels`.
+      context_dim: features of the context tokens that attention also reads; 0 for no context.
+      scale_shift: whether the time embedding scales and shifts the second norm's output (FiLM)
+        or is added before that norm.
+      patch: the image is folded into patches of this side first, and unfolded last: the whole
+        U-Net then works on sides `patch` times smaller.
+      groups: groups of every GroupNorm.
+      dtype: compute dtype.
+      remat: "none", "full" or "dots", applied to every block, see `layers.remat`.
+    """
+
+    image_size: int = 64
+    in_channels: int = 3
+    out_channels: int = 6
+    channels: int = 128
+    channel_mults: tuple[int, ...] = (1, 2, 3, 4)
+    res_blocks: int = 2
+    attention_sizes: tuple[int, ...] = (32, 16, 8)
+    head_channels: int = 64
+    dropout: float = 0.0
+    emb_dim: int = 0
+    context_dim: int = 0
+    scale_shift: bool = True
+    patch: int = 1
+    groups: int = 32
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` where a field makes no network."""
+        as_tuple(self, "channel_mults")
+        as_tuple(self, "attention_sizes")
+        check_counts(self, "image_size", "in_channels", "out_channels", "channels", "res_blocks")
+        check_counts(self, "head_channels", "patch", "groups")
+        check_counts(self, "emb_dim", "context_dim", least=0)
+        mults = self.channel_mults
+        positive = len(mults) > 0 and all(isinstance(m, int) and m > 0 for m in mults)
+        check(self, "channel_mults", positive, "one or more positive integers")
+        fits = self.image_size % self.size_multiple == 0
+        check(self, "image_size", fits, f"a multiple of {self._multiple_in_words}")
+        check(self, "channels", self.channels % 2 == 0, "an even number, for the sinusoids of time")
+        grouped = self.channels % self.groups == 0
+        check(self, "channels", grouped, f"a multiple of groups = {self.groups}")
+        check(self, "dropout", 0.0 <= self.dropout < 1.0, "a rate in [0, 1)")
+        self._check_attention()
+        check_compute(self)
+
+    def _check_attention(self) -> None:
+        sides = [self.feature_size(level) for level in range(len(self.channel_mults))]
+        known = set(self.attention_sizes) <= set(sides)
+        check(self, "attention_sizes", known, f"feature sides among {tuple(sides)}")
+        if not self.attention_sizes:
+            check(self, "context_dim", self.context_dim == 0, "0, as nothing attends")
+            return
+        attending = [m for m, s in zip(self.channel_mults, sides, strict=True) if self.attends(s)]
+        for mult in {*attending, self.channel_mults[-1]}:
+            divides = self.channels * mult % self.head_channels == 0
+            expected = f"a divisor of the {self.channels * mult} channels where attention is"
+            check(self, "head_channels", divides, expected)
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of an input image must be a multiple of."""
+        return self.patch * 2 ** (len(self.channel_mults) - 1)
+
+    @property
+    def _multiple_in_words(self) -> str:
+        return f"{self.size_multiple} (patch * 2^(levels - 1))"
+
+    @property
+    def embedding_features(self) -> int:
+        """Features of the time embedding, and of the `emb` added to it."""
+        return self.emb_dim or 4 * self.channels
+
+    def feature_size(self, level: int) -> int:
+        """Side of the features at a level, 0 being the first."""
+        return self.image_size // self.patch // 2**level
+
+    def attends(self, size: int) -> bool:
+        """Whether attention follows the residual blocks at this feature side."""
+        return size in self.attention_sizes
+
+    def check_image(self, x: jax.Array) -> None:
+        """Raise `UserError` unless this U-Net can run on `x`, `[b, h, w, c]`."""
+        side = self.image_size if self.attention_sizes else None
+        check_shape("U-Net input", x, (None, side, side, self.in_channels))
+        if any(s % self.size_multiple for s in x.shape[1:3]):
+            raise UserError(
+                f"U-Net input has shape {tuple(x.shape)}: expected height and width that are "
+                f"multiples of {self._multiple_in_words}; pad or crop the images"
+            )
+
+
+def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
+    """Fold each `patch` x `patch` square of pixels into channels: `[b, h/p, w/p, p * p * c]`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, patch * patch * c)
+
+
+def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
+    """The inverse of `space_to_depth`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, patch, patch, c // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, c // patch**2)
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    """Average over 2x2 squares."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def _double(x: jax.Array) -> jax.Array:
+    """Nearest-neighbour upsampling by 2."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+RESAMPLE = {"keep": lambda x: x, "halve": _halve, "double": _double}
+
+
+class ResBlock(nn.Module):
+    """BigGAN's residual block: norm, SiLU, resample, convolve; embedding; norm, SiLU, convolve.
+
+    Attributes:
+      features: output channels.
+      resample: "keep", "halve" or "double" the side, on both branches, before the first
+        convolution.
+      dropout: rate before the second convolution; drawn from the rng "dropout".
+      scale_shift: see `UNetConfig`.
+      groups: groups of the norms.
+      dtype: compute dtype.
+    """
+
+    features: int
+    resample: str
+    dropout: float
+    scale_shift: bool
+    groups: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
+        """`[b, h, w, c]` and an activated embedding `[b, emb_dim]` to `[b, h', w', features]`."""
+        resample = RESAMPLE[self.resample]
+        h = nn.silu(GroupNorm(self.groups, name="norm_1")(x)).astype(self.dtype)
+        h = Conv3x3(self.features, self.dtype, name="conv_1")(resample(h))
+        width = (1 + self.scale_shift) * self.features
+        emb = nn.Dense(width, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
+        norm_2 = GroupNorm(self.groups, name="norm_2")
+        if self.scale_shift:
+            scale, shift = jnp.split(emb.astype(jnp.float32), 2, axis=-1)
+            h = norm_2(h) * (1.0 + scale) + shift
+        else:
+            h = norm_2(h + emb)
+        h = nn.Dropout(self.dropout, deterministic=False)(nn.silu(h).astype(self.dtype))
+        h = Conv3x3(self.features, self.dtype, nn.initializers.zeros, name="conv_2")(h)
+        x = resample(x)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of an image, which also reads the context tokens.
+
+    The context's keys and values come before the image's own, as in GLIDE. The output
+    projection starts at zero.
+    """
+
+    head_channels: int
+    groups: int
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None, context_mask: jax.Array | None
+    ) -> jax.Array:
+        """`[b, h, w, c]`, context `[b, m, d]` and its mask `[b, m]` to `[b, h, w, c]`."""
+        b, height, width, c = x.shape
+        heads = (c // self.head_channels, self.head_channels)
+        h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
+        qkv = nn.DenseGeneral((3, *heads), dtype=self.dtype, name="qkv")(h.astype(self.dtype))
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        mask = None
+        if context is not None:
+            kv = nn.DenseGeneral((2, *heads), dtype=self.dtype, name="context_kv")(context)
+            context_k, context_v = jnp.moveaxis(kv, (2, 3), (0, 2))
+            k = jnp.concatenate([context_k, k], axis=2)
+            v = jnp.concatenate([context_v, v], axis=2)
+            if context_mask is not None:
+                own = ((0, 0), (0, height * width))
+                mask = jnp.pad(context_mask, own, constant_values=True)[:, None, None, :]
+        h = jnp.moveaxis(attention(q, k, v, mask), 1, 2)
+        zeros = nn.initializers.zeros
+        h = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=zeros, name="out")(h)
+        return x + h.reshape(b, height, width, c)
+
+
+class UNet(nn.Module):
+    """ADM's U-Net."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        emb: jax.Array | None = None,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Apply the network.
+
+        Args:
+          x: `[b, h, w, in_channels]`; see `UNetConfig.image_size` for the sides allowed.
+          t: `[b]` timesteps, int or float.
+          emb: `[b, embedding_features]`, added to the timestep's embedding, or None.
+          context: `[b, m, context_dim]` tokens; required exactly where `context_dim` > 0.
+          context_mask: `[b, m]` bool, True = attend; None attends to every token.
+          deterministic: False in training: dropout then draws from the rng "dropout".
+
+        Returns:
+          `[b, h, w, out_channels]` float32.
+
+        Raises:
+          UserError: `x`, `emb` or `context` does not fit the config.
+        """
+        c = self.config
+        self._check_inputs(x, emb, context, context_mask)
+        res_block, attention_block = remat(ResBlock, c.remat), remat(AttentionBlock, c.remat)
+        rate = 0.0 if deterministic else c.dropout
+        time = TimeEmbedding(c.channels, c.embedding_features, name="time")(t)
+        active = nn.silu(time if emb is None else time + emb).astype(c.dtype)
+        if context is not None:
+            context = context.astype(c.dtype)
+
+        def res(h: jax.Array, name: str, mult: int, resample: str = "keep") -> jax.Array:
+            features = c.channels * mult
+            block = res_block(features, resample, rate, c.scale_shift, c.groups, c.dtype, name=name)
+            return block(h, active)
+
+        def attend(h: jax.Array, name: str) -> jax.Array:
+            block = attention_block(c.head_channels, c.groups, c.dtype, name=name)
+            return block(h, context, context_mask)
+
+        h = Conv3x3(c.channels, c.dtype, name="conv_in")(space_to_depth(x, c.patch))
+        skips = [h]
+        last = len(c.channel_mults) - 1
+        for level, mult in enumerate(c.channel_mults):
+            for i in range(c.res_blocks):
+                h = res(h, f"down_{level}_res_{i}", mult)
+                if c.attends(c.feature_size(level)):
+                    h = attend(h, f"down_{level}_attention_{i}")
+                skips.append(h)
+            if level < last:
+                h = res(h, f"down_{level}_halve", mult, "halve")
+                skips.append(h)
+
+        h = res(h, "middle_res_0", c.channel_mults[-1])
+        if c.attention_sizes:
+            h = attend(h, "middle_attention")
+        h = res(h, "middle_res_1", c.channel_mults[-1])
+
+        for level in range(last, -1, -1):
+            mult = c.channel_mults[level]
+            for i in range(c.res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = res(h, f"up_{level}_res_{i}", mult)
+                if c.attends(c.feature_size(level)):
+                    h = attend(h, f"up_{level}_attention_{i}")
+            if level > 0:
+                h = res(h, f"up_{level}_double", mult, "double")
+
+        h = nn.silu(GroupNorm(c.groups, name="norm_out")(h))
+        zeros = nn.initializers.zeros
+        h = Conv3x3(c.out_channels * c.patch**2, kernel_init=zeros, name="conv_out")(h)
+        return depth_to_space(h, c.patch)
+
+    def _check_inputs(
+        self,
+        x: jax.Array,
+        emb: jax.Array | None,
+        context: jax.Array | None,
+        context_mask: jax.Array | None,
+    ) -> None:
+        c = self.config
+        c.check_image(x)
+        b = x.shape[0]
+        if emb is not None:
+            check_shape("U-Net emb", emb, (b, c.embedding_features))
+        if (context is None) != (c.context_dim == 0):
+            given = "no context" if context is None else f"a context of shape {context.shape}"
+            raise UserError(f"U-Net got {given}: expected what context_dim = {c.context_dim} says")
+        if context is not None:
+            check_shape("U-Net context", context, (b, None, c.context_dim))
+        if context_mask is not None:
+            if context is None:
+                raise UserError("U-Net got a context_mask and no context: give both or neither")
+            check_shape("U-Net context_mask", context_mask, context.shape[:2])

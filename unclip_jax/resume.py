@@ -1,0 +1,242 @@
+"""What lets a run be killed at any moment and go on as if it had not been.
+
+A training checkpoint holds three things that belong to one step: the training state, the position
+of the data iterator right after the batch that step consumed, and the description of the run.
+Orbax writes them in the background and renames the finished folder into place, so a checkpoint is
+either whole or not there.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from unclip_jax import checkpoint
+from unclip_jax.errors import UserError
+
+State = TypeVar("State")
+
+# Settings of `train` that a resumed run may change: none of them touches what a step computes,
+# except that a cosine schedule ends at `steps`.
+CHANGEABLE = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.preview_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+
+_LISTED = 3
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Hold `workdir` for this process; the kernel lets go when the process ends, however it ends.
+
+    A POSIX record lock, so that data-loading processes that outlive a killed run do not keep it.
+
+    Raises:
+        UserError: another process holds it, or the file system cannot lock.
+    """
+    path = workdir / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{path}: cannot be locked ({error}); use a local disk") from error
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"workdir {str(workdir)!r}: in use by {holder}; wait for that run, stop it, or"
+                " choose another workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+class Checkpoints:
+    """The training checkpoints in a folder; use as a context manager."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Open `folder`, created if missing; the last `keep` checkpoints stay."""
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "description": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> Checkpoints:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish what is being written, and close."""
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, position: Any, description: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint; returns once the state is copied off the devices.
+
+        Args:
+            step: its number.
+            state: pytree of arrays.
+            position: what the data iterator's `get_state` returned: bytes, or JSON-able.
+            description: JSON-able.
+
+        Raises:
+            UserError: this one or the one before could not be written.
+        """
+        if step == self.latest():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(_encode(position)),
+            description=ocp.args.JsonSave(dict(description)),
+        )
+        with self._writing(f"checkpoint {step}"):
+            self._manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        with self._writing("the last checkpoint"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: {what} could not be written ({error}); free some space there, then"
+                " run the same command again"
+            ) from error
+
+    def description(self, step: int) -> dict[str, Any]:
+        """The description that checkpoint `step` was saved with."""
+        items = ocp.args.Composite(description=ocp.args.JsonRestore())
+        return self._read(step, lambda: self._manager.restore(step, args=items))["description"]
+
+    def restore(self, step: int, like: State) -> tuple[State, Any]:
+        """The state and the data position of checkpoint `step`.
+
+        Args:
+            step: which one.
+            like: a state with the names, shapes, dtypes and shardings to restore.
+
+        Raises:
+            UserError: the checkpoint is damaged, or its params are other than those of `like`.
+        """
+        self._check_params(step, like)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
+        )
+        restored = self._read(step, lambda: self._manager.restore(step, args=items))
+        return restored["state"], _decode(restored["data"])
+
+    def _check_params(self, step: int, like: Any) -> None:
+        """Orbax's own message for a changed network is a screen long; ours is a line."""
+        metadata = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        problems = checkpoint.compare_shapes(
+            checkpoint.flatten(metadata["params"]), checkpoint.flatten(like.params)
+        )
+        if problems:
+            raise UserError(
+                f"{self.folder / str(step)}: the checkpoint's params are not those of this model:"
+                f" {problems}; use the code and the config it was made with, or another workdir"
+            )
+
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        """`read()`; whatever goes wrong in the reader's depths means a damaged checkpoint."""
+        try:
+            return read()
+        except Exception as error:
+            rest = [other for other in self._manager.all_steps() if other < step]
+            instead = f"go on from step {max(rest)}" if rest else "start from the beginning"
+            reason = str(error).strip().splitlines() or ["no reason given"]
+            raise UserError(
+                f"{self.folder / str(step)}: the checkpoint is damaged ({type(error).__name__}:"
+                f" {reason[0][:200]}); delete that folder to {instead}"
+            ) from error
+
+
+def _encode(position: Any) -> dict[str, Any]:
+    if isinstance(position, bytes):
+        return {"base64": base64.b64encode(position).decode("ascii")}
+    return {"json": position}
+
+
+def _decode(saved: Mapping[str, Any]) -> Any:
+    return base64.b64decode(saved["base64"]) if "base64" in saved else saved["json"]
+
+
+def check_description(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError if the run to resume is described otherwise than this one.
+
+    The fields in `CHANGEABLE` may differ.
+    """
+    before, now = _leaves(saved), _leaves(current)
+    differing = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if name not in CHANGEABLE and before.get(name) != now.get(name)
+    ]
+    if not differing:
+        return
+    shown = "; ".join(
+        f"{name} was {before.get(name, 'absent')}, now {now.get(name, 'absent')}"
+        for name in differing[:_LISTED]
+    )
+    more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+    raise UserError(
+        f"workdir {str(where)!r}: holds a run with other settings: {shown}{more}; resume with the"
+        f" same ones (only {', '.join(CHANGEABLE)} may change) or use another workdir"
+    )
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, str]:
+    """Dotted path -> JSON of every leaf; lists count as leaves."""
+    if isinstance(tree, Mapping) and tree:
+        leaves = {}
+        for name, value in tree.items():
+            leaves.update(_leaves(value, f"{path}.{name}" if path else name))
+        return leaves
+    return {path: json.dumps(tree, ensure_ascii=False)}

@@ -1,0 +1,40 @@
+"""Stages: each joins one network and one diffusion, and says how it trains and samples.
+
+A stage is a frozen, hashable dataclass of settings. Its params are never inside it: they are the
+first argument of every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unclip_jax import config
+from unclip_jax.errors import UserError
+from unclip_jax.stages.clip import ClipStage
+from unclip_jax.stages.decoder import DecoderStage
+from unclip_jax.stages.prior import PriorStage
+from unclip_jax.stages.upsampler import UpsamplerStage
+
+Stage = ClipStage | PriorStage | DecoderStage | UpsamplerStage
+
+__all__ = ["ClipStage", "DecoderStage", "PriorStage", "Stage", "UpsamplerStage", "build", "describe"]
+
+
+def build(settings: Mapping[str, Any], path: str = "config.stage") -> Stage:
+    """The stage that plain settings describe; `kind` says which, the rest are its fields.
+
+    Raises:
+        UserError: an unknown kind or field, or a value of the wrong type.
+    """
+    kinds = {stage.kind: stage for stage in (ClipStage, PriorStage, DecoderStage, UpsamplerStage)}
+    settings = dict(settings)
+    kind = settings.pop("kind", None)
+    if kind not in kinds:
+        raise UserError(f"{path}.kind: got {kind!r}, expected one of {', '.join(sorted(kinds))}")
+    return config.build(kinds[kind], settings, path)
+
+
+def describe(stage: Stage) -> dict[str, Any]:
+    """Plain settings from which `build` makes an equal stage."""
+    return {"kind": stage.kind} | config.to_dict(stage)

@@ -1,0 +1,101 @@
+"""CLIP as a stage: contrastive training, and the frozen encoders every other stage stands on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.models.clip import Clip, ClipConfig
+from unclip_jax.stages.embedding import unit
+from unclip_jax.stages.images import resize, to_float
+
+Params = dict[str, Any]
+
+
+def contrastive_loss(
+    z_i: jax.Array, z_t: jax.Array, logit_scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Symmetric cross-entropy over the whole batch (Radford et al. 2021, figure 3).
+
+    Args:
+        z_i: unit image embeddings [b, e].
+        z_t: unit text embeddings [b, e]; row i belongs to row i of z_i.
+        logit_scale: the learned inverse temperature, a scalar.
+
+    Returns:
+        The mean loss, and the fraction of rows whose own partner is nearest (both directions).
+    """
+    logits = logit_scale * jnp.einsum("ie,je->ij", z_i, z_t, preferred_element_type=jnp.float32)
+    own = jnp.diagonal(logits)
+    to_text = jax.nn.logsumexp(logits, axis=1) - own
+    to_image = jax.nn.logsumexp(logits, axis=0) - own
+    hits = (jnp.argmax(logits, axis=1) == jnp.arange(len(own))).astype(jnp.float32)
+    hits_back = (jnp.argmax(logits, axis=0) == jnp.arange(len(own))).astype(jnp.float32)
+    return 0.5 * jnp.mean(to_text + to_image), 0.5 * jnp.mean(hits + hits_back)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipStage:
+    """CLIP: two towers into one space.
+
+    Attributes:
+        model: the towers' sizes.
+        unit_embeddings: whether z_i and z_t leave here with length one (the paper) or as
+            projected (Karlo). Everything downstream takes what this stage gives.
+    """
+
+    kind: ClassVar[str] = "clip"
+
+    model: ClipConfig
+    unit_embeddings: bool = True
+
+    @property
+    def network(self) -> Clip:
+        """The Linen module."""
+        return Clip(self.model)
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Context length and vocabulary size of the tokens this stage reads."""
+        return self.model.context_length, self.model.vocab_size
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the images this stage trains on."""
+        return self.model.image_size
+
+    def init(self, key: jax.Array) -> Params:
+        """Random params."""
+        size = self.model.image_size
+        images = jnp.zeros((1, size, size, 3))
+        tokens = jnp.zeros((1, self.model.context_length), jnp.int32)
+        return {"network": self.network.init(key, images, tokens)["params"]}
+
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Contrastive loss of a batch {"image": uint8 [b,h,w,3], "tokens": int32 [b,l]}."""
+        del key  # nothing here is random
+        z_i, z_t, logit_scale = self.network.apply(
+            {"params": params["network"]}, to_float(batch["image"]), batch["tokens"]
+        )
+        loss, accuracy = contrastive_loss(unit(z_i), unit(z_t), logit_scale)
+        return loss, {"accuracy": accuracy, "logit_scale": logit_scale}
+
+    def encode_image(self, params: Params, images: jax.Array) -> jax.Array:
+        """Images [b, h, w, 3] in [-1, 1], any size -> z_i [b, e]."""
+        images = resize(images, self.model.image_size)
+        z_i = self.network.apply(
+            {"params": params["network"]}, images, method=self.network.encode_image
+        )
+        return unit(z_i) if self.unit_embeddings else z_i
+
+    def encode_text(self, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens [b, l] int32 -> z_t [b, e] and the tokens' states [b, l, d]."""
+        z_t, states = self.network.apply(
+            {"params": params["network"]}, tokens, method=self.network.encode_text
+        )
+        return (unit(z_t) if self.unit_embeddings else z_t), states

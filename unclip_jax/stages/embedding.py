@@ -1,0 +1,69 @@
+"""The one normalisation of CLIP image embeddings, kept with the weights that need it.
+
+Diffusion wants coordinates of unit variance; CLIP's are far from it. The paper multiplies a
+unit embedding by 17.2, Karlo whitens every coordinate with a stored mean and standard deviation.
+Both are `(z - mean) / std`. The two vectors live in a stage's params under the key
+`normalisation`, which the optimizer leaves alone and a checkpoint carries along.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.errors import UserError
+
+Normalisation = dict[str, jax.Array]
+
+PAPER_SCALE = 17.2  # section C of the paper's appendix, for unit embeddings of 1024 dimensions
+
+
+def identity(embed_dim: int) -> Normalisation:
+    """The normalisation that changes nothing: mean 0, std 1, both [e] float32."""
+    return {"mean": jnp.zeros(embed_dim), "std": jnp.ones(embed_dim)}
+
+
+def scaling(embed_dim: int, scale: float = PAPER_SCALE) -> Normalisation:
+    """The paper's normalisation, z * scale, as mean 0 and std 1 / scale."""
+    return {"mean": jnp.zeros(embed_dim), "std": jnp.full(embed_dim, 1.0 / scale)}
+
+
+def whitening(z: jax.Array, floor: float = 1e-6) -> Normalisation:
+    """Mean and standard deviation of every coordinate of z [n, e] (Karlo's normalisation).
+
+    Raises:
+        UserError: fewer than two embeddings, or a coordinate that never varies.
+    """
+    if z.ndim != 2 or z.shape[0] < 2:
+        raise UserError(
+            f"embeddings: got shape {tuple(z.shape)}, expected [n, e] with n >= 2 to measure their"
+            " standard deviation; use a larger data set"
+        )
+    std = jnp.std(z, axis=0)
+    if bool(jnp.any(std < floor)):
+        raise UserError(
+            f"embeddings: {int(jnp.sum(std < floor))} of {z.shape[1]} coordinates never vary;"
+            " the CLIP has collapsed: train it longer or with a lower learning rate"
+        )
+    return {"mean": jnp.mean(z, axis=0), "std": std}
+
+
+def normalise(stats: Normalisation, z: jax.Array) -> jax.Array:
+    """CLIP's coordinates to the network's: z [b, e] -> [b, e]."""
+    stats = jax.lax.stop_gradient(stats)
+    return (z - stats["mean"][None]) / stats["std"][None]
+
+
+def denormalise(stats: Normalisation, z: jax.Array) -> jax.Array:
+    """The network's coordinates to CLIP's: z [b, e] -> [b, e]."""
+    return z * stats["std"][None] + stats["mean"][None]
+
+
+def unit(z: jax.Array) -> jax.Array:
+    """Project onto the unit sphere along the last axis."""
+    return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+
+
+def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Cosine similarity along the last axis: [..., e], [..., e] -> [...]."""
+    return jnp.sum(unit(a) * unit(b), axis=-1)

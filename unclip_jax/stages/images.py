@@ -1,0 +1,24 @@
+"""Images at the border of the stages: uint8 outside, float in [-1, 1] inside."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 [b, h, w, c] in 0..255 -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Float [b, h, w, c], clipped to [-1, 1] -> uint8 in 0..255, rounded to nearest."""
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def resize(images: jax.Array, size: int) -> jax.Array:
+    """Bicubic, antialiased resize of [b, h, w, c] to [b, size, size, c]; same size is a no-op."""
+    b, h, w, c = images.shape
+    if (h, w) == (size, size):
+        return images
+    return jax.image.resize(images, (b, size, size, c), "cubic", antialias=True)

@@ -1,0 +1,178 @@
+"""The diffusion prior as a stage: p(z_i | y), a caption in and a CLIP image embedding out.
+
+Section 2.2 of the paper. The network predicts the clean z_i itself (x_0 prediction), trained with
+mean squared error; sampling draws two embeddings and keeps the one with the larger dot product
+with z_t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax import diffusion as dm
+from unclip_jax import samplers
+from unclip_jax.errors import UserError
+from unclip_jax.losses import losses
+from unclip_jax.models.prior import Prior, PriorConfig
+from unclip_jax.stages import embedding
+from unclip_jax.stages.conditioning import (
+    Condition,
+    Params,
+    initial_noise,
+    keep,
+    random_timesteps,
+    text_mask,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorStage:
+    """The diffusion prior: network, diffusion and sampling settings together.
+
+    Attributes:
+        model: the causal Transformer's size.
+        diffusion: schedule, prediction and loss.
+        sampling: method and number of steps.
+        caption_drop: how often training drops the caption (tokens and z_t together).
+        draws: how many embeddings sampling draws for each it returns (the paper draws two).
+        guidance_scale: the classifier-free guidance that sampling uses unless told otherwise.
+        unit_embeddings: whether CLIP's embeddings have length one here; a sample then has, too.
+    """
+
+    kind: ClassVar[str] = "prior"
+
+    model: PriorConfig
+    diffusion: dm.Diffusion = dm.Diffusion(prediction="x_0", variance="fixed_small_log")
+    sampling: samplers.Sampling = samplers.Sampling(method="ddpm", spacing="64")
+    caption_drop: float = 0.1
+    draws: int = 2
+    unit_embeddings: bool = True
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the fields that no part checks alone."""
+        if self.draws < 1:
+            raise UserError(f"stage.draws: got {self.draws}, expected at least 1")
+        if not 0.0 <= self.caption_drop < 1.0:
+            raise UserError(f"stage.caption_drop: got {self.caption_drop}, expected 0 <= p < 1")
+
+    @property
+    def network(self) -> Prior:
+        """The Linen module."""
+        return Prior(self.model)
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Context length and vocabulary size of the tokens this stage reads."""
+        return self.model.context_length, self.model.vocab_size
+
+    def init(self, key: jax.Array) -> Params:
+        """Random params, with the identity as normalisation until `with_normalisation`."""
+        e = self.model.embed_dim
+        cond = self.null(self._blank_condition())
+        variables = self.network.init(
+            key,
+            jnp.zeros((1, e)),
+            jnp.zeros((1,), jnp.int32),
+            cond["z_t"],
+            cond["text"],
+            cond["text_mask"],
+        )
+        return {"network": variables["params"], "normalisation": embedding.identity(e)}
+
+    def _blank_condition(self) -> Condition:
+        length = self.model.context_length
+        if self.model.vocab_size:
+            text = jnp.zeros((1, length), jnp.int32)
+        else:
+            text = jnp.zeros((1, length, self.model.text_width))
+        mask = jnp.ones((1, length), bool)
+        return {"text": text, "text_mask": mask, "z_t": jnp.zeros((1, self.model.embed_dim))}
+
+    def condition(self, tokens: jax.Array, z_t: jax.Array) -> Condition:
+        """Condition from caption tokens [b, l] and z_t [b, e] (a prior with its own vocabulary)."""
+        return {"text": tokens, "text_mask": text_mask(tokens, self.model.vocab_size), "z_t": z_t}
+
+    def null(self, cond: Condition) -> Condition:
+        """The condition without its caption: no token attended to, z_t zero."""
+        return {
+            "text": cond["text"],
+            "text_mask": jnp.zeros_like(cond["text_mask"]),
+            "z_t": jnp.zeros_like(cond["z_t"]),
+        }
+
+    def denoise(self, params: Params, x_t: jax.Array, t: jax.Array, cond: Condition) -> jax.Array:
+        """The network's output for noised, normalised embeddings x_t [b, e] at t [b]."""
+        return self.network.apply(
+            {"params": params["network"]}, x_t, t, cond["z_t"], cond["text"], cond["text_mask"]
+        )
+
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss of a batch {"tokens": int32 [b, l], "z_i": [b, e], "z_t": [b, e]}."""
+        t_key, noise_key, drop_key = jax.random.split(key, 3)
+        x_0 = embedding.normalise(params["normalisation"], batch["z_i"])
+        t = random_timesteps(t_key, len(x_0), self.diffusion.steps)
+        noise = jax.random.normal(noise_key, x_0.shape)
+        cond = self.condition(batch["tokens"], batch["z_t"])
+        kept = keep(drop_key, len(x_0), self.caption_drop)
+        cond["text_mask"] &= kept[:, None]
+        cond["z_t"] = jnp.where(kept[:, None], cond["z_t"], 0.0)
+        terms = losses(
+            self.diffusion, lambda x_t, t: self.denoise(params, x_t, t, cond), x_0, t, noise
+        )
+        return jnp.mean(terms["loss"]), {"mse": jnp.mean(terms["mse"])}
+
+    def sample(
+        self,
+        params: Params,
+        keys: jax.Array,
+        cond: Condition,
+        *,
+        guidance_scale: float | jax.Array = 1.0,
+        null: Condition | None = None,
+        eta: float | jax.Array = 0.0,
+        progress: samplers.Progress | None = None,
+    ) -> jax.Array:
+        """Draw `draws` embeddings per condition and keep the one nearest z_t.
+
+        Args:
+            params: as `init` made them.
+            keys: one typed key per example [b].
+            cond: a condition of b rows.
+            guidance_scale: classifier-free guidance; 1 is the conditional model. May be traced.
+            null: what guidance leads away from; by default the condition without its caption.
+            eta: DDIM's noise, for sampling.method "ddim".
+            progress: called as progress(step, steps) while sampling.
+
+        Returns:
+            z_i [b, e] in CLIP's coordinates.
+        """
+        null = self.null(cond) if null is None else null
+        b, e = cond["z_t"].shape
+        keys = jax.vmap(lambda key: jax.random.split(key, self.draws))(keys).reshape(-1)
+
+        def repeat(tree: Condition) -> Condition:
+            return jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), tree)
+
+        denoise = samplers.classifier_free(
+            lambda x_t, t, c: self.denoise(params, x_t, t, c),
+            repeat(cond),
+            repeat(null),
+            guidance_scale,
+            learned_variance=self.diffusion.learned_variance,
+        )
+        x_T, keys = initial_noise(keys, (e,))
+        x_0 = samplers.sample(
+            denoise, x_T, keys, self.diffusion, self.sampling, eta=eta, progress=progress
+        )
+        z_i = embedding.denormalise(params["normalisation"], x_0)
+        z_i = embedding.unit(z_i) if self.unit_embeddings else z_i
+        z_i = z_i.reshape(b, self.draws, e)
+        best = jnp.argmax(jnp.einsum("bre,be->br", z_i, cond["z_t"]), axis=1)
+        return jnp.take_along_axis(z_i, best[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,76 @@
+"""Settings of the training loop and its optimizer, the same for every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from unclip_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the loop and the optimizer. An `every` of 0 stands for never.
+
+    Attributes:
+        batch_size: examples per step, over all devices and microbatches.
+        steps: total number of steps.
+        learning_rate: the peak.
+        warmup_steps: over which the learning rate rises linearly.
+        schedule: "constant" or "cosine" (to zero at `steps`) after the warm-up.
+        b1: Adam's decay of the first moment.
+        b2: Adam's decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on kernels and token embeddings only.
+        grad_clip: greatest global norm of the gradient; 0 does not clip.
+        grad_accum: microbatches per step, one after another; memory is that of one.
+        ema_decay: of the averaged weights that are evaluated and exported.
+        ema_warmup: whether step n (from 0) averages with min(ema_decay, (1 + n) / (10 + n)).
+        log_every: steps between log lines.
+        checkpoint_every: steps between checkpoints; the last step always makes one.
+        eval_every: steps between evaluations, and one after the last step.
+        preview_every: steps between preview grids, and one after the last step.
+        keep_checkpoints: how many stay on disk.
+        seed: of every random number that training draws.
+    """
+
+    batch_size: int = 64
+    steps: int = 1000
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+    grad_accum: int = 1
+    ema_decay: float = 0.9999
+    ema_warmup: bool = True
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    eval_every: int = 0
+    preview_every: int = 0
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        at_least_one = ("batch_size", "steps", "grad_accum", "log_every", "keep_checkpoints")
+        not_negative = ("warmup_steps", "weight_decay", "grad_clip", "seed")
+        intervals = ("checkpoint_every", "eval_every", "preview_every")
+        for name in at_least_one:
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in not_negative + intervals:
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("learning_rate", "eps"):
+            self._check(name, getattr(self, name) > 0, "a positive number")
+        for name in ("b1", "b2", "ema_decay"):
+            self._check(name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
+        self._check("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
+        fits = self.schedule == "constant" or self.warmup_steps < self.steps
+        self._check("warmup_steps", fits, f"less than train.steps ({self.steps})")
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise UserError(f"train.{name}: got {getattr(self, name)!r}, expected {expected}")

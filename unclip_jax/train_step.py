@@ -1,0 +1,189 @@
+"""One step of training, compiled, and the averages of what steps measure.
+
+The step is a pure function of the state and the batch, whatever the stage: the stage's part in it
+is a loss function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics as clu_metrics
+from jax.sharding import Mesh
+
+from unclip_jax import sharding
+from unclip_jax.optim import Params, freeze_constants, learning_rate, trained
+from unclip_jax.train_config import TrainConfig
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
+StepFn = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+# Metrics of the step itself; a loss function names its own otherwise.
+OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "finite", "step")
+
+_NEVER = np.iinfo(np.int32).max
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        step: steps done, int32 scalar.
+        params: what is trained.
+        ema_params: their exponential moving average, float32.
+        opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Params
+    ema_params: Params
+    opt_state: optax.OptState
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. Params are copied, since a step consumes its state."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=jax.tree.map(lambda p: jnp.array(p, copy=True), params),
+        ema_params=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> StepFn:
+    """Compile one step: (state, batch) -> (state, metrics). The given state is consumed.
+
+    The metrics are float32 scalars: the loss function's own, and `loss`, `grad_norm` (before
+    clipping), `param_norm` (after the update), `learning_rate`, `finite` (0 or 1) and `step`. If
+    the loss, the gradient's norm or the new params' norm is not finite, params, average and
+    optimizer keep their old values, and only the step number moves on.
+    """
+    rate = learning_rate(config)
+
+    def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss, own, grads = _gradients(loss_fn, config.grad_accum, mesh, state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = _average(state.ema_params, params, _ema_decay(config, state.step))
+        norms = {
+            "grad_norm": optax.tree.norm(trained(grads)),
+            "param_norm": optax.tree.norm(trained(params)),
+        }
+        finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))
+        updated = TrainState(state.step + 1, params, ema_params, opt_state)
+        kept = state._replace(step=state.step + 1)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
+        own |= {"loss": loss, **norms, "learning_rate": rate(kept.step - 1), "finite": finite}
+        metrics = {name: value.astype(jnp.float32) for name, value in own.items()}
+        return state, metrics | {"step": state.step}
+
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+
+
+def _gradients(
+    loss_fn: LossFn, microbatches: int, mesh: Mesh, params: Params, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Metrics, Params]:
+    """Loss, own metrics and gradient, each the mean over the microbatches.
+
+    Microbatch i takes every `microbatches`-th example from the i-th on, so that the rows of each
+    one are spread over the devices as the batch's rows are, and draws from `fold_in(key, i)`.
+    """
+
+    def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        value, own = loss_fn(freeze_constants(params), batch, key)
+        taken = sorted(set(own) & set(OWN_METRICS))
+        if taken:
+            raise ValueError(f"metrics {taken} are the loop's own; name the loss's otherwise")
+        return value.astype(jnp.float32), own
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if microbatches == 1:
+        (value, own), grads = value_and_grad(params, batch, key)
+        return value, own, grads
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding.microbatch_sharding(mesh))
+
+    def add(total: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        i, microbatch = inputs
+        part = value_and_grad(params, microbatch, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, part), None
+
+    stacked = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], stacked)
+    shapes = jax.eval_shape(value_and_grad, params, first, key)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(microbatches), stacked))
+    (value, own), grads = jax.tree.map(lambda x: x / microbatches, total)
+    return value, own, grads
+
+
+def _ema_decay(config: TrainConfig, step: jax.Array) -> jax.Array:
+    decay = jnp.float32(config.ema_decay)
+    n = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1.0 + n) / (10.0 + n)) if config.ema_warmup else decay
+
+
+def _average(average: Params, params: Params, decay: jax.Array) -> Params:
+    """decay * average + (1 - decay) * params in float32, exact where the two are equal."""
+    return jax.tree.map(
+        lambda a, p: a + (1.0 - decay) * (p.astype(jnp.float32) - a), average, params
+    )
+
+
+@flax.struct.dataclass
+class _Earliest(clu_metrics.Metric):
+    """The smallest value seen."""
+
+    value: jax.Array
+
+    def merge(self, other: _Earliest) -> _Earliest:
+        return _Earliest(jnp.minimum(self.value, other.value))
+
+    def compute(self) -> jax.Array:
+        return self.value
+
+
+Window = dict[str, clu_metrics.Metric]
+
+
+@jax.jit
+def open_window(metrics: Metrics) -> Window:
+    """Begin to average over steps. A dict, as a clu `Collection` takes Python identifiers only."""
+    window: Window = {
+        name: clu_metrics.Average.from_model_output(value)
+        for name, value in metrics.items()
+        if name not in ("finite", "step", "learning_rate", "param_norm")
+    }
+    for name in ("learning_rate", "param_norm"):
+        window[name] = clu_metrics.LastValue.from_model_output(metrics[name])
+    bad_step = jnp.where(metrics["finite"] > 0, _NEVER, metrics["step"])
+    return window | {"bad_step": _Earliest(bad_step)}
+
+
+@jax.jit
+def merge_windows(first: Window, second: Window) -> Window:
+    """The averages over both; the last values are the second's."""
+    return {name: first[name].merge(second[name]) for name in first}
+
+
+def read_window(window: Window) -> tuple[dict[str, float], int | None]:
+    """The averages, and the first step that was not finite. Waits for the devices."""
+    values = jax.device_get({name: metric.compute() for name, metric in window.items()})
+    bad_step = int(values.pop("bad_step"))
+    names = [name for name in OWN_METRICS if name in values]
+    names += sorted(values.keys() - names)
+    averages = {f"train/{name}": float(values[name]) for name in names}
+    return averages, None if bad_step == _NEVER else bad_step

@@ -1,0 +1,387 @@
+"""One training loop for every stage: it imports no model and is handed a loss.
+
+    train(loss_fn=..., init_params=..., batches=..., config=..., workdir=..., description=...)
+
+Step n + 1 is a function of the state after step n, the next batch and `fold_in(key(seed), n)`, and
+of nothing else; a checkpoint holds that state and the position in the data. So running the same
+command again goes on from the last checkpoint, bit for bit as if nothing had happened.
+See docs/training.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from unclip_jax import config as settings
+from unclip_jax import grids, report, resume, sharding
+from unclip_jax.errors import UserError
+from unclip_jax.files import replacing
+from unclip_jax.optim import Params, make_optimizer
+from unclip_jax.train_config import TrainConfig
+from unclip_jax.train_step import (
+    Batch,
+    LossFn,
+    StepFn,
+    TrainState,
+    Window,
+    init_state,
+    make_train_step,
+    merge_windows,
+    open_window,
+    read_window,
+)
+
+__all__ = [
+    "TrainConfig",
+    "TrainState",
+    "init_state",
+    "make_optimizer",
+    "make_train_step",
+    "train",
+]
+
+Evaluate = Callable[[Params, int], Mapping[str, float]]
+Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
+
+# How many steps the host may be ahead of the devices. Enough that they never wait for it; few
+# enough that queued batches take little memory and a SIGTERM is answered soon.
+_IN_FLIGHT = 4
+
+
+class BatchIterator(Protocol):
+    """Batches in a fixed order, whose position can be saved."""
+
+    def __next__(self) -> Mapping[str, np.ndarray]:
+        """The next batch, arrays [batch_size, ...]."""
+
+    def get_state(self) -> Any:
+        """The position: bytes, or JSON-able."""
+
+    def set_state(self, state: Any) -> None:
+        """Go to a position that `get_state` returned."""
+
+
+class _Feed:
+    """Batches on the devices, each with the data position right after it."""
+
+    def __init__(self, batches: BatchIterator, config: TrainConfig, mesh: Mesh) -> None:
+        self._batches, self._config, self._mesh = batches, config, mesh
+
+    def take(self, step: int) -> tuple[Batch, Any]:
+        """The batch of `step`, copied to the devices in the background, and the position."""
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise UserError(
+                f"data: ran out at step {step} of {self._config.steps}; repeat it or lower"
+                " train.steps"
+            ) from None
+        position = self._batches.get_state()
+        for name, array in batch.items():
+            if np.ndim(array) < 1 or len(array) != self._config.batch_size:
+                raise UserError(
+                    f"batch[{name!r}]: got shape {list(np.shape(array))}, expected"
+                    f" {self._config.batch_size} rows (train.batch_size)"
+                )
+            if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+                raise UserError(f"batch[{name!r}]: got dtype {array.dtype}, expected numbers")
+        return sharding.shard_batch(batch, self._mesh), position
+
+
+class _Termination:
+    """Whether SIGTERM has come; while in force, the process lives on to save."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Python lets only the main thread handle signals; elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+class _Meter:
+    """Speed over the steps since the last reading, evaluations and saves left out."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._step, self._since = None, 0.0
+
+    def restart(self, step: int) -> None:
+        self._step, self._since = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Empty before the first restart, which comes after the compilation."""
+        if self._step is None or step <= self._step:
+            return {}
+        speed = (step - self._step) / (time.perf_counter() - self._since)
+        return {
+            "train/steps_per_second": speed,
+            "train/examples_per_second": speed * self._batch_size,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the loop works with; `_train_steps` is the loop."""
+
+    config: TrainConfig
+    workdir: Path
+    description: dict[str, Any]
+    checkpoints: resume.Checkpoints
+    progress: report.Progress
+    writer: report.MetricWriter
+    termination: _Termination
+    evaluate: Evaluate | None
+    preview: Preview | None
+
+    def due(self, every: int, step: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def log(self, step: int, window: Window, meter: _Meter) -> None:
+        """Write the averages since the last log; stop if a step among them was not finite."""
+        averages, bad_step = read_window(window)
+        if bad_step is not None:
+            self._stop_not_finite(bad_step)
+        self.writer.write_scalars(step, averages | meter.read(step))
+
+    def _stop_not_finite(self, step: int) -> None:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest()
+        where = self.checkpoints.folder
+        last = f"the last good checkpoint is step {good} in {where}" if good else "none was saved"
+        raise UserError(
+            f"step {step}: the loss or its gradient is not finite, so training stopped ({last});"
+            f" lower train.learning_rate ({self.config.learning_rate:g}) or set train.grad_clip"
+            f" ({self.config.grad_clip:g}) in a new workdir, and check the data"
+        )
+
+    def show(self, state: TrainState, step: int) -> None:
+        """Evaluate and draw a preview with the averaged weights, as far as they are due."""
+        if self.evaluate is not None and self.due(self.config.eval_every, step):
+            values = self.evaluate(state.ema_params, step)
+            scalars = {f"eval/{name}": float(value) for name, value in values.items()}
+            self.writer.write_scalars(step, scalars)
+        if self.preview is not None and self.due(self.config.preview_every, step):
+            images, captions = zip(*self.preview(state.ema_params, step), strict=True)
+            grid = grids.captioned_grid(images, captions, title=f"step {step}")
+            path = self.workdir / "previews" / f"step_{step:08d}.png"
+            grids.save_png(grid, path, {"step": str(step)})
+            self.writer.write_images(step, {"preview": np.asarray(grid)})
+
+    def save(self, state: TrainState, step: int, position: Any) -> None:
+        self.writer.flush()
+        self.checkpoints.save(step, state, position, self.description)
+
+
+def _train_steps(
+    run: _Run,
+    step_fn: StepFn,
+    state: TrainState,
+    feed: _Feed,
+    start: int,
+) -> TrainState:
+    """Steps start + 1 to config.steps.
+
+    At a step, in this order: log, evaluate and preview, save. What a log line averages begins
+    after the last log or checkpoint. Hence a run that goes on from a checkpoint writes the lines
+    that the uninterrupted run writes.
+    """
+    config, meter = run.config, _Meter(run.config.batch_size)
+    window: Window | None = None
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    batch, position = feed.take(start + 1) if start < config.steps else (None, None)
+    for step in range(start + 1, config.steps + 1):
+        state, metrics = step_fn(state, batch)
+        opened = open_window(metrics)
+        window = opened if window is None else merge_windows(window, opened)
+        here = position
+        if step < config.steps:
+            # The devices compute this step while the host reads and sends the next batch.
+            batch, position = feed.take(step + 1)
+        in_flight.append(metrics["loss"])
+        if len(in_flight) > _IN_FLIGHT:
+            in_flight.popleft().block_until_ready()
+        run.progress.update()
+
+        stopping = run.termination.requested
+        saving = stopping or step == config.steps or run.due(config.checkpoint_every, step)
+        if saving or run.due(config.log_every, step):
+            run.log(step, window, meter)
+            window = None
+        run.show(state, step)
+        if saving:
+            run.save(state, step, here)
+        if stopping and step < config.steps:
+            run.checkpoints.wait()
+            run.progress.line(f"stopped by SIGTERM; step {step} is saved, the same command goes on")
+            raise SystemExit(0)
+        if window is None or step <= start + 2:  # the first two steps compile
+            meter.restart(step)
+    return state
+
+
+def train(
+    *,
+    loss_fn: LossFn,
+    init_params: Callable[[], Params],
+    batches: BatchIterator,
+    config: TrainConfig,
+    workdir: str | Path,
+    description: Mapping[str, Any],
+    evaluate: Evaluate | None = None,
+    preview: Preview | None = None,
+    export: Callable[[Params, int], None] | None = None,
+) -> TrainState:
+    """Train from the beginning, or from the last checkpoint in `workdir`, to `config.steps`.
+
+    Args:
+        loss_fn: (params, batch, key) -> (mean loss over the batch, dict of scalar metrics); it is
+            traced.
+        init_params: makes the nested dict of initial params; "normalisation" in it stays constant.
+        batches: the data; an interrupted run restores its position.
+        config: settings of the loop.
+        workdir: a local folder of this run alone; created if missing.
+        description: JSON-able; a run resumes only under the same description (and the same
+            `config`, but for `resume.CHANGEABLE`).
+        evaluate: (averaged params, step) -> figures on held-out data.
+        preview: (averaged params, step) -> uint8 images [h, w, 3] with captions.
+        export: (averaged params, step), called once training is over.
+
+    Returns:
+        The state after the last step, replicated on every device.
+
+    Raises:
+        UserError: a workdir in use or of another run, a damaged checkpoint, data that ends or does
+            not fit, a loss or gradient that is not finite.
+        SystemExit: with status 0, after SIGTERM, once everything is saved.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"jax.process_count(): got {jax.process_count()}, expected 1; training runs in one"
+            " process, on all the devices of its host"
+        )
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config.batch_size, mesh, config.grad_accum)
+    workdir = _open_workdir(workdir)
+    described = dict(description) | {"train": settings.to_dict(config)}
+    described = json.loads(json.dumps(described, allow_nan=False))
+    termination = _Termination()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(termination.in_force())
+        stack.enter_context(resume.lock(workdir))
+        checkpoints = stack.enter_context(
+            resume.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+        )
+        start = _check_resumable(checkpoints, described, config, workdir)
+        optimizer = make_optimizer(config)
+        state = sharding.replicate(init_state(init_params(), optimizer), mesh)
+        if start:
+            state, position = checkpoints.restore(start, like=state)
+            batches.set_state(position)
+
+        progress = report.Progress(steps=config.steps, start=start, batch_size=config.batch_size)
+        stack.callback(progress.close)
+        writer = report.MultiWriter(
+            [
+                progress,
+                report.JsonLinesWriter(workdir / report.METRICS_FILE, start),
+                report.TensorBoardWriter(workdir / "tensorboard", start),
+            ]
+        )
+        stack.callback(writer.close)
+        run = _Run(
+            config,
+            workdir,
+            described,
+            checkpoints,
+            progress,
+            writer,
+            termination,
+            evaluate,
+            preview,
+        )
+        _introduce(run, state.params, mesh, start)
+        step_fn = make_train_step(loss_fn, optimizer, config, mesh)
+        state = _train_steps(run, step_fn, state, _Feed(batches, config, mesh), start)
+        checkpoints.wait()
+        if export is not None:
+            export(state.ema_params, config.steps)
+        report.plot_metrics(workdir)
+    return state
+
+
+def _open_workdir(workdir: str | Path) -> Path:
+    if "://" in str(workdir) or str(workdir) == "":
+        raise UserError(f"workdir: got {str(workdir)!r}, expected a local folder")
+    workdir = Path(workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir {str(workdir)!r}: cannot be created ({error})") from error
+    return workdir
+
+
+def _check_resumable(
+    checkpoints: resume.Checkpoints,
+    described: dict[str, Any],
+    config: TrainConfig,
+    workdir: Path,
+) -> int:
+    """The step to go on from, 0 if there is no checkpoint."""
+    start = checkpoints.latest()
+    if start is None:
+        return 0
+    resume.check_description(checkpoints.description(start), described, workdir)
+    if start > config.steps:
+        raise UserError(
+            f"train.steps: got {config.steps}, but {str(workdir)!r} is at step {start} already;"
+            " raise it, or use another workdir"
+        )
+    return start
+
+
+def _introduce(run: _Run, params: Params, mesh: Mesh, start: int) -> None:
+    """Write what the run is: description.json, parameters.txt, and a line or two."""
+    text = json.dumps(run.description, indent=2, ensure_ascii=False)
+    with replacing(run.workdir / "description.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    table = parameter_overview.get_parameter_overview(params, include_stats=False)
+    with replacing(run.workdir / "parameters.txt") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    # TensorBoard renders Markdown, in which four spaces begin code.
+    run.writer.write_texts(start, {"description": "    " + text.replace("\n", "\n    ")})
+
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    where = sharding.describe(mesh)
+    run.progress.line(f"{count:,} parameters on {where['devices']} x {where['kind']}")
+    if start:
+        run.progress.line(f"resumed from step {start} of {run.config.steps}")
