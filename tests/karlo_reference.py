@@ -156,7 +156,7 @@ def unet_table(config: UNetConfig) -> list[Row]:
 
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
-    """diffusers' UNet2DConditionModel, and its UnCLIPTextProjModel with names after "text_proj."."""
+    """diffusers' UNet2DConditionModel, and its UnCLIPTextProjModel under "text_proj."."""
     time = "clip_image_embeddings_project_to_time_embeddings"
     rows = [
         row("array", "null_z_i", "text_proj.learned_classifier_free_guidance_embeddings"),

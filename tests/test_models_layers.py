@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from networks import normal, prefix_mask, random_params, relative_error
 
+from tests.networks import normal, prefix_mask, random_params, relative_error
 from unclip_jax.errors import UserError
 from unclip_jax.models import layers
 
@@ -14,9 +14,9 @@ from unclip_jax.models import layers
 def attention_by_loops(q, k, v, mask):
     """Softmax attention in float64, one query at a time; nothing to attend to gives zeros."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    b, n, l, dim = q.shape
+    dim = q.shape[-1]
     out = np.zeros_like(q)
-    for i, j, row in np.ndindex(b, n, l):
+    for i, j, row in np.ndindex(q.shape[:3]):
         seen = np.flatnonzero(mask[i, j, row])
         if seen.size:
             scores = k[i, j, seen] @ q[i, j, row] / np.sqrt(dim)
@@ -171,7 +171,7 @@ def test_dots_keeps_products_and_full_keeps_none():
         net = layers.remat(Net, policy)()
         x = jnp.ones((1, 4, 4, 2))
         params = net.init(jax.random.key(0), x)
-        grad = jax.grad(lambda p, x: net.apply(p, x).sum(), argnums=1)
+        grad = jax.value_and_grad(lambda p, x: net.apply(p, x).sum(), argnums=1)
         lowered = jax.jit(grad).trace(params, x).lower(lowering_platforms=("tpu",))
         return lowered.as_text().count("stablehlo.convolution")
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import karlo_reference as reference
 import numpy as np
 import pytest
-from networks import normal, prefix_mask, relative_error, shapes
 
+from tests import karlo_reference as reference
+from tests.networks import normal, prefix_mask, relative_error, shapes
 from unclip_jax import presets
 from unclip_jax.models import (
     Clip,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import normal, prefix_mask, random_params, relative_error
 
+from tests.networks import normal, prefix_mask, random_params, relative_error
 from unclip_jax.errors import UserError
 from unclip_jax.models import Clip, ClipConfig, Prior, PriorConfig, TextConfig, TextEncoder
 
@@ -110,14 +110,20 @@ def test_text_encoder_reads_no_token_under_a_false_mask():
 
 
 def prior_args(config, seed=0):
-    b, l = 3, config.context_length
+    b, length = 3, config.context_length
     if config.vocab_size:
-        text = jax.random.randint(jax.random.key(seed), (b, l), 0, config.vocab_size)
+        text = jax.random.randint(jax.random.key(seed), (b, length), 0, config.vocab_size)
     else:
-        text = normal(seed, b, l, config.text_width)
+        text = normal(seed, b, length, config.text_width)
     e = config.embed_dim
     t = jnp.array([0, 500, 999])
-    return normal(seed + 1, b, e), t, normal(seed + 2, b, e), text, prefix_mask([0, 2, l], l)
+    return (
+        normal(seed + 1, b, e),
+        t,
+        normal(seed + 2, b, e),
+        text,
+        prefix_mask([0, 2, length], length),
+    )
 
 
 @pytest.mark.parametrize(

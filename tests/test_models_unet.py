@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import normal, prefix_mask, random_params, relative_error, shapes, size
 
+from tests.networks import normal, prefix_mask, random_params, relative_error, shapes, size
 from unclip_jax.errors import UserError
 from unclip_jax.models import Decoder, DecoderConfig, TextConfig, UNet, UNetConfig
 from unclip_jax.models.unet import depth_to_space, space_to_depth
@@ -22,16 +22,18 @@ UNET = UNetConfig(
     context_dim=10,
     groups=4,
 )
+ONE_LEVEL = dataclasses.replace(UNET, image_size=6, channel_mults=(1,))
 CONVOLUTIONS = dataclasses.replace(UNET, attention_sizes=(), context_dim=0)
 TEXT = TextConfig(vocab_size=11, context_length=5, width=10, layers=1, heads=2)
-PLAIN = DecoderConfig(dataclasses.replace(UNET, context_dim=0))
-GLIDE = DecoderConfig(UNET, text=TEXT)
-UNCLIP = DecoderConfig(UNET, text=TEXT, embed_dim=7)
-KARLO = DecoderConfig(UNET, text_width=6, embed_dim=7, use_z_t=True, learned_null=True)
-Z_I_ONLY = DecoderConfig(UNET, embed_dim=7, clip_tokens=3)
+PLAIN = DecoderConfig(dataclasses.replace(ONE_LEVEL, context_dim=0))
+GLIDE = DecoderConfig(ONE_LEVEL, text=TEXT)
+UNCLIP = DecoderConfig(ONE_LEVEL, text=TEXT, embed_dim=7)
+KARLO = DecoderConfig(ONE_LEVEL, text_width=6, embed_dim=7, use_z_t=True, learned_null=True)
+Z_I_ONLY = DecoderConfig(ONE_LEVEL, embed_dim=7, clip_tokens=3)
 Z_I_IN_TIME = dataclasses.replace(PLAIN, embed_dim=7, clip_tokens=0)
 
 X = normal(0, 3, 12, 12, 3)
+SMALL_X = normal(0, 3, 6, 6, 3)
 T = jnp.array([0, 7, 999])
 
 
@@ -72,28 +74,31 @@ def test_unet_shapes(changes):
     context = normal(2, 2, 3, config.context_dim) if config.context_dim else None
     network, t = UNet(config), jnp.array([3, 4])
     params = random_params(network, x, t, emb, context)
-    out = network.apply({"params": params}, x, t, emb, context)
+    out = applied(network, params)(x, t, emb, context)
     assert out.shape == (2, side, side, config.out_channels)
     assert out.dtype == jnp.float32
     assert jnp.isfinite(out).all()
 
 
-def test_unet_starts_as_zero():
-    variables = UNet(CONVOLUTIONS).init(jax.random.key(0), X, T)
-    np.testing.assert_array_equal(UNet(CONVOLUTIONS).apply(variables, X, T), 0.0)
+def test_unet_starts_as_zero_and_its_blocks_as_the_identity():
+    network, context = UNet(ONE_LEVEL), normal(1, 3, 4, 10)
+    params = jax.jit(network.init)(jax.random.key(0), SMALL_X, T, None, context)["params"]
+    np.testing.assert_array_equal(applied(network, params)(SMALL_X, T, None, context), 0.0)
+    for name in params:
+        last = {"res": "conv_2", "attention": "out"}.get(
+            name.split("_")[-2 if "_0" in name else -1]
+        )
+        if last:
+            np.testing.assert_array_equal(params[name][last]["kernel"], 0.0)
 
 
-def test_convolutions_alone_run_at_any_size_and_far_pixels_do_not_meet():
-    """A crop gives what the whole gives, away from its borders, but for the norms' statistics."""
+def test_convolutions_alone_run_at_any_size_that_the_levels_divide():
     network = UNet(CONVOLUTIONS)
     params = random_params(network, X, T)
-    for height, width in ((2, 4), (12, 6), (16, 22)):
-        assert network.apply({"params": params}, normal(0, 1, height, width, 3), T[:1]).shape == (
-            1,
-            height,
-            width,
-            6,
-        )
+    for height, width in ((2, 4), (16, 22)):
+        x = normal(0, 1, height, width, 3)
+        out = jax.eval_shape(network.apply, {"params": params}, x, T[:1])
+        assert out.shape == (1, height, width, 6)
     for bad in (normal(0, 1, 7, 12, 3), normal(0, 1, 12, 9, 3)):
         with pytest.raises(UserError, match="multiples of 2"):
             network.apply({"params": params}, bad, T[:1])
@@ -118,30 +123,30 @@ def test_wrong_inputs_are_user_errors():
 
 def test_masked_context_is_not_read_and_all_masked_equals_none_at_all():
     """With every context token masked, keys and values are the image's own."""
-    network, context = UNet(UNET), normal(1, 3, 4, 10)
+    network, context = UNet(ONE_LEVEL), normal(1, 3, 4, 10)
     mask = jnp.array([[True, False, True, False]] * 2 + [[False] * 4])
-    params = random_params(network, X, T, None, context, mask)
+    params = random_params(network, SMALL_X, T, None, context, mask)
     apply = applied(network, params)
-    out = apply(X, T, None, context, mask)
+    out = apply(SMALL_X, T, None, context, mask)
     other = jnp.where(mask[:, :, None], context, normal(2, 3, 4, 10))
-    np.testing.assert_array_equal(apply(X, T, None, other, mask), out)
-    assert relative_error(apply(X, T, None, context, ~mask), out) > 1e-3
+    np.testing.assert_array_equal(apply(SMALL_X, T, None, other, mask), out)
+    assert relative_error(apply(SMALL_X, T, None, context, ~mask), out) > 1e-3
 
-    without = jax.tree.map(lambda leaf: leaf, params)
+    without = dict(params)
     for name in [n for n in params if "attention" in n]:
         without[name] = {k: v for k, v in params[name].items() if k != "context_kv"}
-    unconditional = UNet(dataclasses.replace(UNET, context_dim=0))
-    alone = unconditional.apply({"params": without}, X, T)
+    unconditional = UNet(dataclasses.replace(ONE_LEVEL, context_dim=0))
+    alone = applied(unconditional, without)(SMALL_X, T)
     assert relative_error(out[2], alone[2]) < 1e-5
 
 
 def test_context_is_a_set():
     """Attention reads its tokens in no order."""
-    network, context = UNet(UNET), normal(1, 3, 4, 10)
-    params = random_params(network, X, T, None, context)
-    out = network.apply({"params": params}, X, T, None, context)
-    reversed_ = network.apply({"params": params}, X, T, None, context[:, ::-1])
-    assert relative_error(reversed_, out) < 1e-5
+    network, context = UNet(ONE_LEVEL), normal(1, 3, 4, 10)
+    params = random_params(network, SMALL_X, T, None, context)
+    apply = applied(network, params)
+    out = apply(SMALL_X, T, None, context)
+    assert relative_error(apply(SMALL_X, T, None, context[:, ::-1]), out) < 1e-5
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3])
@@ -160,35 +165,38 @@ def test_patch_1_is_the_net_on_folded_images():
     folded = dataclasses.replace(CONVOLUTIONS, image_size=6, in_channels=12, out_channels=12)
     params = random_params(UNet(patched), X, T)
     assert size(params) == size(shapes(UNet(folded), space_to_depth(X, 2), T))
-    out = UNet(folded).apply({"params": params}, space_to_depth(X, 2), T)
-    ours = UNet(patched).apply({"params": params}, X, T)
-    np.testing.assert_array_equal(ours, depth_to_space(out, 2))
+    out = applied(UNet(folded), params)(space_to_depth(X, 2), T)
+    ours = applied(UNet(patched), params)(X, T)
+    assert relative_error(ours, depth_to_space(out, 2)) < 1e-6
 
 
 def test_dropout_draws_only_in_training():
-    network = UNet(dataclasses.replace(CONVOLUTIONS, dropout=0.3))
-    params = random_params(network, X, T)
+    exact = dataclasses.replace(ONE_LEVEL, attention_sizes=(), context_dim=0)
+    network = UNet(dataclasses.replace(exact, dropout=0.3))
+    params = random_params(network, SMALL_X, T)
 
-    def apply(key=None):
-        rngs = {} if key is None else {"dropout": jax.random.key(key)}
-        return network.apply({"params": params}, X, T, deterministic=key is None, rngs=rngs)
+    @jax.jit
+    def train(key):
+        rngs = {"dropout": key}
+        return network.apply({"params": params}, SMALL_X, T, deterministic=False, rngs=rngs)
 
-    plain = UNet(CONVOLUTIONS).apply({"params": params}, X, T)
-    np.testing.assert_array_equal(apply(), plain)
-    np.testing.assert_array_equal(apply(1), apply(1))
-    assert relative_error(apply(1), apply(2)) > 1e-3
+    plain = applied(UNet(exact), params)(SMALL_X, T)
+    np.testing.assert_array_equal(applied(network, params)(SMALL_X, T), plain)
+    first, second = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(train(first), train(first))
+    assert relative_error(train(first), train(second)) > 1e-3
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_no_gradient(remat):
     context, dropout = normal(1, 3, 4, 10), {"dropout": jax.random.key(5)}
-    exact = dataclasses.replace(UNET, dropout=0.2)
-    params = random_params(UNet(exact), X, T, None, context)
+    exact = dataclasses.replace(ONE_LEVEL, dropout=0.2)
+    params = random_params(UNet(exact), SMALL_X, T, None, context)
 
     def grads(config):
         def loss(params):
             out = UNet(config).apply(
-                {"params": params}, X, T, None, context, deterministic=False, rngs=dropout
+                {"params": params}, SMALL_X, T, None, context, deterministic=False, rngs=dropout
             )
             return jnp.sin(out).mean()
 
@@ -205,14 +213,14 @@ def test_remat_changes_no_gradient(remat):
 @pytest.mark.parametrize("config", [PLAIN, GLIDE, UNCLIP, KARLO, Z_I_ONLY, Z_I_IN_TIME])
 def test_decoder_is_encode_then_denoise(config):
     network, cond = Decoder(config), conditions(config)
-    params = random_params(network, X, T, cond)
-    out = applied(network, params)(X, T, cond)
-    assert out.shape == (3, 12, 12, 6)
+    params = random_params(network, SMALL_X, T, cond)
+    out = applied(network, params)(SMALL_X, T, cond)
+    assert out.shape == (3, 6, 6, 6)
     encoded = network.apply({"params": params}, cond, method="encode")
-    denoised = network.apply({"params": params}, X, T, encoded, method="denoise")
+    denoised = network.apply({"params": params}, SMALL_X, T, encoded, method="denoise")
     assert relative_error(denoised, out) < 1e-6
     # An example is its own: alone it comes out the same.
-    one = network.apply({"params": params}, X[2:], T[2:], jax.tree.map(lambda a: a[2:], cond))
+    one = network.apply({"params": params}, SMALL_X[2:], T[2:], jax.tree.map(lambda a: a[2:], cond))
     assert relative_error(one, out[2:]) < 1e-5
 
 
@@ -220,47 +228,49 @@ def test_decoder_is_encode_then_denoise(config):
 def test_a_dropped_caption_reaches_nothing(config):
     """Tokens, states and z_t of a fully masked caption do not matter, and those of others do."""
     network, cond, other = Decoder(config), conditions(config), conditions(config, seed=9)
-    params = random_params(network, X, T, cond)
+    params = random_params(network, SMALL_X, T, cond)
     apply = applied(network, params)
     z_i = {"z_i": cond["z_i"]} if config.embed_dim else {}
     kept = {"text_mask": cond["text_mask"]} | z_i
-    same = (apply(X, T, other | kept) == apply(X, T, cond)).all((1, 2, 3))
+    same = (apply(SMALL_X, T, other | kept) == apply(SMALL_X, T, cond)).all((1, 2, 3))
     assert same.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("config", [UNCLIP, KARLO, Z_I_ONLY, Z_I_IN_TIME])
 def test_a_dropped_z_i_is_zeros_or_the_learned_null(config):
     network, cond = Decoder(config), conditions(config)
-    params = random_params(network, X, T, cond)
+    params = random_params(network, SMALL_X, T, cond)
     apply = applied(network, params)
     mask = jnp.array([True, False, True])
     null = params["null_z_i"] if config.learned_null else jnp.zeros(7)
-    expected = apply(X, T, cond | {"z_i": cond["z_i"].at[1].set(null)})
-    out = apply(X, T, cond | {"z_i_mask": mask})
+    expected = apply(SMALL_X, T, cond | {"z_i": cond["z_i"].at[1].set(null)})
+    out = apply(SMALL_X, T, cond | {"z_i_mask": mask})
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_allclose(out[mask], apply(X, T, cond)[mask], atol=1e-5)
-    assert relative_error(out[1], apply(X, T, cond)[1]) > 1e-3
+    np.testing.assert_allclose(out[mask], apply(SMALL_X, T, cond)[mask], atol=1e-5)
+    assert relative_error(out[1], apply(SMALL_X, T, cond)[1]) > 1e-3
 
 
 def test_everything_dropped_has_a_finite_gradient():
     network, cond = Decoder(KARLO), conditions(KARLO, lengths=(0, 0, 0))
     cond["z_i_mask"] = jnp.zeros(3, bool)
-    params = random_params(network, X, T, cond)
-    grads = jax.jit(jax.grad(lambda p: network.apply({"params": p}, X, T, cond).std()))(params)
+    params = random_params(network, SMALL_X, T, cond)
+    grads = jax.jit(jax.grad(lambda p: network.apply({"params": p}, SMALL_X, T, cond).std()))(
+        params
+    )
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 def test_bfloat16_decoder_is_finite_and_near_float32():
     half = dataclasses.replace(
         UNCLIP,
-        unet=dataclasses.replace(UNET, dtype="bfloat16"),
+        unet=dataclasses.replace(ONE_LEVEL, dtype="bfloat16"),
         text=dataclasses.replace(TEXT, dtype="bfloat16"),
     )
     cond = conditions(UNCLIP)
-    params = random_params(Decoder(UNCLIP), X, T, cond)
-    out = Decoder(half).apply({"params": params}, X, T, cond)
+    params = random_params(Decoder(UNCLIP), SMALL_X, T, cond)
+    out = applied(Decoder(half), params)(SMALL_X, T, cond)
     assert out.dtype == jnp.float32
-    assert relative_error(out, Decoder(UNCLIP).apply({"params": params}, X, T, cond)) < 0.05
+    assert relative_error(out, applied(Decoder(UNCLIP), params)(SMALL_X, T, cond)) < 0.05
 
 
 def test_conditions_that_are_missing_or_unknown_are_user_errors():
@@ -275,7 +285,7 @@ def test_conditions_that_are_missing_or_unknown_are_user_errors():
         "cond z_i_mask has shape": cond | {"z_i_mask": jnp.ones((3, 1), bool)},
     }.items():
         with pytest.raises(UserError, match=message):
-            jax.eval_shape(Decoder(KARLO).init, init, X, T, bad)
+            jax.eval_shape(Decoder(KARLO).init, init, SMALL_X, T, bad)
 
 
 # ---------------------------------------------------------------- configs
@@ -314,6 +324,6 @@ def test_a_config_that_makes_no_network_is_a_user_error(config, changes):
 
 
 def test_configs_are_hashable_and_take_lists_from_files():
-    listed = dataclasses.replace(UNET, channel_mults=[1, 2], attention_sizes=[6])
-    assert listed == UNET
+    listed = dataclasses.replace(ONE_LEVEL, channel_mults=[1], attention_sizes=[6])
+    assert listed == ONE_LEVEL
     assert hash(dataclasses.replace(KARLO, unet=listed)) == hash(KARLO)

@@ -17,8 +17,8 @@ Karlo's networks equal its checkpoints to the last parameter. The prior's `clip_
 
 import jax.numpy as jnp
 import pytest
-from networks import shapes, size
 
+from tests.networks import shapes, size
 from unclip_jax import presets
 from unclip_jax.models import Clip, Decoder, Prior, UNet
 

@@ -156,7 +156,7 @@ def test_analytic_variance_is_the_papers_theorem_1():
 
 def test_analytic_variance_of_unit_gaussian_data_is_beta():
     process = Diffusion().process("10")
-    variance = analytic_variance(process, 1 - process.alpha_bar)  # Var(x_0|x_t) = 1 / (1 + SNR)
+    variance = analytic_variance(process, process.sqrt_one_minus_alpha_bar**2)  # 1 / (1 + SNR)
     np.testing.assert_allclose(variance, process.betas, rtol=1e-4)
 
 
@@ -186,8 +186,8 @@ def test_second_order_converges_faster_than_first():
 
     first = [error("ddim", n) for n in ("10", "20", "40")]
     second = [error("dpm++", n) for n in ("10", "20", "40")]
-    assert all(b < 0.5 * a for a, b in zip(first, second, strict=True))
-    assert second[1] / second[2] > 2.5 > first[1] / first[2] > 1.5  # halving h: 4 against 2
+    assert all(b < 0.25 * a for a, b in zip(first, second, strict=True))
+    assert second[1] / second[2] > 3.5 > 2.5 > first[1] / first[2] > 1.5  # halving h: 4 against 2
     assert error("ddim", "") < 0.01
 
 
@@ -206,7 +206,7 @@ def test_inversion_then_decoding_returns_the_input(prediction):
         return x_T, sample(denoise, x_T, keys(1), diffusion, sampling)
 
     x_T, back = there_and_back(x_0, Sampling("ddim"))
-    np.testing.assert_allclose(back, x_0, atol=3e-3)
+    np.testing.assert_allclose(back, x_0, atol=6e-3)
     np.testing.assert_allclose(
         mixture_flow(x_T, float(diffusion.process().alpha_bar[-1])), x_0, atol=1e-2
     )
@@ -363,14 +363,14 @@ def test_every_step_equals_karlos_scheduler(prediction, variance, clip, monkeypa
     timesteps = [int(t) for t in scheduler.timesteps]
     x = torch.from_numpy(np.array(x_T)).permute(0, 3, 1, 2)
     for step, t in enumerate(timesteps):
-        np.testing.assert_allclose(visited[t], x.permute(0, 2, 3, 1), atol=2e-4)
+        np.testing.assert_allclose(visited[t], x.permute(0, 2, 3, 1), atol=2e-5)
         noise = normal(jax.vmap(jax.random.fold_in, (0, None))(keys(2), n - 1 - step), shape[1:])
         noise = torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2)
         monkeypatch.setattr(scheduling_unclip, "randn_tensor", lambda *_, z=noise, **__: z)
         output = torch.tanh(x.permute(0, 2, 3, 1) @ torch.from_numpy(mix) + 0.001 * t)
         before = timesteps[step + 1] if step + 1 < n else None
         x = scheduler.step(output.permute(0, 3, 1, 2), t, x, prev_timestep=before).prev_sample
-    np.testing.assert_allclose(ours, x.permute(0, 2, 3, 1), atol=2e-4)
+    np.testing.assert_allclose(ours, x.permute(0, 2, 3, 1), atol=2e-5)
 
 
 # -------------------------------------------------------------------------------------- guidance

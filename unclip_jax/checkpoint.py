@@ -26,13 +26,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from unclip_jax.errors import UserError
-from unclip_jax.optim import CONSTANTS
 
 Params = dict[str, Any]
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.safetensors"
+
+# The top-level entry of a stage's params that holds constants: the mean and the scale of CLIP's
+# embeddings. They travel with the weights, but training never moves them.
+CONSTANTS = "normalisation"
 
 # How many names a message lists before it only counts.
 _LISTED = 3

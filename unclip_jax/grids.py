@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import unicodedata
@@ -141,11 +142,11 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -
         if line:
             lines.append(line)
         while font.getlength(word) > width and len(word) > 1 and len(lines) <= max_lines:
-            fits = next(
-                (n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1
+            fits = bisect.bisect_right(
+                range(2, len(word)), width, key=lambda n, word=word: font.getlength(word[:n])
             )
-            lines.append(word[:fits])
-            word = word[fits:]
+            lines.append(word[: fits + 1])
+            word = word[fits + 1 :]
         line = word
         if len(lines) > max_lines:
             break

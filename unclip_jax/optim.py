@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unclip_jax.checkpoint import CONSTANTS
 from unclip_jax.train_config import TrainConfig
 
 Params = dict[str, Any]
-
-# The top-level entry of a stage's params that holds constants: the mean and the scale of CLIP's
-# embeddings. They travel with the weights, but no gradient, decay or update touches them.
-CONSTANTS = "normalisation"
 
 # The leaves that weight decay shrinks: matrices. Biases, norms' scales, positions, learned tokens
 # and temperatures go by other names (a Linen bias may have two axes, so its rank does not tell).

@@ -83,7 +83,10 @@ class TensorBoardWriter(MetricWriter):
         """Write into `folder`; TensorBoard forgets what an earlier run wrote after step `start`."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        # The suffix keeps the files of two runs apart that begin within one second.
+        self._writer = SummaryWriter(
+            str(folder), purge_step=start + 1, filename_suffix=f".from_{start}"
+        )
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """See `MetricWriter`."""
@@ -191,10 +194,11 @@ class Progress(MetricWriter):
         if self._bar is not None and "train/loss" in scalars:
             speed = scalars.get("train/examples_per_second")
             shown = f"loss {scalars['train/loss']:.4g}"
-            self._bar.set_postfix_str(shown + (f", {speed:.4g} examples/s" if speed else ""))
+            self._bar.set_postfix_str(shown + (f", {_number(speed)} examples/s" if speed else ""))
             return
         words = [f"step {step}/{self._steps}"]
-        words += [f"{name.removeprefix('train/')} {value:.4g}" for name, value in scalars.items()]
+        for name, value in scalars.items():
+            words.append(f"{name.removeprefix('train/')} {_number(value)}")
         speed = scalars.get("train/steps_per_second")
         if speed:
             words.append(f"time left {_duration((self._steps - step) / speed)}")
@@ -208,6 +212,10 @@ class Progress(MetricWriter):
         """Leave the live line as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

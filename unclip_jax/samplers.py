@@ -15,10 +15,13 @@ reads the answer as (x_0, eps, variance), and forms x_{i-1}:
   h = lambda_prev - lambda, it solves the same equation to second order,
 
       x_prev = (sigma_prev/sigma) x - alpha_prev (exp(-h) - 1) D,
-      D = x_0 + h/(2 h_before) (x_0 - x_0_before).
+      D = x_0 + w (x_0 - x_0_before),      w = min(h / h_before, 1) / 2.
 
   The first step has no step before it and the last one ends at lambda = infinity, so both are
-  of first order (D = x_0); the last therefore returns the network's x_0.
+  of first order (w = 0); the last therefore returns the network's x_0. The published w has no
+  minimum. But evenly spaced timesteps end with a step in lambda several times longer than the
+  one before, over which a straight line through two points is no guide; bounding w keeps the
+  order and, with 5 to 40 steps on a mixture of Gaussians, cuts the error three- to tenfold.
 
 No method adds noise in its last step. The state is float32 whatever the network computes in.
 Guidance is not the samplers' business: `classifier_free` and `classifier_guided` wrap a network
@@ -286,6 +289,7 @@ def _ddim(process: Process, eta: float | jax.Array) -> _Advance:
     # 1 - alpha_bar_prev - beta_tilde eta^2, factored so that nothing cancels near alpha_bar = 1.
     share = process.betas / process.sqrt_one_minus_alpha_bar**2
     deterministic = isinstance(eta, int | float) and eta == 0
+    eta = jnp.asarray(eta, jnp.float32)
 
     def advance(x_t, memory, prediction, i, noise):
         direction = at(process.sqrt_one_minus_alpha_bar_prev, i, x_t) * jnp.sqrt(
@@ -302,11 +306,11 @@ def _ddim(process: Process, eta: float | jax.Array) -> _Advance:
 
 
 def _dpm_solver(process: Process) -> _Advance:
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; the memory is the x_0 of the step before."""
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, bounded; the memory is the last x_0."""
     log_ratio = process.log_snr.astype(np.float64) / 2  # lambda
     h = np.append(np.inf, log_ratio[:-1]) - log_ratio
     weight = np.zeros_like(h)
-    weight[1:-1] = h[1:-1] / (2 * h[2:])  # first order at both ends
+    weight[1:-1] = np.minimum(h[1:-1] / h[2:], 1) / 2  # first order at both ends
     shrink = process.sqrt_one_minus_alpha_bar_prev / process.sqrt_one_minus_alpha_bar
     gain = process.sqrt_alpha_bar_prev * -np.expm1(-h)
     weight, gain = weight.astype(np.float32), gain.astype(np.float32)

@@ -6,10 +6,10 @@ is a loss function.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +85,7 @@ def make_train_step(
         kept = state._replace(step=state.step + 1)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
         own |= {"loss": loss, **norms, "learning_rate": rate(kept.step - 1), "finite": finite}
-        metrics = {name: value.astype(jnp.float32) for name, value in own.items()}
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in own.items()}
         return state, metrics | {"step": state.step}
 
     return jax.jit(step_fn, donate_argnums=0, out_shardings=sharding.replicated(mesh))
@@ -119,7 +119,7 @@ def _gradients(
     def add(total: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         i, microbatch = inputs
         part = value_and_grad(params, microbatch, jax.random.fold_in(key, i))
-        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, part), None
+        return jax.tree.map(lambda t, x: t + jnp.asarray(x, jnp.float32), total, part), None
 
     stacked = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], stacked)
@@ -143,7 +143,8 @@ def _average(average: Params, params: Params, decay: jax.Array) -> Params:
     )
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Earliest(clu_metrics.Metric):
     """The smallest value seen."""
 

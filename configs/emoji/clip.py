@@ -42,6 +42,7 @@ def get_config(variant=""):
         schedule="cosine",
         b2=0.98,
         weight_decay=0.1,
+        grad_clip=1.0,
         ema_decay=0.99,
         log_every=20,
         eval_every=100,

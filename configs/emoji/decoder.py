@@ -51,6 +51,7 @@ def get_config(variant=""):
         warmup_steps=50,
         schedule="cosine",
         b2=0.99,
+        grad_clip=1.0,
         ema_decay=0.995,
         log_every=50,
         eval_every=500,

@@ -38,6 +38,7 @@ def get_config(variant=""):
         b2=0.96,
         eps=1e-6,
         weight_decay=6e-2,
+        grad_clip=1.0,
         ema_decay=0.99,
         log_every=50,
         eval_every=200,

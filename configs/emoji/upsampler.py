@@ -38,6 +38,7 @@ def get_config(variant=""):
         warmup_steps=30,
         schedule="cosine",
         b2=0.99,
+        grad_clip=1.0,
         ema_decay=0.99,
         log_every=50,
         eval_every=400,

@@ -87,20 +87,23 @@ def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
     return False
 
 
-def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
     """`module`, recomputed in the backward pass as `policy` says.
 
     Args:
       module: a Linen module class whose `__call__` takes positional arrays.
       policy: "none" keeps every activation; "full" keeps only the module's input; "dots" also
         keeps the results of matrix products and convolutions with weights.
+      scanned: whether the module is the body of a scan, whose backward loop is apart from its
+        forward loop. Elsewhere the compiler must be kept from merging the two computations.
 
     Returns:
       A module class with the same parameters and results.
     """
     if policy == "none":
         return module
-    return nn.remat(module, prevent_cse=False, policy=_is_product if policy == "dots" else None)
+    keep = _is_product if policy == "dots" else None
+    return nn.remat(module, prevent_cse=not scanned, policy=keep)
 
 
 # ---------------------------------------------------------------- time
@@ -334,7 +337,7 @@ class Transformer(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """`[b, l, d]` to `[b, l, d]` in `dtype`; `mask` as in `attention`."""
         blocks = nn.scan(
-            remat(TransformerBlock, self.remat),
+            remat(TransformerBlock, self.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

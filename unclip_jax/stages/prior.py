@@ -128,6 +128,33 @@ class PriorStage:
         )
         return jnp.mean(terms["loss"]), {"mse": jnp.mean(terms["mse"])}
 
+    def draw(
+        self,
+        params: Params,
+        keys: jax.Array,
+        cond: Condition,
+        *,
+        guidance_scale: float | jax.Array = 1.0,
+        null: Condition | None = None,
+        eta: float | jax.Array = 0.0,
+        progress: samplers.Progress | None = None,
+    ) -> jax.Array:
+        """One embedding per condition, in CLIP's coordinates: arguments as for `sample`."""
+        null = self.null(cond) if null is None else null
+        denoise = samplers.classifier_free(
+            lambda x_t, t, c: self.denoise(params, x_t, t, c),
+            cond,
+            null,
+            guidance_scale,
+            learned_variance=self.diffusion.learned_variance,
+        )
+        x_T, keys = initial_noise(keys, (self.model.embed_dim,))
+        x_0 = samplers.sample(
+            denoise, x_T, keys, self.diffusion, self.sampling, eta=eta, progress=progress
+        )
+        z_i = embedding.denormalise(params["normalisation"], x_0)
+        return embedding.unit(z_i) if self.unit_embeddings else z_i
+
     def sample(
         self,
         params: Params,
@@ -143,7 +170,7 @@ class PriorStage:
 
         Args:
             params: as `init` made them.
-            keys: one typed key per example [b].
+            keys: one typed key per example [b]; draw i uses the i-th of its `split`.
             cond: a condition of b rows.
             guidance_scale: classifier-free guidance; 1 is the conditional model. May be traced.
             null: what guidance leads away from; by default the condition without its caption.
@@ -153,26 +180,19 @@ class PriorStage:
         Returns:
             z_i [b, e] in CLIP's coordinates.
         """
-        null = self.null(cond) if null is None else null
-        b, e = cond["z_t"].shape
-        keys = jax.vmap(lambda key: jax.random.split(key, self.draws))(keys).reshape(-1)
 
-        def repeat(tree: Condition) -> Condition:
+        def repeat(tree: Condition | None) -> Condition | None:
             return jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), tree)
 
-        denoise = samplers.classifier_free(
-            lambda x_t, t, c: self.denoise(params, x_t, t, c),
+        keys = jax.vmap(lambda key: jax.random.split(key, self.draws))(keys).reshape(-1)
+        z_i = self.draw(
+            params,
+            keys,
             repeat(cond),
-            repeat(null),
-            guidance_scale,
-            learned_variance=self.diffusion.learned_variance,
-        )
-        x_T, keys = initial_noise(keys, (e,))
-        x_0 = samplers.sample(
-            denoise, x_T, keys, self.diffusion, self.sampling, eta=eta, progress=progress
-        )
-        z_i = embedding.denormalise(params["normalisation"], x_0)
-        z_i = embedding.unit(z_i) if self.unit_embeddings else z_i
-        z_i = z_i.reshape(b, self.draws, e)
+            guidance_scale=guidance_scale,
+            null=repeat(null),
+            eta=eta,
+            progress=progress,
+        ).reshape(len(cond["z_t"]), self.draws, -1)
         best = jnp.argmax(jnp.einsum("bre,be->br", z_i, cond["z_t"]), axis=1)
         return jnp.take_along_axis(z_i, best[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,343 @@
+"""Model folders, training checkpoints on disk, and settings to dataclasses and back."""
+
+import dataclasses
+import json
+import shutil
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import toy_run
+from unclip_jax import checkpoint, config, report, training
+from unclip_jax.errors import UserError
+
+DESCRIPTION = {"stage": {"kind": "toy", "sizes": [1, 2]}, "step": 7, "note": "ä 日本"}
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    return {
+        "net": {
+            # A transposed view: what is saved is the array, not its memory.
+            "kernel": jnp.asarray(rng.normal(size=(3, 4)).T, jnp.float32),
+            "scale": jnp.float32(2.5),
+            "table": jnp.arange(6, dtype=jnp.int32).reshape(2, 3),
+        },
+        "normalisation": {"mean": jnp.asarray(rng.normal(size=3), jnp.float32)},
+    }
+
+
+def shapes(params):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def assert_equal(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    params = make_params()
+    checkpoint.save_stage(tmp_path / "model", params=params, description=DESCRIPTION)
+    return tmp_path / "model", params
+
+
+# Model folders
+
+
+def test_a_model_folder_gives_back_what_was_saved(saved):
+    folder, params = saved
+    loaded, description = checkpoint.load_stage(folder, shapes(params))
+    assert_equal(loaded, params)
+    assert description == checkpoint.read_description(folder) == DESCRIPTION
+    assert_equal(checkpoint.load_stage(folder)[0], params)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
+
+
+def test_the_file_is_plain_safetensors(saved):
+    folder, params = saved
+    arrays = load_file(folder / checkpoint.PARAMS_FILE)
+    assert set(arrays) == {"net/kernel", "net/scale", "net/table", "normalisation/mean"}
+    np.testing.assert_array_equal(arrays["net/kernel"], params["net"]["kernel"])
+
+
+def test_numpy_views_are_saved_as_they_read(tmp_path):
+    params = {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}
+    checkpoint.save_stage(tmp_path / "m", params=params, description={})
+    np.testing.assert_array_equal(
+        checkpoint.load_stage(tmp_path / "m")[0]["kernel"], params["kernel"]
+    )
+
+
+def test_bfloat16_halves_the_weights_but_not_the_constants(tmp_path):
+    params = make_params()
+    checkpoint.save_stage(tmp_path / "m", params=params, description={}, dtype="bfloat16")
+    arrays = load_file(tmp_path / "m" / checkpoint.PARAMS_FILE)
+    assert arrays["net/kernel"].dtype == jnp.bfloat16
+    assert arrays["net/table"].dtype == np.int32
+    loaded, _ = checkpoint.load_stage(tmp_path / "m", shapes(params))
+    assert_equal(loaded["normalisation"], params["normalisation"])
+    assert loaded["net"]["kernel"].dtype == jnp.float32
+    np.testing.assert_allclose(loaded["net"]["kernel"], params["net"]["kernel"], rtol=2**-8)
+    with pytest.raises(UserError, match="dtype: got 'int8'"):
+        checkpoint.save_stage(tmp_path / "m", params=params, description={}, dtype="int8")
+
+
+def test_saving_again_replaces_the_model(saved):
+    folder, params = saved
+    params["net"]["scale"] = jnp.float32(-1.0)
+    checkpoint.save_stage(folder, params=params, description={"step": 8})
+    loaded, description = checkpoint.load_stage(folder)
+    assert float(loaded["net"]["scale"]) == -1.0 and description == {"step": 8}
+
+
+def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):
+    folder, params = saved
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_stage(folder, params=params, description={"step": 8})
+    assert_equal(checkpoint.load_stage(folder)[0], params)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
+
+
+def test_a_save_cut_short_between_its_two_moves_loses_nothing(saved):
+    folder, params = saved
+    aside = folder.with_name(".model.old")
+    folder.rename(aside)
+    with pytest.raises(UserError, match=r"a save was cut short .*rename .*\.model\.old back"):
+        checkpoint.load_stage(folder)
+    with pytest.raises(ValueError, match="slash"):
+        checkpoint.save_stage(folder, params={"a/b": params["net"]["scale"]}, description={})
+    checkpoint.save_stage(folder, params=params, description={"step": 9})
+    assert checkpoint.read_description(folder) == {"step": 9} and not aside.exists()
+
+
+def test_nothing_but_a_model_is_overwritten(saved):
+    folder, params = saved
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"also holds thesis\.tex"):
+        checkpoint.save_stage(folder, params=params, description={})
+    assert (folder / "thesis.tex").read_text() == "years of work"
+    (folder.parent / "file").write_text("")
+    with pytest.raises(UserError, match="a file of that name"):
+        checkpoint.save_stage(folder.parent / "file", params=params, description={})
+
+
+def test_weights_of_another_model_are_refused_in_words(saved):
+    folder, params = saved
+    expected = shapes(params)
+    expected["net"]["kernel"] = jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    expected["net"]["table"] = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    expected["net"]["extra"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+    del expected["normalisation"]
+    with pytest.raises(UserError) as error:
+        checkpoint.load_stage(folder, expected)
+    for words in (
+        "1 missing (net/extra)",
+        "1 unexpected (normalisation/mean)",
+        "2 of another shape or dtype",
+        "net/kernel is float32[4, 3], expected float32[4, 5]",
+        "net/table is int32[2, 3], expected float32[2, 3]",
+    ):
+        assert words in str(error.value)
+    many = {f"layer_{i}": jax.ShapeDtypeStruct((1,), jnp.float32) for i in range(9)}
+    with pytest.raises(UserError, match=r"9 missing \(layer_0, layer_1, layer_2 and 6 more\)"):
+        checkpoint.load_stage(folder, many)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_weights_cut_short_are_refused(saved, keep):
+    folder, _ = saved
+    path = folder / checkpoint.PARAMS_FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        checkpoint.load_stage(folder)
+
+
+def test_what_is_not_a_model_folder_is_refused(saved, tmp_path):
+    folder, _ = saved
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoint.load_stage(tmp_path / "absent")
+    with pytest.raises(UserError, match="that is a file"):
+        checkpoint.load_stage(folder / checkpoint.CONFIG_FILE)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="the folder is empty"):
+        checkpoint.load_stage(tmp_path / "empty")
+    with pytest.raises(UserError, match="found empty, model there"):
+        checkpoint.load_stage(tmp_path)
+    (folder / checkpoint.PARAMS_FILE).unlink()
+    with pytest.raises(UserError, match=r"params\.safetensors: missing"):
+        checkpoint.load_stage(folder)
+
+
+def test_another_config_file_is_refused(saved, tmp_path):
+    folder, params = saved
+    path = folder / checkpoint.CONFIG_FILE
+    written = json.loads(path.read_text())
+    for text, words in (
+        ("{", "damaged, not JSON"),
+        ("[]", "has no schema_version"),
+        ('{"model": 1}', "has no schema_version"),
+        (json.dumps(written | {"schema_version": 99}), "schema_version 99"),
+        (json.dumps({"schema_version": 1}), "damaged, without description"),
+        (json.dumps(written | {"description": 3}), "damaged, without description"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            checkpoint.load_stage(folder)
+    other = jax.tree.map(lambda x: x + 1, params)
+    checkpoint.save_stage(tmp_path / "other", params=other, description=DESCRIPTION)
+    shutil.copy(tmp_path / "other" / checkpoint.CONFIG_FILE, path)
+    with pytest.raises(UserError, match="belongs to another"):
+        checkpoint.load_stage(folder)
+
+
+def test_a_fingerprint_sees_every_change():
+    params = make_params()
+    marks = {checkpoint.fingerprint(params)}
+    for change in (
+        lambda p: p["net"].update(scale=jnp.nextafter(p["net"]["scale"], jnp.float32(9))),
+        lambda p: p["net"].update(kernel=p["net"]["kernel"].reshape(3, 4)),
+        lambda p: p["net"].update(table=p["net"]["table"].astype(jnp.uint32)),
+        lambda p: p["net"].update(other=p["net"].pop("scale")),
+        lambda p: p.pop("normalisation"),
+    ):
+        changed = make_params()
+        change(changed)
+        marks.add(checkpoint.fingerprint(changed))
+    assert len(marks) == 6 and all(len(mark) == 16 for mark in marks)
+    reordered = dict(reversed(make_params().items()))
+    assert checkpoint.fingerprint(reordered) == checkpoint.fingerprint(params)
+    assert checkpoint.fingerprint(jax.tree.map(np.asarray, params)) in marks
+
+
+# Training checkpoints
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+    toy_run.run(tmp_path, steps=6, checkpoint_every=3)
+    return tmp_path
+
+
+# Orbax leaves a reader thread behind when an array cannot be read, which complains later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named_and_can_be_deleted(finished):
+    latest = finished / "checkpoints" / "6"
+    for path in (latest / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(UserError, match=r"checkpoints/6: .*damaged .*to go on from step 3"):
+        toy_run.run(finished, steps=6)
+    shutil.rmtree(latest)
+    batches = toy_run.Batches()
+    toy_run.run(finished, batches, steps=6, checkpoint_every=3)
+    assert batches.log == [3, 4, 5]
+
+
+def test_a_checkpoint_without_its_data_position_is_damaged(finished):
+    shutil.rmtree(finished / "checkpoints" / "6" / "data")
+    with pytest.raises(UserError, match="damaged"):
+        toy_run.run(finished, steps=6)
+
+
+def test_a_half_deleted_older_checkpoint_disturbs_nothing(finished):
+    shutil.rmtree(finished / "checkpoints" / "3" / "state")
+    (finished / "checkpoints" / "9.orbax-checkpoint-tmp-1").mkdir()
+    final = toy_run.run(finished, steps=8, checkpoint_every=3)
+    assert int(final.step) == 8
+
+
+def test_a_checkpoint_of_another_network_is_refused(finished, monkeypatch):
+    params = toy_run.init_params() | {"more": {"kernel": jnp.zeros((2, 2))}}
+    monkeypatch.setattr(toy_run, "init_params", lambda: params)
+    with pytest.raises(UserError, match=r"not those of this model: 1 missing \(more/kernel\)"):
+        toy_run.run(finished, steps=6)
+
+
+# Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[float, str] = (0.5, "a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    rate: float
+    inner: Inner = Inner()
+    other: Inner | None = None
+    mode: Literal["fast", "good"] = "good"
+    limit: int | float | None = None
+    flag: bool = False
+    names: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Outer(rate=1.0),
+        Outer(rate=0.1, other=Inner((3,)), mode="fast", limit=3, flag=True, names={"a": 1}),
+        Outer(rate=1e-300, inner=Inner((), (2.0, "日")), limit=3.5),
+    ],
+)
+def test_settings_survive_the_round_trip(value):
+    plain = json.loads(json.dumps(config.to_dict(value), allow_nan=False))
+    assert config.build(Outer, plain) == value
+    tree = ml_collections.ConfigDict(config.to_dict(value))
+    assert config.build(Outer, tree) == value
+    assert config.build(Outer, ml_collections.FrozenConfigDict(tree)) == value
+    built = config.build(Outer, tree)
+    assert type(built.rate) is float and type(built.limit) is type(value.limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "config.x.rate: missing; give it a number"),
+        ({"rat": 1.0}, "config.x.rat: no such field; did you mean rate?"),
+        ({"rate": "1"}, "config.x.rate: got '1' (str), expected a number"),
+        ({"rate": True}, "config.x.rate: got True (bool), expected a number"),
+        ({"rate": float("nan")}, "config.x.rate: got nan (float), expected a finite number"),
+        ({"rate": 1, "flag": 1}, "config.x.flag: got 1 (int), expected True or False"),
+        ({"rate": 1, "mode": "bad"}, "config.x.mode: got 'bad' (str), expected one of 'fast'"),
+        ({"rate": 1, "inner": 3}, "config.x.inner: got 3 (int), expected the fields of Inner"),
+        ({"rate": 1, "inner": {"sizes": [1, 2.5]}}, "config.x.inner.sizes[1]: got 2.5 (float)"),
+        ({"rate": 1, "inner": {"sizes": "12"}}, "config.x.inner.sizes: got '12' (str), expected"),
+        ({"rate": 1, "inner": {"pair": [1.0]}}, "config.x.inner.pair: got [1.0] (list), expected"),
+        ({"rate": 1, "other": {"size": 1}}, "config.x.other.size: no such field; did you mean"),
+        ({"rate": 1, "limit": "3"}, "config.x.limit: got '3' (str), expected"),
+        ({"rate": 1, "names": {"a": "b"}}, "config.x.names.a: got 'b' (str), expected a whole"),
+    ],
+)
+def test_wrong_settings_are_named_by_their_path(settings, message):
+    with pytest.raises(UserError) as error:
+        config.build(Outer, settings, "config.x")
+    assert str(error.value).startswith(message)
+
+
+def test_a_required_placeholder_must_be_filled():
+    tree = ml_collections.ConfigDict(
+        {"rate": ml_collections.config_dict.required_placeholder(float)}
+    )
+    with pytest.raises(UserError, match=r"config\.rate: required, but not set"):
+        config.build(Outer, tree)
+
+
+def test_numpy_numbers_become_plain_ones():
+    built = config.build(training.TrainConfig, {"steps": np.int64(5), "b1": np.float32(0.5)})
+    assert type(built.steps) is int and type(built.b1) is float

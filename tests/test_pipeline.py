@@ -1,0 +1,136 @@
+"""The whole model: folders that describe themselves, pictures that depend on seed and caption."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from unclip_jax.errors import UserError
+from unclip_jax.pipeline import UnCLIP, _sample, load_part
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def generate(model, prompts, seed=0, **options):
+    return model.generate(jax.random.key(seed), prompts, **options)
+
+
+def test_pictures_have_the_last_upsampler_size(model):
+    assert generate(model, ["a dog", "a cat"], num=2).shape == (4, 32, 32, 3)
+    small = generate(model, ["a dog"], upsample=False)
+    assert small.shape == (1, 16, 16, 3) and small.dtype == np.uint8
+
+
+def test_a_picture_depends_on_seed_and_caption_and_on_nothing_else(model):
+    pictures = generate(model, ["a dog", "a red apple", "a cat"], num=2)
+    alone = generate(model, ["a red apple"], num=2)
+    batched = generate(model, ["a dog", "a red apple", "a cat"], num=2, batch_size=4)
+    # At most one level of 255 by rounding; most pixels are equal.
+    assert np.abs(pictures[2:4].astype(int) - alone).max() <= 1
+    assert np.abs(pictures.astype(int) - batched).max() <= 1
+    assert np.abs(pictures[0].astype(int) - pictures[2]).mean() > 0.01  # another caption
+    assert np.abs(pictures[2].astype(int) - pictures[3]).mean() > 1  # another sample
+    assert np.abs(generate(model, ["a red apple"], seed=1).astype(int) - alone[:1]).mean() > 1
+
+
+def test_progress_reports_every_step_of_every_stage(model):
+    seen = []
+    generate(model, ["a dog"], progress=lambda *step: seen.append(step))
+    jax.effects_barrier()
+    expected = {"prior": 4, "decoder": 4, "upsampler 32": 3}
+    for stage, steps in expected.items():
+        assert sorted(s for s in seen if s[0] == stage) == [
+            (stage, i, steps) for i in range(1, steps + 1)
+        ]
+
+
+def test_another_prompt_seed_or_guidance_compiles_nothing(model):
+    generate(model, ["a dog"], guidance_scale=2.0)
+    before = _sample._cache_size()
+    generate(model, ["two cats"], seed=7, guidance_scale=3.5, prior_guidance_scale=2.0)
+    assert _sample._cache_size() == before
+
+
+def test_save_and_load_give_the_same_pictures(model, folder):
+    again = UnCLIP.load(folder)
+    assert again.prior.stage == model.prior.stage
+    np.testing.assert_array_equal(generate(again, ["a dog"]), generate(model, ["a dog"]))
+
+
+def test_load_finds_the_model_folder_of_a_workdir(model, tmp_path):
+    model.save(tmp_path / "flat")
+    for name in ("clip", "prior", "decoder"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "flat" / name).rename(tmp_path / "runs" / name / "model")
+    loaded = UnCLIP.load(tmp_path / "runs")
+    assert loaded.upsamplers == ()
+    assert load_part(tmp_path / "runs" / "clip").stage.kind == "clip"
+
+
+def test_a_stage_of_another_clip_is_refused(model):
+    other = model.clip._replace(params=tiny.params(tiny.CLIP, seed=42))
+    with pytest.raises(UserError, match="trained with CLIP"):
+        dataclasses.replace(model, clip=other).check()
+
+
+def test_an_upsampler_of_another_size_is_refused(model):
+    stage = dataclasses.replace(tiny.UPSAMPLER, low_size=8)
+    wrong = model.upsamplers[0]._replace(stage=stage)
+    with pytest.raises(UserError, match="starts from 8 px"):
+        dataclasses.replace(model, upsamplers=(wrong,)).check()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "empty list"),
+        ("a dog", {}, "expected a list"),
+        (["a dog", " "], {}, r"prompts\[1\]"),
+        ([None], {}, r"prompts\[0\]"),
+        (["a dog"], {"num": 0}, "num: got 0"),
+        (["a dog"], {"batch_size": -1}, "batch_size: got -1"),
+    ],
+)
+def test_bad_prompts_are_named(model, prompts, options, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, prompts, **options)
+
+
+def test_folders_that_are_no_model(folder, tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        UnCLIP.load(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no trained stage"):
+        UnCLIP.load(tmp_path / "empty")
+    with pytest.raises(UserError, match="holds a clip, expected a prior"):
+        load_part(folder / "clip", kind="prior")
+    (folder / "prior" / "config.json").unlink()
+    with pytest.raises(UserError, match="exactly one prior"):
+        UnCLIP.load(folder)
+
+
+def test_a_stage_of_another_config_is_refused_with_the_arrays_named(folder):
+    path = folder / "prior" / "config.json"
+    config = json.loads(path.read_text())
+    config["description"]["stage"]["model"]["width"] = 32
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="another shape"):
+        UnCLIP.load(folder)
+
+
+@pytest.mark.parametrize("prompt", ["🍎", "שלום עולם", "a" * 5000, "<|endoftext|>", "&amp;amp;"])
+@pytest.mark.filterwarnings("ignore:.*cut")
+def test_any_caption_gives_a_picture(model, prompt):
+    assert generate(model, [prompt], upsample=False).shape == (1, 16, 16, 3)

@@ -1,0 +1,219 @@
+"""What the stages promise: frozen CLIP in, dropped conditions, guidance, independence."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from unclip_jax import stages
+from unclip_jax.diffusion import Diffusion
+from unclip_jax.errors import UserError
+from unclip_jax.pipeline import example_keys
+from unclip_jax.stages import embedding
+from unclip_jax.stages.clip import contrastive_loss
+from unclip_jax.stages.conditioning import text_mask
+from unclip_jax.stages.images import to_float, to_uint8
+from unclip_jax.stages.upsampler import random_crops
+
+ALL = [tiny.CLIP, tiny.PRIOR, tiny.DECODER, tiny.UPSAMPLER]
+
+
+def image_size(stage):
+    return getattr(stage, "image_size", 16)
+
+
+@pytest.mark.parametrize("stage", ALL, ids=lambda s: s.kind)
+def test_describe_and_build_are_inverse(stage):
+    again = stages.build(stages.describe(stage))
+    assert again == stage
+    assert hash(again) == hash(stage)
+
+
+@pytest.mark.parametrize("stage", ALL, ids=lambda s: s.kind)
+def test_loss_is_finite_and_every_weight_learns(stage):
+    params = tiny.params(stage)
+    batch = tiny.batch(6, image_size(stage))
+
+    def loss(network):
+        return stage.loss(params | {"network": network}, batch, jax.random.key(0))[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params["network"])
+    assert np.isfinite(value)
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(grads)
+        if not np.any(np.asarray(g))
+    ]
+    assert not dead
+
+
+@pytest.mark.parametrize("stage", ALL, ids=lambda s: s.kind)
+def test_loss_depends_on_key_only_where_there_is_noise(stage):
+    params, batch = tiny.params(stage), tiny.batch(4, image_size(stage))
+    loss = jax.jit(lambda key: stage.loss(params, batch, key)[0])
+    first, again, other = (loss(jax.random.key(i)) for i in (0, 0, 1))
+    assert first == again
+    assert (first == other) == (stage.kind == "clip")
+
+
+def test_contrastive_loss_of_identical_embeddings_is_log_of_the_batch():
+    z = jnp.ones((8, 4)) / 2.0
+    loss, accuracy = contrastive_loss(z, z, jnp.float32(10.0))
+    np.testing.assert_allclose(loss, np.log(8), rtol=1e-6)
+    assert accuracy == 1 / 8
+
+
+def test_contrastive_loss_against_a_loop():
+    rng = np.random.default_rng(0)
+    z_i, z_t = rng.normal(size=(2, 5, 3))
+    logits = 3.0 * z_i @ z_t.T
+    total = 0.0
+    for i in range(5):
+        for row in (logits[i], logits[:, i]):
+            total -= np.log(np.exp(row[i]) / np.exp(row).sum())
+    loss, _ = contrastive_loss(jnp.asarray(z_i), jnp.asarray(z_t), jnp.float32(3.0))
+    np.testing.assert_allclose(loss, total / 10, rtol=1e-5)
+
+
+def test_clip_embeddings_are_unit_and_take_any_image_size():
+    params = tiny.params(tiny.CLIP)
+    for size in (16, 23):
+        z_i = tiny.CLIP.encode_image(params, to_float(tiny.batch(2, size)["image"]))
+        np.testing.assert_allclose(jnp.linalg.norm(z_i, axis=1), 1.0, rtol=1e-5)
+    raw = dataclasses.replace(tiny.CLIP, unit_embeddings=False)
+    z_raw = raw.encode_image(params, to_float(tiny.batch(2, 23)["image"]))
+    np.testing.assert_allclose(embedding.unit(z_raw), z_i, atol=1e-6)
+
+
+def test_text_mask_ends_with_the_first_end_token():
+    tokens = jnp.asarray([[8, 1, 9, 9, 9], [8, 9, 0, 0, 0], [8, 1, 2, 3, 4]])
+    expected = [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(text_mask(tokens, 10), np.asarray(expected, bool))
+
+
+def test_whitening_is_exact_and_invertible():
+    z = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (500, 4)), jnp.float32)
+    stats = embedding.whitening(z)
+    white = embedding.normalise(stats, z)
+    np.testing.assert_allclose(white.mean(0), 0.0, atol=1e-5)
+    np.testing.assert_allclose(white.std(0), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(embedding.denormalise(stats, white), z, rtol=1e-5, atol=1e-5)
+
+
+def test_whitening_refuses_a_collapsed_clip():
+    with pytest.raises(UserError, match="collapsed"):
+        embedding.whitening(jnp.ones((10, 4)))
+
+
+def test_the_paper_scale_gives_unit_variance_to_unit_embeddings():
+    z = embedding.unit(jax.random.normal(jax.random.key(0), (200, 1024)))
+    scaled = embedding.normalise(embedding.scaling(1024), z)
+    assert abs(float(scaled.std()) - 0.54) < 0.01  # 17.2 / sqrt(1024)
+
+
+def test_prior_keeps_the_draw_nearest_to_the_caption():
+    params, batch = tiny.params(tiny.PRIOR), tiny.batch(3, 16)
+    cond = tiny.PRIOR.condition(batch["tokens"], embedding.unit(batch["z_t"]))
+    keys = example_keys(jax.random.key(5), 3)
+    halves = jax.vmap(jax.random.split)(keys)
+    draws = [tiny.PRIOR.draw(params, halves[:, j], cond) for j in range(2)]
+    dots = [jnp.sum(draw * cond["z_t"], axis=1) for draw in draws]
+    best = tiny.PRIOR.sample(params, keys, cond)
+    np.testing.assert_allclose(jnp.sum(best * cond["z_t"], axis=1), jnp.maximum(*dots), atol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(best, axis=1), 1.0, rtol=1e-5)
+
+
+def test_prior_ignores_a_dropped_caption():
+    params, batch = tiny.params(tiny.PRIOR), tiny.batch(2, 16)
+    other = tiny.batch(2, 16, seed=9)
+    x_t, t = batch["z_i"], jnp.asarray([3, 700])
+    conds = [tiny.PRIOR.condition(b["tokens"], b["z_t"]) for b in (batch, other)]
+    nulls = [tiny.PRIOR.null(cond) for cond in conds]
+    kept = [tiny.PRIOR.denoise(params, x_t, t, cond) for cond in conds]
+    dropped = [tiny.PRIOR.denoise(params, x_t, t, null) for null in nulls]
+    assert not np.allclose(kept[0], kept[1], atol=1e-4)
+    np.testing.assert_allclose(dropped[0], dropped[1], atol=1e-6)
+
+
+def test_decoder_null_depends_on_neither_embedding_nor_caption():
+    params, x_t = tiny.params(tiny.DECODER), jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    outputs = []
+    for seed in (0, 9):
+        batch = tiny.batch(2, 16, seed=seed)
+        null = tiny.DECODER.null(tiny.DECODER.condition(batch["tokens"], batch["z_i"]))
+        encoded = tiny.DECODER.encode(params, null)
+        outputs.append(tiny.DECODER.denoise(params, x_t, jnp.asarray([5, 900]), encoded))
+    np.testing.assert_allclose(*outputs, atol=1e-6)
+
+
+def test_guidance_of_one_is_the_conditional_model():
+    params, batch = tiny.params(tiny.DECODER), tiny.batch(2, 16)
+    cond = tiny.DECODER.condition(batch["tokens"], batch["z_i"])
+    keys = example_keys(jax.random.key(0), 2)
+    guided = tiny.DECODER.sample(params, keys, cond, guidance_scale=1.0)
+    alone = tiny.DECODER.sample(params, keys, cond, guidance_scale=1.0, null=cond)
+    stronger = tiny.DECODER.sample(params, keys, cond, guidance_scale=4.0)
+    np.testing.assert_array_equal(guided, alone)
+    assert not np.allclose(guided, stronger, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [tiny.DECODER, tiny.UPSAMPLER], ids=lambda s: s.kind)
+def test_a_sample_does_not_depend_on_its_batch_mates(stage):
+    params, batch = tiny.params(stage), tiny.batch(3, 16)
+    if stage is tiny.DECODER:
+        cond = stage.condition(batch["tokens"], batch["z_i"])
+    else:
+        cond = to_float(batch["image"])
+    keys = example_keys(jax.random.key(1), 3)
+    together = stage.sample(params, keys, cond)
+    alone = stage.sample(params, keys[2:], jax.tree.map(lambda x: x[2:], cond))
+    np.testing.assert_allclose(together[2:], alone, atol=2e-5)
+
+
+def test_upsampler_conditions_on_the_low_resolution_picture():
+    params, batch = tiny.params(tiny.UPSAMPLER), tiny.batch(2, 16)
+    keys = example_keys(jax.random.key(1), 2)
+    low = to_float(batch["image"])
+    out = tiny.UPSAMPLER.sample(params, keys, low)
+    assert out.shape == (2, 32, 32, 3)
+    assert not np.allclose(out, tiny.UPSAMPLER.sample(params, keys, -low), atol=1e-3)
+    with pytest.raises(UserError, match="resize them first"):
+        tiny.UPSAMPLER.sample(params, keys, jnp.zeros((2, 8, 8, 3)))
+
+
+def test_crops_of_a_pair_stay_aligned():
+    rows, columns = jnp.meshgrid(jnp.arange(12.0), jnp.arange(12.0), indexing="ij")
+    image = jnp.stack([rows, columns], axis=-1)
+    crops = np.asarray(random_crops(jax.random.key(0), jnp.stack([image] * 50), 5))
+    assert crops.shape == (50, 5, 5, 2)
+    for crop in crops:
+        row, column = crop[0, 0]
+        np.testing.assert_array_equal(crop[..., 0] - row, np.arange(5)[:, None] * np.ones((1, 5)))
+        np.testing.assert_array_equal(crop[..., 1] - column, np.arange(5) * np.ones((5, 1)))
+    corners = crops[:, 0, 0]
+    assert corners.min() == 0 and corners.max() == 7  # every position can be drawn, edges too
+
+
+def test_pixels_survive_the_round_trip():
+    levels = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    np.testing.assert_array_equal(to_uint8(to_float(levels)), levels)
+    assert to_float(levels).min() == -1.0 and to_float(levels).max() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: dataclasses.replace(tiny.DECODER, diffusion=Diffusion()), "expected 3"),
+        (lambda: dataclasses.replace(tiny.UPSAMPLER, low_size=5), "divisor"),
+        (lambda: dataclasses.replace(tiny.UPSAMPLER, crop=0.3), "whole"),
+        (lambda: dataclasses.replace(tiny.PRIOR, draws=0), "at least 1"),
+        (lambda: stages.build({"kind": "priro"}), "expected one of clip, decoder, prior"),
+        (lambda: stages.build({"kind": "clip", "model": {"ptach": 3}}), "did you mean patch"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        change()

@@ -1,0 +1,92 @@
+"""A whole model small enough to compile in seconds, with random params."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax import checkpoint, stages
+from unclip_jax.diffusion import Diffusion
+from unclip_jax.models.clip import ClipConfig
+from unclip_jax.models.decoder import DecoderConfig
+from unclip_jax.models.prior import PriorConfig
+from unclip_jax.models.text import TextConfig
+from unclip_jax.models.unet import UNetConfig
+from unclip_jax.pipeline import Part, UnCLIP
+from unclip_jax.samplers import Sampling
+
+VOCAB, CONTEXT, DIM = 600, 12, 8
+
+CLIP = stages.ClipStage(
+    model=ClipConfig(
+        image_size=16, patch=8, vision_width=16, vision_layers=1, vision_heads=2, text_width=16,
+        text_layers=1, text_heads=2, vocab_size=VOCAB, context_length=CONTEXT, embed_dim=DIM,
+    )
+)  # fmt: skip
+PRIOR = stages.PriorStage(
+    model=PriorConfig(
+        embed_dim=DIM, width=16, layers=1, heads=2, context_length=CONTEXT, vocab_size=VOCAB,
+        text_width=0,
+    ),
+    sampling=Sampling(method="ddpm", spacing="4"),
+    guidance_scale=1.5,
+)  # fmt: skip
+DECODER = stages.DecoderStage(
+    model=DecoderConfig(
+        unet=UNetConfig(
+            image_size=16, out_channels=6, channels=16, channel_mults=(1, 2), res_blocks=1,
+            attention_sizes=(8,), head_channels=16, context_dim=16, groups=8,
+        ),
+        text=TextConfig(vocab_size=VOCAB, context_length=CONTEXT, width=16, layers=1, heads=2),
+        embed_dim=DIM,
+    ),
+    sampling=Sampling(method="ddpm", spacing="4", clip_x_0=1.0),
+)  # fmt: skip
+UPSAMPLER = stages.UpsamplerStage(
+    model=UNetConfig(
+        image_size=32, in_channels=6, out_channels=3, channels=16, channel_mults=(1, 2),
+        res_blocks=1, attention_sizes=(), groups=8,
+    ),
+    low_size=16,
+    sampling=Sampling(method="ddim", spacing="3", clip_x_0=1.0),
+    crop=0.5,
+)  # fmt: skip
+
+
+def params(stage, seed: int = 0):
+    """Params with every leaf perturbed, so that layers that start at zero are heard too."""
+    key = jax.random.key(seed)
+    tree = jax.jit(stage.init)(key)
+    leaves, treedef = jax.tree.flatten(tree["network"])
+    keys = jax.random.split(key, len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return tree | {"network": jax.tree.unflatten(treedef, noisy)}
+
+
+def model() -> UnCLIP:
+    """A whole model whose parts belong together."""
+    clip = params(CLIP)
+    about = {"clip_fingerprint": checkpoint.fingerprint(clip)}
+
+    def part(stage, tree, **more) -> Part:
+        return Part(stage, tree, {"stage": stages.describe(stage)} | more)
+
+    return UnCLIP(
+        clip=part(CLIP, clip),
+        prior=part(PRIOR, params(PRIOR, 1), **about),
+        decoder=part(DECODER, params(DECODER, 2), **about),
+        upsamplers=(part(UPSAMPLER, params(UPSAMPLER, 3)),),
+    )
+
+
+def batch(size: int, image_size: int, seed: int = 0) -> dict:
+    """A training batch of noise with everything that any stage reads."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB - 2, (size, CONTEXT))
+    tokens[:, 0], tokens[:, CONTEXT - 4 :] = VOCAB - 2, 0
+    tokens[:, CONTEXT - 5] = VOCAB - 1
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (size, image_size, image_size, 3)), jnp.uint8),
+        "tokens": jnp.asarray(tokens, jnp.int32),
+        "z_i": jnp.asarray(rng.normal(size=(size, DIM)), jnp.float32),
+        "z_t": jnp.asarray(rng.normal(size=(size, DIM)), jnp.float32),
+    }
