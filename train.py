@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -35,10 +36,27 @@ def parse(argv: list[str]) -> None:
         for flag in ("config", "workdir"):
             if flags.FLAGS[flag].value is None:
                 raise UserError(f"--{flag}: missing; see python train.py --help")
+        if not isinstance(CONFIG.value, ml_collections.ConfigDict):
+            raise UserError(
+                f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}: cannot be"
+                f" loaded: {_why(CONFIG.value)}"
+            )
     except flags.Error as error:
-        raise UserError(f"{error}; see the config file for its fields") from error
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        # A config that raises comes with its whole traceback: the last line says what it is.
+        text = f"--config: {lines[-1]}" if "Traceback" in str(error) else " ".join(lines)
+        raise UserError(f"{text}; see the config file for its fields") from error
     except (AttributeError, ValueError, TypeError, OSError) as error:
         raise UserError(f"--config: {error}") from error
+
+
+def _why(broken: object) -> str:
+    """What went wrong in a config file: ml_collections tells when a field is asked for."""
+    try:
+        broken.stage  # noqa: B018
+    except Exception as error:
+        return " ".join(str(error).split())
+    return "it is no ConfigDict; get_config must return one"
 
 
 def main(argv: list[str]) -> None:

@@ -30,7 +30,7 @@ def get_config(variant=""):
         sampling=Sampling(method="ddpm", spacing="64"),
     )
     train = TrainConfig(
-        batch_size=128,
+        batch_size=64,
         steps=600,
         learning_rate=1e-3,
         warmup_steps=30,

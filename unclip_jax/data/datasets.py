@@ -27,8 +27,8 @@ class DataConfig:
       skin_tones: emoji only: whether the variants with a skin tone are in it.
       image_key: TFDS only: the feature with the image; "a/b" for a nested one.
       caption_key: TFDS only: the feature with the text or texts; likewise.
-      cache_dir: where prepared data are; None for `$UNCLIP_JAX_CACHE`, else
-        `~/.cache/unclip_jax`; for "tfds:..." None is TFDS's own default.
+      cache_dir: where prepared data are; "" for `$UNCLIP_JAX_CACHE`, else
+        `~/.cache/unclip_jax`; for "tfds:..." "" is TFDS's own default.
       context_length: tokens per caption, start and end included.
       vocab_size: token ids; below 49408 only the first merges of CLIP's BPE are used.
       augment: strength of random scaling and shifting, from 0 to below 1.
@@ -42,7 +42,7 @@ class DataConfig:
     skin_tones: bool = False
     image_key: str = "image"
     caption_key: str = "caption"
-    cache_dir: str | None = None
+    cache_dir: str = ""
     context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCAB_SIZE
     augment: float = 0.0
@@ -90,7 +90,7 @@ def load(config: DataConfig) -> Source:
         )
     elif name.startswith("tfds:"):
         source = TfdsSource(
-            prepared_builder(name.removeprefix("tfds:"), config.cache_dir),
+            prepared_builder(name.removeprefix("tfds:"), config.cache_dir or None),
             config.split,
             image_key=config.image_key,
             caption_key=config.caption_key,

@@ -1,0 +1,160 @@
+"""train.py, sample.py and evaluate as a user runs them: on a folder of pictures, and wrongly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_jax.grids import read_png_metadata
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 210), "black": (0, 0, 0)}
+
+
+def run(*command, check=True, **environment):
+    """A command in the checkout, as a process of its own; returns status, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def fails(*command, status=1):
+    """The one line on stderr of a command that must fail without a traceback."""
+    done = run(*command, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in done.stderr
+    assert len(lines) == 1 or status == 2, done.stderr
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of coloured squares and discs with captions, one file among them broken."""
+    folder = tmp_path_factory.mktemp("pictures")
+    y, x = np.mgrid[:40, :40] - 19.5
+    for name, colour in COLOURS.items():
+        for shape, inside in (("square", abs(x) + 0 * y < 12), ("disc", x**2 + y**2 < 150)):
+            image = np.where(inside[..., None], np.array(colour), 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / f"{name}_{shape}.png")
+            (folder / f"{name}_{shape}.txt").write_text(f"a {name} {shape}")
+    (folder / "broken.png").write_bytes(b"this is no picture")
+    (folder / "broken.txt").write_text("a broken picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    """A workdir per stage, trained for a few steps by train.py on the folder."""
+    out = tmp_path_factory.mktemp("runs")
+    data = (
+        f"--config.data.name={pictures}",
+        "--config.data.split=all",
+        "--config.heldout_split=all",
+        f"--config.data.cache_dir={out / 'cache'}",
+        "--config.train.batch_size=4",
+    )
+    for stage in ("clip", "prior", "decoder", "upsampler"):
+        clip = [f"--config.clip={out / 'clip'}"] if stage in ("prior", "decoder") else []
+        done = run(
+            "train.py", f"--config=configs/emoji/{stage}.py:smoke", f"--workdir={out / stage}",
+            *data, *clip,
+        )  # fmt: skip
+        assert "broken.png" in done.stderr, "the bad image is named"
+        assert "step 4/4" in done.stdout + done.stderr
+    return out
+
+
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler"])
+def test_train_leaves_a_model_metrics_and_previews(trained, stage):
+    workdir = trained / stage
+    assert (workdir / "model" / "config.json").is_file()
+    assert Image.open(workdir / "previews" / "step_00000004.png").width > 100
+    losses = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in losses} >= {2, 4}
+
+
+def test_sample_writes_a_grid_that_says_how_it_was_made(trained, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    run(
+        "sample.py", "text2im", "--model", trained, "--prompt", "a red square", "--prompt",
+        "ein Stück 🍎", "--num", 2, "--seed", 5, "--guidance_scale", 1.5, "--decoder_steps", 3,
+        "--prior_steps", 3, "--upsampler_steps", 2, "--out", out,
+    )  # fmt: skip
+    about = read_png_metadata(out)
+    assert json.loads(about["prompt"]) == ["a red square", "ein Stück 🍎"]
+    settings = json.loads(about["settings"])
+    assert settings["seed"] == 5 and settings["guidance_scale"] == 1.5
+    singles = sorted((tmp_path / "new" / "grid").iterdir())
+    assert len(singles) == 4
+    assert Image.open(singles[0]).size == (256, 256)
+    assert read_png_metadata(singles[3])["prompt"] == "ein Stück 🍎"
+
+
+def test_evaluate_prints_and_writes_figures(trained, pictures, tmp_path):
+    done = run(
+        "-m", "unclip_jax.evaluate", "--model", trained, "--data", pictures, "--train_split", "all",
+        "--heldout_split", "all", "--num", 3, "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["clip"]["pairs"] == 8 and figures["decoder"]["pictures"] == 3
+    assert all(np.isfinite(v) for part in figures.values() for v in part.values())
+    assert "prior/cosine_z_i_shuffled" in done.stdout
+
+
+def test_resuming_with_another_network_is_refused(trained, pictures):
+    line = fails(
+        "train.py", "--config=configs/emoji/upsampler.py:smoke",
+        f"--workdir={trained / 'upsampler'}", f"--config.data.name={pictures}",
+        "--config.data.split=all", "--config.heldout_split=all", "--config.train.batch_size=4",
+        f"--config.data.cache_dir={trained / 'cache'}", "--config.stage.model.channels=64",
+    )  # fmt: skip
+    assert "stage.model.channels was 32, now 64" in line
+
+
+CLIP = "--config=configs/emoji/clip.py:smoke"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["train.py", CLIP], "--workdir: missing"),
+        (["train.py", "--workdir=W"], "--config: missing"),
+        (["train.py", "--config=configs/emoji/nothing.py", "--workdir=W"], "nothing.py"),
+        (["train.py", CLIP, "--workdir=W", "--config.train.learning_rat=1"], "learning_rat"),
+        (["train.py", CLIP, "--workdir=W", "--config.train.steps=many"], "steps"),
+        (["train.py", CLIP, "--workdir=W", "--config.train.steps=0"], "train.steps"),
+        (["train.py", CLIP, "--workdir=W", "--config.data.name=./no_such_folder"], "no_such_folder"),
+        (["train.py", CLIP, "--workdir=W", "--config.stage.model.patch=7"], "patch"),
+        (["train.py", "--config=configs/emoji/prior.py", "--workdir=W"], "config.clip: empty"),
+        (["sample.py", "text2im", "--model", "docs", "--prompt", "x"], "no trained stage"),
+        (["sample.py", "text2im", "--model", "docs"], "no caption"),
+        (["sample.py", "text2im", "--model", "docs", "--prompt", ""], "prompts[0]"),
+        (["sample.py", "text2im", "--model", "docs", "--prompt", "x", "--out", "x.gif"], ".png"),
+        (["sample.py", "text2im", "--model", "docs", "--prompts", "no.txt"], "no.txt"),
+        (["-m", "unclip_jax.evaluate", "--model", "no_model"], "is no folder"),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_that_names_it(command, expected):
+    assert expected in fails(*command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["sample.py"], ["sample.py", "text2img"], ["sample.py", "text2im", "--model", "d", "--num", "x"]],
+)
+def test_wrong_usage_is_status_two(command):
+    assert "error" in fails(*command, status=2)
