@@ -120,8 +120,8 @@ def text2im(args: argparse.Namespace) -> None:
     import jax
     from PIL import Image
 
-    from unclip_jax.pipeline import UnCLIP, check_prompts
     from unclip_jax.grids import captioned_grid, save_png
+    from unclip_jax.pipeline import UnCLIP, check_prompts
 
     check_prompts(prompts)
     model = with_steps(UnCLIP.load(args.model), args)
@@ -146,7 +146,11 @@ def text2im(args: argparse.Namespace) -> None:
     save_png(grid, out, {"prompt": json.dumps(prompts), "settings": json.dumps(settings)})
     singles = out.with_suffix("")
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        metadata = {"prompt": caption, "sample": str(i % args.num), "settings": json.dumps(settings)}
+        metadata = {
+            "prompt": caption,
+            "sample": str(i % args.num),
+            "settings": json.dumps(settings),
+        }
         save_png(Image.fromarray(image), singles / f"{i:04d}.png", metadata)
     print(f"{out}: {len(images)} pictures of {images.shape[1]} px; each alone in {singles}/")
 

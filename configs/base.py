@@ -39,7 +39,7 @@ def make(stage: stages.Stage, data: DataConfig, train: TrainConfig, **rest):
 
 
 def smoke(config, **train):
-    """The same run in seconds: few steps, tiny batches; everything is written once."""
+    """The same run in seconds: few steps of training and sampling, tiny batches."""
     steps = train.pop("steps", 4)
     short = {
         "batch_size": 8,
@@ -52,6 +52,8 @@ def smoke(config, **train):
         "grad_accum": 1,
     }
     config.train.update(short | train)
+    if "sampling" in config.stage:
+        config.stage.sampling.spacing = "4"
     config.previews = 4
     return config
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +67,20 @@ def trained(pictures, tmp_path_factory):
         f"--config.data.cache_dir={out / 'cache'}",
         "--config.train.batch_size=4",
     )
-    for stage in ("clip", "prior", "decoder", "upsampler"):
-        clip = [f"--config.clip={out / 'clip'}"] if stage in ("prior", "decoder") else []
+    extra = {
+        "clip": (),
+        "prior": (f"--config.clip={out / 'clip'}",),
+        "decoder": (
+            f"--config.clip={out / 'clip'}",
+            "--config.stage.model.unet.channel_mults=(1,)",
+            "--config.stage.model.unet.attention_sizes=(16,)",
+        ),
+        "upsampler": ("--config.stage.model.channel_mults=(1,)",),
+    }
+    for stage, flags in extra.items():
         done = run(
             "train.py", f"--config=configs/emoji/{stage}.py:smoke", f"--workdir={out / stage}",
-            *data, *clip,
+            *data, *flags,
         )  # fmt: skip
         assert "broken.png" in done.stderr, "the bad image is named"
         assert "step 4/4" in done.stdout + done.stderr
@@ -120,6 +130,7 @@ def test_resuming_with_another_network_is_refused(trained, pictures):
         f"--workdir={trained / 'upsampler'}", f"--config.data.name={pictures}",
         "--config.data.split=all", "--config.heldout_split=all", "--config.train.batch_size=4",
         f"--config.data.cache_dir={trained / 'cache'}", "--config.stage.model.channels=64",
+        "--config.stage.model.channel_mults=(1,)",
     )  # fmt: skip
     assert "stage.model.channels was 32, now 64" in line
 
@@ -136,7 +147,10 @@ CLIP = "--config=configs/emoji/clip.py:smoke"
         (["train.py", CLIP, "--workdir=W", "--config.train.learning_rat=1"], "learning_rat"),
         (["train.py", CLIP, "--workdir=W", "--config.train.steps=many"], "steps"),
         (["train.py", CLIP, "--workdir=W", "--config.train.steps=0"], "train.steps"),
-        (["train.py", CLIP, "--workdir=W", "--config.data.name=./no_such_folder"], "no_such_folder"),
+        (
+            ["train.py", CLIP, "--workdir=W", "--config.data.name=./no_such_folder"],
+            "no_such_folder",
+        ),
         (["train.py", CLIP, "--workdir=W", "--config.stage.model.patch=7"], "patch"),
         (["train.py", "--config=configs/emoji/prior.py", "--workdir=W"], "config.clip: empty"),
         (["sample.py", "text2im", "--model", "docs", "--prompt", "x"], "no trained stage"),
@@ -154,7 +168,46 @@ def test_wrong_input_is_one_line_that_names_it(command, expected):
 
 @pytest.mark.parametrize(
     "command",
-    [["sample.py"], ["sample.py", "text2img"], ["sample.py", "text2im", "--model", "d", "--num", "x"]],
+    [
+        ["sample.py"],
+        ["sample.py", "text2img"],
+        ["sample.py", "text2im", "--model", "d", "--num", "x"],
+    ],
 )
 def test_wrong_usage_is_status_two(command):
     assert "error" in fails(*command, status=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler"])
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(
+    stage, trained, pictures, tmp_path
+):
+    command = [
+        sys.executable, "train.py", f"--config=configs/emoji/{stage}.py:smoke",
+        f"--config.data.name={pictures}", "--config.data.split=all",
+        "--config.heldout_split=all", f"--config.data.cache_dir={trained / 'cache'}",
+        "--config.train.batch_size=4", "--config.train.steps=60",
+        "--config.train.checkpoint_every=7", "--config.train.log_every=5",
+    ]  # fmt: skip
+    command += [f"--config.clip={trained / 'clip'}"] * (stage in ("prior", "decoder"))
+    quiet = {"env": os.environ | {"JAX_PLATFORMS": "cpu"}, "cwd": ROOT, "stderr": subprocess.STDOUT}
+
+    def finish(workdir):
+        subprocess.run([*command, f"--workdir={workdir}"], check=True, **quiet)
+        return (workdir / "model" / "params.safetensors").read_bytes()
+
+    whole = finish(tmp_path / "whole")
+    kills = 0
+    for wait in np.random.default_rng().uniform(0.0, 2.0, 3):
+        with subprocess.Popen(
+            [*command, f"--workdir={tmp_path / 'cut'}"], stdout=subprocess.PIPE, text=True, **quiet
+        ) as process:
+            for line in process.stdout:  # until it trains, then a random moment longer
+                if line.startswith("step "):
+                    break
+            time.sleep(wait)
+            kills += process.poll() is None
+            process.kill()
+    assert kills, "every run ended before it was killed"
+    assert finish(tmp_path / "cut") == whole

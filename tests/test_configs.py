@@ -12,9 +12,7 @@ from unclip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(
-    f"{path.parent.name}/{path.stem}"
-    for path in ROOT.glob("configs/*/*.py")
-    if path.stem != "base"
+    f"{path.parent.name}/{path.stem}" for path in ROOT.glob("configs/*/*.py") if path.stem != "base"
 )
 
 # Table 3 of the paper: batch, iterations, learning rate, beta2, Adam's eps, EMA, weight decay;

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import normal, prefix_mask, random_params, relative_error
+from tests.networks import integers, normal, prefix_mask, random_params, relative_error
 from unclip_jax.errors import UserError
 from unclip_jax.models import Clip, ClipConfig, Prior, PriorConfig, TextConfig, TextEncoder
 
@@ -112,7 +112,7 @@ def test_text_encoder_reads_no_token_under_a_false_mask():
 def prior_args(config, seed=0):
     b, length = 3, config.context_length
     if config.vocab_size:
-        text = jax.random.randint(jax.random.key(seed), (b, length), 0, config.vocab_size)
+        text = integers(seed, config.vocab_size, b, length)
     else:
         text = normal(seed, b, length, config.text_width)
     e = config.embed_dim

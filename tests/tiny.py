@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import checkpoint, stages
-from unclip_jax.diffusion import Diffusion
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.prior import PriorConfig

@@ -102,7 +102,9 @@ def evaluate(
     _, train_i, train_captions = pairs(model, config)
     held_t, train_t = (embed_captions(model, c) for c in (held_captions, train_captions))
     chosen = np.sort(
-        np.random.default_rng(seed).permutation(len(train_captions))[: min(num, len(train_captions))]
+        np.random.default_rng(seed).permutation(len(train_captions))[
+            : min(num, len(train_captions))
+        ]
     )
     pictures = model.generate(
         key, [train_captions[i] for i in chosen], upsample=False, batch_size=BATCH
@@ -123,7 +125,9 @@ def evaluate(
 def table(figures: dict[str, dict[str, float]]) -> str:
     """The figures, one a line."""
     rows = [
-        (f"{stage}/{name}", value) for stage, part in figures.items() for name, value in part.items()
+        (f"{stage}/{name}", value)
+        for stage, part in figures.items()
+        for name, value in part.items()
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value:>8.4g}" for name, value in rows)

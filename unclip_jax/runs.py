@@ -127,9 +127,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
         "upsampler": upsampler_figures,
     }
     evaluate, preview = make[stage.kind](stage, held)
-    return Run(
-        stage, init_params, source, data, given.train, evaluate, preview, description
-    )
+    return Run(stage, init_params, source, data, given.train, evaluate, preview, description)
 
 
 def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
@@ -253,9 +251,7 @@ def held_out_loss(stage: stages.Stage, held: Held) -> Callable[[Params], dict[st
         return stage.loss(params, batch, key)[0]
 
     def evaluate(params: Params) -> dict[str, float]:
-        values = [
-            loss(params, chunk, jax.random.key(i)) for i, chunk in enumerate(held.chunks())
-        ]
+        values = [loss(params, chunk, jax.random.key(i)) for i, chunk in enumerate(held.chunks())]
         return {"heldout_loss": float(np.mean(values))}
 
     return evaluate

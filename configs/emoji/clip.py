@@ -36,9 +36,9 @@ def get_config(variant=""):
     )
     train = TrainConfig(
         batch_size=128,
-        steps=300,
+        steps=200,
         learning_rate=1e-3,
-        warmup_steps=30,
+        warmup_steps=20,
         schedule="cosine",
         b2=0.98,
         weight_decay=0.1,
@@ -46,7 +46,7 @@ def get_config(variant=""):
         ema_decay=0.99,
         log_every=20,
         eval_every=100,
-        preview_every=300,
+        preview_every=0,
         checkpoint_every=100,
     )
     config = base.make(stage, DataConfig(name="emoji", augment=0.15), train)

@@ -46,7 +46,7 @@ def get_config(variant=""):
     )
     train = TrainConfig(
         batch_size=32,
-        steps=1000,
+        steps=500,
         learning_rate=1e-3,
         warmup_steps=50,
         schedule="cosine",
@@ -54,8 +54,8 @@ def get_config(variant=""):
         grad_clip=1.0,
         ema_decay=0.995,
         log_every=50,
-        eval_every=500,
-        preview_every=500,
+        eval_every=0,
+        preview_every=0,
         checkpoint_every=250,
     )
     config = base.make(stage, DataConfig(name="emoji"), train)

@@ -31,7 +31,7 @@ def get_config(variant=""):
     )
     train = TrainConfig(
         batch_size=64,
-        steps=600,
+        steps=400,
         learning_rate=1e-3,
         warmup_steps=30,
         schedule="cosine",
@@ -41,8 +41,8 @@ def get_config(variant=""):
         grad_clip=1.0,
         ema_decay=0.99,
         log_every=50,
-        eval_every=200,
-        preview_every=600,
+        eval_every=0,
+        preview_every=0,
         checkpoint_every=200,
     )
     config = base.make(stage, DataConfig(name="emoji"), train)

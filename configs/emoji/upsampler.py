@@ -33,16 +33,16 @@ def get_config(variant=""):
     )
     train = TrainConfig(
         batch_size=16,
-        steps=400,
+        steps=200,
         learning_rate=1e-3,
         warmup_steps=30,
         schedule="cosine",
         b2=0.99,
         grad_clip=1.0,
         ema_decay=0.99,
-        log_every=50,
-        eval_every=400,
-        preview_every=400,
+        log_every=25,
+        eval_every=0,
+        preview_every=0,
         checkpoint_every=200,
     )
     config = base.make(stage, DataConfig(name="emoji", captions="first"), train)

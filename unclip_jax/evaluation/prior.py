@@ -28,6 +28,8 @@ def prior_cosines(z_hat: np.ndarray, z_i: np.ndarray, z_t: np.ndarray) -> dict[s
     own = np.trace(scores)
     return {
         "cosine_z_i": float(own / n),
-        "cosine_z_i_shuffled": float((scores.sum() - own) / (n * (n - 1))) if n > 1 else float("nan"),
+        "cosine_z_i_shuffled": float((scores.sum() - own) / (n * (n - 1)))
+        if n > 1
+        else float("nan"),
         "cosine_z_t": float(np.mean(np.sum(z_hat * z_t, axis=-1))),
     }

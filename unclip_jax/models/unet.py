@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from unclip_jax.errors import UserError
 from unclip_jax.models.layers import (
-    Conv3x3,
     GroupNorm,
     TimeEmbedding,
     as_tuple,
@@ -191,7 +190,7 @@ class ResBlock(nn.Module):
         """`[b, h, w, c]` and an activated embedding `[b, emb_dim]` to `[b, h', w', features]`."""
         resample = RESAMPLE[self.resample]
         h = nn.silu(GroupNorm(self.groups, name="norm_1")(x)).astype(self.dtype)
-        h = Conv3x3(self.features, self.dtype, name="conv_1")(resample(h))
+        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(resample(h))
         width = (1 + self.scale_shift) * self.features
         emb = nn.Dense(width, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
         norm_2 = GroupNorm(self.groups, name="norm_2")
@@ -201,7 +200,8 @@ class ResBlock(nn.Module):
         else:
             h = norm_2(h + emb)
         h = nn.Dropout(self.dropout, deterministic=False)(nn.silu(h).astype(self.dtype))
-        h = Conv3x3(self.features, self.dtype, nn.initializers.zeros, name="conv_2")(h)
+        zeros = nn.initializers.zeros
+        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
         x = resample(x)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
@@ -294,7 +294,7 @@ class UNet(nn.Module):
             block = attention_block(c.head_channels, c.groups, c.dtype, name=name)
             return block(h, context, context_mask)
 
-        h = Conv3x3(c.channels, c.dtype, name="conv_in")(space_to_depth(x, c.patch))
+        h = nn.Conv(c.channels, (3, 3), dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
         skips = [h]
         last = len(c.channel_mults) - 1
         for level, mult in enumerate(c.channel_mults):
@@ -323,8 +323,8 @@ class UNet(nn.Module):
                 h = res(h, f"up_{level}_double", mult, "double")
 
         h = nn.silu(GroupNorm(c.groups, name="norm_out")(h))
-        zeros = nn.initializers.zeros
-        h = Conv3x3(c.out_channels * c.patch**2, kernel_init=zeros, name="conv_out")(h)
+        out = c.out_channels * c.patch**2
+        h = nn.Conv(out, (3, 3), kernel_init=nn.initializers.zeros, name="conv_out")(h)
         return depth_to_space(h, c.patch)
 
     def _check_inputs(

@@ -18,7 +18,15 @@ from unclip_jax.stages.upsampler import UpsamplerStage
 
 Stage = ClipStage | PriorStage | DecoderStage | UpsamplerStage
 
-__all__ = ["ClipStage", "DecoderStage", "PriorStage", "Stage", "UpsamplerStage", "build", "describe"]
+__all__ = [
+    "ClipStage",
+    "DecoderStage",
+    "PriorStage",
+    "Stage",
+    "UpsamplerStage",
+    "build",
+    "describe",
+]
 
 
 def build(settings: Mapping[str, Any], path: str = "config.stage") -> Stage:

@@ -13,9 +13,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import degrade
+from unclip_jax import degrade, samplers
 from unclip_jax import diffusion as dm
-from unclip_jax import samplers
 from unclip_jax.errors import UserError
 from unclip_jax.losses import losses
 from unclip_jax.models.unet import UNet, UNetConfig
