@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import karlo_reference as reference
-from tests.networks import normal, prefix_mask, relative_error, shapes
+from tests.networks import normal, prefix_mask, quick_jit, relative_error, shapes
 from unclip_jax import presets
 from unclip_jax.models import (
     Clip,
@@ -105,7 +104,7 @@ def test_clip_agrees_with_transformers(activation):
     ours = Clip(config)
     target = shapes(ours, images, tokens)
     params = reference.convert(reference.clip_table(), theirs.state_dict(), target)
-    z_i, z_t, scale = jax.jit(ours.apply)({"params": params}, images, tokens)
+    z_i, z_t, scale = quick_jit(ours.apply)({"params": params}, images, tokens)
     _, states = ours.apply({"params": params}, tokens, method="encode_text")
 
     mean, std = (np.array(s).reshape(1, 1, 1, 3) for s in (config.pixel_mean, config.pixel_std))
@@ -135,7 +134,7 @@ def test_prior_agrees_with_diffusers(remat):
     with torch.no_grad():
         z_noised, t, z_t, text, mask = map(to_torch, args)
         expected = theirs(z_noised, t, z_t, text, mask).predicted_image_embedding
-    assert relative_error(jax.jit(ours.apply)({"params": params}, *args), expected) < TOLERANCE
+    assert relative_error(quick_jit(ours.apply)({"params": params}, *args), expected) < TOLERANCE
 
 
 def test_decoder_agrees_with_diffusers():
@@ -157,7 +156,7 @@ def test_decoder_agrees_with_diffusers():
     target = shapes(ours, x_t, t, cond)
     state = decoder_state(unet, text_proj)
     params = reference.convert(reference.decoder_table(DECODER), state, target)
-    ours_out = jax.jit(ours.apply)({"params": params}, x_t, t, cond)
+    ours_out = quick_jit(ours.apply)({"params": params}, x_t, t, cond)
 
     with torch.no_grad():
         context, emb = text_proj(
@@ -183,7 +182,7 @@ def test_super_resolution_agrees_with_diffusers(size):
     params = reference.convert(reference.unet_table(SUPER_RES), theirs.state_dict(), target)
     with torch.no_grad():
         expected = theirs(to_torch(x.transpose(0, 3, 1, 2)), to_torch(t)).sample
-    ours_out = jax.jit(ours.apply)({"params": params}, x, t)
+    ours_out = quick_jit(ours.apply)({"params": params}, x, t)
     assert relative_error(ours_out, expected.permute(0, 2, 3, 1)) < TOLERANCE
 
 

@@ -151,8 +151,8 @@ def layer_norm(name: str) -> nn.LayerNorm:
 class GroupNorm(nn.Module):
     """GroupNorm of images in float32, eps 1e-5, its variance taken about the mean.
 
-    Pixels are reduced before channels are grouped, so that the images are never reshaped: half
-    the time of Linen's own on a CPU.
+    Pixels are reduced before channels are grouped, so that the images are never reshaped: on a
+    CPU the forward pass takes half the time of Linen's own.
     """
 
     groups: int
