@@ -26,7 +26,7 @@ def get_config(variant=""):
             vision_layers=4,
             vision_heads=4,
             text_width=128,
-            text_layers=3,
+            text_layers=2,
             text_heads=4,
             vocab_size=VOCAB_SIZE,
             context_length=CONTEXT_LENGTH,
@@ -36,7 +36,7 @@ def get_config(variant=""):
     )
     train = TrainConfig(
         batch_size=128,
-        steps=200,
+        steps=180,
         learning_rate=1e-3,
         warmup_steps=20,
         schedule="cosine",
@@ -45,9 +45,9 @@ def get_config(variant=""):
         grad_clip=1.0,
         ema_decay=0.99,
         log_every=20,
-        eval_every=100,
+        eval_every=90,
         preview_every=0,
-        checkpoint_every=100,
+        checkpoint_every=90,
     )
     config = base.make(stage, DataConfig(name="emoji", augment=0.15), train)
     return base.smoke(config) if base.is_smoke(variant) else config

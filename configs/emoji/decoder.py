@@ -28,7 +28,7 @@ def get_config(variant=""):
                 in_channels=3,
                 out_channels=6,
                 channels=64,
-                channel_mults=(1, 2, 2),
+                channel_mults=(1, 1, 2),
                 res_blocks=1,
                 attention_sizes=(8, 4),
                 head_channels=32,
@@ -46,7 +46,7 @@ def get_config(variant=""):
     )
     train = TrainConfig(
         batch_size=32,
-        steps=500,
+        steps=550,
         learning_rate=1e-3,
         warmup_steps=50,
         schedule="cosine",
