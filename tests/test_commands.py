@@ -14,15 +14,16 @@ from PIL import Image
 from unclip_jax.grids import read_png_metadata
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "UNCLIP_JAX_CACHE": str(ROOT / ".cache" / "unclip_jax")}
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 210), "black": (0, 0, 0)}
 
 
-def run(*command, check=True, **environment):
+def run(*command, check=True):
     """A command in the checkout, as a process of its own; returns status, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=600,
@@ -191,7 +192,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(
         "--config.train.checkpoint_every=7", "--config.train.log_every=5",
     ]  # fmt: skip
     command += [f"--config.clip={trained / 'clip'}"] * (stage in ("prior", "decoder"))
-    quiet = {"env": os.environ | {"JAX_PLATFORMS": "cpu"}, "cwd": ROOT, "stderr": subprocess.STDOUT}
+    quiet = {"env": os.environ | ENVIRONMENT, "cwd": ROOT, "stderr": subprocess.STDOUT}
 
     def finish(workdir):
         subprocess.run([*command, f"--workdir={workdir}"], check=True, **quiet)

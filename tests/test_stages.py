@@ -81,10 +81,10 @@ def test_contrastive_loss_against_a_loop():
 def test_clip_embeddings_are_unit_and_take_any_image_size():
     params = tiny.params(tiny.CLIP)
     for size in (16, 23):
-        z_i = tiny.CLIP.encode_image(params, to_float(tiny.batch(2, size)["image"]))
+        z_i = tiny.call(tiny.CLIP, "encode_image", params, to_float(tiny.batch(2, size)["image"]))
         np.testing.assert_allclose(jnp.linalg.norm(z_i, axis=1), 1.0, rtol=1e-5)
     raw = dataclasses.replace(tiny.CLIP, unit_embeddings=False)
-    z_raw = raw.encode_image(params, to_float(tiny.batch(2, 23)["image"]))
+    z_raw = tiny.call(raw, "encode_image", params, to_float(tiny.batch(2, 23)["image"]))
     np.testing.assert_allclose(embedding.unit(z_raw), z_i, atol=1e-6)
 
 
@@ -119,9 +119,9 @@ def test_prior_keeps_the_draw_nearest_to_the_caption():
     cond = tiny.PRIOR.condition(batch["tokens"], embedding.unit(batch["z_t"]))
     keys = example_keys(jax.random.key(5), 3)
     halves = jax.vmap(jax.random.split)(keys)
-    draws = [tiny.PRIOR.draw(params, halves[:, j], cond) for j in range(2)]
+    draws = [tiny.call(tiny.PRIOR, "draw", params, halves[:, j], cond) for j in range(2)]
     dots = [jnp.sum(draw * cond["z_t"], axis=1) for draw in draws]
-    best = tiny.PRIOR.sample(params, keys, cond)
+    best = tiny.call(tiny.PRIOR, "sample", params, keys, cond)
     np.testing.assert_allclose(jnp.sum(best * cond["z_t"], axis=1), jnp.maximum(*dots), atol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(best, axis=1), 1.0, rtol=1e-5)
 
@@ -132,8 +132,8 @@ def test_prior_ignores_a_dropped_caption():
     x_t, t = batch["z_i"], jnp.asarray([3, 700])
     conds = [tiny.PRIOR.condition(b["tokens"], b["z_t"]) for b in (batch, other)]
     nulls = [tiny.PRIOR.null(cond) for cond in conds]
-    kept = [tiny.PRIOR.denoise(params, x_t, t, cond) for cond in conds]
-    dropped = [tiny.PRIOR.denoise(params, x_t, t, null) for null in nulls]
+    kept = [tiny.call(tiny.PRIOR, "denoise", params, x_t, t, cond) for cond in conds]
+    dropped = [tiny.call(tiny.PRIOR, "denoise", params, x_t, t, null) for null in nulls]
     assert not np.allclose(kept[0], kept[1], atol=1e-4)
     np.testing.assert_allclose(dropped[0], dropped[1], atol=1e-6)
 
@@ -144,8 +144,10 @@ def test_decoder_null_depends_on_neither_embedding_nor_caption():
     for seed in (0, 9):
         batch = tiny.batch(2, 16, seed=seed)
         null = tiny.DECODER.null(tiny.DECODER.condition(batch["tokens"], batch["z_i"]))
-        encoded = tiny.DECODER.encode(params, null)
-        outputs.append(tiny.DECODER.denoise(params, x_t, jnp.asarray([5, 900]), encoded))
+        encoded = tiny.call(tiny.DECODER, "encode", params, null)
+        outputs.append(
+            tiny.call(tiny.DECODER, "denoise", params, x_t, jnp.asarray([5, 900]), encoded)
+        )
     np.testing.assert_allclose(*outputs, atol=1e-6)
 
 
@@ -153,9 +155,9 @@ def test_guidance_of_one_is_the_conditional_model():
     params, batch = tiny.params(tiny.DECODER), tiny.batch(2, 16)
     cond = tiny.DECODER.condition(batch["tokens"], batch["z_i"])
     keys = example_keys(jax.random.key(0), 2)
-    guided = tiny.DECODER.sample(params, keys, cond, guidance_scale=1.0)
-    alone = tiny.DECODER.sample(params, keys, cond, guidance_scale=1.0, null=cond)
-    stronger = tiny.DECODER.sample(params, keys, cond, guidance_scale=4.0)
+    guided = tiny.call(tiny.DECODER, "sample", params, keys, cond, guidance_scale=1.0)
+    alone = tiny.call(tiny.DECODER, "sample", params, keys, cond, guidance_scale=1.0, null=cond)
+    stronger = tiny.call(tiny.DECODER, "sample", params, keys, cond, guidance_scale=4.0)
     np.testing.assert_array_equal(guided, alone)
     assert not np.allclose(guided, stronger, atol=1e-3)
 
@@ -168,8 +170,8 @@ def test_a_sample_does_not_depend_on_its_batch_mates(stage):
     else:
         cond = to_float(batch["image"])
     keys = example_keys(jax.random.key(1), 3)
-    together = stage.sample(params, keys, cond)
-    alone = stage.sample(params, keys[2:], jax.tree.map(lambda x: x[2:], cond))
+    together = tiny.call(stage, "sample", params, keys, cond)
+    alone = tiny.call(stage, "sample", params, keys[2:], jax.tree.map(lambda x: x[2:], cond))
     np.testing.assert_allclose(together[2:], alone, atol=2e-5)
 
 
@@ -177,11 +179,11 @@ def test_upsampler_conditions_on_the_low_resolution_picture():
     params, batch = tiny.params(tiny.UPSAMPLER), tiny.batch(2, 16)
     keys = example_keys(jax.random.key(1), 2)
     low = to_float(batch["image"])
-    out = tiny.UPSAMPLER.sample(params, keys, low)
+    out = tiny.call(tiny.UPSAMPLER, "sample", params, keys, low)
     assert out.shape == (2, 32, 32, 3)
-    assert not np.allclose(out, tiny.UPSAMPLER.sample(params, keys, -low), atol=1e-3)
+    assert not np.allclose(out, tiny.call(tiny.UPSAMPLER, "sample", params, keys, -low), atol=1e-3)
     with pytest.raises(UserError, match="resize them first"):
-        tiny.UPSAMPLER.sample(params, keys, jnp.zeros((2, 8, 8, 3)))
+        tiny.call(tiny.UPSAMPLER, "sample", params, keys, jnp.zeros((2, 8, 8, 3)))
 
 
 def test_crops_of_a_pair_stay_aligned():

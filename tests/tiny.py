@@ -1,5 +1,7 @@
 """A whole model small enough to compile in seconds, with random params."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +91,9 @@ def batch(size: int, image_size: int, seed: int = 0) -> dict:
         "z_i": jnp.asarray(rng.normal(size=(size, DIM)), jnp.float32),
         "z_t": jnp.asarray(rng.normal(size=(size, DIM)), jnp.float32),
     }
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "method"))
+def call(stage, method: str, *args, **settings):
+    """A method of a stage, compiled: eager networks compile every operation alone."""
+    return getattr(stage, method)(*args, **settings)
