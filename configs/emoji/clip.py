@@ -46,7 +46,7 @@ def get_config(variant=""):
         ema_decay=0.99,
         log_every=20,
         eval_every=90,
-        preview_every=0,
+        preview_every=1000,
         checkpoint_every=90,
     )
     config = base.make(stage, DataConfig(name="emoji", augment=0.15), train)

@@ -54,8 +54,8 @@ def get_config(variant=""):
         grad_clip=1.0,
         ema_decay=0.995,
         log_every=50,
-        eval_every=0,
-        preview_every=0,
+        eval_every=1000,
+        preview_every=1000,
         checkpoint_every=250,
     )
     config = base.make(stage, DataConfig(name="emoji"), train)

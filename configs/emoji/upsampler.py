@@ -41,8 +41,8 @@ def get_config(variant=""):
         grad_clip=1.0,
         ema_decay=0.99,
         log_every=25,
-        eval_every=0,
-        preview_every=0,
+        eval_every=1000,
+        preview_every=1000,
         checkpoint_every=200,
     )
     config = base.make(stage, DataConfig(name="emoji", captions="first"), train)
