@@ -99,17 +99,19 @@ def test_train_leaves_a_model_metrics_and_previews(trained, stage):
 
 def test_sample_writes_a_grid_that_says_how_it_was_made(trained, tmp_path):
     out = tmp_path / "new" / "grid.png"
-    run(
+    done = run(
         "sample.py", "text2im", "--model", trained, "--prompt", "a red square", "--prompt",
-        "ein Stück 🍎", "--num", 2, "--seed", 5, "--guidance_scale", 1.5, "--decoder_steps", 3,
+        "ein Stück 🍎", "--prompt", "very " * 40 + "long", "--num", 2, "--seed", 5, "--guidance_scale", 1.5, "--decoder_steps", 3,
         "--prior_steps", 3, "--upsampler_steps", 2, "--out", out,
     )  # fmt: skip
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert any("were cut" in line and "very" in line for line in warnings)
     about = read_png_metadata(out)
-    assert json.loads(about["prompt"]) == ["a red square", "ein Stück 🍎"]
+    assert json.loads(about["prompt"])[:2] == ["a red square", "ein Stück 🍎"]
     settings = json.loads(about["settings"])
     assert settings["seed"] == 5 and settings["guidance_scale"] == 1.5
     singles = sorted((tmp_path / "new" / "grid").iterdir())
-    assert len(singles) == 4
+    assert len(singles) == 6
     assert Image.open(singles[0]).size == (256, 256)
     assert read_png_metadata(singles[3])["prompt"] == "ein Stück 🍎"
 

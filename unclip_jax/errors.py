@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -15,7 +16,11 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 1."""
+    """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 1.
+
+    A warning becomes one line, too.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
