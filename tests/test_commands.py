@@ -101,8 +101,9 @@ def test_sample_writes_a_grid_that_says_how_it_was_made(trained, tmp_path):
     out = tmp_path / "new" / "grid.png"
     done = run(
         "sample.py", "text2im", "--model", trained, "--prompt", "a red square", "--prompt",
-        "ein Stück 🍎", "--prompt", "very " * 40 + "long", "--num", 2, "--seed", 5, "--guidance_scale", 1.5, "--decoder_steps", 3,
-        "--prior_steps", 3, "--upsampler_steps", 2, "--out", out,
+        "ein Stück 🍎", "--prompt", "very " * 40 + "long",
+        "--num", 2, "--seed", 5, "--guidance_scale", 1.5, "--decoder_steps", 3, "--prior_steps", 3,
+        "--upsampler_steps", 2, "--out", out,
     )  # fmt: skip
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     assert any("were cut" in line and "very" in line for line in warnings)
