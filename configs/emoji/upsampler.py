@@ -28,7 +28,7 @@ def get_config(variant=""):
             patch=4,
         ),
         low_size=64,
-        diffusion=Diffusion(prediction="v"),
+        diffusion=Diffusion(prediction="x_0"),
         sampling=Sampling(method="ddim", spacing="10", clip_x_0=1.0),
     )
     train = TrainConfig(
