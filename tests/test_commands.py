@@ -133,10 +133,10 @@ def test_resuming_with_another_network_is_refused(trained, pictures):
         "train.py", "--config=configs/emoji/upsampler.py:smoke",
         f"--workdir={trained / 'upsampler'}", f"--config.data.name={pictures}",
         "--config.data.split=all", "--config.heldout_split=all", "--config.train.batch_size=4",
-        f"--config.data.cache_dir={trained / 'cache'}", "--config.stage.model.channels=64",
+        f"--config.data.cache_dir={trained / 'cache'}", "--config.stage.model.channels=96",
         "--config.stage.model.channel_mults=(1,)",
     )  # fmt: skip
-    assert "stage.model.channels was 32, now 64" in line
+    assert "stage.model.channels was 64, now 96" in line
 
 
 CLIP = "--config=configs/emoji/clip.py:smoke"

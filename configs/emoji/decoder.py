@@ -4,8 +4,8 @@
         --config.clip=runs/emoji/clip
 
 About five minutes on two CPU cores. What it reaches: README, "What the demo reaches".
-The U-Net works on 4x4 patches (its `patch`), which makes 64 px as cheap as 16. It predicts x_0: after
-so little training that gives blurred pictures, where eps and v give noisy ones.
+The U-Net works on 4x4 patches (its `patch`), which makes 64 px as cheap as 16. It predicts x_0:
+after so little training that gives blurred pictures, where eps and v give noisy ones.
 """
 
 from configs import base
