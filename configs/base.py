@@ -35,7 +35,14 @@ def make(stage: stages.Stage, data: DataConfig, train: TrainConfig, **rest):
         "normalisation": "whiten",
         "previews": 16,
     }
-    return ml_collections.ConfigDict(parts | rest)
+    return ml_collections.ConfigDict(_with_tuples(parts | rest))
+
+
+def _with_tuples(tree):
+    """Lists as tuples, which flags can set: --config.stage.model.channel_mults="(1, 2)"."""
+    if isinstance(tree, dict):
+        return {name: _with_tuples(part) for name, part in tree.items()}
+    return tuple(tree) if isinstance(tree, list) else tree
 
 
 def smoke(config, **train):

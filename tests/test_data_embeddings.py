@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from test_data_batches import CACHED, READ_AGAIN, SIZE, Pictures, take
 
+from tests.test_data_batches import CACHED, READ_AGAIN, SIZE, Pictures, take
 from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.embeddings import EmbeddingStore, WithEmbeddings, compute

@@ -96,6 +96,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     """
     given = settings.build(Settings, config, "config")
     stage = stages.build(given.stage)
+    clip = load_clip(given.clip, stage) if stage.kind in ("prior", "decoder") else None
     data = data_for(stage, given.data)
     source = datasets.load(data)
     heldout = datasets.load(dataclasses.replace(data, split=given.heldout_split, captions="first"))
@@ -106,8 +107,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
         "train": settings.to_dict(given.train),
     }
     key = jax.random.key(given.train.seed)
-    if stage.kind in ("prior", "decoder"):
-        clip = load_clip(given.clip, stage)
+    if clip is not None:
         fingerprint = checkpoint.fingerprint(clip.params)
         description |= {"clip_fingerprint": fingerprint, "normalisation": given.normalisation}
         source = with_embeddings(source, data, clip, fingerprint)
