@@ -3,8 +3,8 @@
     python train.py --config=configs/paper/upsampler_1024.py --workdir=runs/paper/upsampler_1024 \
         --config.data.name=tfds:YOUR_DATA
 
-Trained on 256 px crops. The paper corrupts the low-resolution image with BSR degradation; here it
-is blurred by a random Gaussian.
+Trained on 256 px crops, the low-resolution image corrupted by BSR degradation, as in the paper. It
+does not say how strongly: here, the milder ranges of Rombach et al. (unclip_jax.degrade.BSR).
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ def get_config(variant=""):
         diffusion=Diffusion(steps=1000, schedule="linear", prediction="eps"),
         sampling=Sampling(method="ddim", spacing="15", clip_x_0=1.0),
         crop=0.25,
+        corruption="bsr",
     )
     tiny = dataclasses.replace(
         presets.PAPER_UPSAMPLER_1024,

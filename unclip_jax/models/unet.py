@@ -258,6 +258,7 @@ class UNet(nn.Module):
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
         *,
+        level: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Apply the network.
@@ -268,6 +269,8 @@ class UNet(nn.Module):
           emb: `[b, embedding_features]`, added to the timestep's embedding, or None.
           context: `[b, m, context_dim]` tokens; required exactly where `context_dim` > 0.
           context_mask: `[b, m]` bool, True = attend; None attends to every token.
+          level: `[b]` noise level of an image among the input's channels, a timestep of its own,
+            embedded beside `t`'s; only a U-Net that was initialised with one has params for it.
           deterministic: False in training: dropout then draws from the rng "dropout".
 
         Returns:
@@ -281,6 +284,8 @@ class UNet(nn.Module):
         res_block, attention_block = remat(ResBlock, c.remat), remat(AttentionBlock, c.remat)
         rate = 0.0 if deterministic else c.dropout
         time = TimeEmbedding(c.channels, c.embedding_features, name="time")(t)
+        if level is not None:
+            time += TimeEmbedding(c.channels, c.embedding_features, name="level")(level)
         active = nn.silu(time if emb is None else time + emb).astype(c.dtype)
         if context is not None:
             context = context.astype(c.dtype)

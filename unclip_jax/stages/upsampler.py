@@ -3,6 +3,12 @@
 An ADM U-Net of convolutions only, without caption or guidance. It trains on random crops of a
 quarter of the side and runs at full size. In training the low-resolution image is corrupted
 slightly, so that at sampling time the decoder's own flaws are nothing new.
+
+Noise-conditioning augmentation (cascaded diffusion, arXiv 2106.15282, section 4.2; Imagen) does so
+in another way, alone or on top: the low-resolution image z is noised to a random level s in
+training, z_s ~ q(z_s | z), and the network is told s. Sampling noises the finished image before it,
+the paper's non-truncated form, to one level of the user's choice: more noise hides more flaws, and
+more of the picture.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ from unclip_jax.stages.conditioning import Params, initial_noise, random_timeste
 from unclip_jax.stages.decoder import check_channels
 from unclip_jax.stages.images import resize, to_float
 
+CORRUPTIONS = ("none", "gaussian", "bsr")
+
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerStage:
@@ -33,8 +41,17 @@ class UpsamplerStage:
         diffusion: schedule, prediction, variance and loss.
         sampling: method, number of steps and clipping.
         crop: training crop's side as a fraction of image_size.
-        blur_probability: how often training blurs the low-resolution image.
+        corruption: of the low-resolution image in training: "none", "gaussian" (blur) or "bsr",
+            which is costly enough to be done to the crop alone.
+        blur_probability: how often "gaussian" blurs the low-resolution image.
         blur_sigma: range of the blur's standard deviation, in low-resolution pixels.
+        bsr: ranges of the "bsr" degradation.
+        noise_max: the highest level of noise-conditioning augmentation in training, as a fraction
+            of the diffusion's steps; 0 for no such noise, and no params for its level.
+        noise_level: the level that sampling uses unless told otherwise, at most noise_max.
+        last_steps: how many steps at the end of sampling a second network does, `last_network` in
+            the params (Karlo: one). Training leaves that network as it is: Karlo's was trained
+            adversarially, not as a denoiser.
     """
 
     kind: ClassVar[str] = "upsampler"
@@ -44,8 +61,13 @@ class UpsamplerStage:
     diffusion: dm.Diffusion = dm.Diffusion()
     sampling: samplers.Sampling = samplers.Sampling(method="ddim", spacing="27", clip_x_0=1.0)
     crop: float = 0.25
+    corruption: str = "gaussian"
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.4, 0.6)
+    bsr: degrade.BSR = dataclasses.field(default_factory=degrade.BSR)
+    noise_max: float = 0.0
+    noise_level: float = 0.0
+    last_steps: int = 0
 
     def __post_init__(self) -> None:
         """Check the fields that no part checks alone."""
@@ -66,6 +88,33 @@ class UpsamplerStage:
                 f"stage.crop: got {self.crop}, expected a fraction in (0, 1] that gives a whole"
                 f" number of the {size} pixels"
             )
+        if self.corruption not in CORRUPTIONS:
+            raise UserError(
+                f"stage.corruption: got {self.corruption!r}, expected one of"
+                f" {', '.join(CORRUPTIONS)}"
+            )
+        if self.corruption == "bsr" and self.crop_size * self.low_size % size:
+            raise UserError(
+                f"stage.crop: got {self.crop}, a crop of {self.crop_size} pixels; for"
+                f' corruption="bsr" expected a multiple of {size // self.low_size}, so that it has'
+                " a whole number of low-resolution pixels"
+            )
+        steps = self.diffusion.process(self.sampling.spacing).steps
+        if not 0 <= self.last_steps <= steps:
+            raise UserError(
+                f"stage.last_steps: got {self.last_steps}, expected 0 to the {steps} steps of"
+                f" stage.sampling.spacing={self.sampling.spacing!r}"
+            )
+        if not 0.0 <= self.noise_max <= 1.0:
+            raise UserError(f"stage.noise_max: got {self.noise_max}, expected a number from 0 to 1")
+        self._check_level(self.noise_level, "stage.noise_level")
+
+    def _check_level(self, level: float, name: str) -> None:
+        if not 0.0 <= level <= self.noise_max:
+            raise UserError(
+                f"{name}: got {level}, expected 0 to stage.noise_max = {self.noise_max}, the"
+                " highest level that training shows the network"
+            )
 
     @property
     def network(self) -> UNet:
@@ -77,11 +126,21 @@ class UpsamplerStage:
         """Side, in pixels, of the images this stage makes."""
         return self.model.image_size
 
+    @property
+    def crop_size(self) -> int:
+        """Side, in pixels, of the crops that training sees."""
+        return int(self.crop * self.image_size)
+
     def init(self, key: jax.Array) -> Params:
         """Random params."""
-        side = int(self.crop * self.image_size)
-        images = jnp.zeros((1, side, side, 6))
-        return {"network": self.network.init(key, images, jnp.zeros((1,), jnp.int32))["params"]}
+        images = jnp.zeros((1, self.crop_size, self.crop_size, 6))
+        t = jnp.zeros((1,), jnp.int32)
+        level = t if self.noise_max else None
+        params = {"network": self.network.init(key, images, t, level=level)["params"]}
+        if self.last_steps:
+            last = self.network.init(jax.random.fold_in(key, 1), images, t, level=level)
+            params["last_network"] = last["params"]
+        return params
 
     def denoise(
         self,
@@ -89,37 +148,74 @@ class UpsamplerStage:
         x_t: jax.Array,
         t: jax.Array,
         low: jax.Array,
+        level: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """The network's output for x_t [b, h, w, 3] beside `low`, already upsampled to its size."""
+        """The network's output for x_t [b, h, w, 3] beside `low`, already upsampled to its size.
+
+        `level` [b] is the timestep that `low` was noised to, where noise_max is above 0.
+        """
         return self.network.apply(
             {"params": params["network"]},
             jnp.concatenate([x_t, low.astype(x_t.dtype)], axis=-1),
             t,
+            level=level,
             deterministic=dropout_key is None,
             rngs={} if dropout_key is None else {"dropout": dropout_key},
         )
 
-    def low_resolution(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Images [b, h, w, 3] made small, corrupted, and upsampled back to their size."""
-        low = resize(images, self.low_size)
-        low = degrade.random_gaussian_blur(
-            jax.random.split(key, len(images)), low, self.blur_sigma, self.blur_probability
-        )
-        return resize(low, self.image_size)
+    def corrupt(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Images [b, h, h, 3] made as small as low_size is to image_size, and corrupted."""
+        keys = jax.random.split(key, len(images))
+        side = images.shape[1] * self.low_size // self.image_size
+        if self.corruption == "bsr":
+            return degrade.bsr(keys, images, side, self.bsr)
+        low = resize(images, side)
+        if self.corruption == "gaussian":
+            low = degrade.random_gaussian_blur(keys, low, self.blur_sigma, self.blur_probability)
+        return low
+
+    def pairs(
+        self, corrupt_key: jax.Array, crop_key: jax.Array, images: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Random crops of full-size images, and the low-resolution image beside them.
+
+        Returns:
+            x_0 and the corrupted image upsampled, [b, crop, crop, 3] both, and the timestep that
+            it was noised to, int32 [b], or None without noise_max.
+        """
+        crop_first = self.corruption == "bsr"
+        if crop_first:
+            images = random_crops(crop_key, images, self.crop_size)
+        if self.noise_max:
+            corrupt_key, level_key, noise_key = jax.random.split(corrupt_key, 3)
+        low, level = self.corrupt(corrupt_key, images), None
+        if self.noise_max:
+            highest = self._timestep(self.noise_max)
+            level = jax.random.randint(level_key, (len(low),), 0, highest + 1)
+            low = self._noised(low, level, jax.random.normal(noise_key, low.shape))
+        low = resize(low, images.shape[1])
+        if crop_first:
+            return images, low, level
+        crops = random_crops(crop_key, jnp.concatenate([images, low], axis=-1), self.crop_size)
+        return crops[..., :3], crops[..., 3:], level
+
+    def _timestep(self, level: float | jax.Array) -> jax.Array:
+        """The timestep at a fraction of the diffusion's steps: 0 the first, 1 the last."""
+        return jnp.round(level * (self.diffusion.steps - 1)).astype(jnp.int32)
+
+    def _noised(self, low: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        return dm.q_sample(self.diffusion.process(), low, t, noise)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss of a batch {"image": uint8 [b, h, w, 3]} of full-size images, on random crops."""
-        t_key, noise_key, blur_key, crop_key, dropout_key = jax.random.split(key, 5)
-        images = to_float(batch["image"])
-        pair = jnp.concatenate([images, self.low_resolution(blur_key, images)], axis=-1)
-        crops = random_crops(crop_key, pair, int(self.crop * self.image_size))
-        x_0, low = crops[..., :3], crops[..., 3:]
+        t_key, noise_key, corrupt_key, crop_key, dropout_key = jax.random.split(key, 5)
+        x_0, low, level = self.pairs(corrupt_key, crop_key, to_float(batch["image"]))
         terms = losses(
             self.diffusion,
-            lambda x_t, t: self.denoise(params, x_t, t, low, dropout_key),
+            lambda x_t, t: self.denoise(params, x_t, t, low, level, dropout_key),
             x_0,
             random_timesteps(t_key, len(x_0), self.diffusion.steps),
             jax.random.normal(noise_key, x_0.shape),
@@ -134,6 +230,8 @@ class UpsamplerStage:
         low: jax.Array,
         *,
         eta: float | jax.Array = 0.0,
+        noise_level: float | jax.Array | None = None,
+        noise: jax.Array | None = None,
         progress: samplers.Progress | None = None,
     ) -> jax.Array:
         """Images [b, size, size, 3] from low-resolution ones [b, low_size, low_size, 3].
@@ -143,28 +241,64 @@ class UpsamplerStage:
             keys: one typed key per example [b].
             low: images in [-1, 1]; values outside are clipped.
             eta: DDIM's noise, for sampling.method "ddim".
+            noise_level: of the noise-conditioning augmentation of `low`, from 0 to noise_max, one
+                for all or one per example [b]; None takes the stage's own. Arrays, which may be
+                traced, are not checked.
+            noise: float [b, steps, size, size, 3] to use instead of the keys' draws: x_T, then
+                what each step but the last adds.
             progress: called as progress(step, steps) while sampling.
 
         Raises:
-            UserError: `low` has another size than low_size.
+            UserError: `low` has another size than low_size, or training saw no such noise_level.
         """
         if low.shape[1:] != (self.low_size, self.low_size, 3):
             raise UserError(
                 f"low-resolution images: got {low.shape[1:]}, expected"
                 f" {(self.low_size, self.low_size, 3)}; resize them first"
             )
-        size = self.image_size
-        low = resize(jnp.clip(low, -1.0, 1.0), size)
-        x_T, keys = initial_noise(keys, (size, size, 3))
+        if isinstance(noise_level, int | float):
+            self._check_level(noise_level, "noise_level")
+        elif noise_level is not None and not self.noise_max:
+            raise UserError(
+                "noise_level: given, but stage.noise_max is 0: this upsampler was trained without"
+                " noise-conditioning augmentation; leave it out"
+            )
+        size, low = self.image_size, jnp.clip(low, -1.0, 1.0)
+        x_T, rest = initial_noise(keys, (size, size, 3), noise)
+        level = None
+        if self.noise_max:
+            low_noise, drawn = initial_noise(keys if noise is not None else rest, low.shape[1:])
+            rest = rest if noise is not None else drawn
+            fraction = self.noise_level if noise_level is None else noise_level
+            level = jnp.full(len(low), self._timestep(fraction))
+            low = self._noised(low, level, low_noise)
+        low = resize(low, size)
         return samplers.sample(
-            lambda x_t, t: self.denoise(params, x_t, t, low),
+            self._denoiser(params, low, level),
             x_T,
-            keys,
+            rest,
             self.diffusion,
             self.sampling,
             eta=eta,
             progress=progress,
         )
+
+    def _denoiser(self, params: Params, low: jax.Array, level: jax.Array | None) -> dm.Denoise:
+        """`denoise(x_t, t)`, with the second network where t is among the last steps."""
+
+        def first(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return self.denoise(params, x_t, t, low, level)
+
+        if not self.last_steps:
+            return first
+
+        def last(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            network = {"network": params["last_network"]}
+            return self.denoise(network, x_t, t, low, level)
+
+        kept = self.diffusion.process(self.sampling.spacing).timesteps
+        until = int(kept[self.last_steps - 1])
+        return lambda x_t, t: jax.lax.cond(t[0] <= until, last, first, x_t, t)
 
 
 def random_crops(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
