@@ -5,6 +5,7 @@ They are constants. `dataclasses.replace(PAPER_PRIOR, dtype="bfloat16")` makes a
 
 from __future__ import annotations
 
+from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.prior import PriorConfig
@@ -58,8 +59,9 @@ CLIP_TINY = ClipConfig(
     activation="gelu",
 )
 
-# The paper. Its prior embeds the caption's tokens itself; its decoder has its own caption
-# Transformer, of 1.2 B of the decoder's 3.5 B parameters.
+# The paper. Its priors embed the caption's tokens themselves; its decoder has its own caption
+# Transformer, of 1.2 B of the decoder's 3.5 B parameters. The autoregressive prior reads 384
+# tokens: 64 of the caption, z_t, the dot product's and all of the 319 codes but the last.
 PAPER_PRIOR = PriorConfig(
     embed_dim=1024,
     width=2048,
@@ -68,6 +70,17 @@ PAPER_PRIOR = PriorConfig(
     context_length=256,
     vocab_size=49408,
     text_width=0,
+)
+PAPER_AR_PRIOR = ARPriorConfig(
+    embed_dim=1024,
+    width=1664,
+    layers=24,
+    heads=26,
+    context_length=64,
+    vocab_size=49408,
+    code_dims=319,
+    buckets=1024,
+    dot_buckets=1024,
 )
 PAPER_DECODER = DecoderConfig(
     unet=UNetConfig(

@@ -26,6 +26,9 @@ ACTIVATIONS = {
 }
 NORM_EPS = 1e-5
 
+# Keys and values, each `[b, n, m, k]`; of a scanned stack, with a leading layer axis.
+Cache = tuple[jax.Array, jax.Array]
+
 
 # ---------------------------------------------------------------- what a config must satisfy
 
@@ -178,8 +181,16 @@ class GroupNorm(nn.Module):
 # ---------------------------------------------------------------- attention and Transformer
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention with scale 1/sqrt(head dim); the softmax is in float32.
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Softmax attention; the softmax is in float32.
 
     A query whose mask is False everywhere gets zeros, never NaN and never a masked value. The
     division by the softmax's sum comes after the second product, where there is less to divide.
@@ -189,12 +200,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
       k: `[b, n, m, k]` keys.
       v: `[b, n, m, k]` values.
       mask: boolean, of rank 4 and broadcastable to `[b, n, l, m]`; True = attend.
+      bias: float32 of rank 4, broadcastable likewise, added to the scaled scores; None for none.
+      scale: factor on the products of queries and keys; None stands for 1/sqrt(head dim).
 
     Returns:
       `[b, n, l, k]` in the dtype of `v`.
     """
     scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
     lowest = jnp.finfo(jnp.float32).min
     if mask is not None:
         scores = jnp.where(mask, scores, lowest)
@@ -218,6 +233,7 @@ class TransformerBlock(nn.Module):
         1/sqrt(2 * depth) as large, so that the stream's variance does not grow with depth.
       activation: a name in `ACTIVATIONS`.
       dtype: compute dtype.
+      caches: whether the keys and values of x come out, too.
     """
 
     heads: int
@@ -225,10 +241,22 @@ class TransformerBlock(nn.Module):
     depth: int
     activation: str
     dtype: str
+    caches: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
-        """`[b, l, d]` to `([b, l, d], None)`, the pair that `nn.scan` wants."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, past: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attend to what came before and to x itself.
+
+        Args:
+          x: `[b, l, d]`.
+          mask: boolean, broadcastable to `[b, n, l, m + l]`, or None; the past comes first.
+          past: keys and values of what came before x, each `[b, n, m, k]`; None for nothing.
+
+        Returns:
+          The pair that `nn.scan` wants: `[b, l, d]`, and the keys and values of x alone, or None.
+        """
         width = x.shape[-1]
         into_stream = nn.initializers.variance_scaling(
             0.5 / self.depth, "fan_in", "truncated_normal"
@@ -236,6 +264,9 @@ class TransformerBlock(nn.Module):
         h = layer_norm("norm_1")(x).astype(self.dtype)
         qkv = nn.DenseGeneral((3, self.heads, width // self.heads), dtype=self.dtype, name="qkv")(h)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        own = (k, v) if self.caches else None
+        if past is not None:
+            k, v = (jnp.concatenate(pair, axis=2) for pair in zip(past, (k, v), strict=True))
         h = jnp.moveaxis(attention(q, k, v, mask), 1, 2)
         x = x + nn.DenseGeneral(
             width, axis=(-2, -1), dtype=self.dtype, kernel_init=into_stream, name="out"
@@ -243,7 +274,7 @@ class TransformerBlock(nn.Module):
         h = layer_norm("norm_2")(x).astype(self.dtype)
         h = ACTIVATIONS[self.activation](nn.Dense(self.mlp_width, dtype=self.dtype, name="up")(h))
         x = x + nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="down")(h)
-        return x, None
+        return x, own
 
 
 class Transformer(nn.Module):

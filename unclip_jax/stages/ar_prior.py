@@ -1,0 +1,329 @@
+"""The autoregressive prior as a stage: p(z_i | y) code by code, section 2.2 of the paper.
+
+z_i is projected onto its first principal components, each coordinate is quantised into one of
+`buckets` codes, and a causal Transformer predicts the codes by falling eigenvalue. It also reads a
+token for the dot product z_i . z_t: the true one in training; when sampling, one from the top half
+of the distribution, which asks for a picture that its caption describes well.
+
+What turns z_i into codes and back, the quantiser, is measured on the training set once. It lives
+in the stage's params under the key `normalisation`, which the optimizer leaves alone and a
+checkpoint carries along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax import pca, samplers
+from unclip_jax.errors import UserError
+from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
+from unclip_jax.stages import embedding
+from unclip_jax.stages.conditioning import Condition, Params, drop_caption, keep, text_mask
+
+Quantiser = dict[str, jax.Array]
+Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+
+# The narrowest component that is kept, as a fraction of the widest's variance: what varies less
+# than this is rounding of the float32 embeddings.
+NARROWEST = 1e-12
+
+
+def fit_quantiser(model: ARPriorConfig, chunks: Chunks) -> Quantiser:
+    """Measure the quantiser on a data set that is read twice, in chunks.
+
+    The first pass finds the principal components. The second finds the least and the greatest
+    coordinate along each, between which its buckets lie evenly: no embedding of the data set is
+    clipped, the error is half a bucket at most, and two numbers per dimension say it all.
+    Quantiles would even out how often the codes occur, at the price of coarse tails, which is
+    where the embeddings differ most. The dot product's buckets, though, are quantiles: its top
+    half is to be the top half of the distribution, and each of its tokens must be learned.
+
+    Args:
+        model: gives the numbers of dimensions and buckets.
+        chunks: begins a pass over (z_i [n, e], z_t [n, e]) in CLIP's coordinates.
+
+    Returns:
+        `mean` [e], `components` [k, e], `low` [k] (the lower edge of each first bucket), `step`
+        [k] (the buckets' width) and `dot_edges` [dot_buckets - 1], all float32.
+
+    Raises:
+        UserError: fewer than two embeddings, or embeddings of fewer dimensions than `code_dims`.
+    """
+    moments = functools.reduce(pca.Moments.merge, (pca.Moments.of(z_i) for z_i, _ in chunks()))
+    components = pca.fit(moments)
+    widest = components.eigenvalues[0]
+    varying = int(np.sum(components.eigenvalues > NARROWEST * widest))
+    dims = model.code_dims
+    if varying < dims:
+        raise UserError(
+            f"config.stage.model.code_dims: got {dims}, but the {moments.count} embeddings vary in"
+            f" only {varying} dimensions; lower it, or use a larger data set"
+        )
+    low, high = np.full(dims, np.inf), np.full(dims, -np.inf)
+    dots = []
+    for z_i, z_t in chunks():
+        coordinates = components.project(z_i, dims)
+        low = np.minimum(low, coordinates.min(axis=0))
+        high = np.maximum(high, coordinates.max(axis=0))
+        dots.append(np.einsum("be,be->b", z_i, z_t))
+    fractions = np.arange(1, model.dot_buckets) / model.dot_buckets
+    measured = {
+        "mean": components.mean,
+        "components": components.components[:dims],
+        "low": low,
+        "step": (high - low) / model.buckets,
+        "dot_edges": np.quantile(np.concatenate(dots), fractions),
+    }
+    return {name: jnp.asarray(value, jnp.float32) for name, value in measured.items()}
+
+
+def quantise(quantiser: Quantiser, z_i: jax.Array, buckets: int) -> jax.Array:
+    """z_i [b, e] -> codes [b, k] int32 in 0..buckets-1; what lies outside takes the last bucket."""
+    coordinates = jnp.einsum(
+        "be,ke->bk", z_i - quantiser["mean"][None], quantiser["components"], precision="highest"
+    )
+    codes = jnp.floor((coordinates - quantiser["low"][None]) / quantiser["step"][None])
+    return jnp.clip(codes, 0, buckets - 1).astype(jnp.int32)
+
+
+def dequantise(quantiser: Quantiser, codes: jax.Array) -> jax.Array:
+    """Codes [b, k] -> z_i [b, e], each coordinate in the middle of its bucket."""
+    coordinates = quantiser["low"][None] + (codes + 0.5) * quantiser["step"][None]
+    z_i = jnp.einsum("bk,ke->be", coordinates, quantiser["components"], precision="highest")
+    return z_i + quantiser["mean"][None]
+
+
+def dot_bucket(quantiser: Quantiser, z_i: jax.Array, z_t: jax.Array) -> jax.Array:
+    """The bucket [b] int32 of the dot product of z_i [b, e] and z_t [b, e]."""
+    dots = jnp.sum(z_i * z_t, axis=1)
+    return jnp.searchsorted(quantiser["dot_edges"], dots, side="right").astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ARPriorStage:
+    """The autoregressive prior: network and sampling settings together.
+
+    Attributes:
+        model: the causal Transformer's size, and those of the codes.
+        caption_drop: how often training drops the caption (tokens and z_t together).
+        unit_embeddings: whether CLIP's embeddings have length one here; a sample then has, too.
+        guidance_scale: the classifier-free guidance that sampling uses unless told otherwise.
+        temperature: of the codes' distribution; 0 takes the likeliest code each time.
+        top_p: the codes are drawn from the likeliest ones that together hold this probability.
+    """
+
+    kind: ClassVar[str] = "ar_prior"
+    reads_states: ClassVar[bool] = False  # captions come as tokens, never as CLIP's states
+
+    model: ARPriorConfig
+    caption_drop: float = 0.1
+    unit_embeddings: bool = True
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the fields that no part checks alone."""
+        if not 0.0 <= self.caption_drop < 1.0:
+            raise UserError(f"stage.caption_drop: got {self.caption_drop}, expected 0 <= p < 1")
+        if not self.temperature >= 0.0:
+            raise UserError(f"stage.temperature: got {self.temperature}, expected at least 0")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"stage.top_p: got {self.top_p}, expected 0 < p <= 1")
+
+    @property
+    def network(self) -> ARPrior:
+        """The Linen module."""
+        return ARPrior(self.model)
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Context length and vocabulary size of the tokens this stage reads."""
+        return self.model.context_length, self.model.vocab_size
+
+    def init(self, key: jax.Array) -> Params:
+        """Random params, with a quantiser of [-1, 1] along the axes until it is replaced."""
+        m = self.model
+        tokens = jnp.zeros((1, m.context_length), jnp.int32)
+        cond = self.condition(tokens, jnp.zeros((1, m.embed_dim)))
+        variables = self.network.init(
+            key,
+            jnp.zeros((1, m.code_dims), jnp.int32),
+            cond["z_t"],
+            cond["text"],
+            cond["text_mask"],
+        )
+        quantiser = {
+            "mean": jnp.zeros(m.embed_dim),
+            "components": jnp.eye(m.code_dims, m.embed_dim),
+            "low": jnp.full(m.code_dims, -1.0),
+            "step": jnp.full(m.code_dims, 2.0 / m.buckets),
+            "dot_edges": jnp.linspace(-1.0, 1.0, m.dot_buckets + 1)[1:-1],
+        }
+        return {"network": variables["params"], "normalisation": quantiser}
+
+    def condition(
+        self, tokens: jax.Array, z_t: jax.Array, mask: jax.Array | None = None
+    ) -> Condition:
+        """Condition from captions and z_t [b, e].
+
+        Args:
+            tokens: caption tokens [b, l].
+            z_t: CLIP's text embeddings [b, e].
+            mask: True on the captions' tokens [b, l]; None works it out.
+        """
+        if mask is None:
+            mask = text_mask(tokens, self.model.vocab_size)
+        return {"text": tokens, "text_mask": mask, "z_t": z_t}
+
+    def null(self, params: Params, cond: Condition) -> Condition:
+        """The condition without its caption: no token attended to, z_t zero."""
+        del params  # the diffusion prior's null may be in its params
+        return drop_caption(cond, jnp.zeros(len(cond["z_t"]), bool))
+
+    def logits(
+        self, params: Params, codes: jax.Array, dot: jax.Array, cond: Condition
+    ) -> jax.Array:
+        """Logits [b, k, buckets] of every code, given those before it.
+
+        Args:
+            params: as `init` made them.
+            codes: the true codes [b, k].
+            dot: bucket of the dot product [b].
+            cond: as `condition` makes it.
+        """
+        latents = jnp.concatenate([self.model.buckets + dot[:, None], codes[:, :-1]], axis=1)
+        return self.network.apply(
+            {"params": params["network"]}, latents, cond["z_t"], cond["text"], cond["text_mask"]
+        )
+
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy, in nats per code, of {"tokens": int32 [b,l], "z_i": [b,e], "z_t": [b,e]}.
+
+        A dropped caption takes its tokens and z_t along; the dot product's token stays.
+        """
+        quantiser = params["normalisation"]
+        codes = quantise(quantiser, batch["z_i"], self.model.buckets)
+        dot = dot_bucket(quantiser, batch["z_i"], batch["z_t"])
+        cond = self.condition(batch["tokens"], batch["z_t"])
+        cond = drop_caption(cond, keep(key, len(codes), self.caption_drop))
+        logits = self.logits(params, codes, dot, cond)
+        own = jnp.take_along_axis(logits, codes[:, :, None], axis=2)[:, :, 0]
+        hits = (jnp.argmax(logits, axis=2) == codes).astype(jnp.float32)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=2) - own), {"accuracy": jnp.mean(hits)}
+
+    def sample(
+        self,
+        params: Params,
+        keys: jax.Array,
+        cond: Condition,
+        *,
+        guidance_scale: float | jax.Array = 1.0,
+        null: Condition | None = None,
+        progress: samplers.Progress | None = None,
+    ) -> jax.Array:
+        """Draw the codes of one embedding per condition in one scan over a cache.
+
+        Guidance acts on the logits: cond + (scale - 1) (cond - null), both having the same dot
+        product and codes before them.
+
+        Args:
+            params: as `init` made them.
+            keys: one typed key per example [b].
+            cond: a condition of b rows.
+            guidance_scale: classifier-free guidance; 1 is the conditional model. Scalar or [b],
+                may be traced.
+            null: what guidance leads away from; by default the condition without its caption.
+            progress: called as progress(code, codes) while sampling.
+
+        Returns:
+            z_i [b, e] in CLIP's coordinates.
+        """
+        codes = self.draw_codes(
+            params, keys, cond, guidance_scale=guidance_scale, null=null, progress=progress
+        )
+        z_i = dequantise(params["normalisation"], codes)
+        return embedding.unit(z_i) if self.unit_embeddings else z_i
+
+    def draw_codes(
+        self,
+        params: Params,
+        keys: jax.Array,
+        cond: Condition,
+        *,
+        guidance_scale: float | jax.Array = 1.0,
+        null: Condition | None = None,
+        progress: samplers.Progress | None = None,
+    ) -> jax.Array:
+        """The codes [b, k] int32 behind `sample`, with the same arguments."""
+        m, network, variables = self.model, self.network, {"params": params["network"]}
+        null = self.null(params, cond) if null is None else null
+        # Each example and its null lie side by side, so that a batch spread over devices stays.
+        pairs = jax.tree.map(
+            lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null
+        )
+        cache = network.apply(
+            variables, pairs["z_t"], pairs["text"], pairs["text_mask"], method=network.prefill
+        )
+        extra = jnp.reshape(jnp.asarray(guidance_scale, jnp.float32), (-1, 1)) - 1.0
+
+        def step(carry, i):
+            latent, cache = carry
+            logits, cache = network.apply(
+                variables,
+                jnp.repeat(latent, 2),
+                i,
+                cache,
+                pairs["text_mask"],
+                method=network.step,
+            )
+            conditional, unconditional = logits[::2], logits[1::2]
+            guided = conditional + extra * (conditional - unconditional)
+            code = self._draw(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys), guided)
+            if progress is not None:
+                jax.debug.callback(lambda done: progress(int(done), m.code_dims), i + 1)
+            return (code, cache), code
+
+        _, codes = jax.lax.scan(step, (self._first(keys), cache), jnp.arange(m.code_dims))
+        return codes.T
+
+    def _first(self, keys: jax.Array) -> jax.Array:
+        """The latent [b] of a dot product from the top half of the distribution."""
+        half = self.model.dot_buckets // 2
+
+        def draw(key: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(key, self.model.code_dims)  # code i draws with fold_in(key, i)
+            return jax.random.randint(key, (), half, 2 * half)
+
+        return self.model.buckets + jax.vmap(draw)(keys)
+
+    def _draw(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
+        """A code [b] int32 from logits [b, buckets] by temperature and top_p."""
+        if self.temperature == 0.0:
+            return jnp.argmax(logits, axis=1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_p < 1.0:
+            logits = nucleus(logits, self.top_p)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """Logits [b, n], -inf but for the fewest that together hold the probability `top_p`.
+
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751). The likeliest one always stays, and
+    so do all that tie with the last one kept.
+    """
+    falling = jnp.sort(logits, axis=1, descending=True)
+    probabilities = jax.nn.softmax(falling, axis=1)
+    before = jnp.cumsum(probabilities, axis=1) - probabilities
+    last = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=1, keepdims=True)
+    return jnp.where(logits >= last, logits, -jnp.inf)
