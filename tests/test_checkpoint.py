@@ -22,7 +22,7 @@ DESCRIPTION = {"stage": {"kind": "toy", "sizes": [1, 2]}, "step": 7, "note": "ä
 def make_params():
     rng = np.random.default_rng(0)
     return {
-        "net": {
+        "network": {
             # A transposed view: what is saved is the array, not its memory.
             "kernel": jnp.asarray(rng.normal(size=(3, 4)).T, jnp.float32),
             "scale": jnp.float32(2.5),
@@ -64,8 +64,8 @@ def test_a_model_folder_gives_back_what_was_saved(saved):
 def test_the_file_is_plain_safetensors(saved):
     folder, params = saved
     arrays = load_file(folder / checkpoint.PARAMS_FILE)
-    assert set(arrays) == {"net/kernel", "net/scale", "net/table", "normalisation/mean"}
-    np.testing.assert_array_equal(arrays["net/kernel"], params["net"]["kernel"])
+    assert set(arrays) == {"network/kernel", "network/scale", "network/table", "normalisation/mean"}
+    np.testing.assert_array_equal(arrays["network/kernel"], params["network"]["kernel"])
 
 
 def test_numpy_views_are_saved_as_they_read(tmp_path):
@@ -78,24 +78,31 @@ def test_numpy_views_are_saved_as_they_read(tmp_path):
 
 def test_bfloat16_halves_the_weights_but_not_the_constants(tmp_path):
     params = make_params()
+    params["last_network"] = {"kernel": params["network"]["kernel"] + 1.0}
+    params["null_caption"] = {"z_t": jnp.float32(0.1)}
     checkpoint.save_stage(tmp_path / "m", params=params, description={}, dtype="bfloat16")
     arrays = load_file(tmp_path / "m" / checkpoint.PARAMS_FILE)
-    assert arrays["net/kernel"].dtype == jnp.bfloat16
-    assert arrays["net/table"].dtype == np.int32
+    assert arrays["network/kernel"].dtype == arrays["last_network/kernel"].dtype == jnp.bfloat16
+    assert arrays["network/table"].dtype == np.int32
     loaded, _ = checkpoint.load_stage(tmp_path / "m", shapes(params))
-    assert_equal(loaded["normalisation"], params["normalisation"])
-    assert loaded["net"]["kernel"].dtype == jnp.float32
-    np.testing.assert_allclose(loaded["net"]["kernel"], params["net"]["kernel"], rtol=2**-8)
+    for name in ("normalisation", "null_caption"):
+        assert_equal(loaded[name], params[name])
+    assert loaded["network"]["kernel"].dtype == jnp.float32
+    np.testing.assert_allclose(loaded["network"]["kernel"], params["network"]["kernel"], rtol=2**-8)
+    narrow, _ = checkpoint.load_stage(tmp_path / "m", shapes(params), "bfloat16")
+    assert narrow["network"]["kernel"].dtype == narrow["last_network"]["kernel"].dtype
+    assert narrow["network"]["kernel"].dtype == jnp.bfloat16
+    assert_equal(narrow["null_caption"], params["null_caption"])
     with pytest.raises(UserError, match="dtype: got 'int8'"):
         checkpoint.save_stage(tmp_path / "m", params=params, description={}, dtype="int8")
 
 
 def test_saving_again_replaces_the_model(saved):
     folder, params = saved
-    params["net"]["scale"] = jnp.float32(-1.0)
+    params["network"]["scale"] = jnp.float32(-1.0)
     checkpoint.save_stage(folder, params=params, description={"step": 8})
     loaded, description = checkpoint.load_stage(folder)
-    assert float(loaded["net"]["scale"]) == -1.0 and description == {"step": 8}
+    assert float(loaded["network"]["scale"]) == -1.0 and description == {"step": 8}
 
 
 def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):
@@ -118,7 +125,7 @@ def test_a_save_cut_short_between_its_two_moves_loses_nothing(saved):
     with pytest.raises(UserError, match=r"a save was cut short .*rename .*\.model\.old back"):
         checkpoint.load_stage(folder)
     with pytest.raises(ValueError, match="slash"):
-        checkpoint.save_stage(folder, params={"a/b": params["net"]["scale"]}, description={})
+        checkpoint.save_stage(folder, params={"a/b": params["network"]["scale"]}, description={})
     checkpoint.save_stage(folder, params=params, description={"step": 9})
     assert checkpoint.read_description(folder) == {"step": 9} and not aside.exists()
 
@@ -137,18 +144,18 @@ def test_nothing_but_a_model_is_overwritten(saved):
 def test_weights_of_another_model_are_refused_in_words(saved):
     folder, params = saved
     expected = shapes(params)
-    expected["net"]["kernel"] = jax.ShapeDtypeStruct((4, 5), jnp.float32)
-    expected["net"]["table"] = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    expected["net"]["extra"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+    expected["network"]["kernel"] = jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    expected["network"]["table"] = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    expected["network"]["extra"] = jax.ShapeDtypeStruct((1,), jnp.float32)
     del expected["normalisation"]
     with pytest.raises(UserError) as error:
         checkpoint.load_stage(folder, expected)
     for words in (
-        "1 missing (net/extra)",
+        "1 missing (network/extra)",
         "1 unexpected (normalisation/mean)",
         "2 of another shape or dtype",
-        "net/kernel is float32[4, 3], expected float32[4, 5]",
-        "net/table is int32[2, 3], expected float32[2, 3]",
+        "network/kernel is float32[4, 3], expected float32[4, 5]",
+        "network/table is int32[2, 3], expected float32[2, 3]",
     ):
         assert words in str(error.value)
     many = {f"layer_{i}": jax.ShapeDtypeStruct((1,), jnp.float32) for i in range(9)}
@@ -207,10 +214,10 @@ def test_a_fingerprint_sees_every_change():
     params = make_params()
     marks = {checkpoint.fingerprint(params)}
     for change in (
-        lambda p: p["net"].update(scale=jnp.nextafter(p["net"]["scale"], jnp.float32(9))),
-        lambda p: p["net"].update(kernel=p["net"]["kernel"].reshape(3, 4)),
-        lambda p: p["net"].update(table=p["net"]["table"].astype(jnp.uint32)),
-        lambda p: p["net"].update(other=p["net"].pop("scale")),
+        lambda p: p["network"].update(scale=jnp.nextafter(p["network"]["scale"], jnp.float32(9))),
+        lambda p: p["network"].update(kernel=p["network"]["kernel"].reshape(3, 4)),
+        lambda p: p["network"].update(table=p["network"]["table"].astype(jnp.uint32)),
+        lambda p: p["network"].update(other=p["network"].pop("scale")),
         lambda p: p.pop("normalisation"),
     ):
         changed = make_params()

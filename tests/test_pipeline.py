@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from tests import tiny
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import UnCLIP, _sample, load_part
+from unclip_jax.parts import load_part
+from unclip_jax.pipeline import UnCLIP, _sample
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +119,35 @@ def test_folders_that_are_no_model(folder, tmp_path):
     with pytest.raises(UserError, match="holds a clip, expected a prior"):
         load_part(folder / "clip", kind="prior")
     (folder / "prior" / "config.json").unlink()
-    with pytest.raises(UserError, match="exactly one prior"):
+    with pytest.raises(UserError, match=r"prior.*found params.safetensors"):
         UnCLIP.load(folder)
+
+
+def test_a_model_may_lack_a_prior_but_not_a_decoder(folder, model):
+    shutil.rmtree(folder / "prior")
+    without = UnCLIP.load(folder)
+    with pytest.raises(UserError, match="no prior"):
+        generate(without, ["a red apple"])
+    picture = np.zeros((1, 20, 30, 3), np.uint8)
+    ours = without.variations(jax.random.key(0), picture, upsample=False)
+    whole = model.variations(jax.random.key(0), picture, upsample=False)
+    np.testing.assert_array_equal(ours, whole)
+    shutil.copytree(folder / "clip", folder / "second")
+    with pytest.raises(UserError, match="at most one clip, found 2 clip"):
+        UnCLIP.load(folder)
+    shutil.rmtree(folder / "second")
+    shutil.rmtree(folder / "decoder")
+    with pytest.raises(UserError, match="expected one decoder"):
+        UnCLIP.load(folder)
+
+
+def test_a_narrow_copy_is_still_its_clip(folder, tmp_path):
+    """Rounded to half the size, CLIP keeps the name that the prior and the decoder know it by."""
+    UnCLIP.load(folder).save(tmp_path / "small", dtype="bfloat16")
+    small = UnCLIP.load(tmp_path / "small", dtype="bfloat16")
+    assert small.prior.params["network"]["query"].dtype == "bfloat16"
+    assert small.prior.params["normalisation"]["mean"].dtype == "float32"
+    assert small.decoder.stage.model.unet.dtype == "bfloat16"
 
 
 def test_a_stage_of_another_config_is_refused_with_the_arrays_named(folder):

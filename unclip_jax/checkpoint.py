@@ -33,12 +33,20 @@ SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.safetensors"
 
-# The top-level entry of a stage's params that holds constants: the mean and the scale of CLIP's
-# embeddings. They travel with the weights, but training never moves them.
-CONSTANTS = "normalisation"
+# The top-level entry of a stage's params that training moves. All others travel with it as they
+# are: constants (the normalisation, the empty caption) and frozen networks.
+TRAINED = "network"
 
 # How many names a message lists before it only counts.
 _LISTED = 3
+
+
+def is_weights(name: str) -> bool:
+    """Whether a top-level entry of a stage's params holds a network's weights, trained or frozen.
+
+    The others hold constants, which keep their own dtype wherever weights are rounded.
+    """
+    return name.endswith(TRAINED)
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -90,8 +98,8 @@ def save_stage(
         folder: created, with its parents.
         params: nested dict of arrays.
         description: JSON-able; what `load_stage` gives back.
-        dtype: store floating-point weights so ("bfloat16" halves the file). The constants under
-            "normalisation" keep their own dtype.
+        dtype: store floating-point weights so ("bfloat16" halves the file). Constants keep their
+            own dtype, see `is_weights`.
 
     Raises:
         UserError: `folder` is something other than a model folder, or an unknown dtype.
@@ -122,10 +130,10 @@ def _cast(params: Params, dtype: str) -> Params:
 
     def cast(value: Any) -> Any:
         floating = jnp.issubdtype(value.dtype, jnp.floating)
-        return np.asarray(value).astype(jnp.dtype(dtype)) if floating else value
+        return np.asarray(value).astype(jnp.dtype(dtype), copy=False) if floating else value
 
     return {
-        name: part if name == CONSTANTS else jax.tree.map(cast, part)
+        name: jax.tree.map(cast, part) if is_weights(name) else part
         for name, part in params.items()
     }
 
@@ -194,6 +202,15 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return _read_config(Path(folder))["description"]
 
 
+def read_fingerprint(folder: str | Path) -> str:
+    """The fingerprint of the weights in a model folder, without touching them.
+
+    Raises:
+        UserError: as for `read_description`.
+    """
+    return _read_config(Path(folder))["params_fingerprint"]
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -240,7 +257,7 @@ def _what_is(folder: Path) -> str:
 
 
 def load_stage(
-    folder: str | Path, expected_shapes: Params | None = None
+    folder: str | Path, expected_shapes: Params | None = None, dtype: str = ""
 ) -> tuple[Params, dict[str, Any]]:
     """Read a model folder; the weights are mapped into memory and copied one by one.
 
@@ -249,6 +266,8 @@ def load_stage(
         expected_shapes: tree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`), to which names,
             shapes and dtypes must conform. Weights stored in a narrower dtype by `save_stage`
             come back in the expected one. With None, whatever is there is taken.
+        dtype: of the floating-point weights in memory, whatever is expected; constants keep
+            theirs. "" stands for the expected one.
 
     Returns:
         params on the default device, and the description.
@@ -273,7 +292,7 @@ def load_stage(
             if expected_shapes is None:
                 flat = {name: jnp.asarray(file.get_tensor(name)) for name in names}
             else:
-                flat = _read_expected(file, names, flatten(expected_shapes), config, path)
+                flat = _read_expected(file, names, flatten(expected_shapes), config, path, dtype)
     except SafetensorError as error:
         raise UserError(
             f"{path}: damaged or cut short ({error}); {path.stat().st_size} bytes found; copy or"
@@ -283,7 +302,12 @@ def load_stage(
 
 
 def _read_expected(
-    file: Any, names: list[str], expected: dict[str, Any], config: dict[str, Any], path: Path
+    file: Any,
+    names: list[str],
+    expected: dict[str, Any],
+    config: dict[str, Any],
+    path: Path,
+    dtype: str,
 ) -> dict[str, jax.Array]:
     """The expected arrays of an open safetensors file, after checking all of them."""
 
@@ -296,7 +320,13 @@ def _read_expected(
     )
     if problems:
         raise UserError(f"{path}: the weights do not fit this model: {problems}")
-    return {name: jnp.asarray(file.get_tensor(name), dtype=expected[name].dtype) for name in names}
+
+    def in_memory(name: str) -> Any:
+        floating = jnp.issubdtype(expected[name].dtype, jnp.floating)
+        rounded = dtype and floating and is_weights(name.split("/")[0])
+        return dtype if rounded else expected[name].dtype
+
+    return {name: jnp.asarray(file.get_tensor(name), dtype=in_memory(name)) for name in names}
 
 
 def _abstract(file: Any, name: str) -> jax.ShapeDtypeStruct:

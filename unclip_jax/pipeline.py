@@ -11,32 +11,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import checkpoint, stages
+from unclip_jax import checkpoint, hub, stages
+from unclip_jax.convert import karlo
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.parts import Part, clip_fingerprint, in_dtype, load_parts
 from unclip_jax.stages import images as pixels
+from unclip_jax.stages.conditioning import Condition, text_mask
+from unclip_jax.t5 import T5, load_described
 
 # Called as progress(stage, step, steps).
 Progress = Callable[[str, int, int], None]
 
 # One key per example and purpose: each stage folds its own number into the example's key.
 PRIOR, DECODER, UPSAMPLER = 0, 1, 2
-
-
-class Part(NamedTuple):
-    """One trained stage: its settings, its params, and what its folder says of itself."""
-
-    stage: stages.Stage
-    params: dict[str, Any]
-    description: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +59,14 @@ def encode_text(stage: stages.ClipStage, params, tokens: jax.Array) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="stage")
+def encode_text_states(
+    stage: stages.ClipStage, params, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compiled `ClipStage.encode_text`: tokens [b, l] -> z_t [b, e] and states [b, l, d]."""
+    return stage.encode_text(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="stage")
 def encode_image(stage: stages.ClipStage, params, images: jax.Array) -> jax.Array:
     """Compiled `ClipStage.encode_image` of uint8 images [b, h, w, 3] -> z_i [b, e]."""
     return stage.encode_image(params, pixels.to_float(images))
@@ -82,53 +86,63 @@ class UnCLIP:
     """The whole system. `load` makes it from a folder; every method is deterministic in its key.
 
     Attributes:
-        clip: the frozen CLIP.
-        prior: caption to image embedding.
+        clip: the frozen CLIP; None for a decoder that reads captions alone (GLIDE).
+        prior: caption to image embedding, by diffusion or autoregressive; None where there is
+            none, as in a model for image variations.
         decoder: image embedding and caption to a small picture.
         upsamplers: from small to large, any number.
+        t5: the frozen text encoder of a decoder that reads T5's states (Imagen); else None.
     """
 
-    clip: Part
-    prior: Part
+    clip: Part | None
+    prior: Part | None
     decoder: Part
     upsamplers: tuple[Part, ...] = ()
+    t5: T5 | None = None
 
     @classmethod
-    def load(cls, folder: str | Path) -> UnCLIP:
-        """Load a model folder: one sub-folder per stage, as training writes them.
+    def load(cls, model: str | Path, dtype: str = "", t5: str | Path | None = None) -> UnCLIP:
+        """Load a model.
+
+        Args:
+            model: a model folder with one sub-folder per stage, as training writes them; or Karlo,
+                as the folder of its files (diffusers' layout or the original one) or as the name
+                of its repository on the Hugging Face hub.
+            dtype: "bfloat16" keeps the weights in that dtype and computes in it; "" leaves what
+                each stage's config says, with float32 weights.
+            t5: folder of the T5 that the decoder was trained with, where it reads T5's states.
 
         Raises:
             UserError: no stage or not every stage is there, a file is damaged, or the stages do
                 not belong together.
         """
-        parts = find_parts(Path(folder))
-        for kind in ("clip", "prior", "decoder"):
-            if len(parts.get(kind, [])) != 1:
-                found = ", ".join(f"{len(v)} {k}" for k, v in sorted(parts.items())) or "no stage"
-                raise UserError(
-                    f"model {str(folder)!r}: expected exactly one {kind}, found {found};"
-                    " give a folder with one sub-folder for each of clip, prior and decoder (and"
-                    " any upsamplers), as train.py writes them"
-                )
-        model = cls(
-            clip=load_part(parts["clip"][0]),
-            prior=load_part(parts["prior"][0]),
-            decoder=load_part(parts["decoder"][0]),
-            upsamplers=tuple(
-                sorted(
-                    (load_part(path) for path in parts.get("upsampler", [])),
-                    key=lambda part: part.stage.low_size,
-                )
-            ),
-        )
-        model.check()
-        return model
+        folder = hub.local_folder(model)
+        is_karlo = karlo.is_karlo(folder)
+        parts = karlo.load([folder], dtype) if is_karlo else load_parts(folder, dtype)
+        if dtype:
+            parts = jax.tree.map(
+                lambda part: part._replace(stage=in_dtype(part.stage, dtype)),
+                parts,
+                is_leaf=lambda part: isinstance(part, Part),
+            )
+        decoder = parts["decoder"]
+        about, length = decoder.description.get("t5"), decoder.stage.context[0]
+        loaded = cls(**parts, t5=load_described(t5, about, length))
+        loaded.check()
+        return loaded
 
     def check(self) -> None:
         """Raise UserError unless the stages belong together."""
-        expected = checkpoint.fingerprint(self.clip.params)
-        for name in ("prior", "decoder"):
-            found = getattr(self, name).description.get("clip_fingerprint")
+        standing = [("prior", self.prior)]
+        if self.decoder.stage.model.embed_dim:
+            standing.append(("decoder", self.decoder))
+        for name, part in standing:
+            if part is None:
+                continue
+            found = part.description.get("clip_fingerprint")
+            if self.clip is None:
+                raise UserError(f"{name}: was trained with CLIP {found}, but there is no CLIP here")
+            expected = clip_fingerprint(self.clip)
             if found != expected:
                 raise UserError(
                     f"{name}: trained with CLIP {found}, but this model's CLIP is {expected};"
@@ -143,13 +157,20 @@ class UnCLIP:
                 )
             size = part.stage.image_size
 
+    def parts(self) -> dict[str, Part]:
+        """Every part there is, by the name of its sub-folder."""
+        named = {"clip": self.clip, "prior": self.prior, "decoder": self.decoder}
+        named |= {f"upsampler_{part.stage.image_size}": part for part in self.upsamplers}
+        return {name: part for name, part in named.items() if part is not None}
+
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write a model folder that `load` reads."""
-        named = [("clip", self.clip), ("prior", self.prior), ("decoder", self.decoder)]
-        named += [(f"upsampler_{p.stage.image_size}", p) for p in self.upsamplers]
-        for name, part in named:
+        """Write a model folder that `load` reads; `dtype` is that of the weights in it."""
+        for name, part in self.parts().items():
+            description = part.description
+            if name == "clip":  # its weights may be rounded; it stays the CLIP it was
+                description = description | {"fingerprint": clip_fingerprint(part)}
             checkpoint.save_stage(
-                Path(folder) / name, params=part.params, description=part.description, dtype=dtype
+                Path(folder) / name, params=part.params, description=description, dtype=dtype
             )
 
     @property
@@ -164,11 +185,35 @@ class UnCLIP:
 
     def embed_text(self, prompts: Sequence[str]) -> jax.Array:
         """z_t [b, e] of b captions."""
-        return encode_text(self.clip.stage, self.clip.params, self.tokens(self.clip, prompts))
+        clip = self._need("clip", "embed captions")
+        return encode_text(clip.stage, clip.params, self.tokens(clip, prompts))
 
     def embed_image(self, images: np.ndarray) -> jax.Array:
         """z_i [b, e] of uint8 images [b, h, w, 3] of any size."""
-        return encode_image(self.clip.stage, self.clip.params, jnp.asarray(images))
+        clip = self._need("clip", "embed pictures")
+        return encode_image(clip.stage, clip.params, jnp.asarray(images))
+
+    def _need(self, name: str, purpose: str) -> Part:
+        part = getattr(self, name)
+        if part is None:
+            raise UserError(
+                f"this model has no {name}, which is needed to {purpose}; use a model that has one"
+                " (of Karlo's repositories, text-to-image has the prior)"
+            )
+        return part
+
+    def _caption(self, part: Part, prompts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+        """What `part` reads of captions: tokens or CLIP's states, and their mask."""
+        if not part.stage.reads_states:
+            tokens = jnp.asarray(self.tokens(part, prompts))
+            return tokens, text_mask(tokens, part.stage.context[1])
+        if self.t5 is not None:
+            found = self.t5.encode(list(prompts))
+            return found["text_states"], found["text_mask"]
+        clip = self._need("clip", "encode captions")
+        tokens = jnp.asarray(self.tokens(clip, prompts))
+        _, states = encode_text_states(clip.stage, clip.params, tokens)
+        return states, text_mask(tokens, clip.stage.context[1])
 
     def sample_prior(
         self,
@@ -176,55 +221,75 @@ class UnCLIP:
         prompts: Sequence[str],
         *,
         guidance_scale: float | None = None,
+        noise: np.ndarray | None = None,
         progress: Progress | None = None,
     ) -> jax.Array:
         """z_i [b, e] drawn from p(z_i | y) for b prompts, one typed key each."""
-        stage, params, _ = self.prior
-        tokens = self.tokens(self.prior, prompts)
-        cond = stage.condition(jnp.asarray(tokens), self.embed_text(prompts))
-        scale = stage.guidance_scale if guidance_scale is None else guidance_scale
-        return _sample(
-            stage,
-            params,
-            _stage_keys(keys, PRIOR),
-            cond,
-            guidance_scale=jnp.float32(scale),
-            progress=progress and _Report(progress, "prior"),
-        )
+        part = self._need("prior", "turn captions into pictures")
+        text, mask = self._caption(part, prompts)
+        cond = part.stage.condition(text, self.embed_text(prompts), mask)
+        return self._run(part, "prior", keys, PRIOR, cond, guidance_scale, noise, progress)
+
+    def condition(self, z_i: jax.Array | None, prompts: Sequence[str]) -> Condition:
+        """The decoder's condition of z_i [b, e] and b prompts, as for `decode`."""
+        stage, text, mask = self.decoder.stage, None, None
+        if stage.model.has_text:
+            text, mask = self._caption(self.decoder, prompts)
+            if not stage.empty_null:
+                mask &= jnp.asarray([bool(prompt) for prompt in prompts])[:, None]
+        z_t = self.embed_text(prompts) if stage.model.use_z_t else None
+        return stage.condition(text, z_i, z_t, mask)
 
     def decode(
         self,
         keys: jax.Array,
-        z_i: jax.Array,
+        z_i: jax.Array | None,
         prompts: Sequence[str],
         *,
         guidance_scale: float | None = None,
+        noise: np.ndarray | None = None,
         progress: Progress | None = None,
     ) -> jax.Array:
-        """Small images [b, s, s, 3] in [-1, 1] from p(x | z_i, y); prompt "" is no caption."""
-        stage, params, _ = self.decoder
-        cond = stage.condition(jnp.asarray(self.tokens(self.decoder, prompts)), z_i)
-        cond["text_mask"] &= jnp.asarray([bool(prompt) for prompt in prompts])[:, None]
-        scale = stage.guidance_scale if guidance_scale is None else guidance_scale
-        return _sample(
-            stage,
-            params,
-            _stage_keys(keys, DECODER),
-            cond,
-            guidance_scale=jnp.float32(scale),
-            progress=progress and _Report(progress, "decoder"),
+        """Small images [b, s, s, 3] in [-1, 1] from p(x | z_i, y); prompt "" is no caption.
+
+        A decoder that reads captions alone takes None for z_i.
+        """
+        cond = self.condition(z_i, prompts)
+        return self._run(
+            self.decoder, "decoder", keys, DECODER, cond, guidance_scale, noise, progress
         )
 
     def upsample(
-        self, keys: jax.Array, images: jax.Array, *, progress: Progress | None = None
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+        *,
+        noise: Mapping[str, np.ndarray] | None = None,
+        progress: Progress | None = None,
     ) -> jax.Array:
         """Small images through every upsampler: [b, s, s, 3] -> [b, size, size, 3] in [-1, 1]."""
-        for i, (stage, params, _) in enumerate(self.upsamplers):
-            report = progress and _Report(progress, f"upsampler {stage.image_size}")
-            images = _sample(
-                stage, params, _stage_keys(keys, UPSAMPLER + i), images, progress=report
-            )
+        for i, part in enumerate(self.upsamplers):
+            size = part.stage.image_size
+            given = (noise or {}).get(f"upsampler_{size}")
+            name = f"upsampler {size}"
+            images = self._run(part, name, keys, UPSAMPLER + i, images, None, given, progress)
         return images
+
+    def _run(self, part, name, keys, purpose, cond, guidance_scale, noise, progress) -> jax.Array:
+        """Sample one part with what only some stages take left out where they don't."""
+        settings: dict[str, Any] = {}
+        if hasattr(part.stage, "guidance_scale"):
+            scale = part.stage.guidance_scale if guidance_scale is None else guidance_scale
+            settings["guidance_scale"] = jnp.float32(scale)
+        if noise is not None:
+            if not hasattr(part.stage, "sampling"):
+                raise UserError(
+                    f"noise: given for a part of kind {part.stage.kind}, which has none"
+                )
+            settings["noise"] = jnp.asarray(noise, jnp.float32)
+        report = progress and _Report(progress, name)
+        keys = _stage_keys(keys, purpose)
+        return _sample(part.stage, part.params, keys, cond, report, **settings)
 
     def generate(
         self,
@@ -236,6 +301,7 @@ class UnCLIP:
         guidance_scale: float | None = None,
         upsample: bool = True,
         batch_size: int = 16,
+        noise: Mapping[str, np.ndarray] | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
         """Pictures for captions.
@@ -249,37 +315,118 @@ class UnCLIP:
             guidance_scale: the decoder's guidance; None takes the model's own.
             upsample: False stops after the decoder.
             batch_size: pictures computed together; it changes no picture.
+            noise: to use instead of what the key draws, for comparisons with other programs. For
+                n pictures, any of "prior" [n, draws, steps, e], "decoder" [n, steps, s, s, 3] and
+                "upsampler_SIZE" [n, steps, size, size, 3]: x_T, then what each step but the last
+                adds.
             progress: called as progress(stage, step, steps).
 
         Returns:
             uint8 [len(prompts) * num, size, size, 3], the samples of one prompt side by side.
 
         Raises:
-            UserError: an empty list, an empty prompt, num or batch_size below 1.
+            UserError: an empty list, an empty prompt, num or batch_size below 1, or noise of a
+                part that is not there.
         """
         check_prompts(prompts)
-        for name, value in (("num", num), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name}: got {value}, expected at least 1")
-        todo = [(prompt, i) for prompt in prompts for i in range(num)]
+        texts = [prompt for prompt in prompts for _ in range(check_count("num", num))]
+        reads_z_i = bool(self.decoder.stage.model.embed_dim)
+
+        def make(keys: jax.Array, rows: list[int], noise: dict[str, np.ndarray]) -> jax.Array:
+            captions, z_i = [texts[i] for i in rows], None
+            if reads_z_i:
+                z_i = self.sample_prior(
+                    keys,
+                    captions,
+                    guidance_scale=prior_guidance_scale,
+                    noise=noise.get("prior"),
+                    progress=progress,
+                )
+            return self._render(keys, z_i, captions, guidance_scale, upsample, noise, progress)
+
         keys = jnp.tile(example_keys(key, num), len(prompts))
-        batch_size = min(batch_size, len(todo))
+        return self._in_batches(make, keys, batch_size, noise)
+
+    def variations(
+        self,
+        key: jax.Array,
+        images: np.ndarray,
+        *,
+        num: int = 1,
+        guidance_scale: float | None = None,
+        upsample: bool = True,
+        batch_size: int = 16,
+        noise: Mapping[str, np.ndarray] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Other pictures with the CLIP embedding of given ones, and no caption.
+
+        Args:
+            key: as for `generate`.
+            images: uint8 [b, h, w, 3] of any size.
+            num: variations of each picture.
+            guidance_scale: as for `generate`, and so are the rest.
+            upsample: False stops after the decoder.
+            batch_size: pictures computed together.
+            noise: as for `generate`, without the prior's.
+            progress: called as progress(stage, step, steps).
+
+        Returns:
+            uint8 [b * num, size, size, 3], the variations of one picture side by side.
+
+        Raises:
+            UserError: num or batch_size below 1, or the model's CLIP has no image tower.
+        """
+        z_i = jnp.repeat(self.embed_image(images), check_count("num", num), axis=0)
+
+        def make(keys: jax.Array, rows: list[int], noise: dict[str, np.ndarray]) -> jax.Array:
+            chosen, captions = z_i[jnp.asarray(rows)], [""] * len(rows)
+            return self._render(keys, chosen, captions, guidance_scale, upsample, noise, progress)
+
+        keys = jnp.tile(example_keys(key, num), len(images))
+        return self._in_batches(make, keys, batch_size, noise)
+
+    def _render(self, keys, z_i, captions, guidance_scale, upsample, noise, progress) -> jax.Array:
+        """z_i to pictures [b, size, size, 3] in [-1, 1]: the decoder, then the upsamplers."""
+        images = self.decode(
+            keys,
+            z_i,
+            captions,
+            guidance_scale=guidance_scale,
+            noise=noise.get("decoder"),
+            progress=progress,
+        )
+        return self.upsample(keys, images, noise=noise, progress=progress) if upsample else images
+
+    def _in_batches(self, make, keys, batch_size, noise) -> np.ndarray:
+        """`make(keys, rows, noise)` for one batch of rows after the other, as uint8 pictures.
+
+        The last batch is filled up with its first row, so that no second program is compiled for
+        its size.
+        """
+        noise = dict(noise or {})
+        unknown = sorted(set(noise) - set(self.parts()) - {"clip"})
+        if unknown:
+            raise UserError(f"noise: got {unknown}, expected some of {sorted(self.parts())}")
+        total = len(keys)
+        batch_size = min(check_count("batch_size", batch_size), total)
         batches = []
-        for start in range(0, len(todo), batch_size):
-            # The last batch is filled up with its first example, so that no second program is
-            # compiled for its size.
-            rows = [i if i < len(todo) else start for i in range(start, start + batch_size)]
-            texts, row_keys = [todo[i][0] for i in rows], keys[jnp.asarray(rows)]
-            z_i = self.sample_prior(
-                row_keys, texts, guidance_scale=prior_guidance_scale, progress=progress
-            )
-            images = self.decode(
-                row_keys, z_i, texts, guidance_scale=guidance_scale, progress=progress
-            )
-            if upsample:
-                images = self.upsample(row_keys, images, progress=progress)
-            batches.append(np.asarray(pixels.to_uint8(images)))
-        return np.concatenate(batches)[: len(todo)]
+        for start in range(0, total, batch_size):
+            rows = [i if i < total else start for i in range(start, start + batch_size)]
+            chosen = {name: np.asarray(array)[rows] for name, array in noise.items()}
+            batches.append(np.asarray(pixels.to_uint8(make(keys[jnp.asarray(rows)], rows, chosen))))
+        return np.concatenate(batches)[:total]
+
+
+def check_count(name: str, value: int) -> int:
+    """The value, if it is 1 or more.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value < 1:
+        raise UserError(f"{name}: got {value}, expected at least 1")
+    return value
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -291,45 +438,3 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"prompts[{i}]: got {prompt!r}, expected a caption; write what to draw")
-
-
-def find_parts(folder: Path) -> dict[str, list[Path]]:
-    """Stage folders by kind: `folder`'s children, or the `model` folders in them.
-
-    Raises:
-        UserError: no such folder, or no stage in it.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"model: {str(folder)!r} is no folder; give a folder that train.py or UnCLIP.save wrote"
-        )
-    found: dict[str, list[Path]] = {}
-    for child in sorted(folder.iterdir()):
-        for path in (child, child / "model"):
-            if (path / checkpoint.CONFIG_FILE).is_file():
-                kind = checkpoint.read_description(path)["stage"].get("kind")
-                found.setdefault(kind, []).append(path)
-    if not found:
-        raise UserError(
-            f"model {str(folder)!r}: no trained stage in it; expected sub-folders that hold"
-            f" {checkpoint.CONFIG_FILE} and weights, as train.py writes them"
-        )
-    return found
-
-
-def load_part(path: str | Path, kind: str | None = None) -> Part:
-    """Load one stage folder, or the `model` folder in a training workdir.
-
-    Raises:
-        UserError: not a stage folder, of another kind than asked for, or damaged.
-    """
-    path = Path(path)
-    if not (path / checkpoint.CONFIG_FILE).is_file() and (path / "model").is_dir():
-        path = path / "model"
-    description = checkpoint.read_description(path)
-    stage = stages.build(description["stage"], f"{path / checkpoint.CONFIG_FILE}: stage")
-    if kind is not None and stage.kind != kind:
-        raise UserError(f"{str(path)!r}: holds a {stage.kind}, expected a {kind}")
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    params, description = checkpoint.load_stage(path, shapes)
-    return Part(stage, params, description)

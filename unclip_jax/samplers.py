@@ -133,7 +133,8 @@ def sample(
     Args:
         denoise: the network, perhaps wrapped in guidance; called once per step.
         x_T: standard normal noise `[b, ...]`, such as `normal(keys, shape)`.
-        keys: typed keys `[b]`, for the noise of the steps; other keys than made `x_T`.
+        keys: typed keys `[b]`, for the noise of the steps; other keys than made `x_T`. Or the
+            noise itself, float `[b, steps - 1, ...]`, the noisiest step's first.
         diffusion: what the network was trained to do.
         sampling: method, steps and clipping.
         eta: DDIM's noise, 0 (deterministic) to 1 (DDPM's variance); may be traced.
@@ -148,11 +149,7 @@ def sample(
         UserError: keys, eta, spacing, the statistic or the network's output do not fit.
     """
     process = diffusion.process(sampling.spacing)
-    check_keys(keys)
-    if x_T.shape[:1] != keys.shape:
-        raise UserError(
-            f"keys of shape {keys.shape}: expected one per example of x_T, which has {x_T.shape}"
-        )
+    draw = _noise_of_steps(process, keys, x_T)
     advance = _solver(process, diffusion, sampling, eta, analytic)
     x_T = x_T.astype(jnp.float32)
 
@@ -160,10 +157,7 @@ def sample(
         x_t, memory = carry
         prediction = _ask(denoise, diffusion, process, sampling, x_t, i)
 
-        def noise() -> jax.Array:
-            return normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i), x_t.shape[1:])
-
-        carry = advance(x_t, memory, prediction, i, noise)
+        carry = advance(x_t, memory, prediction, i, lambda: draw(i))
         _report(progress, process.steps - i, process.steps)
         return carry, None
 
@@ -230,6 +224,28 @@ def _ask(
     output = denoise(x_t, t)
     clipping = sampling.clip_x_0, sampling.dynamic_percentile
     return interpret(diffusion, process, output, x_t, i, *clipping)
+
+
+def _noise_of_steps(
+    process: Process, keys: jax.Array, x_T: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """`draw(i)`, the noise that step i adds: drawn from keys, or looked up where it is given."""
+    if not jnp.issubdtype(keys.dtype, jnp.floating):
+        check_keys(keys)
+        if x_T.shape[:1] != keys.shape:
+            raise UserError(
+                f"keys of shape {keys.shape}: expected one per example of x_T, which has"
+                f" {x_T.shape}"
+            )
+        return lambda i: normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i), x_T.shape[1:])
+    expected = (x_T.shape[0], process.steps - 1, *x_T.shape[1:])
+    if keys.shape != expected:
+        raise UserError(
+            f"noise of the steps: got shape {keys.shape}, expected {expected}, one for each of"
+            f" {process.steps} steps but the last"
+        )
+    # The last step, i = 0, adds nothing, whatever is looked up for it.
+    return lambda i: jnp.take(keys, process.steps - 1 - i, axis=1, mode="clip")
 
 
 def _report(progress: Progress | None, done: jax.Array, steps: int) -> None:

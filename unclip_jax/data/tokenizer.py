@@ -17,10 +17,11 @@ import functools
 import gzip
 import html
 import importlib.resources
+import json
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import ftfy
 import numpy as np
@@ -54,18 +55,19 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
-def text_mask(tokens: Any, end_token: int) -> Any:
-    """Where the text is: True through the first end token, False on the padding after.
+def cut_in_words(cut: Sequence[str], texts: int, context_length: int) -> str:
+    """One warning for all of the texts that were cut, the first few by name.
 
     Args:
-      tokens: int `[..., l]`, numpy or jax.
-      end_token: id of the end token.
-
-    Returns:
-      bool `[..., l]`, of the same kind; all True where there is no end token.
+      cut: one phrase for each text that was cut, as `Tokenizer.encode_and_report` gives.
+      texts: number of texts in all.
+      context_length: tokens that a text may have.
     """
-    is_end = tokens == end_token
-    return (is_end.cumsum(-1) - is_end) == 0
+    more = f"; and {len(cut) - _NAMED_IN_WARNINGS} more"
+    return (
+        f"{len(cut)} of {texts} captions are longer than {context_length} tokens and were cut: "
+        f"{'; '.join(cut[:_NAMED_IN_WARNINGS])}{more if len(cut) > _NAMED_IN_WARNINGS else ''}"
+    )
 
 
 class Tokenizer:
@@ -119,13 +121,7 @@ class Tokenizer:
         """
         tokens, cut = self.encode_and_report(texts)
         if cut:
-            more = f"; and {len(cut) - _NAMED_IN_WARNINGS} more"
-            warnings.warn(
-                f"{len(cut)} of {len(texts)} captions are longer than {self.context_length} tokens "
-                f"and were cut: {'; '.join(cut[:_NAMED_IN_WARNINGS])}"
-                f"{more if len(cut) > _NAMED_IN_WARNINGS else ''}",
-                stacklevel=2,
-            )
+            warnings.warn(cut_in_words(cut, len(texts), self.context_length), stacklevel=2)
         return tokens
 
     def encode_and_report(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -164,6 +160,22 @@ class Tokenizer:
                 f"tokens: {tokens.min()}..{tokens.max()}: expected ids in 0..{self.vocab_size - 1}"
             )
         return [self._text(row.tolist()) for row in tokens]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files that transformers' CLIPTokenizer reads; `folder` is created."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._bpe.model.save(str(folder))
+        settings = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.context_length,
+            "bos_token": START,
+            "eos_token": END,
+            "unk_token": END,
+            "pad_token": END,
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def _ids(self, cleaned: list[str]) -> list[list[int]]:
         encodings = self._bpe.encode_batch_fast(cleaned, add_special_tokens=False)

@@ -24,6 +24,7 @@ from unclip_jax.models.layers import (
 )
 
 MAX_LOG_SCALE = math.log(100.0)
+TOWERS = ("both", "text", "image")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class ClipConfig:
       mlp_ratio: hidden width of both towers' perceptrons over the width.
       pixel_mean: mean of each channel, of pixels in [0, 1].
       pixel_std: standard deviation of each channel, of pixels in [0, 1].
+      towers: "both", or "text" or "image" where the weights hold one tower only.
       dtype: compute dtype.
       remat: "none", "full" or "dots", see `layers.remat`.
     """
@@ -65,11 +67,13 @@ class ClipConfig:
     mlp_ratio: float = 4.0
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    towers: str = "both"
     dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self) -> None:
         """Raise `UserError` where a field makes no network."""
+        check(self, "towers", self.towers in TOWERS, f"one of {', '.join(TOWERS)}")
         check_counts(self, "image_size", "patch", "vision_width", "vision_layers", "vision_heads")
         check_counts(self, "text_width", "text_layers", "text_heads")
         check_counts(self, "vocab_size", "context_length", "embed_dim")
@@ -183,19 +187,24 @@ class Clip(nn.Module):
     def setup(self) -> None:
         """Name the parameters."""
         c = self.config
-        self.vision = VisionTower(c)
-        self.text = TextTower(c)
-        self.vision_projection = nn.Dense(
-            c.embed_dim,
-            use_bias=False,
-            kernel_init=nn.initializers.normal(c.vision_width**-0.5),
-        )
-        self.text_projection = nn.Dense(
-            c.embed_dim,
-            use_bias=False,
-            kernel_init=nn.initializers.normal(c.text_width**-0.5),
-        )
-        self.log_scale = self.param("log_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+        if c.towers != "text":
+            self.vision = VisionTower(c)
+            self.vision_projection = nn.Dense(
+                c.embed_dim,
+                use_bias=False,
+                kernel_init=nn.initializers.normal(c.vision_width**-0.5),
+            )
+        if c.towers != "image":
+            self.text = TextTower(c)
+            self.text_projection = nn.Dense(
+                c.embed_dim,
+                use_bias=False,
+                kernel_init=nn.initializers.normal(c.text_width**-0.5),
+            )
+        if c.towers == "both":
+            self.log_scale = self.param(
+                "log_scale", nn.initializers.constant(math.log(1 / 0.07)), ()
+            )
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Image embeddings z_i, projected but not normalised.
@@ -205,7 +214,11 @@ class Clip(nn.Module):
 
         Returns:
           `[b, embed_dim]` float32.
+
+        Raises:
+          UserError: this CLIP has no image tower.
         """
+        self._check_tower("image")
         return self.vision_projection(self.vision(images))
 
     def encode_text(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -220,11 +233,23 @@ class Clip(nn.Module):
         Returns:
           `[b, embed_dim]` float32, and `[b, l, text_width]` float32 outputs of the final
           LayerNorm, before the projection.
+
+        Raises:
+          UserError: this CLIP has no text tower.
         """
+        self._check_tower("text")
         states = self.text(tokens)
         end = jnp.argmax(tokens == self.config.vocab_size - 1, axis=-1)
         pooled = jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
         return self.text_projection(pooled), states
+
+    def _check_tower(self, wanted: str) -> None:
+        if self.config.towers not in ("both", wanted):
+            raise UserError(
+                f"CLIP: its weights hold the {self.config.towers} tower alone, but the {wanted}"
+                f" tower is needed; use a CLIP that has it (of Karlo's repositories, text-to-image"
+                " has the text tower and image-variation both)"
+            )
 
     def logit_scale(self) -> jax.Array:
         """The factor on cosine similarities: exp of the learned log scale, at most 100."""

@@ -69,10 +69,16 @@ class ClipStage:
 
     def init(self, key: jax.Array) -> Params:
         """Random params."""
-        size = self.model.image_size
+        size, network = self.model.image_size, self.network
         images = jnp.zeros((1, size, size, 3))
         tokens = jnp.zeros((1, self.model.context_length), jnp.int32)
-        return {"network": self.network.init(key, images, tokens)["params"]}
+        if self.model.towers == "both":
+            variables = network.init(key, images, tokens)
+        elif self.model.towers == "text":
+            variables = network.init(key, tokens, method=network.encode_text)
+        else:
+            variables = network.init(key, images, method=network.encode_image)
+        return {"network": variables["params"]}
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax import samplers
+from unclip_jax.errors import UserError
 
 Condition = dict[str, jax.Array]
 Params = dict[str, Any]
@@ -29,12 +30,76 @@ def keep(key: jax.Array, batch: int, drop: float) -> jax.Array:
     return jax.random.bernoulli(key, 1.0 - drop, (batch,))
 
 
+def empty_caption(length: int, width: int, embed_dim: int) -> dict[str, jax.Array]:
+    """The place of the empty caption's encoding in a stage's params, zero until it is known.
+
+    CLIP's states `text_states` [length, width], of which the first two, start and end, are
+    attended to, and `z_t` [embed_dim].
+    """
+    return {"text_states": jnp.zeros((length, width)), "z_t": jnp.zeros(embed_dim)}
+
+
+def drop_caption(
+    cond: Condition, kept: jax.Array, empty: dict[str, jax.Array] | None = None
+) -> Condition:
+    """The condition with some captions dropped.
+
+    Args:
+        cond: with "text_mask" [b, l], and perhaps "text" or "text_states" and "z_t" [b, e].
+        kept: False where the caption is dropped [b].
+        empty: what to put in its place (see `empty_caption`); with None, no token is attended to
+            and z_t is zero.
+    """
+    kept = kept[:, None]
+    if empty is None:
+        z_t = {"z_t": jnp.where(kept, cond["z_t"], 0.0)} if "z_t" in cond else {}
+        return cond | {"text_mask": cond["text_mask"] & kept} | z_t
+    states = "text_states" if "text_states" in cond else "text"
+    started = jnp.arange(cond["text_mask"].shape[1]) < 2
+    return cond | {
+        states: jnp.where(kept[:, :, None], cond[states], empty["text_states"][None]),
+        "text_mask": jnp.where(kept, cond["text_mask"], started[None]),
+        "z_t": jnp.where(kept, cond["z_t"], empty["z_t"][None]),
+    }
+
+
+def check_analytic(sampling: samplers.Sampling, analytic: bool) -> None:
+    """Raise UserError where sampling needs the analytic variance, and the params do not hold it."""
+    if sampling.method == "analytic" and not analytic:
+        raise UserError(
+            'stage.sampling.method: got "analytic", but this stage has no analytic variance; use'
+            " another method, such as ddpm, until python -m unclip_jax.analytic --stage DIR has"
+            " measured it on the trained stage in DIR"
+        )
+
+
 def random_timesteps(key: jax.Array, batch: int, steps: int) -> jax.Array:
     """Uniform timesteps [b] int32 in 0..steps-1."""
     return jax.random.randint(key, (batch,), 0, steps)
 
 
-def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Each example's x_T [b, *shape], and the keys [b] that are left for the sampler's steps."""
+def initial_noise(
+    keys: jax.Array, shape: tuple[int, ...], noise: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Each example's x_T [b, *shape], and what is left for the sampler's steps.
+
+    Args:
+        keys: one typed key per example [b].
+        shape: of one example.
+        noise: float [b, steps, *shape] to use instead: x_T, then what each step but the last adds.
+
+    Returns:
+        x_T, and keys [b] or noise [b, steps - 1, *shape], either of which `samplers.sample` takes.
+
+    Raises:
+        UserError: noise of another shape.
+    """
+    if noise is not None:
+        if noise.ndim != 2 + len(shape) or noise.shape[2:] != shape or noise.shape[0] != len(keys):
+            raise UserError(
+                f"noise: got shape {noise.shape}, expected"
+                f" ({len(keys)}, steps, {', '.join(map(str, shape))})"
+            )
+        return noise[:, 0], noise[:, 1:]
     pairs = jax.vmap(jax.random.split)(keys)
     return samplers.normal(pairs[:, 0], shape), pairs[:, 1]

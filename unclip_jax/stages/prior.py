@@ -22,6 +22,9 @@ from unclip_jax.stages import embedding
 from unclip_jax.stages.conditioning import (
     Condition,
     Params,
+    check_analytic,
+    drop_caption,
+    empty_caption,
     initial_noise,
     keep,
     random_timesteps,
@@ -41,6 +44,10 @@ class PriorStage:
         draws: how many embeddings sampling draws for each it returns (the paper draws two).
         guidance_scale: the classifier-free guidance that sampling uses unless told otherwise.
         unit_embeddings: whether CLIP's embeddings have length one here; a sample then has, too.
+        empty_null: whether a dropped caption is the empty caption as CLIP encodes it (Karlo),
+            kept in the params under `null_caption`, rather than no caption at all.
+        analytic: whether the statistic of the analytic variance is in the params, under
+            `analytic`; `python -m unclip_jax.analytic` measures it on a trained stage.
     """
 
     kind: ClassVar[str] = "prior"
@@ -52,9 +59,17 @@ class PriorStage:
     draws: int = 2
     unit_embeddings: bool = True
     guidance_scale: float = 1.0
+    empty_null: bool = False
+    analytic: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields that no part checks alone."""
+        if self.empty_null and not self.reads_states:
+            raise UserError(
+                "stage.empty_null: got True, expected False for a prior that embeds its tokens"
+                " itself; set stage.model.vocab_size to 0 for one that reads CLIP's text states"
+            )
+        check_analytic(self.sampling, self.analytic)
         if self.draws < 1:
             raise UserError(f"stage.draws: got {self.draws}, expected at least 1")
         if not 0.0 <= self.caption_drop < 1.0:
@@ -66,14 +81,19 @@ class PriorStage:
         return Prior(self.model)
 
     @property
+    def reads_states(self) -> bool:
+        """Whether captions come as CLIP's text states; else as tokens."""
+        return not self.model.vocab_size
+
+    @property
     def context(self) -> tuple[int, int]:
-        """Context length and vocabulary size of the tokens this stage reads."""
+        """Context length and vocabulary size of the tokens this stage reads; 0 where it doesn't."""
         return self.model.context_length, self.model.vocab_size
 
     def init(self, key: jax.Array) -> Params:
         """Random params, with the identity as normalisation until `with_normalisation`."""
         e = self.model.embed_dim
-        cond = self.null(self._blank_condition())
+        cond = self._blank_condition()
         variables = self.network.init(
             key,
             jnp.zeros((1, e)),
@@ -82,7 +102,13 @@ class PriorStage:
             cond["text"],
             cond["text_mask"],
         )
-        return {"network": variables["params"], "normalisation": embedding.identity(e)}
+        params = {"network": variables["params"], "normalisation": embedding.identity(e)}
+        if self.empty_null:
+            c = self.model
+            params["null_caption"] = empty_caption(c.context_length, c.text_width, e)
+        if self.analytic:
+            params["analytic"] = jnp.zeros(self.diffusion.steps)
+        return params
 
     def _blank_condition(self) -> Condition:
         length = self.model.context_length
@@ -93,17 +119,23 @@ class PriorStage:
         mask = jnp.ones((1, length), bool)
         return {"text": text, "text_mask": mask, "z_t": jnp.zeros((1, self.model.embed_dim))}
 
-    def condition(self, tokens: jax.Array, z_t: jax.Array) -> Condition:
-        """Condition from caption tokens [b, l] and z_t [b, e] (a prior with its own vocabulary)."""
-        return {"text": tokens, "text_mask": text_mask(tokens, self.model.vocab_size), "z_t": z_t}
+    def condition(
+        self, text: jax.Array, z_t: jax.Array, mask: jax.Array | None = None
+    ) -> Condition:
+        """Condition from captions and z_t [b, e].
 
-    def null(self, cond: Condition) -> Condition:
-        """The condition without its caption: no token attended to, z_t zero."""
-        return {
-            "text": cond["text"],
-            "text_mask": jnp.zeros_like(cond["text_mask"]),
-            "z_t": jnp.zeros_like(cond["z_t"]),
-        }
+        Args:
+            text: tokens [b, l], or CLIP's text states [b, l, d] where the prior reads those.
+            z_t: CLIP's text embeddings [b, e].
+            mask: True on the captions' tokens [b, l]; None works it out from tokens.
+        """
+        if mask is None:
+            mask = text_mask(text, self.model.vocab_size)
+        return {"text": text, "text_mask": mask, "z_t": z_t}
+
+    def null(self, params: Params, cond: Condition) -> Condition:
+        """The condition without its caption: no token and a z_t of zero, or the empty caption."""
+        return drop_caption(cond, jnp.zeros(len(cond["z_t"]), bool), params.get("null_caption"))
 
     def denoise(self, params: Params, x_t: jax.Array, t: jax.Array, cond: Condition) -> jax.Array:
         """The network's output for noised, normalised embeddings x_t [b, e] at t [b]."""
@@ -111,21 +143,32 @@ class PriorStage:
             {"params": params["network"]}, x_t, t, cond["z_t"], cond["text"], cond["text_mask"]
         )
 
+    def denoiser(self, params: Params, cond: Condition) -> dm.Denoise:
+        """`denoise(x_t, t)` under a condition, without guidance."""
+        return lambda x_t, t: self.denoise(params, x_t, t, cond)
+
+    def data(self, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
+        """x_0 [b, e] and the whole condition of a batch, see `loss`."""
+        x_0 = embedding.normalise(params["normalisation"], batch["z_i"])
+        if self.reads_states:
+            return x_0, self.condition(batch["text_states"], batch["z_t"], batch["text_mask"])
+        return x_0, self.condition(batch["tokens"], batch["z_t"])
+
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss of a batch {"tokens": int32 [b, l], "z_i": [b, e], "z_t": [b, e]}."""
+        """Loss of a batch {"tokens": int32 [b, l], "z_i": [b, e], "z_t": [b, e]}.
+
+        A prior that reads CLIP's text states takes "text_states" [b, l, d] and "text_mask" [b, l]
+        in place of tokens.
+        """
         t_key, noise_key, drop_key = jax.random.split(key, 3)
-        x_0 = embedding.normalise(params["normalisation"], batch["z_i"])
+        x_0, cond = self.data(params, batch)
         t = random_timesteps(t_key, len(x_0), self.diffusion.steps)
         noise = jax.random.normal(noise_key, x_0.shape)
-        cond = self.condition(batch["tokens"], batch["z_t"])
         kept = keep(drop_key, len(x_0), self.caption_drop)
-        cond["text_mask"] &= kept[:, None]
-        cond["z_t"] = jnp.where(kept[:, None], cond["z_t"], 0.0)
-        terms = losses(
-            self.diffusion, lambda x_t, t: self.denoise(params, x_t, t, cond), x_0, t, noise
-        )
+        cond = drop_caption(cond, kept, params.get("null_caption"))
+        terms = losses(self.diffusion, self.denoiser(params, cond), x_0, t, noise)
         return jnp.mean(terms["loss"]), {"mse": jnp.mean(terms["mse"])}
 
     def draw(
@@ -137,10 +180,14 @@ class PriorStage:
         guidance_scale: float | jax.Array = 1.0,
         null: Condition | None = None,
         eta: float | jax.Array = 0.0,
+        noise: jax.Array | None = None,
         progress: samplers.Progress | None = None,
     ) -> jax.Array:
-        """One embedding per condition, in CLIP's coordinates: arguments as for `sample`."""
-        null = self.null(cond) if null is None else null
+        """One embedding per condition, in CLIP's coordinates.
+
+        Arguments as for `sample`, but noise is float [b, steps, e].
+        """
+        null = self.null(params, cond) if null is None else null
         denoise = samplers.classifier_free(
             lambda x_t, t, c: self.denoise(params, x_t, t, c),
             cond,
@@ -148,9 +195,16 @@ class PriorStage:
             guidance_scale,
             learned_variance=self.diffusion.learned_variance,
         )
-        x_T, keys = initial_noise(keys, (self.model.embed_dim,))
+        x_T, keys = initial_noise(keys, (self.model.embed_dim,), noise)
         x_0 = samplers.sample(
-            denoise, x_T, keys, self.diffusion, self.sampling, eta=eta, progress=progress
+            denoise,
+            x_T,
+            keys,
+            self.diffusion,
+            self.sampling,
+            eta=eta,
+            analytic=params.get("analytic"),
+            progress=progress,
         )
         z_i = embedding.denormalise(params["normalisation"], x_0)
         return embedding.unit(z_i) if self.unit_embeddings else z_i
@@ -164,6 +218,7 @@ class PriorStage:
         guidance_scale: float | jax.Array = 1.0,
         null: Condition | None = None,
         eta: float | jax.Array = 0.0,
+        noise: jax.Array | None = None,
         progress: samplers.Progress | None = None,
     ) -> jax.Array:
         """Draw `draws` embeddings per condition and keep the one nearest z_t.
@@ -175,6 +230,8 @@ class PriorStage:
             guidance_scale: classifier-free guidance; 1 is the conditional model. May be traced.
             null: what guidance leads away from; by default the condition without its caption.
             eta: DDIM's noise, for sampling.method "ddim".
+            noise: float [b, draws, steps, e] to use instead of the keys' draws: x_T, then what
+                each step but the last adds.
             progress: called as progress(step, steps) while sampling.
 
         Returns:
@@ -192,6 +249,7 @@ class PriorStage:
             guidance_scale=guidance_scale,
             null=repeat(null),
             eta=eta,
+            noise=None if noise is None else noise.reshape(-1, *noise.shape[2:]),
             progress=progress,
         ).reshape(len(cond["z_t"]), self.draws, -1)
         best = jnp.argmax(jnp.einsum("bre,be->br", z_i, cond["z_t"]), axis=1)

@@ -1,0 +1,51 @@
+"""Models on the Hugging Face hub, by the name of their repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from unclip_jax.errors import UserError
+
+# What a model is made of; code and other programs' formats stay where they are.
+PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.ckpt", "*.th", "*.pt", "*.txt", "*.model")
+
+_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of a model: itself where it is one, else a snapshot from the hub.
+
+    A snapshot is downloaded once and kept in huggingface_hub's cache (HF_HOME). With
+    HF_HUB_OFFLINE=1 only the cache is looked at.
+
+    Args:
+        model: a folder, or "owner/name" of a repository on the hub.
+
+    Raises:
+        UserError: there is no such folder, and it names no repository that can be had.
+    """
+    name, folder = str(model), Path(model)
+    if name and folder.exists():
+        return folder
+    if not _REPOSITORY.fullmatch(name):
+        raise UserError(
+            f"model: {name!r} is no folder; give a folder that train.py or UnCLIP.save wrote, a"
+            " folder with Karlo's files, or a hub repository as owner/name"
+        )
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS)))
+    except hub_errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"model: {name!r} is no folder here, and the Hugging Face hub has no such repository"
+            " (or it is private: log in with `hf auth login`)"
+        ) from error
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model: {name!r} is no folder here, is not in the local cache, and the Hugging Face"
+            f" hub cannot be reached ({type(error).__name__}); download it elsewhere and give its"
+            " folder"
+        ) from error

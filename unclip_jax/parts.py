@@ -1,0 +1,118 @@
+"""Parts: a stage with its params, as model folders hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from unclip_jax import checkpoint, stages
+from unclip_jax.errors import UserError
+
+
+class Part(NamedTuple):
+    """One trained stage: its settings, its params, and what its folder says of itself."""
+
+    stage: stages.Stage
+    params: dict[str, Any]
+    description: dict[str, Any]
+
+
+def clip_fingerprint(clip: Part) -> str:
+    """What names a CLIP: the fingerprint of its weights as they were trained.
+
+    A CLIP that was stored in a narrower dtype, or converted, keeps its first fingerprint in its
+    description; the stages that stand on it name that one.
+    """
+    return clip.description.get("fingerprint") or checkpoint.fingerprint(clip.params)
+
+
+def find_parts(folder: Path) -> dict[str, list[Path]]:
+    """Stage folders by kind: `folder`'s children, or the `model` folders in them.
+
+    Raises:
+        UserError: no such folder, no stage in it, or one without its config.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"model: {str(folder)!r} is no folder; give a folder that train.py or UnCLIP.save wrote"
+        )
+    found: dict[str, list[Path]] = {}
+    for child in sorted(folder.iterdir()):
+        for path in (child, child / "model"):
+            if any((path / n).is_file() for n in (checkpoint.CONFIG_FILE, checkpoint.PARAMS_FILE)):
+                kind = checkpoint.read_description(path)["stage"].get("kind")
+                found.setdefault(kind, []).append(path)
+    if not found:
+        raise UserError(
+            f"model {str(folder)!r}: no trained stage in it; expected sub-folders that hold"
+            f" {checkpoint.CONFIG_FILE} and weights, as train.py writes them"
+        )
+    return found
+
+
+def stage_folder(path: str | Path) -> Path:
+    """The folder itself, or the `model` folder in a training workdir."""
+    path = Path(path)
+    if not (path / checkpoint.CONFIG_FILE).is_file() and (path / "model").is_dir():
+        return path / "model"
+    return path
+
+
+def load_part(path: str | Path, kind: str | None = None, dtype: str = "") -> Part:
+    """Load one stage folder, or the `model` folder in a training workdir.
+
+    Args:
+        path: the folder.
+        kind: what it must hold, or None for anything.
+        dtype: of the weights in memory; "" stands for float32. Constants stay as they are.
+
+    Raises:
+        UserError: not a stage folder, of another kind than asked for, or damaged.
+    """
+    path = stage_folder(path)
+    description = checkpoint.read_description(path)
+    stage = stages.build(description["stage"], f"{path / checkpoint.CONFIG_FILE}: stage")
+    if kind is not None and stage.kind != kind:
+        raise UserError(f"{str(path)!r}: holds a {stage.kind}, expected a {kind}")
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    params, description = checkpoint.load_stage(path, shapes, dtype)
+    return Part(stage, params, description)
+
+
+def in_dtype(config: Any, dtype: str) -> Any:
+    """A stage, or any config within one, in which every network computes in `dtype`."""
+    changes = {
+        field.name: in_dtype(value, dtype)
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(value := getattr(config, field.name))
+    }
+    if hasattr(config, "dtype"):
+        changes["dtype"] = dtype
+    return dataclasses.replace(config, **changes)
+
+
+def load_parts(folder: Path, dtype: str = "") -> dict[str, Any]:
+    """The parts of a model folder by the fields of `pipeline.UnCLIP`; `dtype` as for `load_part`.
+
+    Raises:
+        UserError: no decoder, more than one of a kind that there is one of, or a damaged part.
+    """
+    found = find_parts(folder)
+    priors = found.get("prior", []) + found.get("ar_prior", [])
+    counts = {"clip": found.get("clip", []), "prior": priors, "decoder": found.get("decoder", [])}
+    for kind, paths in counts.items():
+        if len(paths) > 1 or (kind == "decoder" and not paths):
+            listing = ", ".join(f"{len(v)} {k}" for k, v in sorted(found.items()))
+            raise UserError(
+                f"model {str(folder)!r}: expected {'one' if kind == 'decoder' else 'at most one'}"
+                f" {kind}, found {listing}; give a folder with one sub-folder for each of clip,"
+                " prior and decoder (and any upsamplers), as train.py writes them"
+            )
+    parts = {
+        kind: load_part(paths[0], dtype=dtype) if paths else None for kind, paths in counts.items()
+    }
+    upsamplers = [load_part(path, dtype=dtype) for path in found.get("upsampler", [])]
+    return parts | {"upsamplers": tuple(sorted(upsamplers, key=lambda p: p.stage.low_size))}
