@@ -20,6 +20,7 @@ from absl import logging
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import jitter, square
 from unclip_jax.data.records import BadRecord, Source
+from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 
@@ -37,6 +38,7 @@ def batches(
     drop_remainder: bool = True,
     process_index: int = 0,
     process_count: int = 1,
+    tokenizer: Tokenizer | T5Tokenizer | None = None,
 ) -> Batches:
     """An iterator of batches, endless unless `epochs` says otherwise.
 
@@ -54,6 +56,8 @@ def batches(
       drop_remainder: whether a last batch that isn't full is left out.
       process_index: this process, `jax.process_index()`.
       process_count: how many there are, `jax.process_count()`.
+      tokenizer: makes `tokens` of captions; None for CLIP's, of the config's context length and
+        vocabulary.
 
     Raises:
       UserError: if an argument has no meaning, or the data set holds fewer pairs than
@@ -75,7 +79,8 @@ def batches(
         )
     # Unshuffled, a process meets the same residue class in every epoch.
     repeats = 1 if shuffle else math.gcd(len(source), process_count)
-    examples = _Examples(source, config, reachable=len(source) // repeats)
+    tokenizer = tokenizer or Tokenizer(config.context_length, config.vocab_size)
+    examples = _Examples(source, config, tokenizer, reachable=len(source) // repeats)
 
     stream = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
@@ -155,13 +160,19 @@ class _Examples:
       truncated: indices of captions cut so far.
     """
 
-    def __init__(self, source: Source, config: DataConfig, reachable: int):
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        tokenizer: Tokenizer | T5Tokenizer,
+        reachable: int,
+    ):
         self.source = source
         self.bad: set[int] = set()
         self.truncated: set[int] = set()
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
         self._size = config.image_size
-        self._tokenizer = Tokenizer(config.context_length, config.vocab_size)
+        self._tokenizer = tokenizer
         self._reachable = reachable
         self._good = False
         self._images: dict[int, np.ndarray] = {}

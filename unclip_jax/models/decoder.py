@@ -20,7 +20,7 @@ from unclip_jax.models.layers import check, check_counts, check_shape, layer_nor
 from unclip_jax.models.text import TextConfig, TextEncoder
 from unclip_jax.models.unet import UNet, UNetConfig
 
-CONDITIONS = ("z_i", "z_i_mask", "tokens", "text_states", "text_mask", "z_t")
+CONDITIONS = ("z_i", "z_i_mask", "tokens", "text_states", "text_mask", "z_t", "label")
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,39 @@ class DecoderConfig:
         none.
       text: the decoder's own caption Transformer, as wide as the context; None where there is
         none.
-      text_width: features of CLIP's text states, where those are given instead of tokens; else 0.
+      text_width: features of a frozen encoder's text states (CLIP's in Karlo, T5's in Imagen),
+        where those are given instead of tokens; else 0.
+      pool_text: whether the mean of those text states is also normalised, projected and added to
+        the timestep's embedding (Imagen, arXiv 2205.11487, section 2.5).
       embed_dim: dimension of z_i; 0 for a decoder without it (GLIDE).
       clip_tokens: context tokens made of z_i.
       use_z_t: whether CLIP's text embedding z_t, of `embed_dim` too, is projected and added to
         the timestep's embedding.
       learned_null: whether a z_i that is left out is a learned embedding; otherwise it is zeros.
+      num_classes: classes, each with a learned embedding added to the timestep's (ADM,
+        arXiv 2105.05233); class `num_classes` itself stands for none. 0 for a decoder without.
     """
 
     unet: UNetConfig
     text: TextConfig | None = None
     text_width: int = 0
+    pool_text: bool = False
     embed_dim: int = 0
     clip_tokens: int = 4
     use_z_t: bool = False
     learned_null: bool = False
+    num_classes: int = 0
 
     def __post_init__(self) -> None:
         """Raise `UserError` where a field makes no network."""
-        check_counts(self, "text_width", "embed_dim", "clip_tokens", least=0)
+        check_counts(self, "text_width", "embed_dim", "clip_tokens", "num_classes", least=0)
         width = self.unet.context_dim
         if self.text is not None:
             check(self, "text_width", self.text_width == 0, "0, as the decoder has its own `text`")
             ok = self.text.width == width
             check(self, "text", ok, f"a width equal to unet.context_dim = {width}")
+        given = self.text_width > 0
+        check(self, "pool_text", given or not self.pool_text, "False, as text_width is 0")
         if not self.embed_dim:
             for field in ("use_z_t", "learned_null"):
                 check(self, field, not getattr(self, field), "False, as embed_dim is 0")
@@ -77,7 +86,17 @@ class DecoderConfig:
         names = ("z_i",) if self.embed_dim else ()
         if self.has_text:
             names += ("tokens" if self.text else "text_states", "text_mask")
-        return names + (("z_t",) if self.use_z_t else ())
+        names += ("z_t",) if self.use_z_t else ()
+        return names + (("label",) if self.num_classes else ())
+
+
+def masked_mean(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean over the tokens where `mask` `[b, l]` is True: `[b, l, d]` to `[b, d]` float32.
+
+    Where there is none, it is zero.
+    """
+    weights = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    return jnp.einsum("bl,bld->bd", weights, states, preferred_element_type=jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -96,6 +115,9 @@ class Decoder(nn.Module):
         if c.text_width:
             self.text_to_context = nn.Dense(width, dtype=dtype)
             self.text_norm = layer_norm(None)
+        if c.pool_text:
+            self.pool_norm = layer_norm(None)
+            self.pool_to_emb = nn.Dense(features)
         if c.embed_dim:
             self.z_i_to_emb = nn.Dense(features)
             if c.clip_tokens:
@@ -104,6 +126,8 @@ class Decoder(nn.Module):
             self.z_t_to_emb = nn.Dense(features)
         if c.learned_null:
             self.null_z_i = self.param("null_z_i", nn.initializers.normal(0.02), (c.embed_dim,))
+        if c.num_classes:
+            self.label_to_emb = nn.Embed(c.num_classes + 1, features)
 
     def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Everything that depends on neither x_t nor t: once for each sample, not once a step.
@@ -115,7 +139,8 @@ class Decoder(nn.Module):
         Args:
           cond: the arrays named by `config.conditions`, and optionally "z_i_mask":
             "z_i" `[b, e]`; "z_i_mask" `[b]` bool; "tokens" `[b, l]` int or "text_states"
-            `[b, l, text_width]`; "text_mask" `[b, l]` bool; "z_t" `[b, e]`. Other conditions of
+            `[b, l, text_width]`; "text_mask" `[b, l]` bool; "z_t" `[b, e]`; "label" `[b]` int,
+            where `num_classes` stands for a class that is left out. Other conditions of
             `CONDITIONS` may be there and are not read.
 
         Returns:
@@ -145,9 +170,14 @@ class Decoder(nn.Module):
             states = self.text_norm(self.text_to_context(cond["text_states"]))
             contexts.append(states.astype(c.unet.dtype))
             masks.append(cond["text_mask"])
+        if c.pool_text:
+            pooled = masked_mean(cond["text_states"], cond["text_mask"])
+            embs.append(self.pool_to_emb(self.pool_norm(pooled)))
         if c.use_z_t:
             has_caption = cond["text_mask"].any(-1, keepdims=True)
             embs.append(self.z_t_to_emb(jnp.where(has_caption, cond["z_t"], 0.0)))
+        if c.num_classes:
+            embs.append(self.label_to_emb(cond["label"]))
         return {
             "emb": sum(embs) if embs else None,
             "context": jnp.concatenate(contexts, axis=1) if contexts else None,
@@ -217,3 +247,5 @@ class Decoder(nn.Module):
             states = cond["text_states"]
             check_shape("decoder cond text_states", states, (None, None, c.text_width))
             check_shape("decoder cond text_mask", cond["text_mask"], states.shape[:2])
+        if c.num_classes:
+            check_shape("decoder cond label", cond["label"], (None,))
