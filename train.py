@@ -63,30 +63,22 @@ def main(argv: list[str]) -> None:
     """Prepare the run, train, and save the stage."""
     parse(argv)
 
-    import jax
-
     from unclip_jax import checkpoint, runs, training
-    from unclip_jax.data import batches
 
     run = runs.prepare(CONFIG.value)
     workdir = Path(WORKDIR.value)
 
     def export(params, step: int) -> None:
         checkpoint.save_stage(
-            workdir / "model", params=params, description=run.description | {"step": step}
+            workdir / "model",
+            params=run.export(params),
+            description=run.description | {"step": step},
         )
 
     training.train(
-        loss_fn=run.stage.loss,
+        loss_fn=run.loss,
         init_params=run.init_params,
-        batches=batches.batches(
-            run.source,
-            run.data,
-            seed=run.train.seed,
-            batch_size=run.train.batch_size // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        batches=run.batches(),
         config=run.train,
         workdir=workdir,
         description=run.description,

@@ -1,14 +1,20 @@
 """What every config starts from: the parts of a run, as an ml_collections tree.
 
 config.stage          the network, its diffusion and its sampling (unclip_jax.stages)
-config.data           the data set (unclip_jax.data.datasets.DataConfig); image size and vocabulary
-                      follow from the stage
+config.data           the data set (unclip_jax.data.datasets.DataConfig); image size,
+                      vocabulary and whether it has labels follow from the stage
 config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.TrainConfig)
 config.heldout_split  the data set's split that figures are measured on
 config.clip           folder of the trained CLIP that the prior and the decoder stand on
+config.t5             folder of the T5 whose text states the decoder reads, where it reads any
+config.t5_dtype       in which that T5 computes: "float32" or "bfloat16"
 config.normalisation  of CLIP's image embeddings: "whiten" (from the data), "scale" (the paper's
                       17.2) or "none"
 config.previews       how many captions the preview grid shows
+config.init           folder of a trained stage to start from, "" for random params; config.stage
+                      then says only what differs, and the normalisation is the folder's
+config.lora           low-rank adapters on what config.init holds (unclip_jax.lora.Lora); rank 0
+                      trains it whole
 
 Everything can be set on the command line: --config.train.learning_rate=1e-4.
 """
@@ -18,22 +24,32 @@ import ml_collections
 from unclip_jax import config as settings
 from unclip_jax import stages
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.lora import Lora
 from unclip_jax.train_config import TrainConfig
 
-FOLLOWS_FROM_STAGE = ("image_size", "context_length", "vocab_size")
+FOLLOWS_FROM_STAGE = ("image_size", "context_length", "vocab_size", "labels")
 
 
 def make(stage: stages.Stage, data: DataConfig, train: TrainConfig, **rest):
     """A config from its parts; `rest` are the fields of no part."""
+    return from_settings(stages.describe(stage), data, train, **rest)
+
+
+def from_settings(stage: dict, data: DataConfig, train: TrainConfig, **rest):
+    """A config of a stage given as plain settings: with config.init, those that differ."""
     data = {k: v for k, v in settings.to_dict(data).items() if k not in FOLLOWS_FROM_STAGE}
     parts = {
-        "stage": stages.describe(stage),
+        "stage": stage,
         "data": data,
         "train": settings.to_dict(train),
         "heldout_split": "heldout",
         "clip": "",
+        "t5": "",
+        "t5_dtype": "float32",
         "normalisation": "whiten",
         "previews": 16,
+        "init": "",
+        "lora": settings.to_dict(Lora()),
     }
     return ml_collections.ConfigDict(_with_tuples(parts | rest))
 

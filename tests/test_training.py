@@ -89,14 +89,10 @@ def test_adamw_agrees_with_numpy_and_decays_kernels_only():
     gradients = [{n: rng.normal(size=s) for n, s in shapes.items()} for _ in range(4)]
 
     optimizer = training.make_optimizer(config)
-    tree = {"layer": jax.tree.map(jnp.float32, params), "normalisation": {"std": jnp.ones(2)}}
+    tree = jax.tree.map(jnp.float32, params)
     state = optimizer.init(tree)
     for gradient in gradients:
-        pushed = {
-            "layer": jax.tree.map(jnp.float32, gradient),
-            "normalisation": {"std": jnp.ones(2)},
-        }
-        updates, state = optimizer.update(pushed, state, tree)
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, tree)
         tree = optax.apply_updates(tree, updates)
 
     for name, value in params.items():
@@ -107,8 +103,7 @@ def test_adamw_agrees_with_numpy_and_decays_kernels_only():
             update = (m / (1 - 0.8**n)) / (np.sqrt(v / (1 - 0.9**n)) + 1e-3)
             update = update + (0.5 * value if name == "kernel" else 0.0)
             value = value - 0.03 * min(1.0, n / 2) * update
-        np.testing.assert_allclose(tree["layer"][name], value, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(tree["normalisation"]["std"], np.ones(2))
+        np.testing.assert_allclose(tree[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
@@ -160,24 +155,24 @@ def test_microbatches_draw_different_noise():
 def test_the_average_has_its_closed_form():
     config = TrainConfig(batch_size=16, learning_rate=0.1, ema_decay=0.8, ema_warmup=False)
     step, state, batches = step_fn(config), fresh(config), Batches()
-    kernels = [np.asarray(state.params["dense"]["kernel"], np.float64)]
+    kernels = [np.asarray(state.params["network"]["kernel"], np.float64)]
     for _ in range(6):
         state, _ = step(state, next(batches))
-        kernels.append(np.asarray(state.params["dense"]["kernel"], np.float64))
+        kernels.append(np.asarray(state.params["network"]["kernel"], np.float64))
     # decay^n p_0 + (1 - decay) sum_i decay^(n - i) p_i
     expected = 0.8**6 * kernels[0]
     expected += 0.2 * sum(0.8 ** (6 - i) * kernels[i] for i in range(1, 7))
-    np.testing.assert_allclose(state.ema_params["dense"]["kernel"], expected, rtol=1e-5)
-    assert state.ema_params["dense"]["kernel"].dtype == jnp.float32
+    np.testing.assert_allclose(state.ema_params["network"]["kernel"], expected, rtol=1e-5)
+    assert state.ema_params["network"]["kernel"].dtype == jnp.float32
 
 
 def test_the_average_warms_up():
     config = TrainConfig(batch_size=16, learning_rate=0.1, ema_decay=0.999)
     state = fresh(config)
-    first = np.asarray(state.params["dense"]["bias"])
+    first = np.asarray(state.params["network"]["bias"])
     state, _ = step_fn(config)(state, next(Batches()))
-    expected = 0.1 * first + 0.9 * np.asarray(state.params["dense"]["bias"])
-    np.testing.assert_allclose(state.ema_params["dense"]["bias"], expected, rtol=1e-5)
+    expected = 0.1 * first + 0.9 * np.asarray(state.params["network"]["bias"])
+    np.testing.assert_allclose(state.ema_params["network"]["bias"], expected, rtol=1e-5)
 
 
 def test_constants_stay_bit_for_bit():
@@ -186,7 +181,8 @@ def test_constants_stay_bit_for_bit():
     for _ in range(3):
         state, _ = step(state, next(batches))
     assert_same(state.params["normalisation"], init_params()["normalisation"])
-    assert_same(state.ema_params["normalisation"], init_params()["normalisation"])
+    assert_same(state.averaged["normalisation"], init_params()["normalisation"])
+    assert set(state.ema_params) == set(optim.trained(state.params)) == {"network"}
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
@@ -217,7 +213,7 @@ def test_training_learns_reports_exports_and_draws_curves(tmp_path, capsys):
     exported = {}
     final = run(
         tmp_path,
-        evaluate=lambda params, step: {"bias": float(params["dense"]["bias"][0])},
+        evaluate=lambda params, step: {"bias": float(params["network"]["bias"][0])},
         preview=lambda params, step: (
             [(np.full((9, 9, 3), 200, np.uint8), "dä 日本 \U0001f600")] * 3
         ),
@@ -226,7 +222,7 @@ def test_training_learns_reports_exports_and_draws_curves(tmp_path, capsys):
         preview_every=20,
     )
     assert int(final.step) == 30
-    assert_same(exported[30], final.ema_params)
+    assert_same(exported[30], final.averaged)
     records = metrics_of(tmp_path)
     losses = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
     assert [step for step, _ in losses] == [4, 8, 10, 12, 16, 20, 24, 28, 30]
@@ -237,7 +233,7 @@ def test_training_learns_reports_exports_and_draws_curves(tmp_path, capsys):
     for name in ("curves.png", "description.json", "parameters.txt", "tensorboard", "lock"):
         assert (tmp_path / name).exists()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("21 parameters on")
+    assert lines[0].startswith("21 parameters, 18 of them trained, on 1 x")
     assert any(line.startswith("step 4/30  loss ") and "time left" in line for line in lines)
 
 
@@ -471,3 +467,90 @@ def test_a_batch_that_does_not_split_over_the_devices():
     sharding.check_batch_size(32, mesh, grad_accum=2)
     with pytest.raises(UserError, match=r"train\.batch_size: got 12, expected a multiple of 16"):
         sharding.check_batch_size(12, mesh, grad_accum=2)
+
+
+# Sharpness-aware minimisation
+
+
+CURVATURE = np.array([[3.0, 1.0], [1.0, 0.5]])
+START = np.array([0.7, -1.2])
+
+
+def quadratic(params, batch, key):
+    """1/2 w A w, over a constant that scales it; each example asks for the same."""
+    w = params["network"]["kernel"] / params["normalisation"]["std"]
+    value = 0.5 * w @ jnp.asarray(CURVATURE, jnp.float32) @ w
+    return value + 0.0 * jnp.mean(batch["x"]), {}
+
+
+def quadratic_step(start=START, **settings):
+    """The state and metrics after a step of plain gradient descent at rate 1."""
+    config = TrainConfig(batch_size=16, ema_decay=0.5, ema_warmup=False, **settings)
+    mesh = sharding.make_mesh()
+    step = training.make_train_step(quadratic, optax.sgd(1.0), config, mesh)
+    params = {
+        "network": {"kernel": jnp.asarray(start, jnp.float32)},
+        "normalisation": {"std": jnp.ones(2)},
+    }
+    return step(training.init_state(params, optax.sgd(1.0)), {"x": np.ones((16, 1), np.float32)})
+
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_sam_takes_the_gradient_uphill(grad_accum):
+    """For 1/2 w A w it is A (w + rho g / |g|) with g = A w; the loss is that at w."""
+    g = CURVATURE @ START
+    sharp = CURVATURE @ (START + 0.3 * g / np.linalg.norm(g))
+    state, metrics = quadratic_step(sam_rho=0.3, grad_accum=grad_accum)
+    np.testing.assert_allclose(state.params["network"]["kernel"], START - sharp, rtol=1e-5)
+    np.testing.assert_allclose(state.ema_params["network"]["kernel"], START - sharp / 2, rtol=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(0.5 * START @ g, rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(sharp), rel=1e-5)
+    # The constant is in the loss, but neither climbs nor moves.
+    np.testing.assert_array_equal(state.params["normalisation"]["std"], np.ones(2))
+    plain, _ = quadratic_step(grad_accum=grad_accum)
+    np.testing.assert_allclose(plain.params["network"]["kernel"], START - g, rtol=1e-5)
+
+
+def test_sam_at_a_minimum_stays_there():
+    state, metrics = quadratic_step(start=np.zeros(2), sam_rho=0.3)
+    assert float(metrics["finite"]) == 1.0
+    np.testing.assert_array_equal(state.params["network"]["kernel"], np.zeros(2))
+
+
+def test_sam_uses_the_same_noise_for_both_gradients():
+    """A loss whose noise shifts the slope: other noise in the second gradient would show."""
+
+    def loss(params, batch, key):
+        slope = jax.random.normal(key, (2,))
+        return quadratic(params, batch, key)[0] + params["network"]["kernel"] @ slope, {
+            "s": slope[0]
+        }
+
+    config = TrainConfig(batch_size=16, sam_rho=0.3)
+    step = training.make_train_step(loss, optax.sgd(1.0), config, sharding.make_mesh())
+    params = {
+        "network": {"kernel": jnp.asarray(START, jnp.float32)},
+        "normalisation": {"std": jnp.ones(2)},
+    }
+    batch = {"x": np.ones((16, 1), np.float32)}
+    state, _ = step(training.init_state(params, optax.sgd(1.0)), batch)
+    slope = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (2,)))
+    g = CURVATURE @ START + slope
+    sharp = CURVATURE @ (START + 0.3 * g / np.linalg.norm(g)) + slope
+    np.testing.assert_allclose(state.params["network"]["kernel"], START - sharp, rtol=1e-5)
+
+
+def test_sam_that_is_not_finite_changes_nothing():
+    config = TrainConfig(batch_size=16, sam_rho=0.1)
+    step, batches = step_fn(config), Batches(poison=1)
+    state, metrics = step(fresh(config), next(batches))
+    assert float(metrics["finite"]) == 1.0
+    before = numpy_leaves(state)[1:]
+    state, metrics = step(state, next(batches))
+    assert float(metrics["finite"]) == 0.0
+    assert_same(before, numpy_leaves(state)[1:])
+
+
+def test_a_radius_below_zero_is_named():
+    with pytest.raises(UserError, match=r"train\.sam_rho: got -0\.1, expected at least 0"):
+        TrainConfig(sam_rho=-0.1)

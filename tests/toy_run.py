@@ -43,13 +43,13 @@ class Batches:
 
 def init_params():
     return {
-        "dense": {"kernel": jnp.full((5, 3), 0.1), "bias": jnp.zeros((3,))},
+        "network": {"kernel": jnp.full((5, 3), 0.1), "bias": jnp.zeros((3,))},
         "normalisation": {"std": jnp.full((3,), 0.7)},
     }
 
 
 def predict(params, x):
-    return x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
+    return x @ params["network"]["kernel"] + params["network"]["bias"][None]
 
 
 def loss_fn(params, batch, key):

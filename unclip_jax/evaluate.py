@@ -2,7 +2,8 @@
 
 Prints a table and, with --json, writes the same figures to a file:
 
-clip      retrieval among held-out pairs
+clip      retrieval among held-out pairs, and the rank of their image embeddings: how many principal
+          components hold 99 % of the variance
 prior     cosines of sampled image embeddings with the true ones, and with other pictures' ones
 decoder   how many pictures generated for training captions have their own caption as the nearest
           of all captions, beside real pictures and chance
@@ -20,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from unclip_jax import pca
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError, run_command
@@ -114,7 +116,7 @@ def evaluate(
     )
     drawn = draw_embeddings(model, held_captions, key)
     return {
-        "clip": image_text_retrieval(held_i, held_t),
+        "clip": image_text_retrieval(held_i, held_t) | {"rank_99": float(pca.rank(held_i))},
         "prior": prior_cosines(drawn, held_i, held_t),
         "decoder": own_caption(
             generated, train_i[chosen], np.concatenate([train_t, held_t]), chosen

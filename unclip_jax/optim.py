@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unclip_jax.checkpoint import CONSTANTS
+from unclip_jax.checkpoint import TRAINED
 from unclip_jax.train_config import TrainConfig
 
 Params = dict[str, Any]
 
 # The leaves that weight decay shrinks: matrices. Biases, norms' scales, positions, learned tokens
 # and temperatures go by other names (a Linen bias may have two axes, so its rank does not tell).
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -44,32 +44,21 @@ def decay_mask(params: Params) -> Params:
 
 
 def trained(params: Params) -> Params:
-    """The params without the constants."""
-    return {name: part for name, part in params.items() if name != CONSTANTS}
+    """The entries of the params that training moves; all others are constant.
 
-
-def freeze_constants(params: Params) -> Params:
-    """The same params, but no gradient flows into the constants."""
-    return {
-        name: jax.lax.stop_gradient(part) if name == CONSTANTS else part
-        for name, part in params.items()
-    }
+    Only these have gradients, optimizer state and averages.
+    """
+    return {TRAINED: params[TRAINED]}
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019), after clipping the gradient's global norm.
 
     Weight decay is decoupled and multiplied by the learning rate, and acts on `decay_mask` only.
-    Params under "normalisation" have no optimizer state and are never updated.
     """
-    adamw = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
-
-    def labels(params: Params) -> dict[str, str]:
-        return {name: "constant" if name == CONSTANTS else "trained" for name in params}
-
-    return optax.partition({"trained": adamw, "constant": optax.set_to_zero()}, labels)

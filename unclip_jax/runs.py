@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import checkpoint, pipeline, stages
+from unclip_jax import checkpoint, classes, lora, pipeline, stages
 from unclip_jax import config as settings
 from unclip_jax.data import batches, datasets, embeddings
 from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation.prior import prior_cosines
-from unclip_jax.evaluation.retrieval import image_text_retrieval
-from unclip_jax.pipeline import Part
-from unclip_jax.stages import embedding
-from unclip_jax.stages.images import resize, to_float, to_uint8
+from unclip_jax.figures import FIGURES, Arrays, Evaluate, Held, Params, Preview
+from unclip_jax.fine_tuning import Origin
+from unclip_jax.lora import Lora
+from unclip_jax.parts import Part, clip_fingerprint, load_part
+from unclip_jax.stages import ar_prior, embedding
+from unclip_jax.t5 import T5
+from unclip_jax.text_states import BatchesWithStates, ClipText, TextEncoder, stream
 from unclip_jax.train_config import TrainConfig
-
-Params = dict[str, Any]
-Arrays = dict[str, np.ndarray]
-Picture = tuple[np.ndarray, str]
-Evaluate = Callable[[Params, int], dict[str, float]]
-Preview = Callable[[Params, int], list[Picture]]
+from unclip_jax.train_step import LossFn
 
 EMBED_BATCH = 64
-HELD_OUT_AT_MOST = 512  # pairs that figures during training are measured on
+STORE_ROWS = 65536  # of stored embeddings, read at once
 MACHINE_FIELDS = ("cache_dir", "cache_bytes")  # of the data's settings: they change no batch
-NORMALISATIONS = ("whiten", "scale", "none")
+NORMALISATIONS = ("whiten", "scale", "none", "codes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +46,12 @@ class Settings:
     train: TrainConfig
     heldout_split: str = "heldout"
     clip: str = ""
+    t5: str = ""
+    t5_dtype: str = "float32"
     normalisation: str = "whiten"
     previews: int = 16
+    init: str = ""
+    lora: Lora = dataclasses.field(default_factory=Lora)
 
     def __post_init__(self) -> None:
         """Check the fields that belong to no part."""
@@ -69,75 +70,253 @@ class Run:
 
     Attributes:
         stage: what trains.
-        init_params: makes the first params.
+        init_params: makes the first params; of them, "network" is what trains.
+        loss: of those params; the stage's own, but for low-rank adapters.
         source: the training set.
         data: how its images and captions become arrays.
         train: the loop's settings.
         evaluate: figures of the EMA params on held-out data.
         preview: pictures with captions, made with the EMA params.
+        export: the params of the stage, made of those that trained.
         description: what a checkpoint or model folder says of itself.
+        encoder: the frozen text encoder, where the stage reads its states.
     """
 
     stage: stages.Stage
     init_params: Callable[[], Params]
+    loss: LossFn
     source: Source
     data: datasets.DataConfig
     train: TrainConfig
     evaluate: Evaluate
     preview: Preview
+    export: Callable[[Params], Params]
     description: dict[str, Any]
+    encoder: TextEncoder | None
+
+    def batches(self) -> batches.Batches | BatchesWithStates:
+        """The endless training batches of this process."""
+        return stream(
+            self.source,
+            self.data,
+            self.encoder,
+            seed=self.train.seed,
+            batch_size=self.train.batch_size // jax.process_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
 
 def prepare(config: Mapping[str, Any]) -> Run:
     """Check a config and prepare its data, embedding it with CLIP where the stage needs that.
 
     Raises:
-        UserError: anything in the config, the data or the CLIP folder is not as it must be.
+        UserError: anything in the config, the data, the CLIP folder or the folder to start from is
+            not as it must be.
     """
     given = settings.build(Settings, config, "config")
-    stage = stages.build(given.stage)
-    clip = load_clip(given.clip, stage) if stage.kind in ("prior", "decoder") else None
+    origin = Origin.read(given.init, given.stage) if given.init else None
+    stage = origin.stage if origin else stages.build(given.stage)
+    if origin is None:
+        check_from_the_beginning(given, stage)
+    clip = load_clip(given.clip, stage) if reads_clip(stage) else None
+    if origin is not None and clip is not None:
+        origin.check_clip(clip_fingerprint(clip), given.clip)
     data = data_for(stage, given.data)
+    encoder = text_encoder(given, stage, clip)
     source = datasets.load(data)
-    heldout = datasets.load(dataclasses.replace(data, split=given.heldout_split, captions="first"))
+    if classes.reads_labels(stage):
+        trained = checkpoint.read_description(origin.folder) if origin else None
+        classes.check_data(stage, source, trained)
+    heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
+    heldout = datasets.load(heldout_data)
+    description = describe(given, stage, source, origin)
+    if isinstance(encoder, T5):
+        description["t5"] = {"fingerprint": encoder.fingerprint, "dtype": encoder.config.dtype}
+    if clip is not None:
+        description["clip_fingerprint"] = fingerprint = clip_fingerprint(clip)
+        source = with_embeddings(source, data, clip, fingerprint)
+        heldout = with_embeddings(heldout, heldout_data, clip, fingerprint)
+    held = Held(heldout, data, given.previews, encoder)
+    evaluate, preview = FIGURES[stage.kind](stage, held)
+    run = Run(
+        stage=stage,
+        init_params=first_params(given, stage, origin, source, encoder),
+        loss=stage.loss,
+        source=source,
+        data=data,
+        train=given.train,
+        evaluate=evaluate,
+        preview=preview,
+        export=lambda params: params,
+        description=description,
+        encoder=encoder,
+    )
+    return with_adapters(run, origin, given.lora) if given.lora.rank else run
+
+
+def describe(
+    given: Settings, stage: stages.Stage, source: Source, origin: Origin | None
+) -> dict[str, Any]:
+    """What a checkpoint or model folder says of any run."""
+    data = settings.to_dict(data_for(stage, given.data))
     description = {
         "stage": stages.describe(stage),
-        "data": {k: v for k, v in settings.to_dict(data).items() if k not in MACHINE_FIELDS},
+        "data": {name: value for name, value in data.items() if name not in MACHINE_FIELDS},
         "data_fingerprint": source.fingerprint,
         "train": settings.to_dict(given.train),
     }
-    key = jax.random.key(given.train.seed)
-    if clip is not None:
-        fingerprint = checkpoint.fingerprint(clip.params)
-        description |= {"clip_fingerprint": fingerprint, "normalisation": given.normalisation}
-        source = with_embeddings(source, data, clip, fingerprint)
-        heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
-        heldout = with_embeddings(heldout, heldout_data, clip, fingerprint)
-        stats = normalisation(given.normalisation, source.store, stage.model.embed_dim)
+    if origin is not None:
+        description["init"] = {"fingerprint": origin.fingerprint}
+        description |= {"lora": settings.to_dict(given.lora)} if given.lora.rank else {}
+    elif reads_clip(stage):
+        description["normalisation"] = given.normalisation
+    if classes.reads_labels(stage):
+        description["classes"] = list(source.classes)
+    return description
 
-        def init_params() -> Params:
-            return stage.init(key) | {"normalisation": stats}
-    else:
-        init_params = functools.partial(stage.init, key)
-    held = Held(heldout, data, given.previews)
-    make = {
-        "clip": clip_figures,
-        "prior": prior_figures,
-        "decoder": decoder_figures,
-        "upsampler": upsampler_figures,
-    }
-    evaluate, preview = make[stage.kind](stage, held)
-    return Run(stage, init_params, source, data, given.train, evaluate, preview, description)
+
+def first_params(
+    given: Settings,
+    stage: stages.Stage,
+    origin: Origin | None,
+    source: Source,
+    encoder: TextEncoder | None,
+) -> Callable[[], Params]:
+    """What makes the params that training begins with."""
+    key = jax.random.key(given.train.seed)
+    if origin is None:
+        constants = first_constants(given, stage, source, encoder)
+        return lambda: stage.init(key) | constants
+    if given.lora.rank:
+        return functools.partial(origin.adapted, given.lora, key)
+    return origin.params
+
+
+def first_constants(
+    given: Settings, stage: stages.Stage, source: Source, encoder: TextEncoder | None
+) -> Params:
+    """What stands beside a new network in its stage's params, worked out from data and CLIP."""
+    constants: Params = {}
+    if reads_clip(stage):
+        constants["normalisation"] = normalisation(given.normalisation, source.store, stage)
+    if isinstance(encoder, ClipText) and stage.empty_null:
+        constants["null_caption"] = encoder.empty_caption()
+    return constants
+
+
+def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
+    """The run that trains low-rank adapters of its stage, and exports the stage they make."""
+    merged = jax.jit(functools.partial(lora.merged, config))
+
+    def loss(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        return run.loss(lora.merged(config, params), batch, key)
+
+    return dataclasses.replace(
+        run,
+        loss=loss,
+        evaluate=lambda params, step: run.evaluate(merged(params), step),
+        preview=lambda params, step: run.preview(merged(params), step),
+        export=functools.partial(origin.merged, config),
+    )
+
+
+def check_from_the_beginning(given: Settings, stage: stages.Stage) -> None:
+    """Raise UserError unless the stage can be trained from random params."""
+    if given.lora.rank:
+        raise UserError(
+            f"config.lora.rank: got {given.lora.rank}, but config.init is empty: adapters change a"
+            " trained stage; give its folder with --config.init=DIR, or set the rank to 0"
+        )
+    if stage.kind == "upsampler" and stage.last_steps:
+        raise UserError(
+            f"config.stage.last_steps: got {stage.last_steps}, expected 0 without config.init: the"
+            " network of the last steps is never trained here, only taken over"
+        )
+    if getattr(stage, "analytic", False):
+        raise UserError(
+            "config.stage.analytic: got True, expected False without config.init: the statistic is"
+            " measured on the trained stage, by python -m unclip_jax.analytic --stage DIR"
+        )
+    if reads_clip(stage):
+        check_normalisation(given.normalisation, stage)
 
 
 def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
-    """The data's settings with what follows from the stage: image size and vocabulary."""
+    """The data's settings with what follows from the stage: size, vocabulary, labels."""
     changes: dict[str, Any] = {}
     if hasattr(stage, "image_size"):
         changes["image_size"] = stage.image_size
     if hasattr(stage, "context"):
-        changes |= dict(zip(("context_length", "vocab_size"), stage.context, strict=True))
+        changes["context_length"], vocab_size = stage.context
+        changes |= {"vocab_size": vocab_size} if vocab_size else {}
+    if classes.reads_labels(stage):
+        changes["labels"] = True
     return dataclasses.replace(data, **changes)
+
+
+def reads_clip(stage: stages.Stage) -> bool:
+    """Whether the stage stands on a CLIP: the priors do, and the decoder of z_i."""
+    is_decoder_of_z_i = stage.kind == "decoder" and stage.model.embed_dim > 0
+    return stage.kind in ("prior", "ar_prior") or is_decoder_of_z_i
+
+
+def reads_clip_states(stage: stages.Stage) -> bool:
+    """Whether captions come as the text states of the CLIP that the stage stands on (Karlo)."""
+    is_prior_of_states = stage.kind == "prior" and stage.reads_states
+    return is_prior_of_states or (stage.kind == "decoder" and stage.empty_null)
+
+
+def text_encoder(given: Settings, stage: stages.Stage, clip: Part | None) -> ClipText | T5 | None:
+    """The frozen network whose text states the stage reads, None where it reads tokens.
+
+    Raises:
+        UserError: CLIP or T5 is another than the stage was made for.
+    """
+    if not reads_clip_states(stage):
+        return load_t5(given, stage)
+    if given.t5:
+        raise UserError(
+            f"config.t5: got {given.t5!r}, but this {stage.kind} reads CLIP's text states; leave"
+            " it out"
+        )
+    wanted = (stage.context[0], stage.model.text_width)
+    found = (clip.stage.context[0], clip.stage.model.text_width)
+    if wanted != found:
+        raise UserError(
+            f"config.stage: reads {wanted[0]} text states of width {wanted[1]}, but the CLIP in"
+            f" {given.clip!r} gives {found[0]} of width {found[1]}; set them equal"
+        )
+    return ClipText.of(clip)
+
+
+def load_t5(given: Settings, stage: stages.Stage) -> T5 | None:
+    """The T5 whose states the stage reads, None where it reads none.
+
+    Raises:
+        UserError: one is needed and not named, or the other way round; it cannot be read; or its
+            width is another than the stage's.
+    """
+    needed = stage.kind == "decoder" and stage.reads_states
+    if not needed:
+        if given.t5:
+            raise UserError(
+                f"config.t5: got {given.t5!r}, but this {stage.kind} reads no text states; leave it"
+                " out, or set config.stage.model.text_width"
+            )
+        return None
+    if not given.t5:
+        raise UserError(
+            "config.t5: empty, expected the folder of a T5, whose text states this decoder reads;"
+            " give --config.t5=DIR, with config.json, model.safetensors and tokenizer.json in it"
+        )
+    t5 = T5.load(given.t5, stage.states_length, given.t5_dtype)
+    if t5.width != stage.model.text_width:
+        raise UserError(
+            f"config.stage.model.text_width: got {stage.model.text_width}, but the T5 in"
+            f" {given.t5!r} has width {t5.width}; set --config.stage.model.text_width={t5.width}"
+        )
+    return t5
 
 
 def load_clip(folder: str, stage: stages.Stage) -> Part:
@@ -151,7 +330,7 @@ def load_clip(folder: str, stage: stages.Stage) -> Part:
             "config.clip: empty, expected the folder of a trained CLIP; train one and give"
             " --config.clip=WORKDIR"
         )
-    clip = pipeline.load_part(folder, kind="clip")
+    clip = load_part(folder, kind="clip")
     if clip.stage.model.embed_dim != stage.model.embed_dim:
         raise UserError(
             f"config.stage.model.embed_dim: got {stage.model.embed_dim}, but the CLIP in"
@@ -182,172 +361,31 @@ def with_embeddings(
     return embeddings.WithEmbeddings(source, store)
 
 
+def check_normalisation(kind: str, stage: stages.Stage) -> None:
+    """Raise UserError unless "codes" and the autoregressive prior come together."""
+    if (kind == "codes") != (stage.kind == "ar_prior"):
+        expected = "codes" if stage.kind == "ar_prior" else "whiten, scale or none"
+        raise UserError(
+            f"config.normalisation: got {kind!r}, expected {expected} for a stage of kind"
+            f" {stage.kind!r}"
+        )
+
+
 def normalisation(
-    kind: str, store: embeddings.EmbeddingStore, embed_dim: int
-) -> embedding.Normalisation:
+    kind: str, store: embeddings.EmbeddingStore, stage: stages.Stage
+) -> dict[str, jax.Array]:
     """The normalisation of image embeddings that a config names, from the training set's own."""
+    if kind == "codes":
+        return ar_prior.fit_quantiser(stage.model, lambda: stored_chunks(store))
     if kind == "whiten":
         return embedding.whitening(jnp.asarray(store.z_i[store.valid]))
-    return embedding.scaling(embed_dim) if kind == "scale" else embedding.identity(embed_dim)
+    e = stage.model.embed_dim
+    return embedding.scaling(e) if kind == "scale" else embedding.identity(e)
 
 
-class Held:
-    """Held-out pairs, read when first asked for.
-
-    Attributes:
-        captions: of the previews.
-    """
-
-    def __init__(self, source: Source, data: datasets.DataConfig, previews: int) -> None:
-        """Keep what is needed to read `source`; the first `previews` pairs are previewed."""
-        self._source, self._data, self._previews = source, data, previews
-
-    @functools.cached_property
-    def arrays(self) -> Arrays:
-        """Up to HELD_OUT_AT_MOST pairs as one batch, evenly spread over the set, plain."""
-        plain = dataclasses.replace(self._data, augment=0.0, cache_bytes=0)
-        stream = batches.batches(
-            self._source,
-            plain,
-            seed=0,
-            batch_size=min(EMBED_BATCH, len(self._source)),
-            epochs=1,
-            drop_remainder=False,
-        )
-        parts: list[Arrays] = []
-        for batch in stream:
-            parts.append(batch)
-            if sum(len(part["index"]) for part in parts) >= HELD_OUT_AT_MOST:
-                break
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    @functools.cached_property
-    def preview(self) -> Arrays:
-        """The previewed pairs as arrays."""
-        return {name: array[: self._previews] for name, array in self.arrays.items()}
-
-    @functools.cached_property
-    def captions(self) -> list[str]:
-        """The captions of the previewed pairs."""
-        return self.caption(self.preview["index"])
-
-    def caption(self, index: np.ndarray) -> list[str]:
-        """The captions of pairs."""
-        return [self._source[int(i)]["caption"] for i in index]
-
-    def chunks(self) -> list[Arrays]:
-        """All pairs in chunks of the same size; a last one that is not full is left out."""
-        n = len(self.arrays["index"])
-        size = min(EMBED_BATCH, n)
-        starts = range(0, n - size + 1, size)
-        return [{k: v[i : i + size] for k, v in self.arrays.items()} for i in starts]
-
-
-def held_out_loss(stage: stages.Stage, held: Held) -> Callable[[Params], dict[str, float]]:
-    """The stage's own loss on held-out pairs, always with the same noise."""
-
-    @jax.jit
-    def loss(params: Params, batch: Arrays, key: jax.Array) -> jax.Array:
-        return stage.loss(params, batch, key)[0]
-
-    def evaluate(params: Params) -> dict[str, float]:
-        values = [loss(params, chunk, jax.random.key(i)) for i, chunk in enumerate(held.chunks())]
-        return {"heldout_loss": float(np.mean(values))}
-
-    return evaluate
-
-
-def clip_figures(stage: stages.ClipStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Retrieval on held-out pairs; previews show the picture that each caption finds."""
-
-    def embed(params: Params) -> tuple[np.ndarray, np.ndarray]:
-        arrays = held.arrays
-        z_i = pipeline.encode_image(stage, params, arrays["image"])
-        return np.asarray(z_i), np.asarray(pipeline.encode_text(stage, params, arrays["tokens"]))
-
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        return image_text_retrieval(*embed(params))
-
-    def preview(params: Params, step: int) -> list[Picture]:
-        z_i, z_t = embed(params)
-        found = np.argmax(z_t[: len(held.captions)] @ z_i.T, axis=1)
-        names = held.caption(held.arrays["index"][found])
-        return [
-            (held.arrays["image"][j], f"{caption} → {name}")
-            for caption, j, name in zip(held.captions, found, names, strict=True)
-        ]
-
-    return evaluate, preview
-
-
-def prior_figures(stage: stages.PriorStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Cosines on held-out pairs; previews show the picture nearest to each sampled z_i."""
-    sample = jax.jit(stage.sample)
-
-    def draw(params: Params, arrays: Arrays) -> np.ndarray:
-        keys = pipeline.example_keys(jax.random.key(0), len(arrays["index"]))
-        cond = stage.condition(jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["z_t"]))
-        return np.asarray(sample(params, keys, cond, guidance_scale=stage.guidance_scale))
-
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        arrays = held.arrays
-        return prior_cosines(draw(params, arrays), arrays["z_i"], arrays["z_t"])
-
-    def preview(params: Params, step: int) -> list[Picture]:
-        found = np.argmax(draw(params, held.preview) @ held.arrays["z_i"].T, axis=1)
-        names = held.caption(held.arrays["index"][found])
-        return [
-            (held.arrays["image"][j], f"{caption} → {name}")
-            for caption, j, name in zip(held.captions, found, names, strict=True)
-        ]
-
-    return evaluate, preview
-
-
-def decoder_figures(stage: stages.DecoderStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Held-out loss; previews decode the true z_i of held-out pictures, shown beside them."""
-    loss = held_out_loss(stage, held)
-    sample = jax.jit(stage.sample)
-
-    def preview(params: Params, step: int) -> list[Picture]:
-        arrays = held.preview
-        keys = pipeline.example_keys(jax.random.key(0), len(arrays["index"]))
-        cond = stage.condition(jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["z_i"]))
-        images = sample(params, keys, cond, guidance_scale=stage.guidance_scale)
-        return beside([arrays["image"], np.asarray(to_uint8(images))], held.captions)
-
-    return (lambda params, step: loss(params)), preview
-
-
-def upsampler_figures(stage: stages.UpsamplerStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Held-out loss and PSNR; previews show bicubic, upsampled and true pictures."""
-    loss = held_out_loss(stage, held)
-    sample = jax.jit(stage.sample)
-
-    def upsample(params: Params) -> tuple[np.ndarray, np.ndarray]:
-        low = resize(to_float(jnp.asarray(held.preview["image"])), stage.low_size)
-        keys = pipeline.example_keys(jax.random.key(0), len(low))
-        images = to_uint8(sample(params, keys, low))
-        return np.asarray(to_uint8(resize(low, stage.image_size))), np.asarray(images)
-
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        bicubic, images = upsample(params)
-        truth = held.preview["image"]
-        return loss(params) | {"psnr": psnr(images, truth), "psnr_bicubic": psnr(bicubic, truth)}
-
-    def preview(params: Params, step: int) -> list[Picture]:
-        bicubic, images = upsample(params)
-        return beside([bicubic, images, held.preview["image"]], held.captions)
-
-    return evaluate, preview
-
-
-def psnr(images: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 images [b, h, w, c], the mean over the batch."""
-    error = (images.astype(np.float64) - truth) ** 2
-    return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error.mean((1, 2, 3)), 1e-10))))
-
-
-def beside(columns: list[np.ndarray], captions: list[str]) -> list[Picture]:
-    """Several versions of each picture side by side, under one caption."""
-    return list(zip(np.concatenate(columns, axis=2), captions, strict=True))
+def stored_chunks(store: embeddings.EmbeddingStore) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All valid (z_i, z_t) of a store, each [n, e], a part at a time."""
+    for start in range(0, len(store), STORE_ROWS):
+        rows = slice(start, start + STORE_ROWS)
+        if store.valid[rows].any():
+            yield store.z_i[rows][store.valid[rows]], store.z_t[rows][store.valid[rows]]

@@ -24,6 +24,8 @@ class TrainConfig:
         weight_decay: decoupled, on kernels and token embeddings only.
         grad_clip: greatest global norm of the gradient; 0 does not clip.
         grad_accum: microbatches per step, one after another; memory is that of one.
+        sam_rho: radius of sharpness-aware minimisation (the paper's CLIP: 0.1), which takes two
+            gradients a step; 0 takes one.
         ema_decay: of the averaged weights that are evaluated and exported.
         ema_warmup: whether step n (from 0) averages with min(ema_decay, (1 + n) / (10 + n)).
         log_every: steps between log lines.
@@ -45,6 +47,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     grad_clip: float = 0.0
     grad_accum: int = 1
+    sam_rho: float = 0.0
     ema_decay: float = 0.9999
     ema_warmup: bool = True
     log_every: int = 100
@@ -57,7 +60,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check every range."""
         at_least_one = ("batch_size", "steps", "grad_accum", "log_every", "keep_checkpoints")
-        not_negative = ("warmup_steps", "weight_decay", "grad_clip", "seed")
+        not_negative = ("warmup_steps", "weight_decay", "grad_clip", "sam_rho", "seed")
         intervals = ("checkpoint_every", "eval_every", "preview_every")
         for name in at_least_one:
             self._check(name, getattr(self, name) >= 1, "at least 1")

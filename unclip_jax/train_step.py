@@ -18,7 +18,7 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from unclip_jax import sharding
-from unclip_jax.optim import Params, freeze_constants, learning_rate, trained
+from unclip_jax.optim import Params, learning_rate, trained
 from unclip_jax.train_config import TrainConfig
 
 Batch = dict[str, jax.Array]
@@ -37,9 +37,9 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: steps done, int32 scalar.
-        params: what is trained.
-        ema_params: their exponential moving average, float32.
-        opt_state: the optimizer's.
+        params: all of a stage's, of which `optim.trained` names what a step moves.
+        ema_params: the exponential moving average of what is trained, float32.
+        opt_state: the optimizer's, of what is trained.
     """
 
     step: jax.Array
@@ -47,14 +47,20 @@ class TrainState(NamedTuple):
     ema_params: Params
     opt_state: optax.OptState
 
+    @property
+    def averaged(self) -> Params:
+        """All params, with the average in place of what is trained."""
+        return self.params | self.ema_params
+
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step. Params are copied, since a step consumes its state."""
+    weights = trained(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=jax.tree.map(lambda p: jnp.array(p, copy=True), params),
-        ema_params=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params),
-        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), weights),
+        opt_state=optimizer.init(weights),
     )
 
 
@@ -62,6 +68,8 @@ def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
 ) -> StepFn:
     """Compile one step: (state, batch) -> (state, metrics). The given state is consumed.
+
+    With `sam_rho` the gradient is that of sharpness-aware minimisation, see `_sharpness_aware`.
 
     The metrics are float32 scalars: the loss function's own, and `loss`, `grad_norm` (before
     clipping), `param_norm` (after the update), `learning_rate`, `finite` (0 or 1) and `step`. If
@@ -72,23 +80,53 @@ def make_train_step(
 
     def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, own, grads = _gradients(loss_fn, config.grad_accum, mesh, state.params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = _average(state.ema_params, params, _ema_decay(config, state.step))
-        norms = {
-            "grad_norm": optax.tree.norm(trained(grads)),
-            "param_norm": optax.tree.norm(trained(params)),
-        }
+        weights = trained(state.params)
+
+        def loss_of(weights: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return loss_fn(state.params | weights, batch, key)
+
+        def gradients(weights: Params) -> tuple[jax.Array, Metrics, Params]:
+            return _gradients(loss_of, config.grad_accum, mesh, weights, batch, key)
+
+        loss, own, grads = gradients(weights)
+        if config.sam_rho:
+            grads = _sharpness_aware(gradients, weights, grads, config.sam_rho)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        moved = optax.apply_updates(weights, updates)
+        ema_params = _average(state.ema_params, moved, _ema_decay(config, state.step))
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(moved)}
         finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))
-        updated = TrainState(state.step + 1, params, ema_params, opt_state)
-        kept = state._replace(step=state.step + 1)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
-        own |= {"loss": loss, **norms, "learning_rate": rate(kept.step - 1), "finite": finite}
+        weights, ema_params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (moved, ema_params, opt_state),
+            (weights, state.ema_params, state.opt_state),
+        )
+        kept = state
+        state = TrainState(state.step + 1, state.params | weights, ema_params, opt_state)
+        own |= {"loss": loss, **norms, "learning_rate": rate(kept.step), "finite": finite}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in own.items()}
         return state, metrics | {"step": state.step}
 
     return jax.jit(step_fn, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+
+
+def _sharpness_aware(
+    gradients: Callable[[Params], tuple[jax.Array, Metrics, Params]],
+    params: Params,
+    grads: Params,
+    rho: float,
+) -> Params:
+    """The gradient where the loss is about highest within `rho` of the params.
+
+    Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412, equations 2 and 3): the
+    gradient at params + rho g / |g|, with the same examples and noise. |g| is over the whole
+    batch and all that is trained, whatever the devices and microbatches. Where g is zero, so is
+    the way to go, and the gradient is taken where the params are.
+    """
+    norm = optax.tree.norm(grads)
+    scale = rho / jnp.where(norm > 0, norm, 1.0)
+    climbed = jax.tree.map(lambda p, g: (p + scale * g).astype(p.dtype), params, grads)
+    return gradients(climbed)[2]
 
 
 def _gradients(
@@ -101,7 +139,7 @@ def _gradients(
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        value, own = loss_fn(freeze_constants(params), batch, key)
+        value, own = loss_fn(params, batch, key)
         taken = sorted(set(own) & set(OWN_METRICS))
         if taken:
             raise ValueError(f"metrics {taken} are the loop's own; name the loss's otherwise")

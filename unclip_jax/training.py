@@ -31,9 +31,10 @@ from jax.sharding import Mesh
 
 from unclip_jax import config as settings
 from unclip_jax import grids, report, resume, sharding
+from unclip_jax.checkpoint import TRAINED, is_weights
 from unclip_jax.errors import UserError
 from unclip_jax.files import replacing
-from unclip_jax.optim import Params, make_optimizer
+from unclip_jax.optim import Params, make_optimizer, trained
 from unclip_jax.train_config import TrainConfig
 from unclip_jax.train_step import (
     Batch,
@@ -186,11 +187,11 @@ class _Run:
     def show(self, state: TrainState, step: int) -> None:
         """Evaluate and draw a preview with the averaged weights, as far as they are due."""
         if self.evaluate is not None and self.due(self.config.eval_every, step):
-            values = self.evaluate(state.ema_params, step)
+            values = self.evaluate(state.averaged, step)
             scalars = {f"eval/{name}": float(value) for name, value in values.items()}
             self.writer.write_scalars(step, scalars)
         if self.preview is not None and self.due(self.config.preview_every, step):
-            images, captions = zip(*self.preview(state.ema_params, step), strict=True)
+            images, captions = zip(*self.preview(state.averaged, step), strict=True)
             grid = grids.captioned_grid(images, captions, title=f"step {step}")
             path = self.workdir / "previews" / f"step_{step:08d}.png"
             grids.save_png(grid, path, {"step": str(step)})
@@ -198,7 +199,14 @@ class _Run:
 
     def save(self, state: TrainState, step: int, position: Any) -> None:
         self.writer.flush()
-        self.checkpoints.save(step, state, position, self.description)
+        self.checkpoints.save(step, _kept(state), position, self.description)
+
+
+def _kept(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: all but frozen networks, which never change."""
+    frozen = [name for name in state.params if is_weights(name) and name != TRAINED]
+    kept = {name: part for name, part in state.params.items() if name not in frozen}
+    return state._replace(params=kept)
 
 
 def _train_steps(
@@ -265,7 +273,10 @@ def train(
     Args:
         loss_fn: (params, batch, key) -> (mean loss over the batch, dict of scalar metrics); it is
             traced.
-        init_params: makes the nested dict of initial params; "normalisation" in it stays constant.
+        init_params: makes the nested dict of initial params; its "network" is trained, all else
+            in it stays as it is. Networks among that (other names that end in "network") are not
+            in the checkpoints: it must make them the same again, which `description` makes sure
+            of.
         batches: the data; an interrupted run restores its position.
         config: settings of the loop.
         workdir: a local folder of this run alone; created if missing.
@@ -305,7 +316,8 @@ def train(
         optimizer = make_optimizer(config)
         state = sharding.replicate(init_state(init_params(), optimizer), mesh)
         if start:
-            state, position = checkpoints.restore(start, like=state)
+            restored, position = checkpoints.restore(start, like=_kept(state))
+            state = restored._replace(params=state.params | restored.params)
             batches.set_state(position)
 
         progress = report.Progress(steps=config.steps, start=start, batch_size=config.batch_size)
@@ -334,7 +346,7 @@ def train(
         state = _train_steps(run, step_fn, state, _Feed(batches, config, mesh), start)
         checkpoints.wait()
         if export is not None:
-            export(state.ema_params, config.steps)
+            export(state.averaged, config.steps)
         report.plot_metrics(workdir)
     return state
 
@@ -380,8 +392,14 @@ def _introduce(run: _Run, params: Params, mesh: Mesh, start: int) -> None:
     # TensorBoard renders Markdown, in which four spaces begin code.
     run.writer.write_texts(start, {"description": "    " + text.replace("\n", "\n    ")})
 
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    count, moved = map(_count, (params, trained(params)))
     where = sharding.describe(mesh)
-    run.progress.line(f"{count:,} parameters on {where['devices']} x {where['kind']}")
+    run.progress.line(
+        f"{count:,} parameters, {moved:,} of them trained, on {where['devices']} x {where['kind']}"
+    )
     if start:
         run.progress.line(f"resumed from step {start} of {run.config.steps}")
+
+
+def _count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
