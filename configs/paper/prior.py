@@ -3,7 +3,10 @@
     python train.py --config=configs/paper/prior.py --workdir=runs/paper/prior \
         --config.clip=runs/paper/clip --config.data.name=tfds:YOUR_DATA
 
-Sampling is DDPM with the fixed variance; the paper used the analytic one.
+Sampling is DDPM with the fixed variance. The paper used the analytic one, which is measured on the
+trained prior, and stays in its folder:
+
+    python -m unclip_jax.analytic --stage runs/paper/prior --clip runs/paper/clip
 """
 
 import dataclasses

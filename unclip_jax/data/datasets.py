@@ -27,6 +27,9 @@ class DataConfig:
       skin_tones: emoji only: whether the variants with a skin tone are in it.
       image_key: TFDS only: the feature with the image; "a/b" for a nested one.
       caption_key: TFDS only: the feature with the text or texts; likewise.
+      labels: whether records carry the class of their image as well: an emoji's group, the
+        sub-folder it lies in, or TFDS's `label_key`.
+      label_key: TFDS only: the feature with the class; likewise.
       cache_dir: where prepared data are; "" for `$UNCLIP_JAX_CACHE`, else
         `~/.cache/unclip_jax`; for "tfds:..." "" is TFDS's own default.
       context_length: tokens per caption, start and end included.
@@ -42,6 +45,8 @@ class DataConfig:
     skin_tones: bool = False
     image_key: str = "image"
     caption_key: str = "caption"
+    labels: bool = False
+    label_key: str = "label"
     cache_dir: str = ""
     context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCAB_SIZE
@@ -87,6 +92,7 @@ def load(config: DataConfig) -> Source:
             config.split,
             config.captions,
             config.cache_dir or default_cache_dir(),
+            labels=config.labels,
         )
     elif name.startswith("tfds:"):
         source = TfdsSource(
@@ -95,9 +101,10 @@ def load(config: DataConfig) -> Source:
             image_key=config.image_key,
             caption_key=config.caption_key,
             captions=config.captions,
+            label_key=config.label_key if config.labels else None,
         )
     elif os.path.basename(name) != name or os.path.exists(os.path.expanduser(name)):
-        source = FolderSource(name, config.split, config.captions)
+        source = FolderSource(name, config.split, config.captions, config.labels)
     else:
         raise UserError(
             f"name: {name!r}: expected 'emoji', the path of a folder (./{name} if it is meant as "

@@ -254,6 +254,11 @@ class WithEmbeddings:
         self.image_of = source.image_of
         self._source, self.store = source, store
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the source's classes."""
+        return self._source.classes
+
     def __len__(self) -> int:
         """The number of pairs."""
         return len(self._source)

@@ -170,3 +170,9 @@ def catalogue(skin_tones: bool = False) -> tuple[Emoji, ...]:
         )
         for text in sorted(art)
     )
+
+
+@functools.cache
+def groups() -> tuple[str, ...]:
+    """Every category there is, by the alphabet: the emoji's classes."""
+    return tuple(sorted({emoji.category for emoji in catalogue()}))

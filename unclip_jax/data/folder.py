@@ -8,6 +8,9 @@ Captions stand in one of three places, never mixed:
 
 In the tables the image is under `file`, `image` or `file_name`, relative to the folder,
 and the text under `caption` or `text`. Several rows may name one image.
+
+Where classes are asked for, the first sub-folder on an image's path is its class, and its caption,
+if it has no other.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from unclip_jax.data.records import BadRecord, is_heldout
@@ -42,17 +46,25 @@ class FolderSource:
     See `records.Source` for the attributes.
     """
 
-    def __init__(self, folder: str | os.PathLike, split: str = "all", captions: str = "all"):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        split: str = "all",
+        captions: str = "all",
+        labels: bool = False,
+    ):
         """Reads the captions and the names of the images, but no image.
 
         Args:
           folder: the folder; its sub-folders count, hidden ones don't.
           split: "train", "heldout" or "all".
           captions: "all", or "first" for one pair an image.
+          labels: whether records carry `label`, the class that is their sub-folder.
 
         Raises:
-          UserError: if there is no such folder or split, nothing usable in it, or a
-            table of captions that can't be read or names a file outside the folder.
+          UserError: if there is no such folder or split, nothing usable in it, an image in no
+            sub-folder where those are the classes, or a table of captions that can't be
+            read or names a file outside the folder.
         """
         self.name = os.fspath(folder)
         self._root = pathlib.Path(folder).expanduser()
@@ -62,7 +74,9 @@ class FolderSource:
             raise UserError(f"split: {split!r}: a folder has {', '.join(SPLITS)}")
 
         self.skipped: dict[str, str] = {}
-        captioned = _captioned_images(self._root, self.skipped)
+        captioned = _captioned_images(self._root, self.skipped, labels)
+        # Of all images, whatever the split: a class has one number in every split.
+        self.classes = tuple(sorted({_class(name) for name in captioned})) if labels else ()
         for name, reason in list(self.skipped.items())[:_NAMED_IN_WARNINGS]:
             logging.warning("%s: skipped %s: %s", self.name, name, reason)
         if len(self.skipped) > _NAMED_IN_WARNINGS:
@@ -100,7 +114,10 @@ class FolderSource:
             image = (self._root / name).read_bytes()
         except OSError as error:
             raise BadRecord(f"{name}: can't be read ({error.strerror})") from error
-        return {"image": image, "caption": caption, "index": index, "name": name}
+        record = {"image": image, "caption": caption, "index": index, "name": name}
+        if self.classes:
+            record["label"] = np.int32(self.classes.index(_class(name)))
+        return record
 
     def _fingerprint(self) -> str:
         """Of each pair: the image's relative path and its size in bytes, the caption."""
@@ -111,8 +128,18 @@ class FolderSource:
         return digest.hexdigest()[:16]
 
 
-def _captioned_images(root: pathlib.Path, skipped: dict[str, str]) -> dict[str, list[str]]:
-    """Relative posix path of an image -> its captions, none empty; what isn't kept is `skipped`."""
+def _class(name: str) -> str:
+    """The first sub-folder on a relative posix path."""
+    return name.split("/")[0]
+
+
+def _captioned_images(
+    root: pathlib.Path, skipped: dict[str, str], labels: bool
+) -> dict[str, list[str]]:
+    """Relative posix path of an image -> its captions, none empty; what isn't kept is `skipped`.
+
+    With labels, an image without a caption is called by its class.
+    """
     images = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
@@ -130,6 +157,9 @@ def _captioned_images(root: pathlib.Path, skipped: dict[str, str]) -> dict[str, 
         captioned = _from_table(root, tables[0], frozenset(images), skipped)
     else:
         captioned = {name: _beside(root / name) for name in images}
+    if labels:
+        _check_sub_folders(root, images)
+        captioned = {name: captioned.get(name) or [_class(name)] for name in images}
     for name in images:
         if not captioned.get(name):
             expected_in = tables[0] if tables else os.path.splitext(name)[0] + ".txt"
@@ -141,6 +171,15 @@ def _captioned_images(root: pathlib.Path, skipped: dict[str, str]) -> dict[str, 
             f"or {os.path.splitext(images[0])[0]}.txt beside {images[0]} and so on"
         )
     return kept
+
+
+def _check_sub_folders(root: pathlib.Path, images: list[str]) -> None:
+    outside = [name for name in images if "/" not in name]
+    if outside:
+        raise UserError(
+            f"labels: {root}: {outside[0]} lies in no sub-folder, and the sub-folders are the"
+            f" classes; move it ({len(outside)} such images) into one"
+        )
 
 
 def _beside(image: pathlib.Path) -> list[str]:

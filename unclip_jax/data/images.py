@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unclip_jax.data.records import BadRecord
 
@@ -31,6 +31,8 @@ def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
         return _to_rgb(opened)
     except (BadRecord, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise BadRecord("not an image of a known format") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadRecord(f"not a readable image ({reason})") from error

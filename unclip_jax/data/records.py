@@ -45,12 +45,15 @@ class Source(Protocol):
       name: what to call the data set in messages.
       fingerprint: 16 hexadecimal digits that identify the data set, its version, split
         and captions; the same at every image size.
+      classes: names of the classes that a record's `label`, int32, counts; empty where records
+        carry none.
       image_count: the number of different images.
       skipped: records found unusable when the source was made: name -> reason.
     """
 
     name: str
     fingerprint: str
+    classes: tuple[str, ...]
     image_count: int
     skipped: Mapping[str, str]
 

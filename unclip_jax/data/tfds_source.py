@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from unclip_jax.data.records import BadRecord
@@ -33,6 +34,8 @@ class TfdsSource:
         caption_key: str,
         captions: str = "all",
         name_key: str | None = None,
+        label_key: str | None = None,
+        classes: tuple[str, ...] = (),
     ):
         """Opens a data set.
 
@@ -43,6 +46,10 @@ class TfdsSource:
           caption_key: the feature with the text, or list of texts; likewise.
           captions: "all", or "first" for one pair a record.
           name_key: a text feature that names a record in messages; else its row does.
+          label_key: the feature with the class of a record, "a/b" likewise, that records
+            then carry as `label`. Where there is no feature `caption_key`, the class's
+            name is the caption.
+          classes: what that feature says of each class, if it is a text.
 
         Raises:
           UserError: if the data aren't prepared for random access, or lack the split or
@@ -50,10 +57,15 @@ class TfdsSource:
         """
         self.name = f"tfds:{builder.info.full_name}"
         self._image_key, self._caption_key, self._name_key = image_key, caption_key, name_key
-        self._rows = _open(builder, split, self.name, image_key, caption_key)
+        features = builder.info.features
+        self._label_key = label_key
+        self.classes = _classes(features, label_key, classes, self.name) if label_key else ()
+        if label_key and _lookup(features, caption_key) is None:
+            self._caption_key = label_key
+        self._rows = _open(builder, split, self.name, image_key, self._caption_key)
         self.image_count = len(self._rows)
         self.skipped: dict[str, str] = {}
-        several = _is_list(builder.info.features, caption_key)
+        several = _is_list(features, self._caption_key)
         self._pairs = self._all_pairs(captions) if several else None
         if len(self) == 0:
             raise UserError(f"split: {split!r}: {self.name} has no captioned record in it")
@@ -72,14 +84,27 @@ class TfdsSource:
         row = self.image_of(index)
         example = self._example(row)
         name = self._name_of(example, row)
-        if self._pairs is None:
-            caption = _text(_lookup(example, self._caption_key))
-        else:
+        label = self._label_of(example, name) if self._label_key else None
+        if self._pairs is not None:
             caption = self._pairs[index][1]
+        elif self._caption_key == self._label_key:
+            caption = self.classes[label]
+        else:
+            caption = _text(_lookup(example, self._caption_key))
         image = _lookup(example, self._image_key)
         if not caption:
             raise BadRecord(f"{name}: an empty caption")
-        return {"image": image, "caption": caption, "index": index, "name": name}
+        record = {"image": image, "caption": caption, "index": index, "name": name}
+        return record if label is None else record | {"label": label}
+
+    def _label_of(self, example: dict, name: str) -> np.int32:
+        """The number of a record's class; TFDS says -1 where it knows none."""
+        found = _lookup(example, self._label_key)
+        if isinstance(found, bytes | str):
+            found = self.classes.index(text) if (text := _text(found)) in self.classes else -1
+        if not 0 <= found < len(self.classes):
+            raise BadRecord(f"{name}: of no known class")
+        return np.int32(found)
 
     def _example(self, row: int) -> dict[str, Any]:
         try:
@@ -121,14 +146,22 @@ class TfdsSource:
 
 
 def emoji_source(
-    image_size: int, skin_tones: bool, split: str, captions: str, cache_dir: str | os.PathLike
+    image_size: int,
+    skin_tones: bool,
+    split: str,
+    captions: str,
+    cache_dir: str | os.PathLike,
+    labels: bool = False,
 ) -> TfdsSource:
     """The emoji as a source, rendered into `cache_dir` if they weren't before.
+
+    With labels, an emoji's class is its group.
 
     Raises:
       UserError: if there is no such split or size, or `cache_dir` can't be written.
     """
     from unclip_jax.data.emoji import prepare
+    from unclip_jax.data.emoji_catalogue import groups
 
     return TfdsSource(
         prepare(image_size, skin_tones, cache_dir),
@@ -137,6 +170,8 @@ def emoji_source(
         caption_key="captions",
         captions=captions,
         name_key="codepoints",
+        label_key="category" if labels else None,
+        classes=groups() if labels else (),
     )
 
 
@@ -209,6 +244,20 @@ def _open(builder: Any, split: str, name: str, image_key: str, caption_key: str)
     except (ValueError, KeyError, AssertionError) as error:
         there = ", ".join([*builder.info.splits, "all"])
         raise UserError(f"split: {split!r}: {name} has {there} ({_one_line(error)})") from error
+
+
+def _classes(features: Any, label_key: str, given: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """The names of the classes: what a ClassLabel says, or those given for a text."""
+    feature = _lookup(features, label_key)
+    if feature is None:
+        there = ", ".join(_leaves(features))
+        raise UserError(f"label_key: {label_key!r}: {name} has no such feature; it has {there}")
+    found = given or tuple(getattr(feature, "names", ()))
+    if not found:
+        raise UserError(
+            f"label_key: {label_key!r}: in {name} that is no ClassLabel with names; name one"
+        )
+    return found
 
 
 def _lookup(nested: Any, key: str) -> Any:

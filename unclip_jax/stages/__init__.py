@@ -6,19 +6,24 @@ first argument of every method.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from unclip_jax import config
 from unclip_jax.errors import UserError
+from unclip_jax.stages.ar_prior import ARPriorStage
+from unclip_jax.stages.classifier import ClassifierStage
 from unclip_jax.stages.clip import ClipStage
 from unclip_jax.stages.decoder import DecoderStage
 from unclip_jax.stages.prior import PriorStage
 from unclip_jax.stages.upsampler import UpsamplerStage
 
-Stage = ClipStage | PriorStage | DecoderStage | UpsamplerStage
+Stage = ClipStage | PriorStage | ARPriorStage | DecoderStage | UpsamplerStage | ClassifierStage
 
 __all__ = [
+    "ARPriorStage",
+    "ClassifierStage",
     "ClipStage",
     "DecoderStage",
     "PriorStage",
@@ -35,7 +40,7 @@ def build(settings: Mapping[str, Any], path: str = "config.stage") -> Stage:
     Raises:
         UserError: an unknown kind or field, or a value of the wrong type.
     """
-    kinds = {stage.kind: stage for stage in (ClipStage, PriorStage, DecoderStage, UpsamplerStage)}
+    kinds = {stage.kind: stage for stage in typing.get_args(Stage)}
     settings = dict(settings)
     kind = settings.pop("kind", None)
     if kind not in kinds:

@@ -1,0 +1,106 @@
+"""A classifier of noised images: the encoder half of the U-Net, and attention that pools.
+
+Section 4 of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233): the network that classifier guidance
+takes its gradient of. It sees x_t and t, as the U-Net that it guides does.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.models.layers import GroupNorm, TimeEmbedding, attention, check, remat
+from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig, space_to_depth
+
+
+def check_classifier(config: UNetConfig) -> None:
+    """Raise `UserError` unless the encoder half of this U-Net can be a `Classifier`."""
+    check(config, "out_channels", config.out_channels > 1, "the number of classes, 2 or more")
+    check(config, "context_dim", config.context_dim == 0, "0: a classifier reads the image alone")
+    pooled = config.channels * config.channel_mults[-1]
+    divides = pooled % config.head_channels == 0
+    check(config, "head_channels", divides, f"a divisor of the {pooled} channels that are pooled")
+
+
+class AttentionPool(nn.Module):
+    """Attention of the mean over all positions to each of them and to itself, as in CLIP's ResNets.
+
+    Attributes:
+      head_channels: features per head.
+      out: features of the result.
+      dtype: compute dtype.
+    """
+
+    head_channels: int
+    out: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, h, w, c]` to `[b, out]` float32."""
+        b, height, width, c = x.shape
+        heads = (c // self.head_channels, self.head_channels)
+        x = x.reshape(b, height * width, c)
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+        init = nn.initializers.normal(c**-0.5)
+        x += self.param("positions", init, (1 + height * width, c))[None]
+        x = x.astype(self.dtype)
+        q = nn.DenseGeneral(heads, dtype=self.dtype, name="query")(x[:, :1])
+        kv = nn.DenseGeneral((2, *heads), dtype=self.dtype, name="key_value")(x)
+        k, v = jnp.moveaxis(kv, (2, 3), (0, 2))
+        pooled = attention(jnp.moveaxis(q, 1, 2), k, v).reshape(b, c)
+        return nn.Dense(self.out, name="out")(pooled.astype(jnp.float32))
+
+
+class Classifier(nn.Module):
+    """The way down through `config`'s U-Net, its middle, and one logit per output channel."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Apply the network.
+
+        Args:
+          x: `[b, h, w, in_channels]` noisy images of the config's size.
+          t: `[b]` timesteps, int or float.
+          deterministic: False in training: dropout then draws from the rng "dropout".
+
+        Returns:
+          logits `[b, out_channels]` float32.
+
+        Raises:
+          UserError: `x` does not fit the config.
+        """
+        c = self.config
+        c.check_image(x)
+        res_block, attention_block = remat(ResBlock, c.remat), remat(AttentionBlock, c.remat)
+        rate = 0.0 if deterministic else c.dropout
+        emb = TimeEmbedding(c.channels, c.embedding_features, name="time")(t)
+        active = nn.silu(emb).astype(c.dtype)
+
+        def res(h: jax.Array, name: str, mult: int, resample: str = "keep") -> jax.Array:
+            features = c.channels * mult
+            block = res_block(features, resample, rate, c.scale_shift, c.groups, c.dtype, name=name)
+            return block(h, active)
+
+        def attend(h: jax.Array, name: str) -> jax.Array:
+            return attention_block(c.head_channels, c.groups, c.dtype, name=name)(h, None, None)
+
+        h = nn.Conv(c.channels, (3, 3), dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
+        last = len(c.channel_mults) - 1
+        for level, mult in enumerate(c.channel_mults):
+            for i in range(c.res_blocks):
+                h = res(h, f"down_{level}_res_{i}", mult)
+                if c.attends(c.feature_size(level)):
+                    h = attend(h, f"down_{level}_attention_{i}")
+            if level < last:
+                h = res(h, f"down_{level}_halve", mult, "halve")
+
+        h = res(h, "middle_res_0", c.channel_mults[-1])
+        if c.attention_sizes:
+            h = attend(h, "middle_attention")
+        h = res(h, "middle_res_1", c.channel_mults[-1])
+        h = nn.silu(GroupNorm(c.groups, name="norm_out")(h))
+        return AttentionPool(c.head_channels, c.out_channels, c.dtype, name="pool")(h)

@@ -1,0 +1,105 @@
+"""A classifier of noised images as a stage: p(y | x_t), whose gradient guides a diffusion.
+
+ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), section 4: trained with cross-entropy on images
+noised to uniform timesteps, by the same diffusion as the model that it is to guide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax import diffusion as dm
+from unclip_jax.errors import UserError
+from unclip_jax.models.classifier import Classifier, check_classifier
+from unclip_jax.models.unet import UNetConfig
+from unclip_jax.stages.conditioning import Params, random_timesteps
+from unclip_jax.stages.images import to_float
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierStage:
+    """The classifier: network and the diffusion that noises its images.
+
+    Attributes:
+        model: the U-Net whose encoder half it is; its out_channels are the classes.
+        diffusion: schedule and steps; what is predicted, and how it is trained, is not used.
+    """
+
+    kind: ClassVar[str] = "classifier"
+
+    model: UNetConfig
+    diffusion: dm.Diffusion = dm.Diffusion()
+
+    def __post_init__(self) -> None:
+        """Check what makes a U-Net's encoder a classifier of images."""
+        check_classifier(self.model)
+        if self.model.in_channels != 3:
+            raise UserError(
+                f"stage.model.in_channels: got {self.model.in_channels}, expected 3, an image's"
+            )
+
+    @property
+    def network(self) -> Classifier:
+        """The Linen module."""
+        return Classifier(self.model)
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the images that it classifies."""
+        return self.model.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it knows."""
+        return self.model.out_channels
+
+    def init(self, key: jax.Array) -> Params:
+        """Random params."""
+        images = jnp.zeros((1, self.image_size, self.image_size, 3))
+        variables = self.network.init(key, images, jnp.zeros((1,), jnp.int32))
+        return {"network": variables["params"]}
+
+    def logits(
+        self,
+        params: Params,
+        x_t: jax.Array,
+        t: jax.Array,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [b, num_classes] of images x_t [b, h, w, 3]; a dropout key means training."""
+        return self.network.apply(
+            {"params": params["network"]},
+            x_t,
+            t,
+            deterministic=dropout_key is None,
+            rngs={} if dropout_key is None else {"dropout": dropout_key},
+        )
+
+    def log_prob(self, params: Params, x_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+        """log p(y | x_t) [b] of classes int32 [b], for `samplers.classifier_guided`."""
+        return _pick(jax.nn.log_softmax(self.logits(params, x_t, t)), label)
+
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy of {"image": uint8 [b, h, w, 3], "label": int32 [b]}, and the accuracy.
+
+        Both at uniform timesteps: at the noisiest, nobody can do better than the classes' shares.
+        """
+        t_key, noise_key, dropout_key = jax.random.split(key, 3)
+        x_0, label = to_float(batch["image"]), batch["label"]
+        t = random_timesteps(t_key, len(x_0), self.diffusion.steps)
+        noise = jax.random.normal(noise_key, x_0.shape)
+        x_t = dm.q_sample(self.diffusion.process(), x_0, t, noise)
+        log_p = jax.nn.log_softmax(self.logits(params, x_t, t, dropout_key))
+        accuracy = jnp.mean(jnp.argmax(log_p, axis=-1) == label)
+        return -jnp.mean(_pick(log_p, label)), {"accuracy": accuracy}
+
+
+def _pick(rows: jax.Array, label: jax.Array) -> jax.Array:
+    """rows [b, n] at label [b]: [b]."""
+    return jnp.take_along_axis(rows, label[:, None], axis=-1)[:, 0]
