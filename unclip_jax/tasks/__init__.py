@@ -1,0 +1,32 @@
+"""The tasks of sample.py: from files and captions to a labelled grid and single pictures."""
+
+from __future__ import annotations
+
+import argparse
+
+from unclip_jax.tasks import edits, probes
+from unclip_jax.tasks.outputs import StageBars, check_out
+
+TASKS = {
+    "text2im": edits.text2im,
+    "reconstruct": edits.reconstruct,
+    "variations": edits.variations,
+    "interpolate": edits.interpolate,
+    "textdiff": edits.textdiff,
+    "inpaint": edits.inpaint,
+    "upscale": edits.upscale,
+}
+PROBES = {
+    "pca": probes.pca,
+    "prior": probes.prior,
+    "typographic": probes.typographic,
+    "binding": probes.binding,
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    """One task, named `args.task`, or `args.probe` where that is "probe"."""
+    task = PROBES[args.probe] if args.task == "probe" else TASKS[args.task]
+    check_out(args.out)
+    with StageBars() as bars:
+        task(args, bars)
