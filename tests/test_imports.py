@@ -16,9 +16,18 @@ ALLOWED = {
     "samplers": {"errors", "diffusion"},
     "models": {"errors"},
     "presets": {"models"},
-    "stages": {"errors", "config", "diffusion", "losses", "samplers", "degrade", "models"},
+    "pca": {"errors"},
+    "stages": {
+        "errors", "config", "degrade", "diffusion", "losses", "models", "pca", "samplers",
+    },
     "data": {"errors"},
     "checkpoint": {"errors"},
+    "hub": {"errors"},
+    "parts": {"errors", "checkpoint", "stages"},
+    "convert": {
+        "errors", "checkpoint", "data", "diffusion", "hub", "models", "parts", "presets",
+        "samplers", "stages",
+    },
     "train_config": {"errors"},
     "sharding": {"errors"},
     "optim": {"checkpoint", "train_config"},
@@ -27,15 +36,33 @@ ALLOWED = {
     "grids": {"errors", "files"},
     "report": {"errors", "files"},
     "training": {
-        "errors", "config", "files", "grids", "optim", "report", "resume", "sharding",
-        "train_config", "train_step",
+        "errors", "checkpoint", "config", "files", "grids", "optim", "report", "resume",
+        "sharding", "train_config", "train_step",
     },
-    "pipeline": {"errors", "checkpoint", "data", "stages"},
+    "t5": {"errors", "checkpoint", "convert", "data", "models"},
+    "pipeline": {"errors", "checkpoint", "convert", "data", "hub", "parts", "stages", "t5"},
+    "text_states": {"data", "parts", "pipeline", "stages"},
+    "lora": {"errors", "checkpoint"},
+    "fine_tuning": {"errors", "checkpoint", "lora", "parts", "stages"},
+    "classes": {"errors", "data", "parts", "stages"},
     "evaluation": set(),
-    "evaluate": {"errors", "data", "evaluation", "files", "pipeline"},
+    "evaluate": {"errors", "data", "evaluation", "files", "pca", "pipeline"},
+    "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
     "runs": {
-        "errors", "checkpoint", "config", "data", "evaluation", "pipeline", "stages",
-        "train_config",
+        "errors", "checkpoint", "classes", "config", "data", "figures", "fine_tuning", "lora",
+        "parts", "pipeline", "stages", "t5", "text_states", "train_config", "train_step",
+    },
+    "analytic": {
+        "errors", "checkpoint", "losses", "parts", "runs", "samplers", "stages", "text_states",
+    },
+    "class_conditional": {
+        "errors", "classes", "grids", "parts", "pipeline", "samplers", "stages",
+    },
+    "manipulate": {
+        "errors", "data", "diffusion", "evaluation", "pca", "pipeline", "samplers", "stages",
+    },
+    "tasks": {
+        "errors", "data", "figures", "grids", "manipulate", "pca", "pipeline", "stages",
     },
 }  # fmt: skip
 

@@ -9,13 +9,14 @@ import pytest
 
 from tests import tiny
 from unclip_jax import stages
+from unclip_jax.degrade import BSR
 from unclip_jax.diffusion import Diffusion
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import example_keys
 from unclip_jax.stages import embedding
 from unclip_jax.stages.clip import contrastive_loss
 from unclip_jax.stages.conditioning import text_mask
-from unclip_jax.stages.images import to_float, to_uint8
+from unclip_jax.stages.images import resize, to_float, to_uint8
 from unclip_jax.stages.upsampler import random_crops
 
 ALL = [tiny.CLIP, tiny.PRIOR, tiny.DECODER, tiny.UPSAMPLER]
@@ -126,12 +127,20 @@ def test_prior_keeps_the_draw_nearest_to_the_caption():
     np.testing.assert_allclose(jnp.linalg.norm(best, axis=1), 1.0, rtol=1e-5)
 
 
+def test_the_text_mask_runs_through_the_first_end_token():
+    tokens = jnp.asarray([[7, 1, 9, 0, 0], [7, 9, 0, 9, 9], [7, 1, 2, 3, 9], [7, 1, 2, 3, 4]])
+    mask = np.asarray(text_mask(tokens, 10))
+    assert mask.dtype == bool
+    assert mask.sum(-1).tolist() == [3, 2, 5, 5]
+    assert (np.sort(mask, axis=-1)[:, ::-1] == mask).all()  # a prefix
+
+
 def test_prior_ignores_a_dropped_caption():
     params, batch = tiny.params(tiny.PRIOR), tiny.batch(2, 16)
     other = tiny.batch(2, 16, seed=9)
     x_t, t = batch["z_i"], jnp.asarray([3, 700])
     conds = [tiny.PRIOR.condition(b["tokens"], b["z_t"]) for b in (batch, other)]
-    nulls = [tiny.PRIOR.null(cond) for cond in conds]
+    nulls = [tiny.PRIOR.null({}, cond) for cond in conds]
     kept = [tiny.call(tiny.PRIOR, "denoise", params, x_t, t, cond) for cond in conds]
     dropped = [tiny.call(tiny.PRIOR, "denoise", params, x_t, t, null) for null in nulls]
     assert not np.allclose(kept[0], kept[1], atol=1e-4)
@@ -143,7 +152,7 @@ def test_decoder_null_depends_on_neither_embedding_nor_caption():
     outputs = []
     for seed in (0, 9):
         batch = tiny.batch(2, 16, seed=seed)
-        null = tiny.DECODER.null(tiny.DECODER.condition(batch["tokens"], batch["z_i"]))
+        null = tiny.DECODER.null({}, tiny.DECODER.condition(batch["tokens"], batch["z_i"]))
         encoded = tiny.call(tiny.DECODER, "encode", params, null)
         outputs.append(
             tiny.call(tiny.DECODER, "denoise", params, x_t, jnp.asarray([5, 900]), encoded)
@@ -212,10 +221,109 @@ def test_pixels_survive_the_round_trip():
         (lambda: dataclasses.replace(tiny.UPSAMPLER, low_size=5), "divisor"),
         (lambda: dataclasses.replace(tiny.UPSAMPLER, crop=0.3), "whole"),
         (lambda: dataclasses.replace(tiny.PRIOR, draws=0), "at least 1"),
-        (lambda: stages.build({"kind": "priro"}), "expected one of clip, decoder, prior"),
+        (lambda: stages.build({"kind": "priro"}), "expected one of ar_prior, classifier, clip"),
         (lambda: stages.build({"kind": "clip", "model": {"ptach": 3}}), "did you mean patch"),
     ],
 )
 def test_wrong_settings_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        change()
+
+
+LOW = jnp.zeros((1, 16, 16, 3))
+NOISED = dataclasses.replace(tiny.UPSAMPLER, noise_max=0.5, noise_level=0.1)
+
+
+@pytest.mark.parametrize("size", [32, 5])
+def test_resize_is_torchs_antialiased_bicubic(size):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    reference = torch.nn.functional.interpolate(
+        torch.from_numpy(x).permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True
+    )
+    np.testing.assert_allclose(resize(x, size), reference.permute(0, 2, 3, 1), atol=2e-6)
+
+
+@pytest.mark.parametrize("corruption", ["none", "gaussian", "bsr"])
+def test_training_pairs_are_a_picture_and_its_small_self(corruption):
+    """The low-resolution image shows what is beside it, whatever corrupted it."""
+    stage = dataclasses.replace(
+        tiny.UPSAMPLER, corruption=corruption, blur_probability=1.0, bsr=BSR(noise_level=(0, 0))
+    )
+    images = jnp.repeat(jnp.repeat(to_float(tiny.batch(6, 4)["image"]), 8, 1), 8, 2)
+    x_0, low, level = tiny.call(stage, "pairs", jax.random.key(0), jax.random.key(1), images)
+    assert x_0.shape == low.shape == (6, 16, 16, 3) and level is None
+    assert 0 < np.mean((low - x_0) ** 2) < 0.5 * np.mean((jnp.roll(low, 1, axis=0) - x_0) ** 2)
+    again, other, _ = tiny.call(stage, "pairs", jax.random.key(2), jax.random.key(1), images)
+    np.testing.assert_array_equal(again, x_0)
+    assert (corruption != "none") == bool(np.any(other != low))
+
+
+def test_without_augmentation_no_param_knows_of_it():
+    plain = jax.eval_shape(tiny.UPSAMPLER.init, jax.random.key(0))
+    noised = jax.eval_shape(NOISED.init, jax.random.key(0))
+    assert set(noised["network"]) - set(plain["network"]) == {"level"}
+    noised["network"].pop("level")
+    assert jax.tree.map(jnp.shape, noised) == jax.tree.map(jnp.shape, plain)
+
+
+def test_augmentation_noises_by_the_level_it_tells():
+    """(low - sqrt(alpha_bar) clean) / sqrt(1 - alpha_bar) is standard normal at every level."""
+    stage = dataclasses.replace(NOISED, corruption="none", low_size=32)
+    images = to_float(tiny.batch(60, 32)["image"])
+    key = jax.random.key(0)
+    x_0, low, level = tiny.call(stage, "pairs", key, jax.random.key(1), images)
+    assert 0 <= level.min() < 50 and 450 < level.max() <= 500  # of 1000 steps
+    process = stage.diffusion.process()
+    i = np.asarray(level)[:, None, None, None]
+    noise = (low - process.sqrt_alpha_bar[i] * x_0) / process.sqrt_one_minus_alpha_bar[i]
+    np.testing.assert_allclose(noise.mean((1, 2, 3)), 0.0, atol=0.25)
+    np.testing.assert_allclose(noise.std((1, 2, 3)), 1.0, atol=0.15)
+
+
+def test_an_augmented_upsampler_trains_and_hears_its_level():
+    params, batch = tiny.params(NOISED), tiny.batch(4, 32)
+
+    def loss(network):
+        return NOISED.loss({"network": network}, batch, jax.random.key(0))[0]
+
+    grads = jax.jit(jax.grad(loss))(params["network"])["level"]
+    assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
+
+    keys, low = example_keys(jax.random.key(1), 2), to_float(tiny.batch(2, 16)["image"])
+
+    def sample(keys, low, level):
+        return tiny.call(NOISED, "sample", params, keys, low, noise_level=jnp.float32(level))
+
+    little, much = sample(keys, low, 0.1), sample(keys, low, 0.5)
+    assert not np.allclose(little, much, atol=1e-2)
+    np.testing.assert_array_equal(tiny.call(NOISED, "sample", params, keys, low), little)
+    swapped = sample(keys[::-1], low[::-1], 0.1)[::-1]
+    np.testing.assert_allclose(swapped, little, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: dataclasses.replace(tiny.UPSAMPLER, corruption="blur"), "none, gaussian, bsr"),
+        (
+            lambda: dataclasses.replace(tiny.UPSAMPLER, corruption="bsr", crop=1 / 32),
+            "expected a multiple of 2",
+        ),
+        (lambda: dataclasses.replace(tiny.UPSAMPLER, noise_level=0.1), "noise_max = 0.0"),
+        (lambda: dataclasses.replace(NOISED, noise_max=2.0), "stage.noise_max: got 2.0"),
+        (
+            lambda: NOISED.sample({}, example_keys(jax.random.key(0), 1), LOW, noise_level=0.9),
+            "noise_level: got 0.9, expected 0 to stage.noise_max = 0.5",
+        ),
+        (
+            lambda: tiny.UPSAMPLER.sample(
+                {}, example_keys(jax.random.key(0), 1), LOW, noise_level=jnp.float32(0.1)
+            ),
+            "trained without",
+        ),
+    ],
+)
+def test_wrong_corruptions_are_named(change, message):
     with pytest.raises(UserError, match=message):
         change()

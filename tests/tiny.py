@@ -12,7 +12,8 @@ from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.prior import PriorConfig
 from unclip_jax.models.text import TextConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.pipeline import Part, UnCLIP
+from unclip_jax.parts import Part
+from unclip_jax.pipeline import UnCLIP
 from unclip_jax.samplers import Sampling
 
 VOCAB, CONTEXT, DIM = 600, 12, 8
@@ -53,6 +54,7 @@ UPSAMPLER = stages.UpsamplerStage(
 )  # fmt: skip
 
 
+@functools.cache
 def params(stage, seed: int = 0):
     """Params with every leaf perturbed, so that layers that start at zero are heard too."""
     key = jax.random.key(seed)
@@ -63,6 +65,7 @@ def params(stage, seed: int = 0):
     return tree | {"network": jax.tree.unflatten(treedef, noisy)}
 
 
+@functools.cache
 def model() -> UnCLIP:
     """A whole model whose parts belong together."""
     clip = params(CLIP)
