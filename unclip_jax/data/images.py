@@ -32,7 +32,7 @@ def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
     except (BadRecord, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise BadRecord("not an image of a known format") from error
+        raise BadRecord("not a readable image (of no known format)") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadRecord(f"not a readable image ({reason})") from error
