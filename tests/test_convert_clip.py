@@ -138,6 +138,7 @@ def embeddings(model):
         return model(pixels_of(IMAGES), torch.from_numpy(np.array(TOKENS)).long())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("form", ["TorchScript", "state dict"])
 def test_openai(form, tmp_path):
     """Sizes come from the shapes alone; the constants beside the weights are left out."""
