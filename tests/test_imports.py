@@ -24,9 +24,10 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "hub": {"errors"},
     "parts": {"errors", "checkpoint", "stages"},
+    "clip_text": {"data", "parts", "stages"},
     "convert": {
-        "errors", "checkpoint", "data", "diffusion", "hub", "models", "parts", "presets",
-        "samplers", "stages",
+        "errors", "checkpoint", "clip_text", "data", "diffusion", "hub", "models", "parts",
+        "presets", "samplers", "stages",
     },
     "train_config": {"errors"},
     "sharding": {"errors"},
@@ -40,8 +41,10 @@ ALLOWED = {
         "sharding", "train_config", "train_step",
     },
     "t5": {"errors", "checkpoint", "convert", "data", "models"},
-    "pipeline": {"errors", "checkpoint", "convert", "data", "hub", "parts", "stages", "t5"},
-    "text_states": {"data", "parts", "pipeline", "stages"},
+    "pipeline": {
+        "errors", "checkpoint", "clip_text", "convert", "data", "hub", "parts", "stages", "t5",
+    },
+    "text_states": {"data"},
     "lora": {"errors", "checkpoint"},
     "fine_tuning": {"errors", "checkpoint", "lora", "parts", "stages"},
     "classes": {"errors", "data", "parts", "stages"},
@@ -49,8 +52,9 @@ ALLOWED = {
     "evaluate": {"errors", "data", "evaluation", "files", "pca", "pipeline"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
     "runs": {
-        "errors", "checkpoint", "classes", "config", "data", "figures", "fine_tuning", "lora",
-        "parts", "pipeline", "stages", "t5", "text_states", "train_config", "train_step",
+        "errors", "checkpoint", "classes", "clip_text", "config", "data", "figures",
+        "fine_tuning", "lora", "parts", "pipeline", "stages", "t5", "text_states",
+        "train_config", "train_step",
     },
     "analytic": {
         "errors", "checkpoint", "losses", "parts", "runs", "samplers", "stages", "text_states",

@@ -141,6 +141,37 @@ def test_a_model_may_lack_a_prior_but_not_a_decoder(folder, model):
         UnCLIP.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (
+            {"clip": np.zeros((2, 4, 8))},
+            "got 'clip', expected some of decoder, prior, upsampler_32",
+        ),
+        ({"decoder": np.zeros((3, 4, 16, 16, 3))}, "expected one for each of 2 pictures"),
+        ({"decoder": np.float32(0)}, "expected one for each of 2 pictures"),
+        ({"decoder": np.zeros((2, 3, 16, 16, 3))}, "noise of the steps: got shape"),
+        ({"prior": np.zeros((2, 4, 8))}, "noise"),
+    ],
+)
+def test_noise_that_does_not_fit_is_named(model, noise, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(jax.random.key(0), ["a", "b"], upsample=False, noise=noise)
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((1, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((1, 8, 8), np.uint8)]
+)
+def test_variations_of_something_else_are_refused(model, images):
+    with pytest.raises(UserError, match="expected uint8"):
+        model.variations(jax.random.key(0), images)
+
+
+def test_an_unknown_dtype_is_named(folder):
+    with pytest.raises(UserError, match="got 'fp16', expected float32 or bfloat16"):
+        UnCLIP.load(folder, dtype="fp16")
+
+
 def test_a_narrow_copy_is_still_its_clip(folder, tmp_path):
     """Rounded to half the size, CLIP keeps the name that the prior and the decoder know it by."""
     UnCLIP.load(folder).save(tmp_path / "small", dtype="bfloat16")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import checkpoint, hub, stages
+from unclip_jax.clip_text import ClipText
 from unclip_jax.convert import karlo
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
@@ -56,14 +57,6 @@ def _sample(stage, params, keys, cond, progress, **settings):
 def encode_text(stage: stages.ClipStage, params, tokens: jax.Array) -> jax.Array:
     """Compiled `ClipStage.encode_text`, without the token states: [b, l] -> z_t [b, e]."""
     return stage.encode_text(params, tokens)[0]
-
-
-@functools.partial(jax.jit, static_argnames="stage")
-def encode_text_states(
-    stage: stages.ClipStage, params, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Compiled `ClipStage.encode_text`: tokens [b, l] -> z_t [b, e] and states [b, l, d]."""
-    return stage.encode_text(params, tokens)
 
 
 @functools.partial(jax.jit, static_argnames="stage")
@@ -108,14 +101,17 @@ class UnCLIP:
             model: a model folder with one sub-folder per stage, as training writes them; or Karlo,
                 as the folder of its files (diffusers' layout or the original one) or as the name
                 of its repository on the Hugging Face hub.
-            dtype: "bfloat16" keeps the weights in that dtype and computes in it; "" leaves what
-                each stage's config says, with float32 weights.
+            dtype: "bfloat16" or "float32" keeps the weights in that dtype and computes in it; ""
+                computes as each stage's config says, with the weights of a model folder in
+                float32 and Karlo's as they are in its files.
             t5: folder of the T5 that the decoder was trained with, where it reads T5's states.
 
         Raises:
             UserError: no stage or not every stage is there, a file is damaged, or the stages do
                 not belong together.
         """
+        if dtype not in ("", "float32", "bfloat16"):
+            raise UserError(f"dtype: got {dtype!r}, expected float32 or bfloat16")
         folder = hub.local_folder(model)
         is_karlo = karlo.is_karlo(folder)
         parts = karlo.load([folder], dtype) if is_karlo else load_parts(folder, dtype)
@@ -189,7 +185,16 @@ class UnCLIP:
         return encode_text(clip.stage, clip.params, self.tokens(clip, prompts))
 
     def embed_image(self, images: np.ndarray) -> jax.Array:
-        """z_i [b, e] of uint8 images [b, h, w, 3] of any size."""
+        """z_i [b, e] of uint8 images [b, h, w, 3] of any size.
+
+        Raises:
+            UserError: they are something else, or there is no CLIP, or none with an image tower.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(
+                f"images: got {images.dtype} of shape {images.shape}, expected uint8 [b, h, w, 3]"
+            )
         clip = self._need("clip", "embed pictures")
         return encode_image(clip.stage, clip.params, jnp.asarray(images))
 
@@ -202,18 +207,20 @@ class UnCLIP:
             )
         return part
 
-    def _caption(self, part: Part, prompts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
-        """What `part` reads of captions: tokens or CLIP's states, and their mask."""
-        if not part.stage.reads_states:
-            tokens = jnp.asarray(self.tokens(part, prompts))
-            return tokens, text_mask(tokens, part.stage.context[1])
-        if self.t5 is not None:
+    def _read(
+        self, part: Part, prompts: Sequence[str], reads_z_t: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """What `part` reads of captions: tokens or states, their mask, and CLIP's z_t or None."""
+        if part.stage.reads_states and self.t5 is None:
+            clip = self._need("clip", "encode captions")
+            z_t, found = ClipText.of(clip).encode(self.tokens(clip, prompts))
+            return found["text_states"], found["text_mask"], z_t
+        z_t = self.embed_text(prompts) if reads_z_t else None
+        if part.stage.reads_states:
             found = self.t5.encode(list(prompts))
-            return found["text_states"], found["text_mask"]
-        clip = self._need("clip", "encode captions")
-        tokens = jnp.asarray(self.tokens(clip, prompts))
-        _, states = encode_text_states(clip.stage, clip.params, tokens)
-        return states, text_mask(tokens, clip.stage.context[1])
+            return found["text_states"], found["text_mask"], z_t
+        tokens = jnp.asarray(self.tokens(part, prompts))
+        return tokens, text_mask(tokens, part.stage.context[1]), z_t
 
     def sample_prior(
         self,
@@ -226,18 +233,17 @@ class UnCLIP:
     ) -> jax.Array:
         """z_i [b, e] drawn from p(z_i | y) for b prompts, one typed key each."""
         part = self._need("prior", "turn captions into pictures")
-        text, mask = self._caption(part, prompts)
-        cond = part.stage.condition(text, self.embed_text(prompts), mask)
+        text, mask, z_t = self._read(part, prompts, reads_z_t=True)
+        cond = part.stage.condition(text, z_t, mask)
         return self._run(part, "prior", keys, PRIOR, cond, guidance_scale, noise, progress)
 
     def condition(self, z_i: jax.Array | None, prompts: Sequence[str]) -> Condition:
         """The decoder's condition of z_i [b, e] and b prompts, as for `decode`."""
-        stage, text, mask = self.decoder.stage, None, None
+        stage, text, mask, z_t = self.decoder.stage, None, None, None
         if stage.model.has_text:
-            text, mask = self._caption(self.decoder, prompts)
+            text, mask, z_t = self._read(self.decoder, prompts, stage.model.use_z_t)
             if not stage.empty_null:
                 mask &= jnp.asarray([bool(prompt) for prompt in prompts])[:, None]
-        z_t = self.embed_text(prompts) if stage.model.use_z_t else None
         return stage.condition(text, z_i, z_t, mask)
 
     def decode(
@@ -332,7 +338,7 @@ class UnCLIP:
         texts = [prompt for prompt in prompts for _ in range(check_count("num", num))]
         reads_z_i = bool(self.decoder.stage.model.embed_dim)
 
-        def make(keys: jax.Array, rows: list[int], noise: dict[str, np.ndarray]) -> jax.Array:
+        def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
             captions, z_i = [texts[i] for i in rows], None
             if reads_z_i:
                 z_i = self.sample_prior(
@@ -345,7 +351,7 @@ class UnCLIP:
             return self._render(keys, z_i, captions, guidance_scale, upsample, noise, progress)
 
         keys = jnp.tile(example_keys(key, num), len(prompts))
-        return self._in_batches(make, keys, batch_size, noise)
+        return self._pictures(make, keys, batch_size, noise)
 
     def variations(
         self,
@@ -379,12 +385,12 @@ class UnCLIP:
         """
         z_i = jnp.repeat(self.embed_image(images), check_count("num", num), axis=0)
 
-        def make(keys: jax.Array, rows: list[int], noise: dict[str, np.ndarray]) -> jax.Array:
-            chosen, captions = z_i[jnp.asarray(rows)], [""] * len(rows)
+        def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
+            chosen, captions = z_i[rows], [""] * len(rows)
             return self._render(keys, chosen, captions, guidance_scale, upsample, noise, progress)
 
         keys = jnp.tile(example_keys(key, num), len(images))
-        return self._in_batches(make, keys, batch_size, noise)
+        return self._pictures(make, keys, batch_size, noise)
 
     def _render(self, keys, z_i, captions, guidance_scale, upsample, noise, progress) -> jax.Array:
         """z_i to pictures [b, size, size, 3] in [-1, 1]: the decoder, then the upsamplers."""
@@ -398,24 +404,42 @@ class UnCLIP:
         )
         return self.upsample(keys, images, noise=noise, progress=progress) if upsample else images
 
-    def _in_batches(self, make, keys, batch_size, noise) -> np.ndarray:
-        """`make(keys, rows, noise)` for one batch of rows after the other, as uint8 pictures.
+    def _pictures(self, make, keys, batch_size, noise) -> np.ndarray:
+        """uint8 pictures of `make(keys, rows, noise)`, in batches of rows.
 
-        The last batch is filled up with its first row, so that no second program is compiled for
-        its size.
+        Raises:
+            UserError: noise of a part that is not sampled, or for another number of pictures.
         """
-        noise = dict(noise or {})
-        unknown = sorted(set(noise) - set(self.parts()) - {"clip"})
-        if unknown:
-            raise UserError(f"noise: got {unknown}, expected some of {sorted(self.parts())}")
-        total = len(keys)
-        batch_size = min(check_count("batch_size", batch_size), total)
-        batches = []
-        for start in range(0, total, batch_size):
-            rows = [i if i < total else start for i in range(start, start + batch_size)]
-            chosen = {name: np.asarray(array)[rows] for name, array in noise.items()}
-            batches.append(np.asarray(pixels.to_uint8(make(keys[jnp.asarray(rows)], rows, chosen))))
-        return np.concatenate(batches)[:total]
+        noise = {name: np.asarray(array) for name, array in (noise or {}).items()}
+        sampled = sorted(set(self.parts()) - {"clip"})
+        for name, array in noise.items():
+            if name not in sampled:
+                raise UserError(f"noise: got {name!r}, expected some of {', '.join(sampled)}")
+            if array.shape[:1] != (len(keys),):
+                raise UserError(
+                    f"noise[{name!r}]: got shape {array.shape}, expected one for each of"
+                    f" {len(keys)} pictures"
+                )
+
+        def pictures(rows: np.ndarray) -> jax.Array:
+            chosen = {name: array[rows] for name, array in noise.items()}
+            return pixels.to_uint8(make(keys[rows], rows, chosen))
+
+        return in_batches(len(keys), batch_size, pictures)
+
+
+def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Array]) -> np.ndarray:
+    """`make(rows)` of one batch of row numbers after the other, joined.
+
+    The last batch is filled up with its first row, so that no second program is compiled for its
+    size.
+    """
+    size = min(check_count("batch_size", batch_size), total)
+    parts = []
+    for start in range(0, total, size):
+        rows = np.arange(start, start + size)
+        parts.append(np.asarray(make(np.where(rows < total, rows, start))))
+    return np.concatenate(parts)[:total]
 
 
 def check_count(name: str, value: int) -> int:

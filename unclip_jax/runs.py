@@ -18,6 +18,7 @@ import numpy as np
 
 from unclip_jax import checkpoint, classes, lora, pipeline, stages
 from unclip_jax import config as settings
+from unclip_jax.clip_text import ClipText
 from unclip_jax.data import batches, datasets, embeddings
 from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError
@@ -27,7 +28,7 @@ from unclip_jax.lora import Lora
 from unclip_jax.parts import Part, clip_fingerprint, load_part
 from unclip_jax.stages import ar_prior, embedding
 from unclip_jax.t5 import T5
-from unclip_jax.text_states import BatchesWithStates, ClipText, TextEncoder, stream
+from unclip_jax.text_states import BatchesWithStates, TextEncoder, stream
 from unclip_jax.train_config import TrainConfig
 from unclip_jax.train_step import LossFn
 

@@ -6,12 +6,10 @@ in Karlo, T5's in Imagen.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data import batches
@@ -20,10 +18,6 @@ from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import Source
 from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.parts import Part
-from unclip_jax.pipeline import encode_text_states
-from unclip_jax.stages import ClipStage
-from unclip_jax.stages.conditioning import text_mask
 
 
 class TextEncoder(Protocol):
@@ -35,42 +29,6 @@ class TextEncoder(Protocol):
 
     def states(self, tokens: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """Ids [b, l] to "text_states" [b, l, d] float32 and "text_mask" [b, l] bool."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClipText:
-    """The text tower of a CLIP. `of` takes it out of the whole, so that the rest can be freed."""
-
-    stage: ClipStage
-    params: dict[str, Any]
-
-    @classmethod
-    def of(cls, clip: Part) -> ClipText:
-        """The text tower of `clip`."""
-        model = dataclasses.replace(clip.stage.model, towers="text")
-        network = clip.params["network"]
-        tower = {name: network[name] for name in ("text", "text_projection")}
-        return cls(dataclasses.replace(clip.stage, model=model), {"network": tower})
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """CLIP's own."""
-        return Tokenizer(*self.stage.context)
-
-    def states(self, tokens: np.ndarray | jax.Array) -> dict[str, jax.Array]:
-        """See `TextEncoder`: the outputs of the final LayerNorm."""
-        return self._encode(tokens)[1]
-
-    def empty_caption(self) -> dict[str, jax.Array]:
-        """What `conditioning.empty_caption` keeps the place of: the states and z_t of ""."""
-        z_t, found = self._encode(self.tokenizer.encode([""]))
-        return {"text_states": found["text_states"][0], "z_t": z_t[0]}
-
-    def _encode(self, tokens: np.ndarray | jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        tokens = jnp.asarray(tokens)
-        z_t, states = encode_text_states(self.stage, self.params, tokens)
-        mask = text_mask(tokens, self.stage.context[1])
-        return z_t, {"text_states": states, "text_mask": mask}
 
 
 class BatchesWithStates:

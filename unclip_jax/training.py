@@ -322,13 +322,7 @@ def train(
 
         progress = report.Progress(steps=config.steps, start=start, batch_size=config.batch_size)
         stack.callback(progress.close)
-        writer = report.MultiWriter(
-            [
-                progress,
-                report.JsonLinesWriter(workdir / report.METRICS_FILE, start),
-                report.TensorBoardWriter(workdir / "tensorboard", start),
-            ]
-        )
+        writer = _writers(progress, workdir, start)
         stack.callback(writer.close)
         run = _Run(
             config,
@@ -349,6 +343,17 @@ def train(
             export(state.averaged, config.steps)
         report.plot_metrics(workdir)
     return state
+
+
+def _writers(progress: report.Progress, workdir: Path, start: int) -> report.MultiWriter:
+    """The terminal, the metrics file and TensorBoard as one."""
+    return report.MultiWriter(
+        [
+            progress,
+            report.JsonLinesWriter(workdir / report.METRICS_FILE, start),
+            report.TensorBoardWriter(workdir / "tensorboard", start),
+        ]
+    )
 
 
 def _open_workdir(workdir: str | Path) -> Path:

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import presets, stages
+from unclip_jax.clip_text import ClipText
 from unclip_jax.convert import clip, karlo_configs, karlo_names
 from unclip_jax.convert.folders import read_json, weights_in
 from unclip_jax.convert.tables import Row, Tensors, to_ours
 from unclip_jax.convert.tensor_files import open_tensors
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.diffusion import Diffusion
 from unclip_jax.errors import UserError
 from unclip_jax.parts import Part
@@ -269,10 +269,7 @@ def _tensors(path: Path) -> Iterator[Tensors]:
 
 def _empty_caption(part: Part) -> dict[str, np.ndarray]:
     """CLIP's encoding of the empty caption, which Karlo's guidance leads away from."""
-    stage = part.stage
-    tokens = Tokenizer(stage.model.context_length, stage.model.vocab_size).encode([""])
-    z_t, states = jax.jit(stage.encode_text)(part.params, jnp.asarray(tokens))
-    return {"text_states": np.asarray(states[0]), "z_t": np.asarray(z_t[0])}
+    return jax.tree.map(np.asarray, ClipText.of(part).empty_caption())
 
 
 def _prior_stage(model, diffusion: Diffusion, sampling: Sampling) -> PriorStage:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from unclip_jax import samplers
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import DECODER, Progress, UnCLIP, check_count
+from unclip_jax.pipeline import DECODER, Progress, UnCLIP, check_count, in_batches
 from unclip_jax.stages import images as pixels
 from unclip_jax.stages.conditioning import initial_noise
 
@@ -205,8 +205,6 @@ def embed(model: UnCLIP, images: Sequence[np.ndarray], batch_size: int = 16) -> 
         UserError: as for `encode`.
     """
     _check_reads_z_i(model)
-    if model.clip is None:
-        raise UserError("this model has no CLIP, which is needed to embed pictures")
     squares = squared(images, model.clip.stage.image_size)
     return in_batches(len(squares), batch_size, lambda rows: model.embed_image(squares[rows]))
 
@@ -237,20 +235,6 @@ def noise(model: UnCLIP, keys: jax.Array) -> np.ndarray:
     """Standard normal x_T, float32 [b, s, s, 3], as `UnCLIP.decode` draws them from b keys."""
     size = model.decoder.stage.image_size
     return np.asarray(_noise(keys, (size, size, 3)))
-
-
-def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Array]) -> np.ndarray:
-    """`make(rows)` of one batch of row numbers after the other, joined.
-
-    The last batch is filled up with its first row, so that no second program is compiled for its
-    size.
-    """
-    size = min(check_count("batch_size", batch_size), total)
-    parts = []
-    for start in range(0, total, size):
-        rows = np.arange(start, start + size)
-        parts.append(np.asarray(make(np.where(rows < total, rows, start))))
-    return np.concatenate(parts)[:total]
 
 
 def _check_reads_z_i(model: UnCLIP) -> None:
