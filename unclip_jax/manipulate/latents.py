@@ -205,6 +205,8 @@ def embed(model: UnCLIP, images: Sequence[np.ndarray], batch_size: int = 16) -> 
         UserError: as for `encode`.
     """
     _check_reads_z_i(model)
+    if model.clip is None:
+        raise UserError("this model has no CLIP, which is needed to embed pictures")
     squares = squared(images, model.clip.stage.image_size)
     return in_batches(len(squares), batch_size, lambda rows: model.embed_image(squares[rows]))
 
