@@ -1,16 +1,19 @@
 """Batches: determinism, epochs, sharding, exact resuming, and bad records."""
 
+import collections
 import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.positions import Layout, Positions, Share
 from unclip_jax.data.records import BadRecord
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
@@ -117,10 +120,9 @@ def test_processes_share_the_stream_of_one(config):
         shares = []
         for process in range(count):
             sharding = {"process_index": process, "process_count": count}
-            shares.append(
-                order(batches(Pictures(10), config, seed=3, batch_size=2, **sharding), 10)
-            )
-        merged = [shares[n % count][n // count] for n in range(20 * count)]
+            stream = batches(Pictures(10), config, seed=3, batch_size=2, **sharding)
+            shares.append(indices(take(stream, 10)))
+        merged = [index for parts in zip(*shares, strict=True) for part in parts for index in part]
         assert merged == whole[: len(merged)]
 
 
@@ -137,7 +139,7 @@ def test_resuming_is_exact(config, augment, bad):
     for stop in (0, 1, 6, 9):
         first = fresh()
         same(take(first, stop), whole[:stop])
-        state = json.loads(json.dumps(first.get_state()))
+        state = json.loads(json.dumps([first.get_state()]))
         same(take(first, 2), whole[stop : stop + 2])
         second = fresh()
         take(second, 3)  # wherever it was
@@ -147,16 +149,146 @@ def test_resuming_is_exact(config, augment, bad):
         same(take(first, 3), whole[stop : stop + 3])
 
 
-def test_a_state_of_something_else_is_refused():
-    state = batches(Pictures(9), CACHED, seed=0, batch_size=2).get_state()
-    other_seed = batches(Pictures(9), CACHED, seed=1, batch_size=2)
-    other_data = batches(Pictures(8), CACHED, seed=0, batch_size=2)
-    with pytest.raises(UserError, match="state: seed was 0 and is 1"):
-        other_seed.set_state(state)
-    with pytest.raises(UserError, match="state: data was"):
-        other_data.set_state(state)
-    with pytest.raises(UserError, match="state"):
-        other_data.set_state({})
+def start(source, count, *, config=CACHED, states=None, seed=0, batch_size=2, **options):
+    """The streams of `count` processes, continued from states if there are any."""
+    streams = [
+        batches(
+            source, config, seed=seed, batch_size=batch_size,
+            process_index=process, process_count=count, **options,
+        )
+        for process in range(count)
+    ]  # fmt: skip
+    for stream in streams if states else ():
+        stream.set_state(states)
+    return streams
+
+
+def saved(streams):
+    return json.loads(json.dumps([stream.get_state() for stream in streams]))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    "counts", [(1, 2), (2, 1), (3, 2), (2, 3), (1, 4, 3), (3, 2, 3, 1), (2, 2, 5), (4, 1, 1, 2)]
+)
+def test_other_numbers_of_processes_read_what_is_left_exactly_once(counts, shuffle):
+    rng = np.random.default_rng([*counts, shuffle])
+    for seed, bad in enumerate([(), (0, 3, 4, 5, 9, 12, 15, 18), (1, 2, 20)]):
+        source, epochs = Pictures(23, bad=bad), 4
+        options = {"epochs": epochs, "shuffle": shuffle, "drop_remainder": False, "seed": seed}
+        seen, states = collections.Counter(), None
+        for place, count in enumerate(counts):
+            config = CACHED if rng.integers(2) else READ_AGAIN
+            streams = start(source, count, config=config, states=states, **options)
+            steps = None if place == len(counts) - 1 else rng.integers(4)
+            for stream in streams:
+                seen.update(index for i in indices(itertools.islice(stream, steps)) for index in i)
+            states = saved(streams)
+        assert seen == {index: epochs for index in range(23) if index not in bad}
+
+
+@both_ways
+def test_the_pictures_do_not_depend_on_who_reads_them(config):
+    config = DataConfig(**{**vars(config), "augment": 0.4})
+    source = Pictures(11, bad=(4,))
+    whole = [
+        np.concatenate([b["image"] for b in take(s, 20)]) for s in start(source, 1, config=config)
+    ]
+    streams = start(source, 3, config=config)
+    parts = [batch for stream in streams for batch in take(stream, 4)]
+    for stream in start(source, 2, config=config, states=saved(streams)):
+        parts += take(stream, 2)
+    known = {image.tobytes() for image in whole[0]}
+    pictures = [image.tobytes() for part in parts for image in part["image"]]
+    assert len(set(pictures)) == len(pictures)
+    assert set(pictures) <= known
+
+
+def test_positions_are_the_set_that_their_counts_say():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        layouts = tuple(
+            Layout(int(rng.integers(1, 4)), tuple(rng.integers(0, 9, rng.integers(1, 5)).tolist()))
+            for _ in range(rng.integers(4))
+        )
+        read = set()
+        for layout in layouts:
+            stream = itertools.count()
+            left = list(layout.counts)
+            while any(left):  # deal the stream out, a block to each share in turn
+                for p in range(len(left)):
+                    for position in itertools.islice(stream, layout.block):
+                        read |= {position} if left[p] else set()
+                        left[p] -= bool(left[p])
+        positions = Positions(layouts)
+        assert {n for n in range(120) if n in positions} == read
+        first = next(n for n in itertools.count() if n not in read)
+        assert positions.first_missing() == first
+        rest = positions.beyond(first)
+        assert {n for n in range(120) if n in rest} | set(range(first)) == read
+        assert all(layout.last() > first for layout in rest.layouts)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("block", [1, 3])
+def test_shares_deal_a_stream_out_among_them(count, block):
+    shares = [Share(index, count, block) for index in range(count)]
+    dealt = [[share.position(j) for j in range(40)] for share in shares]
+    assert len(set(itertools.chain(*dealt))) == 40 * count
+    # The first batch holds the first positions, in the order of shares.
+    first = itertools.chain.from_iterable(own[:block] for own in dealt)
+    assert list(first) == list(range(count * block))
+    for share, own in zip(shares, dealt, strict=True):
+        for position in range(35 * count):
+            assert share.below(position) == sum(n < position for n in own)
+
+
+def test_a_process_that_fell_behind_what_others_once_read_does_not_read_it_again():
+    """Four processes had read the even ones to 10; of two, one has read the odd ones to 13."""
+    options = {"shuffle": False, "batch_size": 1}
+    source, states = Pictures(20), saved(start(Pictures(20), 2, **options))
+    for state, consumed in zip(states, (1, 7), strict=True):
+        state |= {"consumed": consumed, "earlier": [[1, [3, 0, 3, 0]]]}
+    for count, expected in (
+        (2, [[12, 14], [15, 17]]),
+        (1, [[12, 14]]),
+        (3, [[12, 15], [16, 19], [14, 17]]),
+    ):
+        streams = start(source, count, states=states, **options)
+        assert [order(stream, 2) for stream in streams] == expected
+
+
+def test_a_state_stays_small_however_often_the_processes_change():
+    source, states = Pictures(40, bad=range(0, 40, 7)), None
+    for count in [3, 2, 5, 1, 4, 2] * 3:
+        streams = start(source, count, states=states)
+        for stream in streams:
+            take(stream, 9)
+        states = saved(streams)
+        assert len(states[0]["earlier"]) <= 2
+
+
+def test_states_that_do_not_belong_together_are_refused():
+    states = saved(start(Pictures(9), 2))
+    one = saved(start(Pictures(9), 1))
+    stream, other_seed, other_data = (
+        start(Pictures(count), 2, seed=seed)[0] for count, seed in ((9, 0), (9, 1), (8, 0))
+    )
+    with pytest.raises(UserError, match=r"states\[0\]: seed was 0, expected 1"):
+        other_seed.set_state(states)
+    with pytest.raises(UserError, match=r"states\[0\]: data was"):
+        other_data.set_state(states)
+    for wrong in (
+        states[::-1], states[:1], states[1:], [*states, *one], one * 2, [], states[0], [{}],
+        [states[0], {**states[1], "earlier": [[1, [1, 2]]]}],
+        [states[0], {**states[1], "batch_size": 3}],
+        [{k: v for k, v in state.items() if k != "consumed"} for state in states],
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="states"):
+            stream.set_state(wrong)
+    short = batches(Pictures(9), CACHED, seed=0, batch_size=2, epochs=1)
+    with pytest.raises(UserError, match="more epochs"):
+        short.set_state([{**one[0], "consumed": 10}])
 
 
 def test_augmentation_differs_by_position_and_not_by_run():
@@ -174,7 +306,7 @@ def test_augmentation_differs_by_position_and_not_by_run():
     ]
     for whole, *shares in zip(one, *halves, strict=True):
         for p in (0, 1):
-            np.testing.assert_array_equal(whole["image"][p::2], shares[p]["image"])
+            np.testing.assert_array_equal(np.split(whole["image"], 2)[p], shares[p]["image"])
 
 
 @both_ways
@@ -206,12 +338,12 @@ def test_when_all_are_bad_it_is_an_error_and_no_endless_search(config, options):
 
 
 def test_a_share_of_bad_records_alone_is_an_error():
-    only_even = Pictures(8, bad=range(0, 8, 2))
+    only_odd_pairs = Pictures(8, bad=(0, 1, 4, 5))
     options = {"seed": 0, "batch_size": 2, "shuffle": False, "process_count": 2}
     with pytest.raises(UserError, match="every one of the 4"):
-        next(batches(only_even, CACHED, process_index=0, **options))
-    good = next(batches(only_even, CACHED, process_index=1, **options))
-    assert good["index"].tolist() == [1, 3]
+        next(batches(only_odd_pairs, CACHED, process_index=0, **options))
+    good = next(batches(only_odd_pairs, CACHED, process_index=1, **options))
+    assert good["index"].tolist() == [2, 3]
 
 
 def test_one_good_record_is_enough():
@@ -232,6 +364,21 @@ def test_a_small_data_set_is_read_once_and_a_large_one_again():
         source = Pictures(10)
         take(batches(source, config, seed=0, batch_size=5), 6)
         assert (source.reads > 10) == again
+
+
+def test_as_many_threads_read_as_are_asked_for():
+    together = threading.Barrier(20)
+
+    class Slow(Pictures):
+        def __getitem__(self, index):
+            together.wait(timeout=60)  # for twenty readers, or it breaks
+            return super().__getitem__(index)
+
+    config = DataConfig(**{**vars(READ_AGAIN), "read_threads": 20})
+    next(batches(Slow(100), config, seed=0, batch_size=10))
+    for wrong in (-1, 1.5, 2000):
+        with pytest.raises(UserError, match="read_threads"):
+            DataConfig(read_threads=wrong)
 
 
 def test_long_captions_are_named_once_and_counted(caplog):

@@ -136,7 +136,7 @@ def test_batches_carry_the_states_of_their_captions_and_resume(t5, tmp_path):
     np.testing.assert_allclose(first["text_states"], expected["text_states"], atol=1e-6)
     np.testing.assert_array_equal(first["text_mask"], expected["text_mask"])
     second, again = next(feed), stream()
-    again.set_state(json.loads(json.dumps(state)))
+    again.set_state(json.loads(json.dumps([state])))
     resumed = next(again)
     for name in second:
         np.testing.assert_array_equal(resumed[name], second[name], err_msg=name)

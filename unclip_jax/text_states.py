@@ -6,7 +6,7 @@ in Karlo, T5's in Imagen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -52,12 +52,12 @@ class BatchesWithStates:
         return batch | self._encoder.states(batch["tokens"])
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch returned."""
+        """This process's place after the last batch returned."""
         return self._batches.get_state()
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `get_state` was called."""
-        self._batches.set_state(state)
+    def set_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue where all processes called `get_state`, as `Batches.set_state`."""
+        self._batches.set_state(states)
 
 
 def stream(

@@ -1,16 +1,22 @@
 """Batches of a source: decoded, tokenised, shuffled, sharded over processes, resumable.
 
 The stream of a data set is one sequence of positions: epoch after epoch, each in its
-own order, drawn from the seed. Process p of n reads the positions p, p + n, p + 2n, ...
+own order, drawn from the seed. A batch is the next positions in a row, and each of n processes
+reads its rows of it, so the examples of a batch don't depend on n.
 A bad record leaves its position empty and the next one fills the batch, so batches are
-full, and the state is a position: resuming is exact, whatever was skipped.
+full, and the state is a count of positions: resuming is exact, whatever was skipped.
+
+The states of all n processes together say which positions have been read. Any number of
+processes can go on from there: each passes over those of its positions that were.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +25,9 @@ from absl import logging
 
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import jitter, square
+from unclip_jax.data.positions import Layout, Positions, Share
 from unclip_jax.data.records import BadRecord, Source
+from unclip_jax.data.storage import is_remote
 from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
@@ -54,8 +62,9 @@ def batches(
       epochs: passes over the data set, all processes together; None for no end. With
         several processes prefer None: where images are bad, one may end before another.
       drop_remainder: whether a last batch that isn't full is left out.
-      process_index: this process, `jax.process_index()`.
-      process_count: how many there are, `jax.process_count()`.
+      process_index: which share of the data this is. A share is commonly a process's,
+        `jax.process_index()`; processes that feed the same rows of a batch have the same one.
+      process_count: how many shares there are.
       tokenizer: makes `tokens` of captions; None for CLIP's, of the config's context length and
         vocabulary.
 
@@ -71,25 +80,28 @@ def batches(
         raise UserError(f"seed: {seed}: expected 0..4294967295")
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index: {process_index}: expected 0..{process_count - 1}")
-    share = math.inf if epochs is None else len(source) * epochs // process_count
-    if drop_remainder and share < batch_size:
+    share = Share(process_index, process_count, batch_size)
+    total = sys.maxsize if epochs is None else len(source) * epochs
+    length = share.below(total)
+    if drop_remainder and length < batch_size:
         raise UserError(
-            f"batch_size: {batch_size}: more than the {share} pairs of {source.name} that a "
+            f"batch_size: {batch_size}: more than the {length} pairs of {source.name} that a "
             "process sees; use a smaller batch, epochs=None or drop_remainder=False"
         )
-    # Unshuffled, a process meets the same residue class in every epoch.
-    repeats = 1 if shuffle else math.gcd(len(source), process_count)
-    tokenizer = tokenizer or Tokenizer(config.context_length, config.vocab_size)
-    examples = _Examples(source, config, tokenizer, reachable=len(source) // repeats)
+    # Unshuffled, a process may meet the same pairs in every epoch.
+    common = math.gcd(len(source), process_count * batch_size)
+    met = 1 if shuffle else min(batch_size, common) / common
+    examples = _Examples(source, config, tokenizer, reachable=int(len(source) * met))
 
     stream = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         stream = stream.shuffle()
-    stream = stream.repeat(epochs).map(examples)
+    stream = stream.repeat(epochs).map_with_index(examples)
     if config.augment:
         stream = stream.random_map(_Jitter(config.augment))
-    stream = stream[process_index::process_count]
-    options = grain.ReadOptions(num_threads=0) if examples.cached else _read_options(batch_size)
+    stream = grain.MapDataset.range(length).map(_At(stream, share))
+    threads = 0 if examples.cached else threads_for(config)
+    options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))
     batched = stream.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
     settings = {
         "data": source.fingerprint,
@@ -97,8 +109,19 @@ def batches(
         "shuffle": shuffle,
         "process_index": process_index,
         "process_count": process_count,
+        "batch_size": batch_size,
     }
     return Batches(iter(batched), examples, settings)
+
+
+class _At(grain.transforms.Map):
+    """The j-th element of a share of a stream."""
+
+    def __init__(self, stream: grain.MapDataset, share: Share):
+        self._stream, self._share = stream, share
+
+    def map(self, j: int) -> dict[str, np.ndarray] | None:
+        return self._stream[self._share.position(j)]
 
 
 class Batches:
@@ -133,28 +156,83 @@ class Batches:
         return len(self._examples.truncated)
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch returned, as a dict that JSON can hold."""
-        return {**self._settings, "position": self._iterator.get_state()}
+        """This process's place after the last batch returned, as a dict that JSON can hold.
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `get_state` was called: the same batches follow, bit for bit.
+        `consumed` counts the positions it has read or passed over, bad records included and
+        what is read ahead left out; `earlier` are the batch sizes and counts of process numbers
+        before, as in `positions.Layout`.
+        """
+        return {
+            **self._settings,
+            "consumed": self._iterator.get_state()["next_index"],
+            "earlier": [[e.block, list(e.counts)] for e in self._examples.earlier.layouts],
+        }
+
+    def set_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continues where all processes called `get_state`, whatever their number was.
+
+        Every position is read once: before, or from now on by one of the processes. With
+        the same number of processes and the same batch size the same batches follow, bit for bit.
+
+        Args:
+          states: those of all processes, taken after the same step, in order of process.
 
         Raises:
-          UserError: if the state is of other data, another seed, order or sharding.
+          UserError: if they are of other data, another seed or order, or not of all
+            processes.
         """
-        for field, value in self._settings.items():
+        earlier, last = _together(states, self._settings)
+        names = ("process_index", "process_count", "batch_size")
+        share = Share(*(self._settings[name] for name in names))
+        everything = Positions((*earlier.layouts, last))
+        consumed, kept = share.below(everything.first_missing()), everything
+        if (last.block, len(last.counts)) == (share.block, share.count):
+            # Its own count says more than what all have in common.
+            consumed, kept = max(consumed, last.counts[share.index]), earlier
+        try:
+            self._iterator.set_state({"next_index": consumed})
+        except IndexError as error:
+            raise UserError(
+                f"states: {consumed} positions were consumed, more than there are; they are of "
+                "more epochs"
+            ) from error
+        self._examples.earlier = kept.beyond(everything.first_missing())
+
+
+def _together(
+    states: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> tuple[Positions, Layout]:
+    """What earlier numbers of processes had read, and the counts of the processes that saved.
+
+    Raises:
+      UserError: as `Batches.set_state`.
+    """
+    if isinstance(states, Mapping) or not states:
+        raise UserError("states: expected a list of the states of all processes that saved")
+    for place, state in enumerate(states):
+        expected = {k: settings[k] for k in ("data", "seed", "shuffle")}
+        expected |= {"process_index": place, "process_count": len(states)}
+        expected |= {name: states[0].get(name) for name in ("earlier", "batch_size")}
+        for field, value in expected.items():
             if state.get(field) != value:
                 raise UserError(
-                    f"state: {field} was {state.get(field)!r} and is {value!r}: batches continue "
-                    "only with the data, seed and processes that they began with"
+                    f"states[{place}]: {field} was {state.get(field)!r}, expected {value!r}: "
+                    "batches continue only with the data, seed and order that they began with, "
+                    "from the states of all processes, in their order"
                 )
-        self._iterator.set_state(state["position"])
+        for field in ("consumed", "earlier", "batch_size"):
+            if state.get(field) is None:
+                raise UserError(f"states[{place}]: has no {field}; expected what get_state returns")
+    earlier = tuple(Layout(block, tuple(counts)) for block, counts in states[0]["earlier"])
+    last = Layout(states[0]["batch_size"], tuple(state["consumed"] for state in states))
+    return Positions(earlier), last
 
 
 class _Examples:
-    """Index -> an example of arrays, or None for a bad record. Safe to call from threads.
+    """Position, index -> an example, or None for a bad record. Safe to call from threads.
 
     Attributes:
+      earlier: the positions that other numbers of processes had read: None there as well.
       cached: whether examples are kept in memory once made.
       bad: indices of bad records met so far.
       truncated: indices of captions cut so far.
@@ -164,23 +242,25 @@ class _Examples:
         self,
         source: Source,
         config: DataConfig,
-        tokenizer: Tokenizer | T5Tokenizer,
+        tokenizer: Tokenizer | T5Tokenizer | None,
         reachable: int,
     ):
         self.source = source
+        self.earlier = Positions()
         self.bad: set[int] = set()
         self.truncated: set[int] = set()
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
         self._size = config.image_size
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer or Tokenizer(config.context_length, config.vocab_size)
+        self._takes_tokens = tokenizer is None  # those a record has: they are the config's
         self._reachable = reachable
         self._good = False
         self._images: dict[int, np.ndarray] = {}
         self._examples: dict[int, dict[str, np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, index: int) -> dict[str, np.ndarray] | None:
-        if index in self.bad:
+    def __call__(self, position: int, index: int) -> dict[str, np.ndarray] | None:
+        if position in self.earlier or index in self.bad:
             return None
         if index in self._examples:
             return self._examples[index]
@@ -197,12 +277,15 @@ class _Examples:
 
     def _example(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
         index, name = record["index"], record["name"]
-        tokens, cut = self._tokenizer.encode_and_report([record["caption"]])
-        if cut:
-            self._note_truncation(index, f"{name}: {cut[0]}")
+        if "tokens" in record and self._takes_tokens:
+            tokens = record["tokens"]
+        else:
+            (tokens,), cut = self._tokenizer.encode_and_report([record["caption"]])
+            if cut:
+                self._note_truncation(index, f"{name}: {cut[0]}")
         extras = {k: np.asarray(v) for k, v in record.items() if k not in _NOT_EXTRA}
-        image = self._image(record)
-        return {"image": image, "tokens": tokens[0], "index": np.int32(index), **extras}
+        image = {"image": self._image(record)} if "image" in record else {}
+        return {**image, "tokens": tokens, "index": np.int32(index), **extras}
 
     def _image(self, record: dict[str, Any]) -> np.ndarray:
         number = self.source.image_of(record["index"])
@@ -239,7 +322,7 @@ class _Examples:
             )
 
 
-_NOT_EXTRA = frozenset({"image", "caption", "index", "name"})
+_NOT_EXTRA = frozenset({"image", "caption", "index", "name", "tokens"})
 
 
 class _Jitter(grain.transforms.RandomMap):
@@ -252,11 +335,12 @@ class _Jitter(grain.transforms.RandomMap):
         return {**example, "image": jitter(example["image"], self._strength, rng)}
 
 
-def _read_options(batch_size: int) -> grain.ReadOptions:
-    """Threads that decode ahead: Pillow lets go of the interpreter lock while it decodes.
+def threads_for(config: DataConfig) -> int:
+    """Threads that read and decode ahead: Pillow lets go of the interpreter lock meanwhile.
 
     No worker processes: those need a guarded main module and parsed absl flags, and
     would each hold the data set.
     """
-    threads = min(os.cpu_count() or 1, 16)
-    return grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))
+    if config.read_threads:
+        return config.read_threads
+    return 64 if is_remote(config.name) else min(os.cpu_count() or 1, 16)

@@ -1,0 +1,301 @@
+"""Tar shards as a source: samples, splits, captions, classes, damage, and their indices."""
+
+import collections
+import io
+import itertools
+import json
+import os
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from tests.tar_shards import archive, fill, jpeg, shard, source
+from unclip_jax.data import webdataset
+from unclip_jax.data.batches import batches
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.records import is_heldout
+from unclip_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return fill(tmp_path)
+
+
+def of(folder, content, **options):
+    """The source of one shard with this content, the last of the folder to be made."""
+    path = folder / f"{len(list(folder.iterdir()))}-one.tar"
+    path.write_bytes(content)
+    return source(folder, path.name, **options)
+
+
+def pairs(data):
+    return [(data[i]["name"].split("/", 1)[1], data[i]["caption"]) for i in range(len(data))]
+
+
+# --- samples --------------------------------------------------------------------------
+
+
+def test_records_are_the_members_of_the_shards(folder):
+    data = source(folder, "{00000..00002}.tar")
+    assert (len(data), data.image_count, data.skipped, data.classes) == (30, 30, {}, ())
+    for index in (17, 0, 29):
+        assert data[index] == {
+            "image": jpeg(index),
+            "caption": f"picture {index}",
+            "index": index,
+            "name": f"0000{index // 10}.tar/{index:06d}",
+        }
+        assert data.image_of(index) == index
+    for outside in (-1, 30):
+        with pytest.raises(IndexError):
+            data[outside]
+
+
+def test_splits_part_by_key_alone(folder):
+    (folder / "many.tar").write_bytes(shard(range(300)))
+    everything, train, heldout = (
+        [key for key, _ in pairs(source(folder, "many.tar", split=split))]
+        for split in ("all", "train", "heldout")
+    )
+    assert heldout == [key for key in everything if is_heldout(key)]
+    assert train == [key for key in everything if not is_heldout(key)]
+    assert 10 < len(heldout) < 60
+    with pytest.raises(UserError, match="split: 'test'"):
+        source(folder, split="test")
+    with pytest.raises(UserError, match="split: 'heldout': none of the 1"):
+        of(folder, shard([0]), split="heldout")
+
+
+def test_the_fingerprint_is_of_keys_sizes_and_captions(folder, tmp_path_factory):
+    def of_members(*members, **options):
+        return of(tmp_path_factory.mktemp("shards"), archive(members), **options).fingerprint
+
+    image, text = ("k.jpg", jpeg(0)), ("k.txt", b"one")
+    same = of_members(image, text)
+    assert same == of_members(text, ("k.jpg", jpeg(0)[::-1]), ("k.nothing", b"."))
+    others = {
+        of_members(("l.jpg", jpeg(0)), ("l.txt", b"one")),
+        of_members(("k.jpg", jpeg(0) + b"."), text),
+        of_members(image, ("k.txt", b"two")),
+        of_members(image, text, captions="first"),
+    }
+    assert len({same, *others}) == 5
+
+
+def test_captions_come_from_the_text_or_the_json(folder):
+    def found(*members, **options):
+        members = [("k.jpg", jpeg(0)), *members]
+        return [caption for _, caption in pairs(of(folder, archive(members), **options))]
+
+    fields = {"caption": " from json ", "text": "t", "alt": ["one", "", 3, "two "], "none": None}
+    described = ("k.json", json.dumps(fields).encode())
+    assert found(("k.txt", b" a\xffb\n"), described) == ["a\ufffdb"]
+    assert found(described, ("k.txt", b"  ")) == ["from json"]
+    assert found(("k.json", b'{"text": "t"}')) == ["t"]
+    assert found(described, ("k.txt", b"not this"), caption_key="alt") == ["one", "two"]
+    assert found(described, caption_key="alt", captions="first") == ["one"]
+    assert found(("k.json", b'{"caption": "\\ud800 x"}')) == ["? x"]
+    for useless in (b"", b"[1]", b"{", b"[" * 100_000, b'{"caption": 5}', b"\xff", b"9" * 9999):
+        with pytest.raises(UserError, match="no caption"):
+            found(("k.json", useless))
+    with pytest.raises(UserError, match="no caption"):
+        found(described, caption_key="none")
+
+
+def test_several_captions_share_an_image(folder):
+    members = []
+    for number in range(4):
+        texts = [f"{number}/{k}" for k in range(number + 1)]
+        members += [
+            (f"{number}.jpg", jpeg(number)),
+            (f"{number}.json", json.dumps({"text": texts})),
+        ]
+    data = of(folder, archive([(n, c if isinstance(c, bytes) else c.encode()) for n, c in members]))
+    assert [caption for _, caption in pairs(data)] == [
+        f"{n}/{k}" for n in range(4) for k in range(n + 1)
+    ]
+    assert [data.image_of(i) for i in range(10)] == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert data.image_count == 4
+
+
+def test_the_image_is_found_by_its_suffix(folder):
+    members = [("k.json", b"{}"), ("k.seg.png", b"mask"), ("k.JPG", b"photo"), ("k.txt", b"y")]
+    assert of(folder, archive(members))[0]["image"] == b"photo"
+    assert of(folder, archive(members), image_key="seg.png")[0]["image"] == b"mask"
+    with pytest.raises(UserError, match=r"no image among \.json, \.seg\.png"):
+        of(folder, archive(members), image_key="webp")
+
+
+def test_classes_are_numbers_or_names_of_all_shards(folder):
+    def shards(*classes):
+        for number, (label, text) in enumerate(classes):
+            members = [("k.jpg", jpeg(0)), ("k.cls", label)]
+            members += [("k.txt", text)] if text else []
+            (folder / f"c{number}.tar").write_bytes(archive(members))
+        return source(folder, f"c{{0..{len(classes) - 1}}}.tar", labels=True)
+
+    numbered = shards((b"3", b"x"), (b"0\n", None))
+    assert numbered.classes == ("0", "1", "2", "3")
+    assert [numbered[i]["label"] for i in (0, 1)] == [3, 0]
+    assert numbered[0]["label"].dtype == np.int32
+    assert [caption for _, caption in pairs(numbered)] == ["x", "0"]
+    named = shards((b"dog", None), (b"cat", None), (b"dog", b"a dog"))
+    assert named.classes == ("cat", "dog")
+    assert [named[i]["label"] for i in range(3)] == [1, 0, 1]
+    assert "label" not in source(folder, "c2.tar")[0]
+    with pytest.raises(UserError, match="class 99999999999999999999"):
+        shards((b"9" * 30, None))
+    with pytest.raises(UserError, match=r"no \.cls"):
+        of(folder, shard([0]), labels=True)
+    with pytest.raises(UserError, match="long text"):
+        shards((b"x" * 1000, None))
+
+
+def test_hostile_names_are_keys_and_nothing_else(folder):
+    long = "long/" * 150_000 + "name"
+    names = ["../../etc/passwd", "/abs/olute", "a\0b", "dot.dir/k", "sur\udc80", "k\nk", long]
+    file = io.BytesIO()
+    with tarfile.open(
+        fileobj=file, mode="w", format=tarfile.PAX_FORMAT, errors="surrogateescape"
+    ) as opened:
+        for name in names:
+            for suffix, content in (("png", b"image"), ("txt", b"caption")):
+                info = tarfile.TarInfo("what the pax header says")
+                info.size, info.pax_headers = len(content), {"path": f"{name}.{suffix}"}
+                opened.addfile(info, io.BytesIO(content))
+    before = sorted(path.name for path in folder.iterdir())
+    data = of(folder, file.getvalue())
+    assert [data[i]["image"] for i in range(len(data))] == [b"image"] * len(names)
+    shown = [data[i]["name"].split("/", 1)[1] for i in range(len(data))]
+    assert shown[:6] == [
+        "../../etc/passwd", "/abs/olute", r"a\x00b", "dot.dir/k", r"sur\udc80", r"k\nk"
+    ]  # fmt: skip
+    assert shown[6] == long[:200]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*before, "3-one.tar", "cache"])
+
+
+def test_what_is_no_sample_is_left_out_and_named(folder, caplog):
+    members = [
+        (".hidden", b"x"), ("README", b"x"), ("d/.x.jpg", b"x"), ("d/trailing.", b"x"),
+        ("empty.jpg", b""), ("empty.txt", b"no picture"),
+        ("alone.txt", b"no picture"),
+        ("mute.jpg", jpeg(0)),
+        ("twice.jpg", jpeg(1)), ("twice.txt", b"one"),
+        ("twice.jpg", jpeg(2)), ("twice.txt", b"two"),
+        ("huge.jpg", jpeg(3)), ("huge.txt", b"x" * (2**24 + 1)),
+        ("good.jpg", jpeg(4)), ("good.txt", b"w" * 10**6),
+    ]  # fmt: skip
+    data = of(folder, archive(members))
+    assert [key for key, _ in pairs(data)] == ["twice", "twice", "good"]
+    assert [data[i]["image"] for i in range(3)] == [jpeg(1), jpeg(2), jpeg(4)]
+    reasons = collections.Counter(reason for reason in data.skipped.values())
+    assert reasons == {
+        "an image of 0 bytes": 1, "no image among .txt": 1, "no caption in .jpg": 1,
+        "no caption in .jpg, .txt": 1,
+    }  # fmt: skip
+    assert any("empty (byte " in message and "0 bytes" in message for message in caplog.messages)
+    stream = batches(data, DataConfig(image_size=8), seed=0, batch_size=3)
+    assert next(stream)["tokens"].shape == (3, 77)
+    assert (stream.skipped, stream.truncated) == (4, 1)
+
+
+def test_a_shard_cut_short_gives_what_it_has(folder, caplog):
+    content = shard(range(10))
+    cut = content.index(b"000007.jpg") + 512 + 10
+    data = of(folder, content[:cut])
+    assert [caption for _, caption in pairs(data)] == [f"picture {n}" for n in range(7)]
+    assert list(data.skipped.values()) == [f"ends inside '000007.jpg' at byte {cut - 10 - 512}"]
+    assert sum("ends inside '000007.jpg'" in message for message in caplog.messages) == 1
+
+
+def test_what_is_no_shard_is_refused(folder):
+    for content in (b"", b"<html>" * 200, b"\x1f\x8b" + bytes(1000)):
+        with pytest.raises(UserError, match=r"one\.tar: .* at byte 0; expected an uncompressed"):
+            of(folder, content)
+    with pytest.raises(UserError, match="the shards are empty"):
+        of(folder, archive([]))
+    with pytest.raises(UserError, match=r"ends inside '000000\.jpg'"):
+        of(folder, shard([0])[:600])
+
+
+# --- indices --------------------------------------------------------------------------
+
+
+def counted(monkeypatch):
+    """Names of shards, as they are indexed."""
+    seen, original = [], webdataset.TarShards.samples
+
+    def counting(self, file, *rest):
+        seen.append(file.name)
+        return original(self, file, *rest)
+
+    monkeypatch.setattr(webdataset.TarShards, "samples", counting)
+    return seen
+
+
+def test_a_shard_is_indexed_once_and_again_when_it_changes(folder, monkeypatch):
+    seen = counted(monkeypatch)
+    first = source(folder)
+    assert sorted(seen) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert source(folder).fingerprint == first.fingerprint
+    assert source(folder, "{00000..00001}.tar", split="train").name
+    assert len(seen) == 3
+    (folder / "00001.tar").write_bytes(shard(range(50, 60)))  # as large as before
+    os.utime(folder / "00001.tar", (1, 1))
+    changed = source(folder)
+    assert seen[3:] == ["00001.tar"]
+    assert changed[10]["caption"] == "picture 50"
+    assert changed.fingerprint != first.fingerprint
+    indices = sorted((folder / "cache" / "shards").iterdir())
+    assert len(indices) == 4
+    assert all(path.suffix == ".index" for path in indices)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 100, b"\x05" + bytes(7) + b"{}   ", None])
+def test_a_damaged_index_is_made_anew(folder, damage):
+    expected = source(folder)
+    for path in (folder / "cache" / "shards").iterdir():
+        path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+    assert source(folder).fingerprint == expected.fingerprint
+    for path in (folder / "cache" / "shards").iterdir():
+        path.unlink()
+    lost = source(folder)
+    for path in (folder / "cache" / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="gone or damaged"):
+        lost[0]
+
+
+def test_processes_with_one_cache_share_the_work(folder, monkeypatch):
+    for number in range(3, 40):
+        (folder / f"{number:05d}.tar").write_bytes(shard([number]))
+    seen = counted(monkeypatch)
+    threads = [threading.Thread(target=source, args=(folder,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {f"{number:05d}.tar" for number in range(40)}
+    assert len(seen) < 4 * 40
+    shards = folder / "cache" / "shards"
+    assert len(list(shards.iterdir())) == 40
+
+
+def test_an_unwritable_cache_is_named(folder):
+    (folder / "file").write_text("")
+    with pytest.raises(UserError, match=r"cache_dir: .*file/shards: can't be written"):
+        source(folder, cache_dir=str(folder / "file"))
+
+
+def test_processes_over_one_stream_see_each_picture_once_an_epoch(folder):
+    config = DataConfig(image_size=8, cache_bytes=0, context_length=8)
+    data, seen = source(folder), collections.Counter()
+    for process in range(3):
+        stream = batches(data, config, seed=4, batch_size=5, process_index=process, process_count=3)
+        for batch in itertools.islice(stream, 4):
+            seen.update(batch["index"].tolist())
+            np.testing.assert_allclose(batch["image"][:, 4, 4, 0], batch["index"], atol=1)
+    assert seen == {index: 2 for index in range(30)}
