@@ -6,6 +6,8 @@ config.data           the data set (unclip_jax.data.datasets.DataConfig); image 
 config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.TrainConfig)
 config.heldout_split  the data set's split that figures are measured on
 config.clip           folder of the trained CLIP that the prior and the decoder stand on
+config.embeddings     folder or URL of the training set's CLIP embeddings, as
+                      python -m unclip_jax.data.embed stores them; "" to compute and cache them
 config.t5             folder of the T5 whose text states the decoder reads, where it reads any
 config.t5_dtype       in which that T5 computes: "float32" or "bfloat16"
 config.normalisation  of CLIP's image embeddings: "whiten" (from the data), "scale" (the paper's
@@ -13,6 +15,9 @@ config.normalisation  of CLIP's image embeddings: "whiten" (from the data), "sca
 config.previews       how many captions the preview grid shows
 config.init           folder of a trained stage to start from, "" for random params; config.stage
                       then says only what differs, and the normalisation is the folder's
+config.mesh           how many devices lie along each axis (unclip_jax.sharding.MeshConfig): copies
+                      of the model ("data", -1: as many as are left), devices among which a copy
+                      is split ("fsdp"), and those that compute one block together ("tensor")
 config.lora           low-rank adapters on what config.init holds (unclip_jax.lora.Lora); rank 0
                       trains it whole
 
@@ -25,6 +30,7 @@ from unclip_jax import config as settings
 from unclip_jax import stages
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.lora import Lora
+from unclip_jax.sharding import MeshConfig
 from unclip_jax.train_config import TrainConfig
 
 FOLLOWS_FROM_STAGE = ("image_size", "context_length", "vocab_size", "labels")
@@ -44,12 +50,14 @@ def from_settings(stage: dict, data: DataConfig, train: TrainConfig, **rest):
         "train": settings.to_dict(train),
         "heldout_split": "heldout",
         "clip": "",
+        "embeddings": "",
         "t5": "",
         "t5_dtype": "float32",
         "normalisation": "whiten",
         "previews": 16,
         "init": "",
         "lora": settings.to_dict(Lora()),
+        "mesh": settings.to_dict(MeshConfig()),
     }
     return ml_collections.ConfigDict(_with_tuples(parts | rest))
 

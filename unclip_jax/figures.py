@@ -32,6 +32,7 @@ Evaluate = Callable[[Params, int], dict[str, float]]
 Preview = Callable[[Params, int], list[Picture]]
 
 CHUNK = 64  # pairs measured together
+WHITE = np.uint8(255)
 HELD_OUT_AT_MOST = 512  # pairs that figures during training are measured on
 
 
@@ -154,8 +155,10 @@ def prior_figures(
     def preview(params: Params, step: int) -> list[Picture]:
         found = np.argmax(draw(params, held.preview) @ held.arrays["z_i"].T, axis=1)
         names = held.caption(held.arrays["index"][found])
+        # Stored embeddings come without pictures: then the captions found must do.
+        images = held.arrays.get("image", np.full((len(held.arrays["z_i"]), 1, 8, 3), WHITE))
         return [
-            (held.arrays["image"][j], f"{caption} → {name}")
+            (images[j], f"{caption} → {name}")
             for caption, j, name in zip(held.captions, found, names, strict=True)
         ]
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
 
-from unclip_jax import checkpoint, classes, lora, pipeline, stages
+from unclip_jax import checkpoint, classes, lora, pipeline, sharding, stages
 from unclip_jax import config as settings
 from unclip_jax.clip_text import ClipText
-from unclip_jax.data import batches, datasets, embeddings
+from unclip_jax.data import batches, datasets, embedding_writer, embeddings
+from unclip_jax.data.embedding_shards import Meta
 from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError
 from unclip_jax.figures import FIGURES, Arrays, Evaluate, Held, Params, Preview
@@ -33,8 +35,7 @@ from unclip_jax.train_config import TrainConfig
 from unclip_jax.train_step import LossFn
 
 EMBED_BATCH = 64
-STORE_ROWS = 65536  # of stored embeddings, read at once
-MACHINE_FIELDS = ("cache_dir", "cache_bytes")  # of the data's settings: they change no batch
+MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads")  # of the data's settings: they change no batch
 NORMALISATIONS = ("whiten", "scale", "none", "codes")
 
 
@@ -47,12 +48,14 @@ class Settings:
     train: TrainConfig
     heldout_split: str = "heldout"
     clip: str = ""
+    embeddings: str = ""
     t5: str = ""
     t5_dtype: str = "float32"
     normalisation: str = "whiten"
     previews: int = 16
     init: str = ""
     lora: Lora = dataclasses.field(default_factory=Lora)
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
 
     def __post_init__(self) -> None:
         """Check the fields that belong to no part."""
@@ -76,6 +79,7 @@ class Run:
         source: the training set.
         data: how its images and captions become arrays.
         train: the loop's settings.
+        mesh: of all the devices.
         evaluate: figures of the EMA params on held-out data.
         preview: pictures with captions, made with the EMA params.
         export: the params of the stage, made of those that trained.
@@ -89,6 +93,7 @@ class Run:
     source: Source
     data: datasets.DataConfig
     train: TrainConfig
+    mesh: Mesh
     evaluate: Evaluate
     preview: Preview
     export: Callable[[Params], Params]
@@ -96,15 +101,17 @@ class Run:
     encoder: TextEncoder | None
 
     def batches(self) -> batches.Batches | BatchesWithStates:
-        """The endless training batches of this process."""
+        """The endless training batches: this process's share of each."""
+        share = sharding.data_shard(self.mesh)
+        sharding.check_batch_size(self.train.batch_size, self.mesh, self.train.grad_accum)
         return stream(
             self.source,
             self.data,
             self.encoder,
             seed=self.train.seed,
-            batch_size=self.train.batch_size // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            batch_size=self.train.batch_size // share.count,
+            process_index=share.index,
+            process_count=share.count,
         )
 
 
@@ -125,18 +132,20 @@ def prepare(config: Mapping[str, Any]) -> Run:
         origin.check_clip(clip_fingerprint(clip), given.clip)
     data = data_for(stage, given.data)
     encoder = text_encoder(given, stage, clip)
-    source = datasets.load(data)
+    check_embeddings(given, stage)
+    needs_images = stage.kind not in ("prior", "ar_prior")
+    source = datasets.load(data, needs_images=needs_images)
     if classes.reads_labels(stage):
         trained = checkpoint.read_description(origin.folder) if origin else None
         classes.check_data(stage, source, trained)
     heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
-    heldout = datasets.load(heldout_data)
+    heldout = datasets.load(heldout_data, needs_images=needs_images)
     description = describe(given, stage, source, origin)
     if isinstance(encoder, T5):
         description["t5"] = {"fingerprint": encoder.fingerprint, "dtype": encoder.config.dtype}
     if clip is not None:
         description["clip_fingerprint"] = fingerprint = clip_fingerprint(clip)
-        source = with_embeddings(source, data, clip, fingerprint)
+        source = with_embeddings(source, data, clip, fingerprint, given.embeddings)
         heldout = with_embeddings(heldout, heldout_data, clip, fingerprint)
     held = Held(heldout, data, given.previews, encoder)
     evaluate, preview = FIGURES[stage.kind](stage, held)
@@ -147,6 +156,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
         source=source,
         data=data,
         train=given.train,
+        mesh=sharding.make_mesh(given.mesh),
         evaluate=evaluate,
         preview=preview,
         export=lambda params: params,
@@ -200,7 +210,7 @@ def first_constants(
     """What stands beside a new network in its stage's params, worked out from data and CLIP."""
     constants: Params = {}
     if reads_clip(stage):
-        constants["normalisation"] = normalisation(given.normalisation, source.store, stage)
+        constants["normalisation"] = normalisation(given.normalisation, source, stage)
     if isinstance(encoder, ClipText) and stage.empty_null:
         constants["null_caption"] = encoder.empty_caption()
     return constants
@@ -340,26 +350,83 @@ def load_clip(folder: str, stage: stages.Stage) -> Part:
     return clip
 
 
+def check_embeddings(given: Settings, stage: stages.Stage) -> None:
+    """Raise UserError unless config.embeddings, if given, is read and says something new."""
+    if given.embeddings and not reads_clip(stage):
+        raise UserError(
+            f"config.embeddings: got {given.embeddings!r}, but this {stage.kind} reads none; leave"
+            " it out"
+        )
+    if given.embeddings and given.data.name.startswith("embeddings:"):
+        raise UserError(
+            f"config.embeddings: got {given.embeddings!r}, but config.data.name is"
+            f" {given.data.name!r}, embeddings already; give one of them"
+        )
+
+
 def with_embeddings(
-    source: Source, data: datasets.DataConfig, clip: Part, fingerprint: str
-) -> embeddings.WithEmbeddings:
-    """The source with z_i and z_t in its records, computed once and kept in the cache."""
+    source: Source, data: datasets.DataConfig, clip: Part, fingerprint: str, stored: str = ""
+) -> embeddings.WithEmbeddings | embeddings.EmbeddingSource:
+    """The source with z_i and z_t in its records.
+
+    Args:
+        source: of pictures, or of embeddings.
+        data: what it was made of.
+        clip: what z_i and z_t must be of.
+        fingerprint: of that CLIP.
+        stored: where they are; "" for the cache, which is filled if they are not there.
+
+    Raises:
+        UserError: those stored are of another CLIP or of other data.
+    """
+    of_clip = {
+        "clip_fingerprint": fingerprint,
+        "unit_embeddings": clip.stage.unit_embeddings,
+        "width": clip.stage.model.embed_dim,
+    }
+    if isinstance(source, embeddings.EmbeddingSource):
+        source.store.check(**of_clip)
+        return source
+    cache = Path(data.cache_dir) if data.cache_dir else datasets.default_cache_dir()
+    folder = stored or cached_embeddings(source, data, clip, of_clip, cache / "embeddings")
+    store = embeddings.EmbeddingStore.open(folder, cache_dir=cache, **of_clip)
+    return embeddings.WithEmbeddings(source, store)
+
+
+def cached_embeddings(
+    source: Source, data: datasets.DataConfig, clip: Part, of_clip: dict[str, Any], cache: Path
+) -> Path:
+    """The folder in the cache with a source's embeddings, which are computed the first time."""
+    length = "unit" if clip.stage.unit_embeddings else "projected"
+    folder = cache / f"{of_clip['clip_fingerprint']}-{length}-{source.fingerprint}"
+    if folder.exists():
+        return folder
     seen = data_for(clip.stage, data)
 
     def encode(images: np.ndarray, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
         z_i = pipeline.encode_image(clip.stage, clip.params, images)
         return z_i, pipeline.encode_text(clip.stage, clip.params, tokens)
 
-    cache = Path(data.cache_dir) if data.cache_dir else datasets.default_cache_dir()
-    store = embeddings.compute(
-        datasets.load(seen),
-        seen,
-        encode,
-        cache / "embeddings" / f"{fingerprint}-{source.fingerprint}",
-        clip_fingerprint=fingerprint,
-        batch_size=EMBED_BATCH,
+    context_length, vocab_size = clip.stage.context
+    meta = Meta(
+        data_fingerprint=source.fingerprint,
+        count=len(source),
+        context_length=context_length,
+        vocab_size=vocab_size,
+        **of_clip,
     )
-    return embeddings.WithEmbeddings(source, store)
+    with tqdm(desc="CLIP embeddings", total=len(source), disable=None) as bar:
+        embedding_writer.compute_whole(
+            datasets.load(seen),
+            encode,
+            folder,
+            meta,
+            image_size=seen.image_size,
+            batch_size=EMBED_BATCH,
+            threads=batches.threads_for(seen),
+            on_pairs=lambda done, of: bar.update(done - bar.n),
+        )
+    return folder
 
 
 def check_normalisation(kind: str, stage: stages.Stage) -> None:
@@ -373,20 +440,14 @@ def check_normalisation(kind: str, stage: stages.Stage) -> None:
 
 
 def normalisation(
-    kind: str, store: embeddings.EmbeddingStore, stage: stages.Stage
+    kind: str,
+    source: embeddings.WithEmbeddings | embeddings.EmbeddingSource,
+    stage: stages.Stage,
 ) -> dict[str, jax.Array]:
     """The normalisation of image embeddings that a config names, from the training set's own."""
     if kind == "codes":
-        return ar_prior.fit_quantiser(stage.model, lambda: stored_chunks(store))
+        return ar_prior.fit_quantiser(stage.model, source.chunks)
     if kind == "whiten":
-        return embedding.whitening(jnp.asarray(store.z_i[store.valid]))
+        return embedding.whitening(z_i for z_i, _ in source.chunks())
     e = stage.model.embed_dim
     return embedding.scaling(e) if kind == "scale" else embedding.identity(e)
-
-
-def stored_chunks(store: embeddings.EmbeddingStore) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All valid (z_i, z_t) of a store, each [n, e], a part at a time."""
-    for start in range(0, len(store), STORE_ROWS):
-        rows = slice(start, start + STORE_ROWS)
-        if store.valid[rows].any():
-            yield store.z_i[rows][store.valid[rows]], store.z_t[rows][store.valid[rows]]

@@ -1,233 +1,162 @@
-"""CLIP embeddings of a data set, computed once and stored.
+"""CLIP embeddings of a data set, stored once and read by the number of their pair.
 
-A store is a folder: `z_i.npy` and `z_t.npy`, float32 `[N, e]`, row i for pair i of the
-source; `valid.npy`, bool `[N]`, False for pairs whose record is bad; and `meta.json`,
-which says which CLIP and which data they belong to.
+A store is a folder, here or remote: see `embedding_shards` for what is in it and
+`embedding_writer` for how it comes to be. It serves in two ways: `WithEmbeddings` joins it to the
+pictures it was computed from, and `EmbeddingSource` is a data set of its own, without pictures.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import errno
+import functools
+import hashlib
 import json
 import os
-import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from unclip_jax.data.batches import batches
-from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.embedding_folders import Folder, open_folder
+from unclip_jax.data.embedding_shards import (
+    FIRST,
+    HELDOUT,
+    META,
+    VALID,
+    Damaged,
+    Meta,
+    Pair,
+    ShardReader,
+)
 from unclip_jax.data.records import BadRecord, Source
 from unclip_jax.errors import UserError
 
-FORMAT = 1  # of the folder; raised when its layout changes
+SPLITS = ("train", "heldout", "all")
+_READ_TOGETHER = 8192  # pairs of a chunk
 
 
-@dataclasses.dataclass(frozen=True)
 class EmbeddingStore:
-    """Stored embeddings of N pairs, memory-mapped.
+    """Stored embeddings of N pairs; shards are opened when first read. Safe to call from threads.
 
     Attributes:
-      directory: where they are.
-      clip_fingerprint: of the CLIP they were computed with.
-      data_fingerprint: of the pairs they were computed from.
-      z_i: image embeddings, float32 `[N, e]`.
-      z_t: text embeddings, float32 `[N, e]`.
-      valid: bool `[N]`: False where the record was bad, and its rows are zeros.
+      where: its path or URL.
+      meta: what it says of itself.
     """
 
-    directory: pathlib.Path
-    clip_fingerprint: str
-    data_fingerprint: str
-    z_i: np.ndarray
-    z_t: np.ndarray
-    valid: np.ndarray
-
-    def __len__(self) -> int:
-        """The number of pairs."""
-        return len(self.valid)
+    def __init__(self, folder: Folder, meta: Meta):
+        """Use `open`."""
+        self.where, self.meta = str(folder), meta
+        self._folder = folder
+        self._shards: dict[int, ShardReader] = {}
+        self._opening = threading.Lock()
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike, *, clip_fingerprint: str, data_fingerprint: str
+        cls, where: str | os.PathLike, *, cache_dir: str | os.PathLike, **expected: Any
     ) -> EmbeddingStore:
         """Opens a store for reading.
 
-        Raises:
-          UserError: if there is none, it is damaged, or it belongs to another CLIP or
-            other data.
-        """
-        folder = pathlib.Path(directory)
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            arrays = {k: np.load(folder / f"{k}.npy", mmap_mode="r") for k in ("z_i", "z_t")}
-            valid = np.load(folder / "valid.npy")
-        except FileNotFoundError as error:
-            raise UserError(f"embeddings: {folder}: no stored embeddings; compute them") from error
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"embeddings: {folder}: damaged ({error}); delete it and compute them again"
-            ) from error
-        expected = {
-            "format": FORMAT,
-            "clip_fingerprint": clip_fingerprint,
-            "data_fingerprint": data_fingerprint,
-        }
-        for field, value in expected.items():
-            if meta.get(field) != value:
-                raise UserError(
-                    f"embeddings: {folder}: {field} is {meta.get(field)!r}, expected {value!r}; "
-                    "compute them again, into another folder"
-                )
-        shapes = {array.shape for array in arrays.values()}
-        if shapes != {(meta["count"], meta["width"])} or len(valid) != meta["count"]:
-            raise UserError(
-                f"embeddings: {folder}: damaged (shapes {sorted(shapes)}, count {meta['count']}); "
-                "delete it and compute them again"
-            )
-        return cls(folder, clip_fingerprint, data_fingerprint, **arrays, valid=valid)
+        Args:
+          where: its folder, a path or a URL of fsspec's.
+          cache_dir: where copies of a remote store's shards are kept.
+          **expected: what fields of its `meta` must be.
 
-    @classmethod
-    @contextlib.contextmanager
-    def create(
-        cls,
-        directory: str | os.PathLike,
-        *,
-        clip_fingerprint: str,
-        data_fingerprint: str,
-        count: int,
-        width: int,
-    ) -> Iterator[EmbeddingStore]:
-        """A store to fill inside a `with`; it appears, whole, when that ends well.
+        Raises:
+          UserError: if there is none, it is damaged or not complete, or a field is another.
+        """
+        folder = open_folder(where, cache_dir)
+        names = folder.names()
+        if META not in names:
+            raise UserError(
+                f"embeddings: {folder}: no stored embeddings; compute them with"
+                " python -m unclip_jax.data.embed"
+            )
+        meta = Meta.from_json(folder.read_text(META), str(folder))
+        store = cls(folder, meta)
+        store.check(**expected)
+        missing = sum(meta.shard_name(s) not in names for s in range(meta.shards))
+        if missing:
+            raise UserError(
+                f"embeddings: {folder}: {missing} of {meta.shards} shards are missing; run the same"
+                " python -m unclip_jax.data.embed again, which goes on where it stopped"
+            )
+        return store
+
+    def check(self, **expected: Any) -> None:
+        """Checks fields of `meta`; `UserError` names the first that is another."""
+        advice = "compute them again, into another folder, or give the CLIP and data they are of"
+        self.meta.check(self.where, advice, **expected)
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return self.meta.count
+
+    def __getitem__(self, index: int) -> Pair:
+        """The pair at `index`, valid or not; `records.BadRecord` if its record is damaged."""
+        shard = self.meta.shard_of(index)
+        try:
+            (pair,) = self._shard(shard).read(index, index + 1)
+        except Damaged as error:
+            raise BadRecord(f"pair {index} of {self._name(shard)}: damaged ({error})") from error
+        return pair
+
+    @functools.cached_property
+    def flags(self) -> np.ndarray:
+        """What `embedding_shards` says of each pair in a byte, uint8 `[N]`; opens every shard.
+
+        Raises:
+          UserError: if a shard is damaged.
+        """
+        parts = []
+        for shard in range(self.meta.shards):
+            try:
+                parts.append(self._shard(shard).flags())
+            except Damaged as error:
+                raise self._beyond_use(shard, error) from error
+        return np.concatenate(parts)
+
+    def chunks(self, among: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All valid (z_i, z_t), each float32 `[n, e]`, some thousands at a time, in order.
 
         Args:
-          directory: where it will be; must not exist yet.
-          clip_fingerprint: of the CLIP.
-          data_fingerprint: of the pairs.
-          count: N, the number of pairs.
-          width: e, CLIP's dimension.
+          among: bool `[N]`, which pairs count; None for all.
 
         Raises:
-          UserError: if `directory` exists or can't be written.
+          UserError: if a shard is damaged.
         """
-        folder = pathlib.Path(directory)
-        if folder.exists():
-            raise UserError(f"embeddings: {folder}: exists; give another folder, or delete it")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        except OSError as error:
-            raise UserError(f"embeddings: {folder}: can't be written ({error})") from error
-        try:
-            rows = {
-                key: np.lib.format.open_memmap(
-                    partial / f"{key}.npy", "w+", dtype=np.float32, shape=(count, width)
-                )
-                for key in ("z_i", "z_t")
-            }
-            valid = np.zeros(count, bool)
-            yield cls(partial, clip_fingerprint, data_fingerprint, **rows, valid=valid)
-            for array in rows.values():
-                array.flush()
-            np.save(partial / "valid.npy", valid)
-            meta = {
-                "format": FORMAT,
-                "clip_fingerprint": clip_fingerprint,
-                "data_fingerprint": data_fingerprint,
-                "count": count,
-                "width": width,
-                "dtype": "float32",
-            }
-            (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-            partial.chmod(0o755)  # mkdtemp gives it to its owner alone
-            _put_in_place(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        for shard in range(self.meta.shards):
+            pairs = self.meta.shard_pairs(shard)
+            for start in range(pairs.start, pairs.stop, _READ_TOGETHER):
+                stop = min(start + _READ_TOGETHER, pairs.stop)
+                try:
+                    read = self._shard(shard).read(start, stop)
+                except Damaged as error:
+                    raise self._beyond_use(shard, error) from error
+                counts = [p for p in read if p.flags & VALID and (among is None or among[p.index])]
+                if counts:
+                    yield np.stack([p.z_i for p in counts]), np.stack([p.z_t for p in counts])
 
+    def _shard(self, shard: int) -> ShardReader:
+        reader = self._shards.get(shard)
+        if reader is None:
+            with self._opening:
+                if shard not in self._shards:
+                    path = self._folder.file(self.meta.shard_name(shard))
+                    try:
+                        self._shards[shard] = ShardReader(path, self.meta, shard)
+                    except Damaged as error:
+                        raise self._beyond_use(shard, error) from error
+                reader = self._shards[shard]
+        return reader
 
-def _put_in_place(partial: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames a finished folder; where another process was first, its folder stays."""
-    try:
-        partial.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
+    def _name(self, shard: int) -> str:
+        return f"{self.where}/{self.meta.shard_name(shard)}"
 
-
-Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
-
-
-def compute(
-    source: Source,
-    config: DataConfig,
-    encode: Encode,
-    directory: str | os.PathLike,
-    *,
-    clip_fingerprint: str,
-    batch_size: int,
-    progress: bool = True,
-) -> EmbeddingStore:
-    """The embeddings of all pairs of a source, from `directory` if they are there already.
-
-    Run it in one process. Images are not augmented.
-
-    Args:
-      source: the pairs.
-      config: gives CLIP's image size, context length and vocabulary.
-      encode: (images uint8 `[b, s, s, 3]`, tokens int32 `[b, l]`) -> (z_i, z_t), each
-        `[b, e]`; always called with `batch_size` rows, so it compiles once.
-      directory: where the store is, or will be.
-      clip_fingerprint: of the CLIP behind `encode`.
-      batch_size: pairs encoded at once.
-      progress: whether to show a progress line.
-
-    Raises:
-      UserError: if the store there belongs to another CLIP or other data, an embedding
-        isn't finite, or every record is bad.
-    """
-    of = {"clip_fingerprint": clip_fingerprint, "data_fingerprint": source.fingerprint}
-    if pathlib.Path(directory).exists():
-        return EmbeddingStore.open(directory, **of)
-    plain = dataclasses.replace(config, augment=0.0, cache_bytes=0)
-    stream = batches(
-        source, plain, seed=0, batch_size=batch_size, shuffle=False, epochs=1, drop_remainder=False
-    )
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=len(source), desc="CLIP embeddings", disable=None if progress else True)
+    def _beyond_use(self, shard: int, error: Damaged) -> UserError:
+        return UserError(
+            f"embeddings: {self._name(shard)}: damaged ({error}); delete that file and run the same"
+            " python -m unclip_jax.data.embed again (or delete the folder, if it is a cache)"
         )
-        store = None
-        for batch in stream:
-            index = batch["index"]
-            z_i, z_t = _encode_padded(encode, batch, batch_size)
-            if not (np.isfinite(z_i).all() and np.isfinite(z_t).all()):
-                raise UserError(
-                    f"clip: embeddings of pairs {index[0]}..{index[-1]} of {source.name} are not "
-                    "finite; check the CLIP checkpoint"
-                )
-            if store is None:
-                store = stack.enter_context(
-                    EmbeddingStore.create(directory, **of, count=len(source), width=z_i.shape[-1])
-                )
-            store.z_i[index], store.z_t[index], store.valid[index] = z_i, z_t, True
-            bar.update(len(index))
-    return EmbeddingStore.open(directory, **of)
-
-
-def _encode_padded(
-    encode: Encode, batch: dict[str, np.ndarray], batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """float32 embeddings `[b, e]` of a batch, filled up with its first row for `encode`."""
-    count = len(batch["index"])
-    rows = np.arange(batch_size) * (np.arange(batch_size) < count)
-    z_i, z_t = encode(batch["image"][rows], batch["tokens"][rows])
-    return np.asarray(z_i, np.float32)[:count], np.asarray(z_t, np.float32)[:count]
 
 
 class WithEmbeddings:
@@ -243,11 +172,12 @@ class WithEmbeddings:
         Raises:
           UserError: if the store is of other data.
         """
-        if store.data_fingerprint != source.fingerprint or len(store) != len(source):
+        of = (store.meta.data_fingerprint, len(store))
+        if of != (source.fingerprint, len(source)):
             raise UserError(
-                f"embeddings: {store.directory}: computed from other data "
-                f"({store.data_fingerprint}) than {source.name} ({source.fingerprint}); "
-                "compute them again"
+                f"embeddings: {store.where}: computed from other data ({of[0]}, {of[1]} pairs) than"
+                f" {source.name} ({source.fingerprint}, {len(source)} pairs); compute them from"
+                " this data set, split and captions"
             )
         self.name, self.fingerprint = source.name, source.fingerprint
         self.image_count, self.skipped = source.image_count, source.skipped
@@ -265,7 +195,90 @@ class WithEmbeddings:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The pair at `index`, with its embeddings."""
+        pair = self.store[index]
         record = self._source[index]
-        if not self.store.valid[index]:
+        if not pair.flags & VALID:
             raise BadRecord(f"{record['name']}: no embeddings, as it was bad when they were made")
-        return {**record, "z_i": self.store.z_i[index], "z_t": self.store.z_t[index]}
+        return {**record, "z_i": pair.z_i, "z_t": pair.z_t}
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All valid (z_i, z_t), each float32 `[n, e]`, a part at a time."""
+        return self.store.chunks()
+
+
+class EmbeddingSource:
+    """Stored embeddings as a data set of their own: records hold no `image`.
+
+    They hold `caption`, `z_i`, `z_t` and, where those that are stored fit, `tokens`. Splits part
+    the images by the SHA-256 of their names, as `records.is_heldout` says: a store of a whole
+    folder has the folder's own splits. See `records.Source` for the attributes; besides, `store`
+    is the `EmbeddingStore`.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        where: str,
+        split: str,
+        captions: str,
+        *,
+        context: tuple[int, int],
+        cache_dir: str | os.PathLike,
+    ):
+        """Opens a store and reads which of its pairs are in a split, but no pair.
+
+        Args:
+          where: its path or URL.
+          split: "train", "heldout" or "all".
+          captions: "all", or "first" for one pair an image.
+          context: length and vocabulary of the tokens that are wanted.
+          cache_dir: where copies of a remote store's shards are kept.
+
+        Raises:
+          UserError: if there is no such store or split, nothing in the split, or the store isn't
+            complete.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split: {split!r}: stored embeddings have {', '.join(SPLITS)}")
+        self.name = f"embeddings:{where}"
+        self.store = EmbeddingStore.open(where, cache_dir=cache_dir)
+        self.skipped: dict[str, str] = {}
+        meta, flags = self.store.meta, self.store.flags
+        self._among = np.ones(len(flags), bool)
+        if split != "all":
+            self._among &= (flags & HELDOUT > 0) == (split == "heldout")
+        if captions == "first":
+            self._among &= flags & FIRST > 0
+        self._pairs = np.flatnonzero(self._among)
+        if not len(self._pairs):
+            raise UserError(
+                f"split: {split!r}: none of the {len(flags)} pairs of {self.name} falls in it; use"
+                " split 'all', or more data"
+            )
+        self._images = np.cumsum(flags & FIRST > 0)
+        self.image_count = len(np.unique(self._images[self._pairs]))
+        self._has_tokens = (meta.context_length, meta.vocab_size) == context
+        known = [meta.clip_fingerprint, meta.data_fingerprint, split, captions]
+        self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """The number of pairs in the split."""
+        return len(self._pairs)
+
+    def image_of(self, index: int) -> int:
+        """A number that the pairs of one image share."""
+        return int(self._images[self._pairs[index]])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The pair at `index`; `records.BadRecord` if it has no embeddings."""
+        pair = self.store[int(self._pairs[index])]
+        if not pair.flags & VALID:
+            raise BadRecord(f"{pair.name}: no embeddings, as it was bad when they were made")
+        record = {"caption": pair.caption, "index": index, "name": pair.name}
+        tokens = {"tokens": pair.tokens} if self._has_tokens else {}
+        return record | tokens | {"z_i": pair.z_i, "z_t": pair.z_t}
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All valid (z_i, z_t) of the split, each float32 `[n, e]`, a part at a time."""
+        return self.store.chunks(self._among)

@@ -8,8 +8,11 @@ Both are `(z - mean) / std`. The two vectors live in a stage's params under the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.errors import UserError
 
@@ -28,24 +31,38 @@ def scaling(embed_dim: int, scale: float = PAPER_SCALE) -> Normalisation:
     return {"mean": jnp.zeros(embed_dim), "std": jnp.full(embed_dim, 1.0 / scale)}
 
 
-def whitening(z: jax.Array, floor: float = 1e-6) -> Normalisation:
-    """Mean and standard deviation of every coordinate of z [n, e] (Karlo's normalisation).
+def whitening(chunks: Iterable[np.ndarray], floor: float = 1e-6) -> Normalisation:
+    """Mean and standard deviation of every coordinate of all embeddings (Karlo's normalisation).
+
+    One pass over any number of them, in float64: the means and scatters of two sets merge exactly
+    into those of their union (Chan, Golub and LeVeque 1979).
+
+    Args:
+        chunks: the embeddings in parts, each [n, e] with n >= 1.
+        floor: what varies less counts as constant.
 
     Raises:
         UserError: fewer than two embeddings, or a coordinate that never varies.
     """
-    if z.ndim != 2 or z.shape[0] < 2:
+    count, mean, scatter = 0, np.zeros(()), np.zeros(())
+    for chunk in chunks:
+        z = np.asarray(chunk, np.float64)
+        total = count + len(z)
+        apart = z.mean(axis=0) - mean
+        scatter = scatter + len(z) * z.var(axis=0) + apart**2 * (count * len(z) / total)
+        count, mean = total, mean + apart * (len(z) / total)
+    if count < 2:
         raise UserError(
-            f"embeddings: got shape {tuple(z.shape)}, expected [n, e] with n >= 2 to measure their"
-            " standard deviation; use a larger data set"
+            f"embeddings: got {count}, expected at least 2 to measure their standard deviation;"
+            " use a larger data set"
         )
-    std = jnp.std(z, axis=0)
-    if bool(jnp.any(std < floor)):
+    std = np.sqrt(scatter / count)
+    if np.any(std < floor):
         raise UserError(
-            f"embeddings: {int(jnp.sum(std < floor))} of {z.shape[1]} coordinates never vary;"
+            f"embeddings: {int(np.sum(std < floor))} of {len(std)} coordinates never vary;"
             " the CLIP has collapsed: train it longer or with a lower learning rate"
         )
-    return {"mean": jnp.mean(z, axis=0), "std": std}
+    return {"mean": jnp.asarray(mean, jnp.float32), "std": jnp.asarray(std, jnp.float32)}
 
 
 def normalise(stats: Normalisation, z: jax.Array) -> jax.Array:
