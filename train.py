@@ -6,6 +6,9 @@
 
 Any field can be set: --config.train.learning_rate=1e-4. A config ends in :smoke to run in seconds.
 The same command again resumes. When the run ends, WORKDIR/model holds the trained stage.
+
+On several hosts the same command runs on each: under Slurm, Open MPI or on a TPU pod they find each
+other, elsewhere --coordinator_address, --num_processes and --process_id say where. See docs/pods.md.
 """
 
 from __future__ import annotations
@@ -17,10 +20,18 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from unclip_jax import distributed
 from unclip_jax.errors import UserError, run_command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as emoji/clip.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and previews go.")
+
+DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", distributed.MODES, "Whether to join the processes of other hosts."
+)
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def parse(argv: list[str]) -> None:
@@ -62,6 +73,7 @@ def _why(broken: object) -> str:
 def main(argv: list[str]) -> None:
     """Prepare the run, train, and save the stage."""
     parse(argv)
+    distributed.initialize(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
     from unclip_jax import checkpoint, runs, training
 
@@ -82,6 +94,7 @@ def main(argv: list[str]) -> None:
         config=run.train,
         workdir=workdir,
         description=run.description,
+        mesh=run.mesh,
         evaluate=run.evaluate,
         preview=run.preview,
         export=export,

@@ -14,46 +14,57 @@ ALLOWED = {
     "losses": {"errors", "diffusion"},
     "degrade": {"errors"},
     "samplers": {"errors", "diffusion"},
-    "models": {"errors"},
+    "axes": {"errors"},
+    "models": {"errors", "axes"},
     "presets": {"models"},
     "pca": {"errors"},
     "stages": {
-        "errors", "config", "degrade", "diffusion", "losses", "models", "pca", "samplers",
+        "errors", "axes", "config", "degrade", "diffusion", "losses", "models", "pca", "samplers",
     },
     "data": {"errors"},
     "checkpoint": {"errors"},
     "hub": {"errors"},
     "parts": {"errors", "checkpoint", "stages"},
+    "data/embed": {"errors", "data", "distributed", "parts", "stages"},
     "clip_text": {"data", "parts", "stages"},
     "convert": {
         "errors", "checkpoint", "clip_text", "data", "diffusion", "hub", "models", "parts",
         "presets", "samplers", "stages",
     },
     "train_config": {"errors"},
-    "sharding": {"errors"},
+    "distributed": {"errors"},
+    "preemption": {"distributed"},
+    "sharding": {"errors", "axes", "checkpoint"},
+    "feed": {"errors", "distributed", "sharding", "train_config"},
     "optim": {"checkpoint", "train_config"},
-    "train_step": {"optim", "sharding", "train_config"},
-    "resume": {"errors", "checkpoint"},
+    "train_step": {"axes", "optim", "sharding", "train_config"},
+    "resume": {"errors", "checkpoint", "train_config"},
     "grids": {"errors", "files"},
     "report": {"errors", "files"},
     "training": {
-        "errors", "checkpoint", "config", "files", "grids", "optim", "report", "resume",
-        "sharding", "train_config", "train_step",
+        "errors", "checkpoint", "config", "distributed", "feed", "files", "grids", "optim",
+        "preemption", "report", "resume", "sharding", "train_config", "train_step",
     },
     "t5": {"errors", "checkpoint", "convert", "data", "models"},
     "pipeline": {
-        "errors", "checkpoint", "clip_text", "convert", "data", "hub", "parts", "stages", "t5",
+        "errors", "axes", "checkpoint", "clip_text", "convert", "data", "hub", "parts", "sharding",
+        "stages", "t5",
     },
     "text_states": {"data"},
     "lora": {"errors", "checkpoint"},
     "fine_tuning": {"errors", "checkpoint", "lora", "parts", "stages"},
+    "plan": {
+        "errors", "axes", "config", "files", "optim", "sharding", "stages", "train_config",
+        "train_step",
+    },
+    "save": {"errors", "checkpoint", "config", "fine_tuning", "lora", "stages"},
     "classes": {"errors", "data", "parts", "stages"},
     "evaluation": set(),
     "evaluate": {"errors", "data", "evaluation", "files", "pca", "pipeline"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
     "runs": {
         "errors", "checkpoint", "classes", "clip_text", "config", "data", "figures",
-        "fine_tuning", "lora", "parts", "pipeline", "stages", "t5", "text_states",
+        "fine_tuning", "lora", "parts", "pipeline", "sharding", "stages", "t5", "text_states",
         "train_config", "train_step",
     },
     "analytic": {
@@ -66,7 +77,8 @@ ALLOWED = {
         "errors", "data", "diffusion", "evaluation", "pca", "pipeline", "samplers", "stages",
     },
     "tasks": {
-        "errors", "data", "figures", "grids", "manipulate", "pca", "pipeline", "stages",
+        "errors", "data", "figures", "grids", "manipulate", "pca", "pipeline", "sharding",
+        "stages",
     },
 }  # fmt: skip
 
@@ -81,9 +93,12 @@ RESERVED = {
 }
 
 
+COMMANDS = ("data/embed",)  # parts by themselves, though they lie in another's folder
+
+
 def part_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
+    relative = path.relative_to(PACKAGE).with_suffix("")
+    return relative.as_posix() if relative.as_posix() in COMMANDS else relative.parts[0]
 
 
 def imported(path: Path) -> set[str]:

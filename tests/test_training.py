@@ -335,7 +335,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 def test_training_stops_when_the_loss_is_not_finite(tmp_path):
     with pytest.raises(UserError, match=r"step 18: .*last good checkpoint is step 10"):
         run(tmp_path, Batches(poison=17))
-    checkpoints = resume.Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = resume.Checkpoints(tmp_path / "checkpoints", TrainConfig())
     assert checkpoints.latest() == 10
     with pytest.raises(UserError, match=r"step 3: .*none was saved"):
         run(tmp_path / "other", Batches(poison=2), log_every=100)
@@ -345,7 +345,7 @@ def test_a_bad_step_never_reaches_a_checkpoint(tmp_path):
     """The bad step lies right before the save, and nothing is logged until then."""
     with pytest.raises(UserError, match=r"step 9: .*in a new workdir"):
         run(tmp_path, Batches(poison=8), log_every=1000)
-    assert resume.Checkpoints(tmp_path / "checkpoints", keep=2).latest() is None
+    assert resume.Checkpoints(tmp_path / "checkpoints", TrainConfig()).latest() is None
 
 
 def test_only_the_last_checkpoints_stay(tmp_path):
@@ -463,7 +463,7 @@ def test_eight_devices_equal_one(tmp_path):
 
 
 def test_a_batch_that_does_not_split_over_the_devices():
-    mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    mesh = jax.sharding.AbstractMesh((4, 2, 3), ("data", "fsdp", "tensor"))
     sharding.check_batch_size(32, mesh, grad_accum=2)
     with pytest.raises(UserError, match=r"train\.batch_size: got 12, expected a multiple of 16"):
         sharding.check_batch_size(12, mesh, grad_accum=2)

@@ -37,7 +37,8 @@ class Batches:
     def get_state(self):
         return str(self.index).encode() if self.as_bytes else {"index": self.index}
 
-    def set_state(self, state):
+    def set_state(self, states):
+        (state,) = states
         self.index = int(state) if self.as_bytes else state["index"]
 
 

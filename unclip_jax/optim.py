@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +56,63 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
     Weight decay is decoupled and multiplied by the learning rate, and acts on `decay_mask` only.
     """
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32)
+    if config.moment_dtype != "float32":
+        adam = moments_in(config.moment_dtype, adam)
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
+        adam,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def stored(key: jax.Array, tree: Any, dtype: str) -> Any:
+    """A tree of float32 arrays as it is kept: itself, or rounded to "bfloat16".
+
+    The rounding is stochastic. An average moves by a thousandth of what it lacks, and bfloat16 has
+    steps of a 256th: rounded to the nearest, it would never move at all.
+    """
+    if dtype == "float32":
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    keys = (jax.random.fold_in(key, i) for i in range(len(leaves)))
+    return structure.unflatten(map(round_stochastically, keys, leaves))
+
+
+def round_stochastically(key: jax.Array, x: jax.Array) -> jax.Array:
+    """float32 to bfloat16, up or down at random, such that the mean is the float32.
+
+    Sixteen random bits are added below bfloat16's last bit, and what lies there is cut off. What
+    is not finite stays as it is.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    cut = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), cut, x.astype(jnp.bfloat16))
+
+
+class _Moments(NamedTuple):
+    """Adam's state with its moments in a narrow dtype."""
+
+    count: jax.Array
+    mu: Params
+    nu: Params
+
+
+def moments_in(dtype: str, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`adam`, computing in float32 and keeping its moments in `dtype`."""
+
+    def init(params: Params) -> _Moments:
+        state = adam.init(params)
+        narrow = jax.tree.map(lambda m: m.astype(dtype), (state.mu, state.nu))
+        return _Moments(state.count, *narrow)
+
+    def update(updates: Params, state: _Moments, params: Params | None = None) -> tuple:
+        wide = jax.tree.map(lambda m: m.astype(jnp.float32), (state.mu, state.nu))
+        whole = optax.ScaleByAdamState(state.count, *wide)
+        updates, whole = adam.update(updates, whole, params)
+        narrow = stored(jax.random.key(whole.count), (whole.mu, whole.nu), dtype)
+        return updates, _Moments(whole.count, *narrow)
+
+    return optax.GradientTransformation(init, update)

@@ -6,6 +6,7 @@ ours stand in for it): `write_scalars`, `write_images`, `write_texts`, `flush`, 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -167,8 +168,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class Progress(MetricWriter):
     """Where the run stands: one live line on a terminal, plain lines in a log."""
 
-    def __init__(self, *, steps: int, start: int, batch_size: int, stream: TextIO | None = None):
-        """Show steps `start` to `steps` on `stream` (standard output by default)."""
+    def __init__(
+        self,
+        *,
+        steps: int,
+        start: int,
+        batch_size: int,
+        stream: TextIO | None = None,
+        silent: bool = False,
+    ):
+        """Show steps `start` to `steps` on `stream` (standard output by default), or nothing."""
+        if silent:
+            stream = io.StringIO()
         self._stream = sys.stdout if stream is None else stream
         self._steps, self._batch_size = steps, batch_size
         self._bar = None

@@ -8,11 +8,11 @@ either whole or not there.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from unclip_jax import checkpoint
 from unclip_jax.errors import UserError
+from unclip_jax.train_config import TrainConfig
 
 State = TypeVar("State")
 
@@ -37,6 +38,8 @@ CHANGEABLE = (
     "train.preview_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.best",
+    "train.best_is",
 )
 
 _LISTED = 3
@@ -73,13 +76,24 @@ def lock(workdir: Path) -> Iterator[None]:
 class Checkpoints:
     """The training checkpoints in a folder; use as a context manager."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Open `folder`, created if missing; the last `keep` checkpoints stay."""
-        self.folder = folder
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        """Open `folder`, created if missing.
+
+        The last `config.keep_checkpoints` stay, and the best by `config.best`, if that is set.
+        """
+        self.folder, self._config = folder, config
+        policies = ocp.checkpoint_managers
+        keep: Any = policies.LatestN(config.keep_checkpoints)
+        if config.best:
+            best = policies.BestN(
+                get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
+            )
+            keep = policies.AnyPreservationPolicy([keep, best])
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                preservation_policy=keep,
+                best_fn=self._score if config.best else None,
                 cleanup_tmp_directories=True,
             ),
             item_handlers={
@@ -106,14 +120,44 @@ class Checkpoints:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: Any, description: Mapping[str, Any]) -> None:
+    def _score(self, figures: Mapping[str, float]) -> float:
+        """The greater, the better."""
+        value = float(figures[self._config.best])
+        if math.isnan(value):
+            return -math.inf
+        return -value if self._config.best_is == "least" else value
+
+    def is_best(self, figures: Mapping[str, float]) -> bool:
+        """Whether no checkpoint is as good as one with these figures would be.
+
+        Raises:
+            UserError: `config.best` is none of the figures.
+        """
+        if self._config.best not in figures:
+            raise UserError(
+                f"train.best: got {self._config.best!r}, expected one of the figures of this"
+                f" stage: {', '.join(sorted(figures))}"
+            )
+        best = self._manager.best_step()
+        before = None if best is None else self._manager.metrics(best)
+        return before is None or self._score(figures) > self._score(before)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        positions: Mapping[str, Any],
+        description: Mapping[str, Any],
+        figures: Mapping[str, float],
+    ) -> None:
         """Begin to write a checkpoint; returns once the state is copied off the devices.
 
         Args:
             step: its number.
             state: pytree of arrays.
-            position: what the data iterator's `get_state` returned: bytes, or JSON-able.
+            positions: in the data, JSON-able.
             description: JSON-able.
+            figures: of the evaluation at this step, empty if there was none.
 
         Raises:
             UserError: this one or the one before could not be written.
@@ -122,11 +166,11 @@ class Checkpoints:
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(_encode(position)),
+            data=ocp.args.JsonSave(dict(positions)),
             description=ocp.args.JsonSave(dict(description)),
         )
         with self._writing(f"checkpoint {step}"):
-            self._manager.save(step, args=items)
+            self._manager.save(step, args=items, metrics=dict(figures) or None)
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -152,8 +196,8 @@ class Checkpoints:
         items = ocp.args.Composite(description=ocp.args.JsonRestore())
         return self._read(step, lambda: self._manager.restore(step, args=items))["description"]
 
-    def restore(self, step: int, like: State) -> tuple[State, Any]:
-        """The state and the data position of checkpoint `step`.
+    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """The state and the data positions of checkpoint `step`.
 
         Args:
             step: which one.
@@ -170,7 +214,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
         )
         restored = self._read(step, lambda: self._manager.restore(step, args=items))
-        return restored["state"], _decode(restored["data"])
+        return restored["state"], restored["data"]
 
     def _check_params(self, step: int, like: Any) -> None:
         """Orbax's own message for a changed network is a screen long; ours is a line."""
@@ -196,16 +240,6 @@ class Checkpoints:
                 f"{self.folder / str(step)}: the checkpoint is damaged ({type(error).__name__}:"
                 f" {reason[0][:200]}); delete that folder to {instead}"
             ) from error
-
-
-def _encode(position: Any) -> dict[str, Any]:
-    if isinstance(position, bytes):
-        return {"base64": base64.b64encode(position).decode("ascii")}
-    return {"json": position}
-
-
-def _decode(saved: Mapping[str, Any]) -> Any:
-    return base64.b64decode(saved["base64"]) if "base64" in saved else saved["json"]
 
 
 def check_description(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:

@@ -27,9 +27,14 @@ class TrainConfig:
         sam_rho: radius of sharpness-aware minimisation (the paper's CLIP: 0.1), which takes two
             gradients a step; 0 takes one.
         ema_decay: of the averaged weights that are evaluated and exported.
+        ema_dtype: in which the average is kept, "float32" or "bfloat16" (stochastically rounded).
+        moment_dtype: in which Adam's moments are kept, likewise.
         ema_warmup: whether step n (from 0) averages with min(ema_decay, (1 + n) / (10 + n)).
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; the last step always makes one.
+        best: name of an evaluation's figure, such as "heldout_loss"; the checkpoint where it was
+            best stays, besides the latest. Empty keeps the latest alone.
+        best_is: whether the "least" or the "greatest" is best.
         eval_every: steps between evaluations, and one after the last step.
         preview_every: steps between preview grids, and one after the last step.
         keep_checkpoints: how many stay on disk.
@@ -50,11 +55,15 @@ class TrainConfig:
     sam_rho: float = 0.0
     ema_decay: float = 0.9999
     ema_warmup: bool = True
+    ema_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
     log_every: int = 100
     checkpoint_every: int = 1000
     eval_every: int = 0
     preview_every: int = 0
     keep_checkpoints: int = 2
+    best: str = ""
+    best_is: Literal["least", "greatest"] = "least"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,7 +79,13 @@ class TrainConfig:
             self._check(name, getattr(self, name) > 0, "a positive number")
         for name in ("b1", "b2", "ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
+        for name in ("ema_dtype", "moment_dtype"):
+            known = getattr(self, name) in ("float32", "bfloat16")
+            self._check(name, known, "float32 or bfloat16")
         self._check("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
+        self._check("best_is", self.best_is in ("least", "greatest"), "least or greatest")
+        evaluated = not self.best or self.eval_every > 0
+        self._check("best", evaluated, "an empty name, as train.eval_every is 0")
         fits = self.schedule == "constant" or self.warmup_steps < self.steps
         self._check("warmup_steps", fits, f"less than train.steps ({self.steps})")
 

@@ -17,8 +17,8 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
-from unclip_jax import sharding
-from unclip_jax.optim import Params, learning_rate, trained
+from unclip_jax import axes, sharding
+from unclip_jax.optim import Params, learning_rate, stored, trained
 from unclip_jax.train_config import TrainConfig
 
 Batch = dict[str, jax.Array]
@@ -29,6 +29,7 @@ StepFn = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 # Metrics of the step itself; a loss function names its own otherwise.
 OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "finite", "step")
 
+_EMA = np.iinfo(np.uint32).max  # folded into a step's key, for the rounding of the average
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -38,7 +39,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: steps done, int32 scalar.
         params: all of a stage's, of which `optim.trained` names what a step moves.
-        ema_params: the exponential moving average of what is trained, float32.
+        ema_params: the exponential moving average of what is trained, in `ema_dtype`.
         opt_state: the optimizer's, of what is trained.
     """
 
@@ -49,19 +50,40 @@ class TrainState(NamedTuple):
 
     @property
     def averaged(self) -> Params:
-        """All params, with the average in place of what is trained."""
-        return self.params | self.ema_params
+        """All params, with the average, as float32, in place of what is trained."""
+        return self.params | jax.tree.map(lambda p: p.astype(jnp.float32), self.ema_params)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, ema_dtype: str = "float32"
+) -> TrainState:
     """The state before the first step. Params are copied, since a step consumes its state."""
     weights = trained(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=jax.tree.map(lambda p: jnp.array(p, copy=True), params),
-        ema_params=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), weights),
+        ema_params=jax.tree.map(lambda p: jnp.array(p, ema_dtype, copy=True), weights),
         opt_state=optimizer.init(weights),
     )
+
+
+def sharded_state(
+    params: Params, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> TrainState:
+    """`init_state` on a mesh. No device ever holds more than its part.
+
+    Args:
+        params: the same in every process.
+        optimizer: what the step will use.
+        config: gives the dtype of the average.
+        mesh: where the state goes, as `sharding.tree_shardings` says.
+    """
+
+    def init(params: Params) -> TrainState:
+        return init_state(params, optimizer, config.ema_dtype)
+
+    where = sharding.tree_shardings(jax.eval_shape(init, params), mesh)
+    return jax.jit(init, out_shardings=where)(sharding.place(params, where.params))
 
 
 def make_train_step(
@@ -86,7 +108,8 @@ def make_train_step(
             return loss_fn(state.params | weights, batch, key)
 
         def gradients(weights: Params) -> tuple[jax.Array, Metrics, Params]:
-            return _gradients(loss_of, config.grad_accum, mesh, weights, batch, key)
+            with axes.on(mesh):
+                return _gradients(loss_of, config.grad_accum, mesh, weights, batch, key)
 
         loss, own, grads = gradients(weights)
         if config.sam_rho:
@@ -94,6 +117,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, weights)
         moved = optax.apply_updates(weights, updates)
         ema_params = _average(state.ema_params, moved, _ema_decay(config, state.step))
+        ema_params = stored(jax.random.fold_in(key, _EMA), ema_params, config.ema_dtype)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(moved)}
         finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))
         weights, ema_params, opt_state = jax.tree.map(
@@ -105,9 +129,12 @@ def make_train_step(
         state = TrainState(state.step + 1, state.params | weights, ema_params, opt_state)
         own |= {"loss": loss, **norms, "learning_rate": rate(kept.step), "finite": finite}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in own.items()}
-        return state, metrics | {"step": state.step}
+        return jax.lax.with_sharding_constraint(
+            (state, metrics | {"step": state.step}),
+            (sharding.tree_shardings(state, mesh), sharding.replicated(mesh)),
+        )
 
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    return jax.jit(step_fn, donate_argnums=0)
 
 
 def _sharpness_aware(
@@ -148,7 +175,7 @@ def _gradients(
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         (value, own), grads = value_and_grad(params, batch, key)
-        return value, own, grads
+        return value, own, _like_params(grads, mesh)
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
@@ -156,7 +183,8 @@ def _gradients(
 
     def add(total: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         i, microbatch = inputs
-        part = value_and_grad(params, microbatch, jax.random.fold_in(key, i))
+        part, grads = value_and_grad(params, microbatch, jax.random.fold_in(key, i))
+        part = (part, _like_params(grads, mesh))
         return jax.tree.map(lambda t, x: t + jnp.asarray(x, jnp.float32), total, part), None
 
     stacked = jax.tree.map(split, batch)
@@ -166,6 +194,11 @@ def _gradients(
     total, _ = jax.lax.scan(add, zero, (jnp.arange(microbatches), stacked))
     (value, own), grads = jax.tree.map(lambda x: x / microbatches, total)
     return value, own, grads
+
+
+def _like_params(grads: Params, mesh: Mesh) -> Params:
+    """Gradients where their params are: each device receives the sum of its own part alone."""
+    return jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(grads, mesh))
 
 
 def _ema_decay(config: TrainConfig, step: jax.Array) -> jax.Array:

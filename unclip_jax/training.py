@@ -15,29 +15,26 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
 from unclip_jax import config as settings
-from unclip_jax import grids, report, resume, sharding
+from unclip_jax import distributed, grids, report, resume, sharding
 from unclip_jax.checkpoint import TRAINED, is_weights
 from unclip_jax.errors import UserError
+from unclip_jax.feed import BatchIterator, Feed
 from unclip_jax.files import replacing
 from unclip_jax.optim import Params, make_optimizer, trained
+from unclip_jax.preemption import Preemption
 from unclip_jax.train_config import TrainConfig
 from unclip_jax.train_step import (
-    Batch,
     LossFn,
     StepFn,
     TrainState,
@@ -47,6 +44,7 @@ from unclip_jax.train_step import (
     merge_windows,
     open_window,
     read_window,
+    sharded_state,
 )
 
 __all__ = [
@@ -64,68 +62,6 @@ Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
 # How many steps the host may be ahead of the devices. Enough that they never wait for it; few
 # enough that queued batches take little memory and a SIGTERM is answered soon.
 _IN_FLIGHT = 4
-
-
-class BatchIterator(Protocol):
-    """Batches in a fixed order, whose position can be saved."""
-
-    def __next__(self) -> Mapping[str, np.ndarray]:
-        """The next batch, arrays [batch_size, ...]."""
-
-    def get_state(self) -> Any:
-        """The position: bytes, or JSON-able."""
-
-    def set_state(self, state: Any) -> None:
-        """Go to a position that `get_state` returned."""
-
-
-class _Feed:
-    """Batches on the devices, each with the data position right after it."""
-
-    def __init__(self, batches: BatchIterator, config: TrainConfig, mesh: Mesh) -> None:
-        self._batches, self._config, self._mesh = batches, config, mesh
-
-    def take(self, step: int) -> tuple[Batch, Any]:
-        """The batch of `step`, copied to the devices in the background, and the position."""
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise UserError(
-                f"data: ran out at step {step} of {self._config.steps}; repeat it or lower"
-                " train.steps"
-            ) from None
-        position = self._batches.get_state()
-        for name, array in batch.items():
-            if np.ndim(array) < 1 or len(array) != self._config.batch_size:
-                raise UserError(
-                    f"batch[{name!r}]: got shape {list(np.shape(array))}, expected"
-                    f" {self._config.batch_size} rows (train.batch_size)"
-                )
-            if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
-                raise UserError(f"batch[{name!r}]: got dtype {array.dtype}, expected numbers")
-        return sharding.shard_batch(batch, self._mesh), position
-
-
-class _Termination:
-    """Whether SIGTERM has come; while in force, the process lives on to save."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    @contextlib.contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Python lets only the main thread handle signals; elsewhere nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGTERM, self._request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
 
 
 class _Meter:
@@ -159,7 +95,9 @@ class _Run:
     checkpoints: resume.Checkpoints
     progress: report.Progress
     writer: report.MetricWriter
-    termination: _Termination
+    preemption: Preemption
+    feed: Feed
+    mesh: Mesh
     evaluate: Evaluate | None
     preview: Preview | None
 
@@ -184,22 +122,50 @@ class _Run:
             f" ({self.config.grad_clip:g}) in a new workdir, and check the data"
         )
 
-    def show(self, state: TrainState, step: int) -> None:
-        """Evaluate and draw a preview with the averaged weights, as far as they are due."""
-        if self.evaluate is not None and self.due(self.config.eval_every, step):
-            values = self.evaluate(state.averaged, step)
-            scalars = {f"eval/{name}": float(value) for name, value in values.items()}
-            self.writer.write_scalars(step, scalars)
-        if self.preview is not None and self.due(self.config.preview_every, step):
-            images, captions = zip(*self.preview(state.averaged, step), strict=True)
-            grid = grids.captioned_grid(images, captions, title=f"step {step}")
-            path = self.workdir / "previews" / f"step_{step:08d}.png"
-            grids.save_png(grid, path, {"step": str(step)})
-            self.writer.write_images(step, {"preview": np.asarray(grid)})
+    def show(self, state: TrainState, step: int) -> dict[str, float]:
+        """Evaluate and draw a preview with the averaged weights, as far as they are due.
 
-    def save(self, state: TrainState, step: int, position: Any) -> None:
+        The lead process does it, on its own devices, while the others wait. Returns the figures,
+        in every process.
+        """
+        evaluating = self.evaluate is not None and self.due(self.config.eval_every, step)
+        previewing = self.preview is not None and self.due(self.config.preview_every, step)
+        if not evaluating and not previewing:
+            return {}
+        params = _on_lead(state.averaged, self.mesh)
+        figures: dict[str, float] = {}
+        if evaluating and distributed.is_lead():
+            figures = {name: float(v) for name, v in self.evaluate(params, step).items()}
+            self.writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
+        if previewing and distributed.is_lead():
+            self._draw(self.preview(params, step), step)
+        return distributed.gather(figures)[0]
+
+    def _draw(self, pictures: list[tuple[np.ndarray, str]], step: int) -> None:
+        if not pictures:
+            return
+        images, captions = zip(*pictures, strict=True)
+        grid = grids.captioned_grid(images, captions, title=f"step {step}")
+        path = self.workdir / "previews" / f"step_{step:08d}.png"
+        grids.save_png(grid, path, {"step": str(step)})
+        self.writer.write_images(step, {"preview": np.asarray(grid)})
+
+    def save(
+        self, state: TrainState, step: int, position: Any, figures: Mapping[str, float]
+    ) -> None:
         self.writer.flush()
-        self.checkpoints.save(step, _kept(state), position, self.description)
+        positions = self.feed.positions(position)
+        self.checkpoints.save(step, _kept(state), positions, self.description, figures)
+
+
+def _on_lead(params: Params, mesh: Mesh) -> Params | None:
+    """Params on the devices of the lead process alone, None elsewhere. All must call it."""
+    if jax.process_count() == 1:
+        return params
+    whole = distributed.fetch(params)
+    if not distributed.is_lead():
+        return None
+    return sharding.place(whole, sharding.tree_shardings(whole, sharding.local_mesh(mesh)))
 
 
 def _kept(state: TrainState) -> TrainState:
@@ -209,20 +175,14 @@ def _kept(state: TrainState) -> TrainState:
     return state._replace(params=kept)
 
 
-def _train_steps(
-    run: _Run,
-    step_fn: StepFn,
-    state: TrainState,
-    feed: _Feed,
-    start: int,
-) -> TrainState:
+def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> TrainState:
     """Steps start + 1 to config.steps.
 
     At a step, in this order: log, evaluate and preview, save. What a log line averages begins
     after the last log or checkpoint. Hence a run that goes on from a checkpoint writes the lines
     that the uninterrupted run writes.
     """
-    config, meter = run.config, _Meter(run.config.batch_size)
+    config, feed, meter = run.config, run.feed, _Meter(run.config.batch_size)
     window: Window | None = None
     in_flight: collections.deque[jax.Array] = collections.deque()
     batch, position = feed.take(start + 1) if start < config.steps else (None, None)
@@ -239,14 +199,15 @@ def _train_steps(
             in_flight.popleft().block_until_ready()
         run.progress.update()
 
-        stopping = run.termination.requested
+        stopping = run.preemption.stops_after(step)
         saving = stopping or step == config.steps or run.due(config.checkpoint_every, step)
-        if saving or run.due(config.log_every, step):
+        comparing = bool(config.best) and run.due(config.eval_every, step)
+        if saving or comparing or run.due(config.log_every, step):
             run.log(step, window, meter)
             window = None
-        run.show(state, step)
-        if saving:
-            run.save(state, step, here)
+        figures = run.show(state, step)
+        if saving or (comparing and run.checkpoints.is_best(figures)):
+            run.save(state, step, here, figures)
         if stopping and step < config.steps:
             run.checkpoints.wait()
             run.progress.line(f"stopped by SIGTERM; step {step} is saved, the same command goes on")
@@ -264,6 +225,7 @@ def train(
     config: TrainConfig,
     workdir: str | Path,
     description: Mapping[str, Any],
+    mesh: Mesh | None = None,
     evaluate: Evaluate | None = None,
     preview: Preview | None = None,
     export: Callable[[Params, int], None] | None = None,
@@ -282,71 +244,96 @@ def train(
         workdir: a local folder of this run alone; created if missing.
         description: JSON-able; a run resumes only under the same description (and the same
             `config`, but for `resume.CHANGEABLE`).
+        mesh: of all devices, by default along "data"; a run may resume on another mesh.
         evaluate: (averaged params, step) -> figures on held-out data.
         preview: (averaged params, step) -> uint8 images [h, w, 3] with captions.
         export: (averaged params, step), called once training is over.
 
+    With several processes every one of them calls this. The callbacks are called in the lead
+    process alone, with params on its own devices; it alone writes, but for checkpoints, of which
+    every process writes its part: `workdir` must be the same folder for all.
+
     Returns:
-        The state after the last step, replicated on every device.
+        The state after the last step, on the mesh.
 
     Raises:
         UserError: a workdir in use or of another run, a damaged checkpoint, data that ends or does
             not fit, a loss or gradient that is not finite.
         SystemExit: with status 0, after SIGTERM, once everything is saved.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"jax.process_count(): got {jax.process_count()}, expected 1; training runs in one"
-            " process, on all the devices of its host"
-        )
-    mesh = sharding.make_mesh()
+    distributed.check_initialized()
+    mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(config.batch_size, mesh, config.grad_accum)
     workdir = _open_workdir(workdir)
     described = dict(description) | {"train": settings.to_dict(config)}
     described = json.loads(json.dumps(described, allow_nan=False))
-    termination = _Termination()
+    preemption, feed = Preemption(), Feed(batches, config, mesh)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(termination.in_force())
-        stack.enter_context(resume.lock(workdir))
-        checkpoints = stack.enter_context(
-            resume.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-        )
+        stack.enter_context(preemption.in_force())
+        if distributed.is_lead():
+            stack.enter_context(resume.lock(workdir))
+        checkpoints = stack.enter_context(resume.Checkpoints(workdir / "checkpoints", config))
         start = _check_resumable(checkpoints, described, config, workdir)
         optimizer = make_optimizer(config)
-        state = sharding.replicate(init_state(init_params(), optimizer), mesh)
+        state = sharded_state(_first_params(init_params), optimizer, config, mesh)
         if start:
-            restored, position = checkpoints.restore(start, like=_kept(state))
+            restored, positions = checkpoints.restore(start, like=_kept(state))
             state = restored._replace(params=state.params | restored.params)
-            batches.set_state(position)
+            feed.restore(positions)
 
-        progress = report.Progress(steps=config.steps, start=start, batch_size=config.batch_size)
+        progress = report.Progress(
+            steps=config.steps,
+            start=start,
+            batch_size=config.batch_size,
+            silent=not distributed.is_lead(),
+        )
         stack.callback(progress.close)
         writer = _writers(progress, workdir, start)
         stack.callback(writer.close)
         run = _Run(
-            config,
-            workdir,
-            described,
-            checkpoints,
-            progress,
-            writer,
-            termination,
-            evaluate,
-            preview,
+            config=config,
+            workdir=workdir,
+            description=described,
+            checkpoints=checkpoints,
+            progress=progress,
+            writer=writer,
+            preemption=preemption,
+            feed=feed,
+            mesh=mesh,
+            evaluate=evaluate,
+            preview=preview,
         )
-        _introduce(run, state.params, mesh, start)
+        if distributed.is_lead():
+            _introduce(run, state.params, start)
         step_fn = make_train_step(loss_fn, optimizer, config, mesh)
-        state = _train_steps(run, step_fn, state, _Feed(batches, config, mesh), start)
+        state = _train_steps(run, step_fn, state, start)
         checkpoints.wait()
-        if export is not None:
-            export(state.averaged, config.steps)
-        report.plot_metrics(workdir)
+        _finish(run, state, export)
     return state
 
 
+def _first_params(init_params: Callable[[], Params]) -> Params:
+    """The initial params in the host's memory: one device may be too small for them."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return init_params()
+
+
+def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
+    """What is done once training is over: export the averaged params, draw the curves."""
+    if export is not None:
+        params = _on_lead(state.averaged, run.mesh)
+        if distributed.is_lead():
+            export(params, run.config.steps)
+    if distributed.is_lead():
+        report.plot_metrics(run.workdir)
+    distributed.gather(None)  # no process ends before the lead has written everything
+
+
 def _writers(progress: report.Progress, workdir: Path, start: int) -> report.MultiWriter:
-    """The terminal, the metrics file and TensorBoard as one."""
+    """The terminal, the metrics file and TensorBoard as one; nothing but in the lead process."""
+    if not distributed.is_lead():
+        return report.MultiWriter([])
     return report.MultiWriter(
         [
             progress,
@@ -358,7 +345,9 @@ def _writers(progress: report.Progress, workdir: Path, start: int) -> report.Mul
 
 def _open_workdir(workdir: str | Path) -> Path:
     if "://" in str(workdir) or str(workdir) == "":
-        raise UserError(f"workdir: got {str(workdir)!r}, expected a local folder")
+        raise UserError(
+            f"workdir: got {str(workdir)!r}, expected a folder; mount the bucket, see docs/pods.md"
+        )
     workdir = Path(workdir).expanduser().absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -386,7 +375,7 @@ def _check_resumable(
     return start
 
 
-def _introduce(run: _Run, params: Params, mesh: Mesh, start: int) -> None:
+def _introduce(run: _Run, params: Params, start: int) -> None:
     """Write what the run is: description.json, parameters.txt, and a line or two."""
     text = json.dumps(run.description, indent=2, ensure_ascii=False)
     with replacing(run.workdir / "description.json") as temporary:
@@ -398,9 +387,10 @@ def _introduce(run: _Run, params: Params, mesh: Mesh, start: int) -> None:
     run.writer.write_texts(start, {"description": "    " + text.replace("\n", "\n    ")})
 
     count, moved = map(_count, (params, trained(params)))
-    where = sharding.describe(mesh)
+    where = sharding.describe(run.mesh)
     run.progress.line(
         f"{count:,} parameters, {moved:,} of them trained, on {where['devices']} x {where['kind']}"
+        f" ({where['mesh']})"
     )
     if start:
         run.progress.line(f"resumed from step {start} of {run.config.steps}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from unclip_jax.models.layers import (
     Cache,
+    Embed,
     TransformerBlock,
     causal_mask,
     check,
@@ -83,8 +84,8 @@ class ARPrior(nn.Module):
         """Name the parts."""
         c = self.config
         normal = nn.initializers.normal(0.02)
-        self.tokens = nn.Embed(c.vocab_size, c.width, embedding_init=normal)
-        self.latents = nn.Embed(c.buckets + c.dot_buckets, c.width, embedding_init=normal)
+        self.tokens = Embed(c.vocab_size, c.width)
+        self.latents = Embed(c.buckets + c.dot_buckets, c.width)
         self.z_t_in = nn.Dense(c.width, dtype=c.dtype)
         length = c.context_length + 1 + c.code_dims
         self.positions = self.param("positions", normal, (length, c.width))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from unclip_jax.errors import UserError
 from unclip_jax.models.layers import (
     ACTIVATIONS,
+    Embed,
     Transformer,
     as_tuple,
     causal_mask,
@@ -160,9 +161,7 @@ class TextTower(nn.Module):
                 f"tokens have length {length}: expected at most context_length = "
                 f"{c.context_length}; truncate the captions"
             )
-        embed = nn.Embed(
-            c.vocab_size, c.text_width, embedding_init=nn.initializers.normal(0.02), name="tokens"
-        )
+        embed = Embed(c.vocab_size, c.text_width, name="tokens")
         positions = self.param(
             "positions", nn.initializers.normal(0.01), (c.context_length, c.text_width)
         )

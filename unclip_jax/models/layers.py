@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -178,6 +179,27 @@ class GroupNorm(nn.Module):
         return centred * (gain * scale.reshape(1, 1, 1, c)) + bias.reshape(1, 1, 1, c)
 
 
+# ---------------------------------------------------------------- tokens
+
+
+class Embed(nn.Module):
+    """A table of token embeddings, which start with a standard deviation of 0.02.
+
+    On a mesh every device gathers the features of its own rows before it looks tokens up.
+    """
+
+    rows: int
+    features: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """`[b, l]` int tokens to `[b, l, features]` float32."""
+        init = nn.initializers.normal(0.02)
+        table = self.param("embedding", init, (self.rows, self.features))
+        found = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
+        return constrain(found, "batch", None, None)
+
+
 # ---------------------------------------------------------------- attention and Transformer
 
 
@@ -223,6 +245,11 @@ def attention(
     return (mixed / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
 
 
+def split_heads(stacked: jax.Array) -> jax.Array:
+    """Several projections side by side, `[b, l, s, n, k]`, heads first: `[s, b, n, l, k]`."""
+    return constrain(jnp.moveaxis(stacked, (2, 3), (0, 2)), None, "batch", "heads", None, None)
+
+
 class TransformerBlock(nn.Module):
     """Pre-LayerNorm residual block: self-attention, then a two-layer perceptron.
 
@@ -258,12 +285,13 @@ class TransformerBlock(nn.Module):
           The pair that `nn.scan` wants: `[b, l, d]`, and the keys and values of x alone, or None.
         """
         width = x.shape[-1]
+        x = constrain(x, "batch", None, None)
         into_stream = nn.initializers.variance_scaling(
             0.5 / self.depth, "fan_in", "truncated_normal"
         )
         h = layer_norm("norm_1")(x).astype(self.dtype)
         qkv = nn.DenseGeneral((3, self.heads, width // self.heads), dtype=self.dtype, name="qkv")(h)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        q, k, v = split_heads(qkv)
         own = (k, v) if self.caches else None
         if past is not None:
             k, v = (jnp.concatenate(pair, axis=2) for pair in zip(past, (k, v), strict=True))
@@ -273,8 +301,9 @@ class TransformerBlock(nn.Module):
         )(h)
         h = layer_norm("norm_2")(x).astype(self.dtype)
         h = ACTIVATIONS[self.activation](nn.Dense(self.mlp_width, dtype=self.dtype, name="up")(h))
+        h = constrain(h, "batch", None, "mlp")
         x = x + nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="down")(h)
-        return x, own
+        return constrain(x, "batch", None, None), own
 
 
 class Transformer(nn.Module):

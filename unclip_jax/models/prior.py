@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import (
+    Embed,
     TimeEmbedding,
     Transformer,
     causal_mask,
@@ -102,8 +103,7 @@ class Prior(nn.Module):
         normal = nn.initializers.normal(0.02)
         if c.vocab_size:
             check_shape("text (tokens)", text, (b, c.context_length))
-            embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal, name="tokens")
-            caption = embed(text).astype(c.dtype)
+            caption = Embed(c.vocab_size, c.width, name="tokens")(text).astype(c.dtype)
         else:
             check_shape("text (states)", text, (b, c.context_length, c.text_width))
             caption = nn.Dense(c.width, dtype=c.dtype, name="text_in")(text)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import (
+    Embed,
     Transformer,
     check_compute,
     check_counts,
@@ -75,7 +76,7 @@ class TextEncoder(nn.Module):
         table = (c.context_length, c.width)
         positions = self.param("positions", normal, table)
         padding = self.param("padding", normal, table)
-        embedded = nn.Embed(c.vocab_size, c.width, embedding_init=normal, name="tokens")(tokens)
+        embedded = Embed(c.vocab_size, c.width, name="tokens")(tokens)
         x = jnp.where(mask[:, :, None], embedded + positions[None], padding[None])
         x = Transformer(c.layers, c.heads, dtype=c.dtype, remat=c.remat, name="transformer")(x)
         return layer_norm("norm_out")(x).astype(c.dtype)

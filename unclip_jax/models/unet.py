@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
 from unclip_jax.models.layers import (
     GroupNorm,
@@ -23,6 +24,7 @@ from unclip_jax.models.layers import (
     check_counts,
     check_shape,
     remat,
+    split_heads,
 )
 
 
@@ -189,8 +191,10 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         """`[b, h, w, c]` and an activated embedding `[b, emb_dim]` to `[b, h', w', features]`."""
         resample = RESAMPLE[self.resample]
+        x = constrain(x, "batch", None, None, None)
         h = nn.silu(GroupNorm(self.groups, name="norm_1")(x)).astype(self.dtype)
         h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(resample(h))
+        h = constrain(h, "batch", None, None, "mlp")
         width = (1 + self.scale_shift) * self.features
         emb = nn.Dense(width, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
         norm_2 = GroupNorm(self.groups, name="norm_2")
@@ -205,7 +209,7 @@ class ResBlock(nn.Module):
         x = resample(x)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
-        return x + h
+        return constrain(x + h, "batch", None, None, None)
 
 
 class AttentionBlock(nn.Module):
@@ -228,11 +232,11 @@ class AttentionBlock(nn.Module):
         heads = (c // self.head_channels, self.head_channels)
         h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
         qkv = nn.DenseGeneral((3, *heads), dtype=self.dtype, name="qkv")(h.astype(self.dtype))
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        q, k, v = split_heads(qkv)
         mask = None
         if context is not None:
             kv = nn.DenseGeneral((2, *heads), dtype=self.dtype, name="context_kv")(context)
-            context_k, context_v = jnp.moveaxis(kv, (2, 3), (0, 2))
+            context_k, context_v = split_heads(kv)
             k = jnp.concatenate([context_k, k], axis=2)
             v = jnp.concatenate([context_v, v], axis=2)
             if context_mask is not None:
@@ -241,7 +245,7 @@ class AttentionBlock(nn.Module):
         h = jnp.moveaxis(attention(q, k, v, mask), 1, 2)
         zeros = nn.initializers.zeros
         h = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=zeros, name="out")(h)
-        return x + h.reshape(b, height, width, c)
+        return constrain(x + h.reshape(b, height, width, c), "batch", None, None, None)
 
 
 class UNet(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.axes import constrain
 from unclip_jax.models.clip import Clip, ClipConfig
 from unclip_jax.stages.embedding import unit
 from unclip_jax.stages.images import resize, to_float
@@ -20,6 +21,9 @@ def contrastive_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Symmetric cross-entropy over the whole batch (Radford et al. 2021, figure 3).
 
+    On a mesh every device compares its own images with all captions: it holds its rows of the
+    [b, b] similarities, and sums over columns go from device to device.
+
     Args:
         z_i: unit image embeddings [b, e].
         z_t: unit text embeddings [b, e]; row i belongs to row i of z_i.
@@ -28,8 +32,11 @@ def contrastive_loss(
     Returns:
         The mean loss, and the fraction of rows whose own partner is nearest (both directions).
     """
-    logits = logit_scale * jnp.einsum("ie,je->ij", z_i, z_t, preferred_element_type=jnp.float32)
-    own = jnp.diagonal(logits)
+    z_t = constrain(z_t, None, None)
+    similar = jnp.einsum("ie,je->ij", z_i, z_t, preferred_element_type=jnp.float32)
+    logits = constrain(logit_scale * similar, "batch", None)
+    # Not the diagonal of the logits, to pick which the compiler would gather them.
+    own = logit_scale * jnp.einsum("ie,ie->i", z_i, z_t, preferred_element_type=jnp.float32)
     to_text = jax.nn.logsumexp(logits, axis=1) - own
     to_image = jax.nn.logsumexp(logits, axis=0) - own
     hits = (jnp.argmax(logits, axis=1) == jnp.arange(len(own))).astype(jnp.float32)

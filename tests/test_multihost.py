@@ -1,0 +1,211 @@
+"""Two processes of four devices each are one run: equal, killed, resumed, told to stop."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import pod_run
+from unclip_jax import distributed, report
+from unclip_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+SETTINGS = {
+    "steps": 24,
+    "batch_size": 16,
+    "checkpoint_every": 8,
+    "log_every": 4,
+    "eval_every": 12,
+    "mesh": MESH,
+}
+
+
+def start(workdir: Path, devices: int, *processes: str, **settings) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, pod_run.__file__, str(workdir), json.dumps(settings), *processes],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_pod(workdir: Path, **settings) -> list[subprocess.Popen]:
+    """Two processes; the first leads."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [start(workdir, 4, address, "2", str(i), **settings) for i in range(2)]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """What they print; they must end well."""
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
+    return said
+
+
+def leaves(workdir: Path, file: str = "final.npz") -> list[np.ndarray]:
+    with np.load(workdir / file) as arrays:
+        return [arrays[name] for name in arrays.files]
+
+
+def seen(workdir: Path) -> dict[int, list[int]]:
+    """Step -> the examples that its batch held, over all processes; what was undone is dropped.
+
+    A step that one process did alone, after two had begun it, is that process's.
+    """
+    steps: dict[int, dict[str, list[int]]] = {}
+    for path in workdir.glob("seen-*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], {})[path.name] = record["index"]
+    batches = {}
+    for step, parts in steps.items():
+        whole = [part for part in parts.values() if len(part) == SETTINGS["batch_size"]]
+        batches[step] = whole[0] if whole else [i for name in sorted(parts) for i in parts[name]]
+    return batches
+
+
+def metrics(workdir: Path) -> list[dict]:
+    records = report.read_metrics(workdir / report.METRICS_FILE)
+    return [{k: v for k, v in r.items() if "per_second" not in k} for r in records]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("pod") / "whole"
+    said = finish(start_pod(workdir, **SETTINGS))
+    assert "on 8 x cpu (data 2, fsdp 2, tensor 2)" in said[0]
+    assert "parameters" not in said[1]  # the lead alone speaks
+    return workdir
+
+
+def test_two_processes_equal_one(whole, tmp_path):
+    """The same examples in the same rows, so the same losses and params."""
+    alone = tmp_path / "alone"
+    finish([start(alone, 8, **SETTINGS)])
+    assert seen(whole) == seen(alone)
+    for ours, theirs in zip(leaves(whole), leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+    for ours, theirs in zip(metrics(whole), metrics(alone), strict=True):
+        assert ours.keys() == theirs.keys()
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+    for ours, theirs in zip(
+        leaves(whole, "exported.npz"), leaves(alone, "exported.npz"), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_every_example_is_seen_once_an_epoch(whole):
+    """24 batches of 16 are 7 epochs of 50 pictures, and 34 of the eighth."""
+    batches = seen(whole)
+    stream = [i for step in sorted(batches) for i in batches[step]]
+    assert sorted(batches) == list(range(1, 25))
+    for epoch in range(7):
+        assert Counter(stream[50 * epoch : 50 * (epoch + 1)]) == Counter(range(50))
+    assert max(Counter(stream[350:]).values()) == 1
+
+
+def test_a_killed_process_costs_nothing(whole, tmp_path):
+    """One of two killed with no warning, both started again: bit for bit the undisturbed run."""
+    workdir = tmp_path / "killed"
+    processes = start_pod(workdir, **SETTINGS, slow=0.1)
+    deadline = time.monotonic() + 120
+    while not (workdir / "checkpoints" / "8").is_dir():
+        assert time.monotonic() < deadline and processes[1].poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+    processes[1].kill()
+    processes[0].kill()  # a lone process waits for its peer until a scheduler ends it
+    for process in processes:
+        process.communicate()
+    assert not (workdir / "final.npz").exists()
+    said = finish(start_pod(workdir, **SETTINGS))
+    assert "resumed from step " in said[0]
+    for ours, theirs in zip(leaves(workdir), leaves(whole), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert seen(workdir) == seen(whole)
+    assert metrics(workdir) == metrics(whole)
+
+
+def test_sigterm_to_one_process_saves_and_ends_both(whole, tmp_path):
+    """Both stop after the same step with status 0; what follows on one process is the same run."""
+    workdir = tmp_path / "stopped"
+    processes = start_pod(workdir, **SETTINGS, slow=0.15)
+    deadline = time.monotonic() + 120
+    while len(list(workdir.glob("seen-1.jsonl"))) == 0:
+        assert time.monotonic() < deadline and processes[1].poll() is None
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes)
+    assert "stopped by SIGTERM; step " in said[0]
+    assert not (workdir / "final.npz").exists()
+    # On another number of processes, and another mesh.
+    finish([start(workdir, 8, **SETTINGS | {"mesh": {"data": 8}})])
+    assert seen(workdir) == seen(whole)
+    for ours, theirs in zip(leaves(workdir), leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (8, {"data": 8}), (8, {"fsdp": 8})])
+def test_a_checkpoint_goes_on_anywhere(whole, tmp_path, devices, mesh):
+    """What 2 x 4 devices saved at step 16 ends alike on one device and on eight."""
+    workdir = tmp_path / "moved"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "24")
+    said = finish([start(workdir, devices, **SETTINGS | {"mesh": mesh})])
+    assert "resumed from step 16 of 24" in said[0]
+    for ours, theirs in zip(leaves(workdir), leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+# How processes find each other
+
+
+def test_environments_are_told_apart():
+    slurm = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}
+    assert distributed.environment(slurm) == "Slurm"
+    assert distributed.environment(slurm | {"SLURM_NTASKS": "1"}) is None
+    assert distributed.environment({"SLURM_NTASKS": "4"}) is None  # in sbatch, before srun
+    assert distributed.environment({"OMPI_COMM_WORLD_SIZE": "2"}) == "Open MPI"
+    assert distributed.environment({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}) == "TPU pod"
+    assert distributed.environment({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert distributed.environment({"MEGASCALE_NUM_SLICES": "2"}) == "TPU pod"
+    assert distributed.environment({}) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sometimes",), r"--distributed: got 'sometimes', expected one of auto, on, off"),
+        (("auto", "host:1"), r"--num_processes: missing, expected with --coordinator_address"),
+        (("auto", None, 2, 0), r"--coordinator_address: missing, expected with --num_processes"),
+        (("auto", "host", 2, 0), r"--coordinator_address: got 'host', expected HOST:PORT"),
+        (("auto", "host:99999", 2, 0), r"--coordinator_address: got 'host:99999'"),
+        (("auto", "host:1", 0, 0), r"--num_processes: got 0, expected at least 1"),
+        (("auto", "host:1", 2, 2), r"--process_id: got 2, expected 0 to 1"),
+        (("off", "host:1", 2, 0), r"--distributed=off: contradicts --coordinator_address"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        distributed.initialize(*arguments)
+
+
+def test_one_process_needs_no_one():
+    distributed.initialize("auto")
+    distributed.initialize("off")
+    assert distributed.is_lead() and distributed.gather({"a": 1}) == [{"a": 1}]
