@@ -1,0 +1,159 @@
+"""Checkpoints that stay, and model folders made of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny, toy_run
+from unclip_jax import checkpoint, report, save, stages, training
+from unclip_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+
+
+FIGURES = {4: 3.0, 8: 1.0, 12: 2.0, 16: float("nan"), 20: 1.5}
+
+
+def run_with_figures(workdir, **settings):
+    """20 steps whose evaluations are made up."""
+    return toy_run.run(
+        workdir,
+        evaluate=lambda params, step: {"figure": FIGURES[step], "other": -FIGURES[step]},
+        **{"steps": 20, "checkpoint_every": 10, "eval_every": 4, "keep_checkpoints": 1} | settings,
+    )
+
+
+def steps_in(workdir) -> set[int]:
+    return {int(p.name) for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "best"),
+    [
+        ({"best": "figure"}, 8),
+        ({"best": "figure", "best_is": "greatest"}, 4),
+        ({"best": "other", "best_is": "greatest"}, 8),
+    ],
+)
+def test_the_best_checkpoint_stays_beside_the_last(tmp_path, settings, best):
+    """It is saved at the evaluation that finds it, between the regular ones."""
+    run_with_figures(tmp_path, **settings)
+    assert steps_in(tmp_path) == {best, 20}
+    manager = save.open_checkpoints(tmp_path)
+    assert save.choose(manager, "best") == best
+    assert save.choose(manager, "latest") == 20
+
+
+def test_a_run_that_goes_on_still_knows_its_best(tmp_path):
+    run_with_figures(tmp_path / "whole", best="figure")
+    run_with_figures(tmp_path / "parts", best="figure", steps=12, schedule="constant")
+    with pytest.raises(UserError, match=r"train\.schedule"):
+        run_with_figures(tmp_path / "parts", best="figure")
+    run_with_figures(tmp_path / "parts", best="figure", schedule="constant")
+    assert steps_in(tmp_path / "parts") == steps_in(tmp_path / "whole") == {8, 20}
+
+
+def test_a_figure_that_there_is_not_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"train\.best: got 'fid', expected one of .*figure, other"):
+        run_with_figures(tmp_path, best="fid")
+    with pytest.raises(UserError, match=r"train\.best: got 'loss', .* as train.eval_every is 0"):
+        training.TrainConfig(best="loss")
+
+
+@pytest.fixture(scope="module")
+def prior_run(tmp_path_factory):
+    """A tiny prior trained for 6 steps, with checkpoints at 3 and 6 and its own export."""
+    workdir = tmp_path_factory.mktemp("prior")
+    stage, first = tiny.PRIOR, tiny.params(tiny.PRIOR, 1)
+
+    class Noise:
+        index = 0
+
+        def __next__(self):
+            self.index += 1
+            return {k: np.asarray(v) for k, v in tiny.batch(8, 16, self.index).items()}
+
+        def get_state(self):
+            return self.index
+
+        def set_state(self, states):
+            (self.index,) = states
+
+    about = {"stage": stages.describe(stage), "clip_fingerprint": "0" * 16}
+
+    def export(params, step):
+        about_step = about | {"step": step}
+        checkpoint.save_stage(workdir / "model", params=params, description=about_step)
+
+    training.train(
+        loss_fn=stage.loss,
+        init_params=lambda: first,
+        batches=Noise(),
+        config=training.TrainConfig(
+            batch_size=8, steps=6, checkpoint_every=3, learning_rate=1e-3, ema_dtype="bfloat16"
+        ),
+        workdir=workdir,
+        description=about,
+        export=export,
+    )
+    return workdir
+
+
+def test_a_saved_checkpoint_is_what_training_exports(prior_run, tmp_path, capsys):
+    save.main(["--workdir", str(prior_run), "--out", str(tmp_path / "last")])
+    assert "the prior at step 6" in capsys.readouterr().out
+    fingerprints = [
+        checkpoint.read_fingerprint(folder) for folder in (tmp_path / "last", prior_run / "model")
+    ]
+    assert fingerprints[0] == fingerprints[1]
+    described = checkpoint.read_description(tmp_path / "last")
+    assert described["clip_fingerprint"] == "0" * 16 and described["step"] == 6
+    save.main(["--workdir", str(prior_run), "--out", str(tmp_path / "early"), "--step", "3"])
+    assert checkpoint.read_fingerprint(tmp_path / "early") != fingerprints[0]
+    # What is read back is a stage that samples.
+    shapes = jax.eval_shape(tiny.PRIOR.init, jax.random.key(0))
+    params, _ = checkpoint.load_stage(tmp_path / "early", shapes)
+    batch = tiny.batch(2, 16)
+    cond = tiny.PRIOR.condition(batch["tokens"], batch["z_t"], None)
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert bool(jnp.isfinite(tiny.PRIOR.sample(params, keys, cond)).all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "4"], r"--step: got '4', expected latest, best or one of 3, 6"),
+        (["--step", "best"], r"--step: got best, but this run compared no checkpoints"),
+        (["--init", "x"], r"--init: got 'x', but this run started from no folder"),
+    ],
+)
+def test_what_cannot_be_saved_is_named(prior_run, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        save.main(["--workdir", str(prior_run), "--out", str(tmp_path / "m"), *arguments])
+    assert not (tmp_path / "m").exists()
+
+
+def test_workdirs_without_checkpoints_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"has no checkpoints; give the --workdir"):
+        save.main(["--workdir", str(tmp_path), "--out", str(tmp_path / "m")])
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"has no whole checkpoint yet"):
+        save.main(["--workdir", str(tmp_path), "--out", str(tmp_path / "m")])
+
+
+def test_a_damaged_checkpoint_is_named(prior_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(prior_run, workdir)
+    description = workdir / "checkpoints" / "6" / "description" / "metadata"
+    assert json.loads(description.read_text())["stage"]["kind"] == "prior"
+    description.write_text("{")
+    with pytest.raises(UserError, match=r"checkpoints/6: the checkpoint is damaged"):
+        save.main(["--workdir", str(workdir), "--out", str(tmp_path / "m")])
