@@ -9,6 +9,7 @@ image embedding, the decoder turns that into a small picture, the upsamplers mak
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from unclip_jax import checkpoint, hub, stages
+from unclip_jax import axes, checkpoint, hub, sharding, stages
 from unclip_jax.clip_text import ClipText
 from unclip_jax.convert import karlo
 from unclip_jax.data.tokenizer import Tokenizer
@@ -47,10 +49,11 @@ class _Report:
         self.progress(self.name, int(step), int(steps))
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "progress"))
-def _sample(stage, params, keys, cond, progress, **settings):
-    """One compiled program per stage, batch size and progress callable."""
-    return stage.sample(params, keys, cond, progress=progress, **settings)
+@functools.partial(jax.jit, static_argnames=("stage", "progress", "mesh"))
+def _sample(stage, params, keys, cond, progress, mesh, **settings):
+    """One compiled program per stage, batch size, progress callable and mesh."""
+    with contextlib.nullcontext() if mesh is None else axes.on(mesh):
+        return stage.sample(params, keys, cond, progress=progress, **settings)
 
 
 @functools.partial(jax.jit, static_argnames="stage")
@@ -85,6 +88,7 @@ class UnCLIP:
         decoder: image embedding and caption to a small picture.
         upsamplers: from small to large, any number.
         t5: the frozen text encoder of a decoder that reads T5's states (Imagen); else None.
+        mesh: the devices it lies on, see `on`; None for the default device.
     """
 
     clip: Part | None
@@ -92,6 +96,7 @@ class UnCLIP:
     decoder: Part
     upsamplers: tuple[Part, ...] = ()
     t5: T5 | None = None
+    mesh: Mesh | None = None
 
     @classmethod
     def load(cls, model: str | Path, dtype: str = "", t5: str | Path | None = None) -> UnCLIP:
@@ -126,6 +131,26 @@ class UnCLIP:
         loaded = cls(**parts, t5=load_described(t5, about, length))
         loaded.check()
         return loaded
+
+    def on(self, mesh: Mesh) -> UnCLIP:
+        """This model on several devices, which draw each batch together; no picture changes.
+
+        Args:
+            mesh: `sharding.make_mesh()` gives every device a copy of the weights and its share of
+                each batch, MeshConfig(fsdp=-1) a share of the weights as well. A batch that they
+                do not divide is drawn whole by all of them.
+
+        Raises:
+            UserError: the weights do not split so.
+        """
+
+        def placed(part: Part) -> Part:
+            where = sharding.tree_shardings(part.params, mesh)
+            return part._replace(params=sharding.place(part.params, where))
+
+        parts = {name: getattr(self, name) for name in ("clip", "prior", "decoder", "upsamplers")}
+        is_part = lambda part: isinstance(part, Part)  # noqa: E731
+        return dataclasses.replace(self, mesh=mesh, **jax.tree.map(placed, parts, is_leaf=is_part))
 
     def check(self) -> None:
         """Raise UserError unless the stages belong together."""
@@ -295,7 +320,9 @@ class UnCLIP:
             settings["noise"] = jnp.asarray(noise, jnp.float32)
         report = progress and _Report(progress, name)
         keys = _stage_keys(keys, purpose)
-        return _sample(part.stage, part.params, keys, cond, report, **settings)
+        if self.mesh is not None:
+            keys, cond, settings = sharding.spread((keys, cond, settings), len(keys), self.mesh)
+        return _sample(part.stage, part.params, keys, cond, report, self.mesh, **settings)
 
     def generate(
         self,

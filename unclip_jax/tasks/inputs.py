@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from unclip_jax import sharding
 from unclip_jax.data.images import open_rgb
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
@@ -61,10 +62,14 @@ def read_images(args: argparse.Namespace) -> list[np.ndarray]:
 def load(args: argparse.Namespace) -> UnCLIP:
     """The model, with the numbers of sampling steps that the command line asks for.
 
+    It lies on every device of this host.
+
     Raises:
         UserError: no such model, or a number of steps that it cannot do.
     """
     model = UnCLIP.load(args.model, args.dtype, args.t5)
+    if jax.local_device_count() > 1:
+        model = model.on(sharding.make_mesh(devices=jax.local_devices()))
 
     def respace(part, name: str):
         spacing = getattr(args, name, None)
