@@ -57,18 +57,21 @@ ALLOWED = {
         "errors", "axes", "config", "files", "optim", "sharding", "stages", "train_config",
         "train_step",
     },
-    "save": {"errors", "checkpoint", "config", "fine_tuning", "lora", "stages"},
+    "save": {"errors", "checkpoint", "config", "fine_tuning", "lora", "sharding", "stages"},
     "classes": {"errors", "data", "parts", "stages"},
     "evaluation": set(),
     "evaluate": {"errors", "data", "evaluation", "files", "pca", "pipeline"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
+    "needs": {
+        "errors", "classes", "clip_text", "data", "parts", "pipeline", "stages", "t5",
+    },
     "runs": {
         "errors", "checkpoint", "classes", "clip_text", "config", "data", "figures",
-        "fine_tuning", "lora", "parts", "pipeline", "sharding", "stages", "t5", "text_states",
+        "fine_tuning", "lora", "needs", "parts", "sharding", "stages", "t5", "text_states",
         "train_config", "train_step",
     },
     "analytic": {
-        "errors", "checkpoint", "losses", "parts", "runs", "samplers", "stages", "text_states",
+        "errors", "checkpoint", "losses", "needs", "parts", "runs", "samplers", "stages", "text_states",
     },
     "class_conditional": {
         "errors", "classes", "grids", "parts", "pipeline", "samplers", "stages",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests import t5_folder, tiny
 from tests.networks import normal, prefix_mask, quick_jit, random_params
-from unclip_jax import checkpoint, runs, stages, training
+from unclip_jax import checkpoint, needs, runs, stages, training
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import DecoderConfig, masked_mean
 from unclip_jax.models.text import TextConfig
@@ -231,6 +231,6 @@ def test_a_t5_that_does_not_fit_is_named(name, t5_given, change, message, pictur
 
 
 def test_the_stages_say_that_they_stand_on_no_clip():
-    assert not runs.reads_clip(GLIDE) and not runs.reads_clip(IMAGEN)
-    assert runs.reads_clip(tiny.DECODER) and runs.reads_clip(tiny.PRIOR)
+    assert not needs.reads_clip(GLIDE) and not needs.reads_clip(IMAGEN)
+    assert needs.reads_clip(tiny.DECODER) and needs.reads_clip(tiny.PRIOR)
     assert stages.build(stages.describe(IMAGEN)) == IMAGEN

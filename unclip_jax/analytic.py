@@ -30,6 +30,7 @@ from tqdm import tqdm
 from unclip_jax import checkpoint, runs, stages
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.losses import Residuals, analytic_init, analytic_statistic, analytic_update
+from unclip_jax.needs import reads_clip
 from unclip_jax.parts import find_parts, stage_folder
 from unclip_jax.samplers import METHODS
 from unclip_jax.text_states import stream
@@ -135,7 +136,7 @@ def prepare(args: argparse.Namespace) -> runs.Run:
         "data": data,
         "train": {},
         "heldout_split": data.get("split", "train"),
-        "clip": args.clip or (clip_beside(folder) if runs.reads_clip(stage) else ""),
+        "clip": args.clip or (clip_beside(folder) if reads_clip(stage) else ""),
         "t5": args.t5,
         "init": str(folder),
     } | about)  # fmt: skip

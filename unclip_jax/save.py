@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from unclip_jax import checkpoint, stages
+from unclip_jax import checkpoint, sharding, stages
 from unclip_jax import config as settings
 from unclip_jax.checkpoint import TRAINED
 from unclip_jax.errors import UserError, run_command
@@ -116,7 +116,7 @@ def read_averaged(manager: ocp.CheckpointManager, step: int) -> Params:
 
     def restore() -> dict[str, Any]:
         tree = manager.item_metadata(step)["state"].tree
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        here = jax.sharding.SingleDeviceSharding(sharding.host_device())
         constants = {name: part for name, part in tree["params"].items() if name != TRAINED}
         wanted = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

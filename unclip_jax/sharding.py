@@ -100,6 +100,22 @@ def local_mesh(mesh: Mesh) -> Mesh:
     return make_mesh(MeshConfig(REST, fsdp, tensor), devices)
 
 
+def host_device() -> jax.Device:
+    """The host itself as a device: for arrays that one accelerator may be too small to hold.
+
+    Raises:
+        UserError: JAX was told to do without it.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = jax.config.jax_platforms
+        raise UserError(
+            f"JAX_PLATFORMS: got {platforms!r}, expected cpu among them, where params are made"
+            f" before they are split; set JAX_PLATFORMS={platforms},cpu"
+        ) from error
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -315,7 +315,7 @@ def train(
 
 def _first_params(init_params: Callable[[], Params]) -> Params:
     """The initial params in the host's memory: one device may be too small for them."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(sharding.host_device()):
         return init_params()
 
 
