@@ -50,7 +50,7 @@ class _Report:
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "progress", "mesh"))
-def _sample(stage, params, keys, cond, progress, mesh, **settings):
+def _sample(stage, params, keys, cond, progress, mesh=None, **settings):
     """One compiled program per stage, batch size, progress callable and mesh."""
     with contextlib.nullcontext() if mesh is None else axes.on(mesh):
         return stage.sample(params, keys, cond, progress=progress, **settings)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax import axes
@@ -88,8 +89,9 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
-    auto = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, (DATA, FSDP, TENSOR), axis_types=auto, devices=devices)
+    # A pod's own axes may have to be split: 8 along "fsdp" is half a side of 16 x 16 chips.
+    grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return Mesh(grid, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

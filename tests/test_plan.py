@@ -1,0 +1,247 @@
+"""The planner: programs read, topologies named, plans printed."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests import plan_run
+from unclip_jax.errors import UserError
+from unclip_jax.plan import __main__ as command
+from unclip_jax.plan import chips, hlo, report
+from unclip_jax.plan.chips import CHIPS, Topology
+from unclip_jax.plan.hlo import Collective, Program
+from unclip_jax.plan.measure import Roofline
+
+ROOT = Path(__file__).parent.parent
+LAYERS, WIDTH, ROWS = plan_run.LAYERS, plan_run.WIDTH, plan_run.ROWS
+
+
+def run_python(*args: str, devices: int = 1, **environ: str) -> subprocess.CompletedProcess:
+    environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=os.environ | environ, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def on_eight():
+    """What plan_run.py found on 8 devices."""
+    done = run_python("-m", "tests.plan_run", devices=8)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# What a compiled program moves
+
+
+def test_a_scans_collectives_count_as_often_as_it_turns(on_eight):
+    """An all-reduce of [16, 64] float32 among 8, once in each of 7 turns, and nothing else."""
+    assert ["all-reduce", 8, LAYERS * 4 * ROWS * WIDTH, LAYERS] in on_eight["scan"]
+    others = [c for c in on_eight["scan"] if c[0] != "all-reduce"]
+    assert sum(size for _, _, size, _ in others) < 4 * ROWS * WIDTH
+
+
+def test_a_scan_reads_each_layer_once(on_eight):
+    """A turn reads and writes the carry and reads its layer, not the whole stack every time."""
+    turn = 3 * 4 * 512 * 512
+    assert 32 * turn <= on_eight["bytes"] <= 1.4 * 32 * turn
+
+
+def test_what_a_ring_sends():
+    """On a ring of 4, 12 bytes each: a sum is scattered and gathered, in 3 steps of a quarter."""
+    assert Collective("reduce-scatter", 4, 12, 1).sent == 9
+    assert Collective("all-gather", 4, 3, 1).sent == 9
+    assert Collective("all-reduce", 4, 12, 1).sent == 18
+    assert Collective("all-to-all", 4, 12, 1).sent == 9
+    assert Collective("collective-permute", 1, 12, 1).sent == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, x={1}", 4),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("replica_groups={}, to_apply=%add", 8),
+    ],
+)
+def test_groups_are_read_in_every_form(text, devices):
+    line = "ENTRY %main (p: f32[6]) -> f32[6] {\n  %p = f32[6]{0} parameter(0)\n  ROOT %r = "
+    line += f"f32[6]{{0}} all-reduce(%p), {text}\n}}"
+    (found,) = Program(line, 8).collectives()
+    assert found == Collective("all-reduce", devices, 24, 1)
+
+
+def test_arrays_in_the_cores_own_memory_cost_nothing():
+    text = "(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[2,3]{1,0:T(8,128)}, pred[])"
+    assert hlo.array_bytes(text) == 2 * 8 * 128 + 24 + 1
+    assert hlo.array_bytes(text, slow_only=True) == 25
+
+
+# A program by its blocks
+
+
+def test_equal_blocks_are_found_once(on_eight):
+    counts = [count for count, _ in on_eight["blocks"]["labels"]]
+    assert counts == [LAYERS, 1]
+
+
+def test_blocks_and_shell_hold_all_the_flops(on_eight):
+    """Forward, recomputation and backward are four passes; a stand-in computes nothing."""
+    blocks = on_eight["blocks"]
+    deep, wide = 2 * 2 * ROWS * WIDTH * WIDTH, 2 * ROWS * WIDTH * 4 * WIDTH
+    assert blocks["block_flops"] == [deep, wide]
+    assert blocks["shell_flops"] == 0
+    # What recomputation would have only to throw away, each block's last product, is not traced.
+    assert 3 * (LAYERS * deep + wide) < blocks["flops"] <= 4 * (LAYERS * deep + wide)
+
+
+def test_the_shell_has_the_whole_programs_arguments_and_results(on_eight):
+    blocks = on_eight["blocks"]
+    assert blocks["arguments"][0] == blocks["arguments"][1]
+    assert blocks["results"][0] == blocks["results"][1]
+
+
+def test_blocks_send_what_the_whole_program_sends(on_eight):
+    blocks = on_eight["blocks"]
+    assert blocks["sent_blocks"] == pytest.approx(blocks["sent_whole"], rel=0.35)
+
+
+def test_the_states_bytes_are_those_a_device_holds(on_eight):
+    assert on_eight["state"]["planned"] == on_eight["state"]["held"]
+
+
+def test_what_fits_is_split_no_more_than_it_must(on_eight):
+    """Plenty of memory: nothing is split or recomputed. Less: more is. Next to none: an error."""
+    plenty, less, least, none = on_eight["fits"]
+    assert plenty == [1, 1, "none"]
+    assert plenty[0] <= less[0] < least[0] <= 8
+    assert "too small for this config" in none
+
+
+# Chips and time
+
+
+def test_topologies_by_name():
+    pod = Topology.parse("v5p:4x4x8")
+    assert (pod.chips, pod.name, pod.chip) == (128, "v5p:4x4x8", CHIPS["v5p"])
+    assert Topology.parse("v5e:16x16").chips == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("v9:2x2", "a chip among v4, v5e, v5p, v6e"),
+        ("v5e", "CHIP:AxB"),
+        ("v5e:16", "expected 2 axes of at least 1 for v5e, as in v5e:16x16"),
+        ("v5p:16x16", "expected 3 axes"),
+        ("v6e:0x16", "of at least 1"),
+        ("v5e:-2x2", "CHIP:AxB"),
+        ("", "CHIP:AxB"),
+    ],
+)
+def test_no_such_topology(text, said):
+    with pytest.raises(UserError) as error:
+        Topology.parse(text)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(chips.importlib.metadata, "version", missing)
+    with pytest.raises(UserError, match=r"libtpu: not installed.*unclip_jax\[plan\]"):
+        Topology.parse("v5e:2x2").devices()
+
+
+def test_another_jaxs_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(chips.importlib.metadata, "version", lambda name: "0.0.1")
+    with pytest.raises(UserError, match=r"libtpu: got 0\.0\.1, expected 0\.0\.\d+\.\*"):
+        chips.check_compiler()
+
+
+def test_a_roofline_is_the_slowest_rate():
+    """One second each of computing and memory, and of network half: 8 of 8 halves gathered."""
+    chip = CHIPS["v5e"]
+    gathered = Collective("all-gather", 2, int(chip.ici_rate / 2), 1)
+    line = Roofline.of(chip, chip.bf16, chip.hbm_rate, [gathered])
+    assert (line.compute, line.memory, line.network) == (1.0, 1.0, 0.5)
+    assert (line.least, line.most) == (1.0, 2.5)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "--config: missing"),
+        (["--config=configs/paper/prior.py"], "--topology: missing"),
+        (["--nonsense=1"], "nonsense"),
+        (["stray"], "argument 'stray'"),
+        (["--config=configs/paper/prior.py", "--topology=v5e:2x2", "--blocks", "--whole"], "both"),
+        (["--config=configs/paper/nobody.py", "--topology=v5e:2x2"], "nobody"),
+    ],
+)
+def test_wrong_command_lines_are_one_line(argv, said):
+    command.FLAGS.unparse_flags()
+    for flag in ("config", "topology", "blocks", "whole", "table"):
+        command.FLAGS[flag].unparse()
+    with pytest.raises(UserError) as error:
+        command.parse(argv)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "model=4", "fsdp=4;tensor=2", ""])
+def test_wrong_meshes(text):
+    with pytest.raises(UserError, match=r"--mesh="):
+        command.parse_mesh(text)
+
+
+def test_meshes_by_name():
+    mesh = command.parse_mesh("fsdp=8,tensor=2")
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == (-1, 8, 2)
+
+
+def test_a_table_needs_plans(tmp_path):
+    with pytest.raises(UserError, match="no plans there"):
+        report.table(tmp_path)
+    (tmp_path / "odd.json").write_text("{}")
+    with pytest.raises(UserError, match=r"odd\.json is no plan"):
+        report.table(tmp_path)
+
+
+def test_a_small_plan_by_the_real_compiler(tmp_path):
+    """The smoke prior's whole train step and sampler for four v5e chips."""
+    try:
+        chips.check_compiler()
+    except UserError as error:
+        pytest.skip(str(error))
+    file = tmp_path / "plan.json"
+    done = run_python(
+        "-m", "unclip_jax.plan", "--config=configs/paper/prior.py:smoke", "--topology=v5e:2x2",
+        "--mesh=fsdp=2", "--sample=4", f"--json={file}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(file.read_text())
+    train = plan["train"]
+    assert plan["mesh"] == "data 2, fsdp 2, tensor 1" and train["fits"] and plan["sample"]["fits"]
+    kept = train["bytes"]
+    assert 1.9 < kept["optimizer"] / kept["ema"] < 2.1, "two moments for one average"
+    assert kept["peak"] >= kept["params"] + kept["ema"] + kept["optimizer"]
+    assert train["roofline"]["least"] <= train["roofline"]["most"]
+    assert {"all-reduce"} <= {c["kind"] for c in train["collectives"]}
+    assert "training, whole" in done.stdout and "sampling 4 at once" in done.stdout
+    assert report.table(tmp_path).splitlines()[2].startswith("| prior | v5e:2x2 |")

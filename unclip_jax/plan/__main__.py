@@ -1,0 +1,155 @@
+"""What a config needs of a TPU pod, with no TPU: memory, FLOPs, bytes, collectives, days.
+
+    python -m unclip_jax.plan --config=configs/paper/decoder.py --topology=v5p:4x4x8 \
+        --mesh=fsdp=8 --config.train.grad_accum=2 --json=docs/plans/decoder-v5p.json
+    python -m unclip_jax.plan --table=docs/plans
+
+Big U-Nets compile slowly: --blocks, their default, compiles each distinct block once and adds up.
+Any field of the config can be set, as in train.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from unclip_jax import sharding
+from unclip_jax.errors import UserError, run_command
+from unclip_jax.files import replacing
+from unclip_jax.plan import analysis, fit, report
+from unclip_jax.plan.chips import GIB, Topology
+from unclip_jax.plan.measure import TooLarge
+from unclip_jax.plan.programs import Plan
+
+SLOW = ("decoder", "upsampler", "classifier")  # U-Nets
+
+FLAGS = flags.FlagValues()
+_string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+_boolean = functools.partial(flags.DEFINE_boolean, default=False, flag_values=FLAGS)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, such as configs/paper/prior.py.", flag_values=FLAGS
+)
+TOPOLOGY = _string("topology", None, "Slice of a pod, such as v5e:16x16 or v5p:4x4x8.")
+MESH = _string("mesh", None, "Such as data=-1,fsdp=8,tensor=1; the config's own by default.")
+JSON = _string("json", None, "Also write the figures here.")
+BLOCKS = _boolean("blocks", help="Compile each distinct block once, and add up.")
+WHOLE = _boolean("whole", help="Compile the whole program.")
+SAMPLE = flags.DEFINE_integer(
+    "sample", 0, "Plan the sampler too, drawing so many pictures at once.", flag_values=FLAGS
+)
+FIT = _boolean("fit", help="Search for the mesh, accumulation and remat that fit; compile those.")
+TABLE = _string("table", None, "Print the plans in this folder as a Markdown table, and stop.")
+
+
+def parse(argv: list[str]) -> None:
+    """Read the command line into the flags.
+
+    Raises:
+        UserError: a flag that does not exist or lacks, or a value that makes no sense.
+    """
+    try:
+        rest = FLAGS(["plan", *argv])
+    except (flags.Error, AttributeError, ValueError, TypeError, OSError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{lines[-1]}; see python -m unclip_jax.plan --help") from error
+    if rest[1:]:
+        raise UserError(f"argument {rest[1]!r}: not understood; flags are --name=value")
+    if TABLE.value is not None:
+        return
+    for flag in (CONFIG, TOPOLOGY):
+        if flag.value is None:
+            raise UserError(f"--{flag.name}: missing; see python -m unclip_jax.plan --help")
+    if not isinstance(CONFIG.value, ml_collections.ConfigDict):
+        name = config_flags.get_config_filename(FLAGS["config"])
+        raise UserError(f"--config={name}: cannot be loaded; {_why(CONFIG.value)}")
+    if BLOCKS.value and WHOLE.value:
+        raise UserError("--blocks, --whole: both given, expected one of them; leave one out")
+
+
+def _why(broken: object) -> str:
+    """What went wrong in a config file: ml_collections tells when a field is asked for."""
+    try:
+        broken.stage  # noqa: B018
+    except Exception as error:
+        return " ".join(str(error).split())
+    return "it is no ConfigDict; get_config must return one"
+
+
+def parse_mesh(text: str) -> sharding.MeshConfig:
+    """The mesh that "data=-1,fsdp=8" means; an axis that is not named keeps its default.
+
+    Raises:
+        UserError: it is not of this form.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "fsdp", "tensor") or not size.lstrip("-").isdigit():
+            raise UserError(
+                f"--mesh={text}: {part!r} is not of the form data=N, fsdp=N or tensor=N"
+            )
+        sizes[name] = int(size)
+    return sharding.MeshConfig(**sizes)
+
+
+def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
+    """All the figures asked for."""
+    mesh = parse_mesh(MESH.value) if MESH.value else None
+    devices = topology.devices()
+    found = None
+    if FIT.value:
+        found = fit.search(config, topology, devices)
+        plan = found.plan
+    else:
+        plan = Plan.of(config, devices, mesh)
+    blocks = BLOCKS.value or (not WHOLE.value and plan.stage.kind in SLOW)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    figures: dict[str, Any] = {
+        "config": config_flags.get_config_filename(FLAGS["config"]),
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": ", ".join(f"{name} {size}" for name, size in plan.mesh.shape.items()),
+        "remat": fit.remat_of(plan.stage),
+        "versions": analysis.versions(),
+    }
+    try:
+        figures["train"] = analysis.train_figures(plan, topology, blocks=blocks, say=say)
+        if SAMPLE.value:
+            sample = analysis.sample_figures(plan, topology, SAMPLE.value, blocks=blocks, say=say)
+            figures["sample"] = sample
+    except TooLarge as error:
+        limit = topology.chip.hbm_bytes / GIB
+        raise UserError(
+            f"--topology={topology.name}: the program needs {error} of a chip, expected at most"
+            f" {limit:.2f} GiB; raise mesh.fsdp or train.grad_accum, or let --fit look for them"
+        ) from error
+    if found is not None:
+        figures["suggestion"] = found.text
+    return figures
+
+
+def main(argv: list[str]) -> None:
+    """Plan, and print."""
+    parse(argv)
+    if TABLE.value is not None:
+        print(report.table(Path(TABLE.value)))
+        return
+    topology = Topology.parse(TOPOLOGY.value)
+    jax.config.update("jax_platforms", "cpu")
+    figures = plan_of(CONFIG.value, topology)
+    print(report.in_words(figures))
+    if JSON.value:
+        with replacing(Path(JSON.value)) as file:
+            file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

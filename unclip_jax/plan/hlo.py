@@ -1,0 +1,257 @@
+"""What a compiled program moves, read from its HLO text: collectives, and bytes of memory.
+
+The compiler's own analysis counts the body of a loop once. Here each computation counts as often as
+it runs: a loop's turns are the constant that its condition compares its counter with, or what the
+compiler noted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+BITS = {
+    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
+    "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
+    "f8e4m3fn": 8, "f8e5m2": 8,
+}  # fmt: skip
+COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+)  # fmt: skip
+# They move nothing, or name what others move.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+    "conditional", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
+}  # fmt: skip
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_NAME = r"%?([\w.\-]+)"
+_INSTRUCTION = re.compile(rf"^\s*(ROOT )?{_NAME} = (.*?[\]}})]) ([a-z][\w\-]*)\((.*)$")
+_HEADER = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
+_CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={_NAME}")
+_FAST_MEMORY = re.compile(r"S\([1-9]\d*\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: its result's type, its opcode, its operands' names and the rest of the line."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    is_root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind among groups of one size.
+
+    Attributes:
+        kind: one of `COLLECTIVES`.
+        group: devices that take part in one.
+        bytes: of the operands on one device, over all runs.
+        count: runs.
+    """
+
+    kind: str
+    group: int
+    bytes: int
+    count: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, by the ring algorithms (Thakur et al. 2005)."""
+        n = self.group
+        if self.kind == "collective-permute":
+            return self.bytes
+        if self.kind == "all-gather":  # the operand is one of n parts
+            return self.bytes * (n - 1)
+        return self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+
+
+def array_bytes(text: str, *, slow_only: bool = False) -> int:
+    """Bytes of all the arrays in a type; with `slow_only`, of those in HBM alone."""
+    total = 0
+    for dtype, sides, layout in _ARRAY.findall(text):
+        if dtype in BITS and not (slow_only and _FAST_MEMORY.search(layout)):
+            elements = math.prod(int(side) for side in sides.split(",") if side)
+            total += elements * BITS[dtype] // 8
+    return total
+
+
+class Program:
+    """A program's computations by name."""
+
+    def __init__(self, text: str, devices: int) -> None:
+        """Read the text of a compiled program that runs on so many devices."""
+        self.devices = devices
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            header = _HEADER.match(line)
+            if header:
+                current = self.computations.setdefault(header[2], {})
+                self.entry = header[2] if header[1] else self.entry
+            elif (found := _INSTRUCTION.match(line)) is not None:
+                root, name, type_, opcode, rest = found.groups()
+                inside, after = _split_parenthesis(rest)
+                names = tuple(re.findall(r"%([\w.\-]+)", inside))
+                read = Instruction(name, type_, opcode, names, f"{inside}){after}", bool(root))
+                current[name] = read
+
+    @functools.cached_property
+    def runs(self) -> dict[str, int]:
+        """How often each computation runs that is not part of a fusion or a reduction."""
+        runs: dict[str, int] = collections.Counter()
+
+        def visit(name: str, times: int) -> None:
+            runs[name] += times
+            for instruction in self.computations[name].values():
+                called = dict(re.findall(rf"(body|condition)={_NAME}", instruction.rest))
+                if instruction.opcode == "while":
+                    visit(called["body"], times * self._turns(instruction, called["condition"]))
+                elif instruction.opcode == "conditional":
+                    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
+                    pair = r"(?:true|false)_computation=" + _NAME
+                    texts = branches[1].split(", ") if branches else []
+                    for branch in texts or re.findall(pair, instruction.rest):
+                        visit(branch.lstrip("%"), times)
+                elif instruction.opcode in ("call", "async-start"):
+                    for inner in _CALLED.findall(instruction.rest):
+                        visit(inner, times)
+
+        visit(self.entry, 1)
+        return dict(runs)
+
+    def _turns(self, loop: Instruction, condition: str) -> int:
+        """How often a loop turns; 1 where that is known only at run time."""
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+        if noted:
+            return int(noted[1])
+        found = {
+            int(instruction.rest.split(")")[0])
+            for instruction in self.computations[condition].values()
+            if instruction.opcode == "constant" and instruction.type.startswith("s32[]")
+        }
+        return found.pop() if len(found) == 1 else 1
+
+    def _executed(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+        for name, times in self.runs.items():
+            for instruction in self.computations[name].values():
+                yield instruction, self.computations[name], times
+
+    def collectives(self) -> list[Collective]:
+        """All that runs among several devices, by kind and size of group."""
+        totals: dict[tuple[str, int], list[int]] = {}
+        for instruction, around, times in self._executed():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            group = self._group(instruction.rest)
+            if group > 1 or kind == "collective-permute":
+                size = sum(array_bytes(around[o].type) for o in instruction.operands)
+                total = totals.setdefault((kind, group), [0, 0])
+                total[0] += size * times
+                total[1] += times
+        return [Collective(*key, *total) for key, total in sorted(totals.items())]
+
+    def _group(self, rest: str) -> int:
+        """Devices in a collective's group, in any of the forms that HLO writes groups in."""
+        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+        if listed:
+            return len(listed[1].split(","))
+        shaped = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+        if shaped:
+            return int(shaped[2])
+        meshed = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+        if meshed:
+            sides = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", meshed[1])}
+            return math.prod(sides[name] for name in re.findall(r"'([^']+)'", meshed[2]))
+        return self.devices
+
+    def bytes(self) -> int:
+        """Bytes that one device moves between memory and core.
+
+        An instruction reads its operands and writes its result; a fusion keeps all else inside.
+        What only slices an array touches the slice alone. What lies in the core's own memory costs
+        nothing.
+        """
+        return sum(
+            times * self._bytes_of(instruction, around)
+            for instruction, around, times in self._executed()
+            if instruction.opcode not in FREE and not instruction.opcode.endswith("-done")
+        )
+
+    def _bytes_of(self, instruction: Instruction, around: dict[str, Instruction]) -> int:
+        def size(name: str) -> int:
+            return array_bytes(around[name].type, slow_only=True)
+
+        written = array_bytes(instruction.type, slow_only=True)
+        if instruction.opcode.endswith("-start"):  # its result repeats the operands
+            return written
+        if instruction.opcode == "dynamic-slice":
+            return 2 * written
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * size(instruction.operands[1])
+        if instruction.opcode != "fusion":
+            return written + sum(map(size, instruction.operands))
+        inner = self.computations[_CALLED.search(instruction.rest)[1]]
+        sliced, updated = _touched(inner)
+        read = 0
+        for i, operand in enumerate(instruction.operands):
+            whole = size(operand)
+            read += min(whole, sliced[i]) if i in sliced else whole
+        return read + (min(written, updated) if updated is not None else written)
+
+
+def _split_parenthesis(text: str) -> tuple[str, str]:
+    """What is before and after the parenthesis that closes one opened just before `text`."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return text[:i], text[i + 1 :]
+    return text, ""
+
+
+def _touched(inner: dict[str, Instruction]) -> tuple[dict[int, int], int | None]:
+    """Bytes read of those parameters that a fusion only slices, and written if it updates a slice.
+
+    A parameter that is updated in place is read nowhere.
+    """
+    users: dict[str, list[Instruction]] = collections.defaultdict(list)
+    for instruction in inner.values():
+        for operand in instruction.operands:
+            users[operand].append(instruction)
+
+    def ends(name: str) -> Iterator[tuple[str, Instruction]]:
+        for user in users[name]:
+            if user.opcode in ("bitcast", "copy", "convert") and users[user.name]:
+                yield from ends(user.name)
+            else:
+                yield name, user
+
+    sliced: dict[int, int] = {}
+    updated = None
+    for instruction in inner.values():
+        if instruction.opcode == "dynamic-update-slice":
+            updated = array_bytes(inner[instruction.operands[1]].type)
+        if instruction.opcode != "parameter":
+            continue
+        last = list(ends(instruction.name))
+        reads = [
+            array_bytes(user.type) if user.opcode == "dynamic-slice" else 0
+            for name, user in last
+            if user.opcode == "dynamic-slice"
+            or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)
+        ]
+        if last and len(reads) == len(last):
+            sliced[int(instruction.rest.split(")")[0])] = sum(reads)
+    return sliced, updated

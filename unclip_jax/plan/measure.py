@@ -1,0 +1,123 @@
+"""Compiling for a TPU, and what a compiled program needs of a chip."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import jax
+
+from unclip_jax.plan.chips import GIB, Chip
+from unclip_jax.plan.hlo import Collective, Program
+
+# The compiler tries fewer ways to tile a fusion: convolutions take half as long to compile, and the
+# program needs the same memory.
+QUICK = {"xla_jf_fusion_max_instruction_count_for_window_config": "1"}
+
+
+class TooLarge(Exception):
+    """A program that does not fit into a chip's memory.
+
+    Attributes:
+        bytes: what it would need.
+    """
+
+    def __init__(self, needed: float) -> None:
+        """Say how much is needed."""
+        super().__init__(f"{needed / GIB:.2f} GiB")
+        self.bytes = needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one compiled program needs of each chip.
+
+    Attributes:
+        arguments: bytes of its arguments.
+        results: bytes of its results that are not arguments' memory used again.
+        temporary: bytes that it needs besides.
+        moved: bytes between memory and core.
+        collectives: bytes among chips.
+    """
+
+    arguments: int
+    results: int
+    temporary: int
+    moved: int
+    collectives: tuple[Collective, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory in all."""
+        return self.arguments + self.results + self.temporary
+
+
+def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str]) -> Measured:
+    """Compile a program for a TPU, and read what it needs.
+
+    Raises:
+        TooLarge: it does not fit.
+    """
+    try:
+        program = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        if used is None:
+            raise
+        raise TooLarge(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))) from error
+    memory = program.memory_analysis()
+    text = Program(program.as_text(), devices)
+    return Measured(
+        arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        moved=text.bytes(),
+        collectives=tuple(text.collectives()),
+    )
+
+
+def together(parts: Iterable[tuple[Measured, int]]) -> tuple[int, tuple[Collective, ...]]:
+    """Bytes moved and collectives of several programs, each run so many times."""
+    moved, totals = 0, collections.defaultdict(lambda: [0, 0])
+    for part, times in parts:
+        moved += part.moved * times
+        for c in part.collectives:
+            total = totals[c.kind, c.group]
+            total[0] += c.bytes * times
+            total[1] += c.count * times
+    return moved, tuple(Collective(*key, *total) for key, total in sorted(totals.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The time of a program by the chip's three rates (Williams et al. 2009), in seconds.
+
+    Attributes:
+        compute: of its FLOPs at the peak of bfloat16.
+        memory: of its bytes.
+        network: of what it sends, on all links at once, by ring algorithms.
+    """
+
+    compute: float
+    memory: float
+    network: float
+
+    @classmethod
+    def of(
+        cls, chip: Chip, flops: float, moved: float, collectives: Iterable[Collective]
+    ) -> Roofline:
+        """The roofline of what one chip computes, moves and sends."""
+        sent = sum(c.sent for c in collectives)
+        return cls(flops / chip.bf16, moved / chip.hbm_rate, sent / chip.ici_rate)
+
+    @property
+    def least(self) -> float:
+        """The time if all three overlap entirely: no program is faster."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def most(self) -> float:
+        """The time if nothing overlaps."""
+        return self.compute + self.memory + self.network

@@ -1,0 +1,171 @@
+"""The programs that a config means: its train step and its sampler, with shapes for arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from unclip_jax import axes, sharding, stages
+from unclip_jax import config as settings
+from unclip_jax.errors import UserError
+from unclip_jax.optim import make_optimizer
+from unclip_jax.train_config import TrainConfig
+from unclip_jax.train_step import LossFn, TrainState, init_state, make_train_step
+
+Shapes = Any  # a pytree of jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage, how it trains, and on which mesh.
+
+    Attributes:
+        stage: what trains.
+        train: the loop's settings.
+        mesh: of devices that may not be there.
+    """
+
+    stage: stages.Stage
+    train: TrainConfig
+    mesh: Mesh
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        devices: list[jax.Device],
+        mesh: sharding.MeshConfig | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """The plan of a config file.
+
+        Args:
+            config: what its `get_config` returned.
+            devices: what to train on.
+            mesh: their arrangement; None takes the config's own.
+            changes: fields of config.train to change.
+
+        Raises:
+            UserError: a field is not as it must be, the mesh does not fit the devices, or the
+                batch does not fit the mesh.
+        """
+        stage = stages.build(config["stage"])
+        train = settings.build(TrainConfig, config["train"], "config.train")
+        train = dataclasses.replace(train, **(changes or {}))
+        if mesh is None:
+            mesh = settings.build(sharding.MeshConfig, config["mesh"], "config.mesh")
+        made = sharding.make_mesh(mesh, devices)
+        sharding.check_batch_size(train.batch_size, made, train.grad_accum)
+        return cls(stage, train, made)
+
+    @property
+    def micro_size(self) -> int:
+        """Examples in a microbatch, over all devices."""
+        return self.train.batch_size // self.train.grad_accum
+
+    def params(self) -> Shapes:
+        """The stage's params, as they lie on the mesh."""
+        return placed(jax.eval_shape(self.stage.init, jax.random.key(0)), self.mesh)
+
+    def state(self) -> TrainState:
+        """The train state, as it lies on the mesh."""
+        optimizer = make_optimizer(self.train)
+        made = jax.eval_shape(
+            lambda params: init_state(params, optimizer, self.train.ema_dtype), self.params()
+        )
+        return placed(made, self.mesh)
+
+    def batch(self, rows: int | None = None) -> Shapes:
+        """A batch of so many rows (the whole batch's by default), split over the mesh."""
+        return batch_shapes(self.stage, rows or self.train.batch_size, self.mesh)
+
+    def step(self, loss: LossFn | None = None) -> Callable[..., Any]:
+        """The real train step, of the stage's loss or of another."""
+        optimizer = make_optimizer(self.train)
+        return make_train_step(loss or self.stage.loss, optimizer, self.train, self.mesh)
+
+    def lowered_step(self, loss: LossFn | None = None) -> jax.stages.Lowered:
+        """The train step, ready to compile; it consumes its state."""
+        return self.step(loss).lower(self.state(), self.batch())
+
+    def sampler(self) -> Callable[..., jax.Array]:
+        """The real sampler: (params, keys [b], a batch's conditions, guidance scale) to pictures.
+
+        Raises:
+            UserError: the stage draws nothing.
+        """
+        stage, mesh = self.stage, self.mesh
+        if not hasattr(stage, "sample"):
+            raise UserError(f"--sample: got a {stage.kind}, which draws nothing; leave it out")
+
+        def sample(params: Any, keys: jax.Array, batch: Any, scale: jax.Array) -> jax.Array:
+            with axes.on(mesh):
+                if stage.kind == "upsampler":
+                    return stage.sample(params, keys, batch["low"])
+                if stage.kind == "decoder":
+                    cond = stage.condition_of(batch)
+                else:
+                    cond = stage.condition(batch["tokens"], batch["z_t"])
+                return stage.sample(params, keys, cond, guidance_scale=scale)
+
+        return sample
+
+    def sampler_shapes(self, rows: int) -> tuple[Shapes, ...]:
+        """The shapes that `sampler` takes, for `rows` pictures."""
+        split = sharding.batch_sharding(self.mesh)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
+        batch = self.batch(rows)
+        if self.stage.kind == "upsampler":
+            size = self.stage.low_size
+            low = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32, sharding=split)
+            batch = {"low": low}
+        batch = {name: x for name, x in batch.items() if name != "image"}
+        whole = sharding.replicated(self.mesh)
+        return self.params(), keys, batch, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+
+
+def placed(tree: Shapes, mesh: Mesh) -> Shapes:
+    """The shapes of params, or of a state of them, with their places on a mesh."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        tree,
+        sharding.tree_shardings(tree, mesh),
+    )
+
+
+def batch_shapes(stage: stages.Stage, rows: int, mesh: Mesh) -> Shapes:
+    """What a stage's loss reads, as the data pipeline gives it."""
+    split = sharding.batch_sharding(mesh)
+
+    def array(dtype: Any, *sides: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *sides), dtype, sharding=split)
+
+    batch = {}
+    if hasattr(stage, "image_size") or stage.kind == "clip":
+        size = stage.model.image_size if stage.kind == "clip" else stage.image_size
+        batch["image"] = array(jnp.uint8, size, size, 3)
+    if stage.kind in ("decoder", "prior") and stage.reads_states:
+        length = stage.context[0]
+        batch["text_states"] = array(jnp.float32, length, stage.model.text_width)
+        batch["text_mask"] = array(jnp.bool_, length)
+    elif stage.kind in ("clip", "decoder", "prior", "ar_prior") and stage.context[1]:
+        batch["tokens"] = array(jnp.int32, stage.context[0])
+    if stage.kind in ("decoder", "prior", "ar_prior") and stage.model.embed_dim:
+        batch |= {name: array(jnp.float32, stage.model.embed_dim) for name in ("z_i", "z_t")}
+    if getattr(stage, "num_classes", 0):
+        batch["label"] = array(jnp.int32)
+    return batch
+
+
+def device_bytes(tree: Shapes) -> int:
+    """Bytes of a tree of placed shapes on one device."""
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )
