@@ -119,13 +119,16 @@ def test_sample_writes_a_grid_that_says_how_it_was_made(trained, tmp_path):
 
 def test_evaluate_prints_and_writes_figures(trained, pictures, tmp_path):
     done = run(
-        "-m", "unclip_jax.evaluate", "--model", trained, "--data", pictures, "--train_split", "all",
-        "--heldout_split", "all", "--num", 3, "--json", tmp_path / "figures.json",
+        "-m", "unclip_jax.evaluate", "--model", trained, "--data", pictures, "--split", "all",
+        "--heldout_split", "all", "--num", 4, "--out", tmp_path,
     )  # fmt: skip
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["clip"]["pairs"] == 8 and figures["decoder"]["pictures"] == 3
+    found = json.loads((tmp_path / "figures.json").read_text())
+    figures = found["figures"]
+    assert figures["clip"]["pairs"] == 8 and figures["decoder"]["pictures"] == 4
     assert all(np.isfinite(v) for part in figures.values() for v in part.values())
+    assert found["about"]["model"] == str(trained)
     assert "prior/cosine_z_i_shuffled" in done.stdout
+    assert "generated.png" in (tmp_path / "index.html").read_text()
 
 
 def test_resuming_with_another_network_is_refused(trained, pictures):

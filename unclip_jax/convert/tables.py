@@ -153,6 +153,13 @@ KINDS: dict[str, tuple[Layout, ...]] = {
     "conv": (_CONV, _BIAS),
     "patches": (_CONV,),
     "norm": (_SCALE, _BIAS),
+    # Batch normalisation with its fixed statistics.
+    "batch_norm": (
+        _SCALE,
+        _BIAS,
+        Layout("mean", ".running_mean", _from_vectors, _to_vectors),
+        Layout("variance", ".running_var", _from_vectors, _to_vectors),
+    ),
     # Without bias (T5's RMSNorm).
     "rms_norm": (_SCALE,),
     "embedding": (_TABLE,),

@@ -1,1 +1,1 @@
-"""Figures: what a trained stage or a whole model is worth, as plain numbers."""
+"""Figures: what a trained stage or a whole model is worth, as plain numbers from plain arrays."""

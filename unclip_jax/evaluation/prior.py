@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-
-def _unit(z: np.ndarray) -> np.ndarray:
-    return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+from unclip_jax.evaluation.clip_score import unit
 
 
 def prior_cosines(z_hat: np.ndarray, z_i: np.ndarray, z_t: np.ndarray) -> dict[str, float]:
@@ -22,7 +20,7 @@ def prior_cosines(z_hat: np.ndarray, z_i: np.ndarray, z_t: np.ndarray) -> dict[s
         pair's picture, which is what random shuffling estimates; a prior that ignores its caption
         has the same figure in both. `cosine_z_t`: with the own caption.
     """
-    z_hat, z_i, z_t = _unit(z_hat), _unit(z_i), _unit(z_t)
+    z_hat, z_i, z_t = unit(z_hat), unit(z_i), unit(z_t)
     n = len(z_hat)
     scores = z_hat @ z_i.T
     own = np.trace(scores)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_BLOCK = 1024  # queries compared at a time
+
 
 def ranks(queries: np.ndarray, candidates: np.ndarray, own: np.ndarray) -> np.ndarray:
     """How many candidates come before each query's own one, by dot product.
@@ -19,9 +21,14 @@ def ranks(queries: np.ndarray, candidates: np.ndarray, own: np.ndarray) -> np.nd
     Returns:
         int [q], 0 for a query whose own candidate is strictly the nearest.
     """
-    scores = np.asarray(queries, np.float32) @ np.asarray(candidates, np.float32).T
-    own_scores = np.take_along_axis(scores, own[:, None], axis=1)
-    return np.sum(scores >= own_scores, axis=1) - 1
+    queries, candidates = (np.asarray(z, np.float32) for z in (queries, candidates))
+    found = []
+    for start in range(0, len(queries), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        scores = queries[rows] @ candidates.T
+        own_scores = np.take_along_axis(scores, own[rows, None], axis=1)
+        found.append(np.sum(scores >= own_scores, axis=1) - 1)
+    return np.concatenate(found)
 
 
 def recall(rank: np.ndarray, k: int) -> float:

@@ -1,0 +1,103 @@
+"""Measure a trained model: `python -m unclip_jax.evaluate --model runs/emoji --out report`.
+
+Prints a table and, with --out, writes figures.json, plots, grids of pictures and index.html, which
+shows them all. Measured are:
+
+clip      retrieval among held-out pairs, and the rank of their image embeddings
+prior     cosines of sampled image embeddings with the true ones, and with other pictures' ones
+decoder   how many pictures generated for captions of --split have their own caption as the nearest
+pictures  Fréchet distance, CMMD, CLIP score, precision and recall of generated pictures, and, as
+          real_..., of as many real ones
+classes   with --class_pictures, zero-shot accuracy and what generated pictures say about it
+
+docs/evaluation.md has the formulas, and what the figures do not mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.errors import UserError, run_command
+from unclip_jax.evaluate.measure import Settings, evaluate
+from unclip_jax.evaluate.page import PAGE, as_table, write
+from unclip_jax.parts import load_part
+from unclip_jax.pipeline import UnCLIP
+from unclip_jax.sharding import make_mesh
+
+_KEYS = ("image_key", "caption_key", "label_key")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m unclip_jax.evaluate", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add, usual = parser.add_argument, Settings()
+    add("--model", required=True, metavar="DIR", help="folder with one sub-folder per stage")
+    add("--clip", metavar="DIR", help="stage folder of a CLIP to measure by (default the model's)")
+    add("--t5", metavar="DIR", help="T5 of a decoder that reads T5's states")
+    add("--dtype", default="", help="float32 or bfloat16: keep the weights and compute in it")
+    add("--data", default="emoji", help="emoji, a folder, tfds:NAME, ... (default emoji)")
+    add("--split", default="train", help="split that captions to draw come from (default train)")
+    add("--heldout_split", default="heldout", help="split no stage was trained on")
+    for key in _KEYS:
+        add(f"--{key}", help="as in the config of the data")
+    add("--num", type=int, default=usual.num, help=f"captions to draw (default {usual.num})")
+    add(
+        "--features",
+        default=usual.features,
+        help="network of the Fréchet distance, precision and recall: own-clip (default),"
+        " efficientnet-lite0, or inception:PATH with pytorch-fid's weights",
+    )
+    add("--guidance_scale", type=float, help="the decoder's (default the model's own)")
+    add("--sweep", default="", metavar="1,2,3", help="other guidance scales to draw at")
+    add("--upsample", action="store_true", help="measure upsampled pictures, not the decoder's")
+    add("--class_pictures", type=int, default=0, help="pictures to draw of each class (default 0)")
+    add("--template", default="{}", help='caption of a class, as "a photo of a {}"')
+    add("--seed", type=int, default=usual.seed)
+    add("--batch_size", type=int, default=usual.batch_size, help="changes no figure")
+    add("--out", metavar="DIR", help="also write figures.json, plots, grids and a page here")
+    return parser.parse_args(argv)
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """Guidance scales from a list with commas.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return tuple(float(word) for word in text.split(",") if text)
+    except ValueError:
+        raise UserError(f"--sweep: got {text!r}, expected numbers, as in 1,2,3") from None
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print, write."""
+    args = parse(argv)
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"sweep"}
+    settings = Settings(**{name: getattr(args, name) for name in fields}, sweep=scales(args.sweep))
+    keys = {key: getattr(args, key) for key in _KEYS if getattr(args, key) is not None}
+    data = DataConfig(name=args.data, split=args.split, **keys)
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out {args.out!r}: is a file; give a folder")
+
+    model = UnCLIP.load(args.model, args.dtype, args.t5)
+    if jax.local_device_count() > 1:
+        model = model.on(make_mesh(devices=jax.local_devices()))
+    judge = load_part(args.clip, "clip") if args.clip else None
+    report = evaluate(model, data, args.heldout_split, settings, judge)
+    report.about["model"] = args.model
+    print(as_table(report))
+    if args.out:
+        write(report, Path(args.out))
+        print(f"written to {Path(args.out) / PAGE}")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

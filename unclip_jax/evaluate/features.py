@@ -1,0 +1,85 @@
+"""The networks whose features a Fréchet distance may be of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from unclip_jax import sharding
+from unclip_jax.convert.feature_networks import load_efficientnet_lite0, load_inception
+from unclip_jax.errors import UserError
+from unclip_jax.models.efficientnet import EfficientNetLite0
+from unclip_jax.models.inception import Inception
+from unclip_jax.parts import Part
+from unclip_jax.stages.images import to_float
+
+OWN_CLIP, LITE0, INCEPTION = "own-clip", "efficientnet-lite0", "inception"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureNetwork:
+    """A frozen network that turns pictures into vectors.
+
+    Attributes:
+        name: as the command line has it; figures of different networks are not comparable.
+        params: its weights.
+        apply: compiled (params, uint8 [b, h, w, 3]) -> [b, d].
+        mesh: the devices that share each batch; None for the default device.
+    """
+
+    name: str
+    params: Any
+    apply: Callable[[Any, jax.Array], jax.Array]
+    mesh: jax.sharding.Mesh | None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features float32 [b, d] of uint8 images [b, h, w, 3] of any one size."""
+        if self.mesh is not None:
+            images = sharding.spread(images, len(images), self.mesh)
+        return np.asarray(self.apply(self.params, images), np.float32)
+
+
+def of_clip(clip: Part, mesh: jax.sharding.Mesh | None = None) -> FeatureNetwork:
+    """A CLIP's image tower: z_i as the CLIP gives it."""
+
+    @jax.jit
+    def apply(params: Any, images: jax.Array) -> jax.Array:
+        return clip.stage.encode_image(params, to_float(images))
+
+    return FeatureNetwork(OWN_CLIP, clip.params, apply, mesh)
+
+
+def load(name: str, clip: FeatureNetwork) -> FeatureNetwork:
+    """The network that --features names.
+
+    Args:
+        name: "own-clip", "efficientnet-lite0", or "inception:PATH" with pytorch-fid's weights.
+        clip: the CLIP that measures.
+
+    Raises:
+        UserError: another name, or weights that are missing or of another network.
+    """
+    kind, _, path = name.partition(":")
+    if name == OWN_CLIP:
+        return clip
+    if name == LITE0:
+        network, params = EfficientNetLite0(), load_efficientnet_lite0()
+    elif kind == INCEPTION and path:
+        network, params = Inception(), load_inception(path)
+    else:
+        raise UserError(
+            f"--features: got {name!r}, expected {OWN_CLIP}, {LITE0} or {INCEPTION}:PATH, where"
+            " PATH is pytorch-fid's weight file (pt_inception-2015-12-05-6726825d.pth)"
+        )
+    if clip.mesh is not None:
+        params = sharding.place(params, sharding.tree_shardings(params, clip.mesh))
+
+    @jax.jit
+    def apply(params: Any, images: jax.Array) -> jax.Array:
+        return network.apply({"params": params}, images)
+
+    return FeatureNetwork(kind, params, apply, clip.mesh)

@@ -1,0 +1,347 @@
+"""All figures of a model: see docs/evaluation.md for what each of them means."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from unclip_jax import pca, sharding
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.errors import UserError
+from unclip_jax.evaluate.features import FeatureNetwork, load, of_clip
+from unclip_jax.evaluate.pictures import Measurer, Real, Vectors
+from unclip_jax.evaluation import zero_shot
+from unclip_jax.evaluation.clip_score import clip_score
+from unclip_jax.evaluation.cmmd import cmmd
+from unclip_jax.evaluation.consistency import own_caption
+from unclip_jax.evaluation.frechet import frechet, moments
+from unclip_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from unclip_jax.evaluation.prior import prior_cosines
+from unclip_jax.evaluation.retrieval import image_text_retrieval
+from unclip_jax.parts import Part, clip_fingerprint
+from unclip_jax.pipeline import UnCLIP, check_count
+
+SHOWN = 16  # pictures in the grid of generated beside real
+SHOWN_CAPTIONS = 6  # rows in the grid of guidance scales
+
+# What each use of the seed folds into the key.
+CAPTIONS, PRIOR, CLASSES = 0, 1, 2
+
+Figures = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and on how many pictures.
+
+    Attributes:
+        features: the network of the Fréchet distance, precision and recall, see `features.load`.
+        num: captions that a picture is drawn for; fewer captions than that are all drawn.
+        guidance_scale: the decoder's; None takes the model's own.
+        sweep: other guidance scales, at each of which the same captions are drawn again.
+        upsample: whether pictures go through the upsamplers, or are the decoder's.
+        class_pictures: pictures drawn for the name of each class; 0 measures nothing of classes.
+        template: what a class's name becomes a caption by.
+        seed: of the choice of captions and of the pictures.
+        batch_size: pictures computed together; it changes no figure.
+    """
+
+    features: str = "own-clip"
+    num: int = 100
+    guidance_scale: float | None = None
+    sweep: tuple[float, ...] = ()
+    upsample: bool = False
+    class_pictures: int = 0
+    template: str = "{}"
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.num <= NEIGHBOURS:
+            raise UserError(
+                f"--num: got {self.num}, expected at least {NEIGHBOURS + 1}: precision and recall"
+                f" look at {NEIGHBOURS} neighbours of each picture"
+            )
+        check_count("--batch_size", self.batch_size)
+        if self.class_pictures < 0:
+            raise UserError(
+                f"--class_pictures: got {self.class_pictures}, expected a number of pictures, or 0"
+            )
+        if self.template.count("{}") != 1:
+            raise UserError(
+                f"--template: got {self.template!r}, expected {{}} once, where the class's name"
+                ' goes, as in "a photo of a {}"'
+            )
+        for scale in (self.guidance_scale or 0.0, *self.sweep):
+            if not math.isfinite(scale):
+                raise UserError(f"guidance scale: got {scale}, expected a finite number")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed: got {self.seed}, expected 0 to {2**63 - 1}")
+
+
+class Grid(NamedTuple):
+    """Captioned pictures to show: file name without its ending, title, and cells row by row."""
+
+    name: str
+    title: str
+    columns: int
+    cells: list[tuple[np.ndarray, str]]
+
+
+class Report(NamedTuple):
+    """All that was measured.
+
+    Attributes:
+        about: how: model, data, feature network, counts.
+        figures: by the part of the model that they judge, then by name; NaN where undefined.
+        sweep: a row for each guidance scale, rising.
+        subsets: the scores of subsets of the classes, if classes were measured.
+        grids: pictures.
+    """
+
+    about: dict[str, Any]
+    figures: dict[str, Figures]
+    sweep: list[Figures]
+    subsets: zero_shot.Subsets | None
+    grids: list[Grid]
+
+
+def evaluate(
+    model: UnCLIP,
+    data: DataConfig,
+    heldout_split: str,
+    settings: Settings,
+    judge: Part | None = None,
+) -> Report:
+    """Measure a model.
+
+    Args:
+        model: what to measure; on several devices if it lies on a mesh.
+        data: the data set, its split the one whose captions are drawn and whose pictures are the
+            reference.
+        heldout_split: the split for retrieval, the prior's cosines and zero-shot accuracy.
+        settings: the rest.
+        judge: the CLIP that measures; None for the model's own.
+
+    Raises:
+        UserError: a model without CLIP or prior, no such data or feature network, or too little
+            data.
+    """
+    measurer = _measurer(model, settings, judge)
+    key = jax.random.key(settings.seed)
+    stage = model.decoder.stage
+    size = model.image_size if settings.upsample else stage.image_size
+    scale = stage.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+
+    plain = dataclasses.replace(measurer, network=measurer.clip)
+    heldout_data = dataclasses.replace(
+        data,
+        split=heldout_split,
+        image_size=measurer.judge.stage.image_size,
+        labels=settings.class_pictures > 0,
+    )
+    heldout = plain.read(heldout_data)
+    if settings.class_pictures and len(heldout.source.classes) < 2:
+        raise UserError(
+            f"--class_pictures: {heldout.source.name} has {len(heldout.source.classes)} class,"
+            " expected at least 2; leave it out"
+        )
+    real = measurer.read(dataclasses.replace(data, image_size=size))
+    chosen, reference, disjoint = choose(len(real.index), settings.num, settings.seed)
+
+    captions = real.captions
+    held_t, z_t = (measurer.read_captions(part.captions) for part in (heldout, real))
+    figures = {"clip": clip_figures(heldout.vectors.z_i, held_t)}
+    if model.prior is not None:
+        own, pairs = plain, heldout
+        if judge is not None:  # the prior speaks the language of its own CLIP, whoever measures
+            own, own_size = measurer.by(model.clip), model.clip.stage.image_size
+            pairs = own.read(dataclasses.replace(heldout_data, image_size=own_size))
+        figures["prior"] = _prior_figures(own, pairs, key)
+
+    compare = Comparison(real.vectors.rows(reference))
+    sweep, pictures = [], {}
+    for each in sorted({scale, *settings.sweep}):
+        vectors, pictures[each] = measurer.draw(
+            jax.random.fold_in(key, CAPTIONS),
+            [captions[i] for i in chosen],
+            guidance_scale=each,
+            upsample=settings.upsample,
+            shown=SHOWN,
+            name=f"pictures, guidance {each:g}",
+        )
+        sweep.append({"guidance_scale": each} | compare(vectors, z_t[chosen]))
+        if each == scale:
+            figures["decoder"] = own_caption(
+                vectors.z_i, real.vectors.z_i[chosen], np.concatenate([z_t, held_t]), chosen
+            )
+            figures["pictures"] = {k: v for k, v in sweep[-1].items() if k != "guidance_scale"}
+    figures["pictures"] |= compare.floor(real.vectors.rows(chosen), z_t[chosen], disjoint)
+    grids = _grids(real, chosen, [captions[i] for i in chosen], pictures, scale)
+
+    subsets = None
+    if settings.class_pictures:
+        figures["classes"], subsets, grid = _classes(measurer, heldout, settings, key, scale)
+        grids.append(grid)
+    about = {
+        "data": data.name,
+        "split": data.split,
+        "heldout_split": heldout_split,
+        "clip": "own" if judge is None else "another",
+        "guidance_scale": scale,
+        "pictures": len(chosen),
+        "reference_pictures": len(reference),
+        "reference": "the other pictures" if disjoint else "all pictures",
+        "seed": settings.seed,
+    } | _instruments(measurer, real)
+    return Report(about, figures, sweep if settings.sweep else [], subsets, grids)
+
+
+def _measurer(model: UnCLIP, settings: Settings, judge: Part | None) -> Measurer:
+    if model.decoder.stage.model.embed_dim and model.prior is None:
+        raise UserError("--model: has no prior, so it draws no captions; train one, or add it")
+    judge = judge or model.clip
+    if judge is None:
+        raise UserError(
+            "--model: has no CLIP, by which its pictures would be measured; name one with --clip"
+        )
+    if model.mesh is not None:
+        where = sharding.tree_shardings(judge.params, model.mesh)
+        judge = judge._replace(params=sharding.place(judge.params, where))
+    clip: FeatureNetwork = of_clip(judge, model.mesh)
+    return Measurer(model, judge, clip, load(settings.features, clip), settings.batch_size)
+
+
+def choose(total: int, num: int, seed: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Which rows of a split are drawn, which are the reference, and whether none is both.
+
+    The reference is every row that is not drawn, or, where those are fewer than the drawn ones,
+    every row.
+
+    Raises:
+        UserError: too few rows for precision and recall.
+    """
+    if total <= NEIGHBOURS:
+        raise UserError(
+            f"--data: got {total} pictures in this split, expected at least {NEIGHBOURS + 1}; use"
+            " more data or another --split"
+        )
+    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:num])
+    others = np.setdiff1d(np.arange(total), chosen)
+    disjoint = len(others) >= len(chosen)
+    return chosen, others if disjoint else np.arange(total), disjoint
+
+
+class Comparison:
+    """Sets of pictures against one reference, whose moments are computed once."""
+
+    def __init__(self, reference: Vectors) -> None:
+        """Compare with `reference`."""
+        self._reference = reference
+        self._moments = moments(reference.features)
+
+    def __call__(self, vectors: Vectors, z_t: np.ndarray) -> Figures:
+        """Distances, precision and recall of pictures, and their fit to their captions' z_t."""
+        return {
+            "frechet": frechet(moments(vectors.features), self._moments),
+            "cmmd": cmmd(vectors.z_i, self._reference.z_i),
+            "clip_score": clip_score(vectors.z_i, z_t),
+        } | precision_recall(self._reference.features, vectors.features)
+
+    def floor(self, real: Vectors, z_t: np.ndarray, disjoint: bool) -> Figures:
+        """The same figures of real pictures: what perfect ones would have.
+
+        Distances to a reference that these are part of would say nothing, and are NaN.
+        """
+        if disjoint:
+            found = self(real, z_t)
+        else:
+            undefined = dict.fromkeys(("frechet", "cmmd", "precision", "recall"), math.nan)
+            found = undefined | {"clip_score": clip_score(real.z_i, z_t)}
+        return {f"real_{name}": value for name, value in found.items()}
+
+
+def clip_figures(z_i: np.ndarray, z_t: np.ndarray) -> Figures:
+    """Retrieval among n pairs [n, e], and how many principal components hold 99 % of z_i."""
+    return image_text_retrieval(z_i, z_t) | {"rank_99": float(pca.rank(z_i))}
+
+
+def _instruments(measurer: Measurer, real: Real) -> dict[str, Any]:
+    """Which networks looked at pictures of which size."""
+    return {
+        "clip_fingerprint": clip_fingerprint(measurer.judge),
+        "features": measurer.network.name,
+        "feature_dims": real.vectors.features.shape[1],
+        "pixels": real.image_size,
+    }
+
+
+def _prior_figures(measurer: Measurer, heldout: Real, key: jax.Array) -> Figures:
+    """Cosines of sampled z_i with those of held-out pairs."""
+    drawn = measurer.sample_prior(jax.random.fold_in(key, PRIOR), heldout.captions)
+    z_t = measurer.read_captions(heldout.captions)
+    return prior_cosines(drawn, heldout.vectors.z_i, z_t)
+
+
+def _classes(
+    measurer: Measurer, heldout: Real, settings: Settings, key: jax.Array, scale: float
+) -> tuple[Figures, zero_shot.Subsets, Grid]:
+    """Zero-shot accuracy on labelled pictures, and what generated ones say of it."""
+    names, each = heldout.source.classes, settings.class_pictures
+    texts = [settings.template.replace("{}", name) for name in names]
+    labels = np.repeat(np.arange(len(names)), each)
+    generated, pictures = measurer.draw(
+        jax.random.fold_in(key, CLASSES),
+        [texts[i] for i in labels],
+        guidance_scale=scale,
+        upsample=settings.upsample,
+        shown=len(labels),
+        name="pictures of classes",
+    )
+    z_t = measurer.read_captions(texts)
+    made, found = (generated.z_i, labels), (heldout.vectors.z_i, heldout.labels)
+    subsets = zero_shot.over_subsets(made, found, z_t, seed=settings.seed)
+    figures = {
+        "zero_shot_accuracy": zero_shot.accuracy(*found, z_t),
+        "chance": 1 / len(names),
+        "own_class": zero_shot.accuracy(*made, z_t),
+        "direction": zero_shot.direction(zero_shot.class_means(*made, len(names)), z_t),
+        "classes": float(len(names)),
+        "subsets": float(len(subsets.accuracy)),
+    }
+    for score in ("own_class", "direction"):
+        related = zero_shot.correlation(getattr(subsets, score), subsets.accuracy)
+        figures |= {f"{score}_{name}": value for name, value in related.items()}
+    columns = min(each, 8)
+    cells = [(pictures[i * each + j], text) for i, text in enumerate(texts) for j in range(columns)]
+    return figures, subsets, Grid("classes", "Drawn for the names of classes", columns, cells)
+
+
+def _grids(
+    real: Real,
+    chosen: np.ndarray,
+    captions: list[str],
+    pictures: dict[float, np.ndarray],
+    scale: float,
+) -> list[Grid]:
+    """Generated beside real pictures, and the same captions at every guidance scale."""
+    truth = real.pictures(chosen[:SHOWN])
+    pairs = [
+        (np.concatenate([image, drawn], axis=1), caption)
+        for image, drawn, caption in zip(truth, pictures[scale], captions, strict=False)
+    ]
+    grids = [Grid("generated", "Real pictures, and generated from their captions", 4, pairs)]
+    if len(pictures) > 1:
+        rows = min(SHOWN_CAPTIONS, len(captions))
+        cells = [
+            (drawn[i], f"{captions[i]}, guidance {each:g}")
+            for i in range(rows)
+            for each, drawn in pictures.items()
+        ]
+        grids.append(Grid("sweep_pictures", "Guidance scales", len(pictures), cells))
+    return grids
