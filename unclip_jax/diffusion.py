@@ -380,7 +380,7 @@ def threshold(x_0: jax.Array, clip_x_0: float, dynamic_percentile: float) -> jax
     """
     if dynamic_percentile:
         bound = clip_x_0 or 1.0
-        size = jnp.percentile(jnp.abs(x_0).reshape(len(x_0), -1), dynamic_percentile, axis=1)
+        size = jnp.percentile(jnp.abs(x_0).reshape(x_0.shape[0], -1), dynamic_percentile, axis=1)
         size = jnp.maximum(size, bound).reshape((-1,) + (1,) * (x_0.ndim - 1))
         return jnp.clip(x_0, -size, size) * (bound / size)
     return jnp.clip(x_0, -clip_x_0, clip_x_0) if clip_x_0 else x_0

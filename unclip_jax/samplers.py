@@ -376,7 +376,7 @@ def classifier_free(
 
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
         output = network(_interleave(x_t, x_t), _interleave(t, t), pairs).astype(jnp.float32)
-        output = output.reshape(len(x_t), 2, *output.shape[1:])
+        output = output.reshape(x_t.shape[0], 2, *output.shape[1:])
         conditional, unconditional = output[:, 0], output[:, 1]
         variance = []
         if learned_variance:

@@ -114,7 +114,7 @@ class ARPrior(nn.Module):
           `[b, k, buckets]` float32.
         """
         c = self.config
-        check_shape("latents", latents, (len(z_t), c.code_dims))
+        check_shape("latents", latents, (z_t.shape[0], c.code_dims))
         x = jnp.concatenate([self._prefix(z_t, text, text_mask), self._latents(latents)], axis=1)
         attended = self._attended(text_mask, c.code_dims)
         x, _ = self.blocks(x, causal_mask(x.shape[1]) & attended, None)
@@ -159,8 +159,8 @@ class ARPrior(nn.Module):
         """Embeddings `[b, l + 1, width]` of the caption and z_t, at their positions."""
         c = self.config
         check_shape("z_t", z_t, (None, c.embed_dim))
-        check_shape("text (tokens)", text, (len(z_t), c.context_length))
-        check_shape("text_mask", text_mask, (len(z_t), c.context_length))
+        check_shape("text (tokens)", text, (z_t.shape[0], c.context_length))
+        check_shape("text_mask", text_mask, (z_t.shape[0], c.context_length))
         z_t = jnp.where(text_mask.any(-1, keepdims=True), z_t, 0.0)
         caption = self.tokens(text).astype(c.dtype)
         x = jnp.concatenate([caption, self.z_t_in(z_t)[:, None]], axis=1)

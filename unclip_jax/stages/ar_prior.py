@@ -186,7 +186,7 @@ class ARPriorStage:
     def null(self, params: Params, cond: Condition) -> Condition:
         """The condition without its caption: no token attended to, z_t zero."""
         del params  # the diffusion prior's null may be in its params
-        return drop_caption(cond, jnp.zeros(len(cond["z_t"]), bool))
+        return drop_caption(cond, jnp.zeros(cond["z_t"].shape[0], bool))
 
     def logits(
         self, params: Params, codes: jax.Array, dot: jax.Array, cond: Condition

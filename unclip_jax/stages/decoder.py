@@ -70,6 +70,7 @@ class DecoderStage:
     def __post_init__(self) -> None:
         """Check that the network has the channels that the diffusion needs."""
         check_analytic(self.sampling, self.analytic)
+        self.diffusion.process(self.sampling.spacing)  # a wrong spacing is an error now, not later
         for name in ("z_i_drop", "caption_drop", "label_drop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"stage.{name}: got {getattr(self, name)}, expected 0 <= p < 1")
@@ -167,7 +168,7 @@ class DecoderStage:
             mask = text_mask(text, self.context[1]) if mask is None else mask
             cond |= {"text_states" if self.reads_states else "tokens": text, "text_mask": mask}
         if self.model.embed_dim:
-            cond |= {"z_i": z_i, "z_i_mask": jnp.ones(len(z_i), bool)}
+            cond |= {"z_i": z_i, "z_i_mask": jnp.ones(z_i.shape[0], bool)}
         return cond | ({"z_t": z_t} if self.model.use_z_t else {})
 
     def condition_of(self, batch: dict[str, jax.Array]) -> Condition:
@@ -179,7 +180,7 @@ class DecoderStage:
     def null(self, params: Params, cond: Condition) -> Condition:
         """The condition with z_i, the caption and the class dropped."""
         if self.model.has_text:
-            none = jnp.zeros(len(cond["text_mask"]), bool)
+            none = jnp.zeros(cond["text_mask"].shape[0], bool)
             cond = drop_caption(cond, none, params.get("null_caption"))
         if self.model.embed_dim:
             cond = cond | {"z_i_mask": jnp.zeros_like(cond["z_i_mask"])}

@@ -70,6 +70,7 @@ class PriorStage:
                 " itself; set stage.model.vocab_size to 0 for one that reads CLIP's text states"
             )
         check_analytic(self.sampling, self.analytic)
+        self.diffusion.process(self.sampling.spacing)  # a wrong spacing is an error now, not later
         if self.draws < 1:
             raise UserError(f"stage.draws: got {self.draws}, expected at least 1")
         if not 0.0 <= self.caption_drop < 1.0:
@@ -135,7 +136,8 @@ class PriorStage:
 
     def null(self, params: Params, cond: Condition) -> Condition:
         """The condition without its caption: no token and a z_t of zero, or the empty caption."""
-        return drop_caption(cond, jnp.zeros(len(cond["z_t"]), bool), params.get("null_caption"))
+        none = jnp.zeros(cond["z_t"].shape[0], bool)
+        return drop_caption(cond, none, params.get("null_caption"))
 
     def denoise(self, params: Params, x_t: jax.Array, t: jax.Array, cond: Condition) -> jax.Array:
         """The network's output for noised, normalised embeddings x_t [b, e] at t [b]."""
@@ -251,6 +253,6 @@ class PriorStage:
             eta=eta,
             noise=None if noise is None else noise.reshape(-1, *noise.shape[2:]),
             progress=progress,
-        ).reshape(len(cond["z_t"]), self.draws, -1)
+        ).reshape(cond["z_t"].shape[0], self.draws, -1)
         best = jnp.argmax(jnp.einsum("bre,be->br", z_i, cond["z_t"]), axis=1)
         return jnp.take_along_axis(z_i, best[:, None, None], axis=1)[:, 0]

@@ -270,7 +270,7 @@ class UpsamplerStage:
             low_noise, drawn = initial_noise(keys if noise is not None else rest, low.shape[1:])
             rest = rest if noise is not None else drawn
             fraction = self.noise_level if noise_level is None else noise_level
-            level = jnp.full(len(low), self._timestep(fraction))
+            level = jnp.full(low.shape[:1], self._timestep(fraction))
             low = self._noised(low, level, low_noise)
         low = resize(low, size)
         return samplers.sample(
