@@ -13,6 +13,7 @@ and every picture alone in the folder apple/. So does every other task:
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from unclip_jax.errors import run_command
@@ -49,8 +50,8 @@ def _text2im(tasks) -> None:
     add = _task(tasks, "text2im", "pictures for captions").add_argument
     _add_prompts(add)
     add("--num", type=int, default=4, help="pictures per caption (default 4)")
-    add("--guidance_scale", type=float, help="the decoder's; 1 = none (default: the model's own)")
-    add("--prior_guidance_scale", type=float, help="the prior's (default: the model's own)")
+    add("--guidance_scale", type=_finite, help="the decoder's; 1 = none (default: the model's own)")
+    add("--prior_guidance_scale", type=_finite, help="the prior's (default: the model's own)")
     add("--prior_steps", metavar="N", help="the prior's sampling steps (default: the model's own)")
     add("--decoder_steps", metavar="N", help="the decoder's (default: the model's own)")
     add("--no_upsample", action="store_true", help="stop at the decoder's size")
@@ -85,7 +86,7 @@ def _edits(tasks) -> None:
     )
     task.add_argument("--to", required=True, metavar="TEXT", help="what they shall show")
     task.add_argument(
-        "--theta_max", type=float, default=0.5, help="how far to turn, 0 to 1 (default 0.5)"
+        "--theta_max", type=_finite, default=0.5, help="how far to turn, 0 to 1 (default 0.5)"
     )
     task.add_argument("--frames", type=int, default=6, help="steps on the way (default 6)")
 
@@ -133,6 +134,14 @@ def _probes(probes) -> None:
     task.add_argument("--num", type=int, default=3, help="pictures decoded of each (default 3)")
 
 
+def _finite(text: str) -> float:
+    """A number that is neither infinite nor nan, which would only make black pictures."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
+    return value
+
+
 def _add_prompts(add) -> None:
     add("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompts", metavar="FILE", help="a text file with one caption per line")
@@ -154,8 +163,8 @@ def _add_walk(add, *, guidance: str, steps: int | None = 50, eta: float = 0.0) -
     """The flags of `manipulate.Walk`; a task that takes several numbers of steps adds its own."""
     if steps:
         add("--steps", type=int, default=steps, help=f"of the decoder's DDIM (default {steps})")
-    add("--eta", type=float, default=eta, help=f"the decoder's noise, 0 to 1 (default {eta})")
-    add("--guidance_scale", type=float, help=f"the decoder's (default: {guidance})")
+    add("--eta", type=_finite, default=eta, help=f"the decoder's noise, 0 to 1 (default {eta})")
+    add("--guidance_scale", type=_finite, help=f"the decoder's (default: {guidance})")
     add("--no_upsample", action="store_true", help="stop at the decoder's size")
 
 

@@ -7,8 +7,9 @@
 Any field can be set: --config.train.learning_rate=1e-4. A config ends in :smoke to run in seconds.
 The same command again resumes. When the run ends, WORKDIR/model holds the trained stage.
 
-On several hosts the same command runs on each: under Slurm, Open MPI or on a TPU pod they find each
-other, elsewhere --coordinator_address, --num_processes and --process_id say where. See docs/pods.md.
+On several hosts the same command runs on each: under Slurm, Open MPI or on a TPU pod they find
+each other, elsewhere --coordinator_address, --num_processes and --process_id say where. See
+docs/pods.md.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from unclip_jax import distributed
-from unclip_jax.errors import UserError, run_command
+from unclip_jax import command_line, distributed
+from unclip_jax.errors import run_command
+
+COMMAND = "python train.py"
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as emoji/clip.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and previews go.")
-
 DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", distributed.MODES, "Whether to join the processes of other hosts."
 )
@@ -40,34 +41,8 @@ def parse(argv: list[str]) -> None:
     Raises:
         UserError: a flag or config field that does not exist, or a value of the wrong type.
     """
-    try:
-        rest = flags.FLAGS([sys.argv[0], *argv])
-        if rest[1:]:
-            raise UserError(f"argument {rest[1]!r}: not understood; flags are --name=value")
-        for flag in ("config", "workdir"):
-            if flags.FLAGS[flag].value is None:
-                raise UserError(f"--{flag}: missing; see python train.py --help")
-        if not isinstance(CONFIG.value, ml_collections.ConfigDict):
-            raise UserError(
-                f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}: cannot be"
-                f" loaded: {_why(CONFIG.value)}"
-            )
-    except flags.Error as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        # A config that raises comes with its whole traceback: the last line says what it is.
-        text = f"--config: {lines[-1]}" if "Traceback" in str(error) else " ".join(lines)
-        raise UserError(f"{text}; see the config file for its fields") from error
-    except (AttributeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"--config: {error}") from error
-
-
-def _why(broken: object) -> str:
-    """What went wrong in a config file: ml_collections tells when a field is asked for."""
-    try:
-        broken.stage  # noqa: B018
-    except Exception as error:
-        return " ".join(str(error).split())
-    return "it is no ConfigDict; get_config must return one"
+    command_line.parse(flags.FLAGS, argv, COMMAND)
+    command_line.check(flags.FLAGS, argv, COMMAND, "config", "workdir")
 
 
 def main(argv: list[str]) -> None:

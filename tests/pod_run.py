@@ -2,10 +2,10 @@
 
     python tests/pod_run.py WORKDIR SETTINGS [COORDINATOR PROCESSES PROCESS]
 
-SETTINGS is JSON: "mesh" (fields of MeshConfig), "slow" (seconds that every batch takes), "bad" (the
-pictures that cannot be read), "pause" (seconds that an evaluation takes), and fields of TrainConfig.
- Every process appends {"step", "index"} to WORKDIR/seen-PROCESS.jsonl for every
-batch it takes, and the lead saves the final state.
+SETTINGS is JSON: "mesh" (fields of MeshConfig), "slow" (seconds that every batch takes), "bad"
+(the pictures that cannot be read), "pause" (seconds that an evaluation takes), and fields of
+TrainConfig. Every process appends {"step", "index"} to WORKDIR/seen-PROCESS.jsonl for every batch
+it takes, and the lead saves the final state.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "config": {"errors"},
+    "command_line": {"errors"},
     "diffusion": {"errors"},
     "losses": {"errors", "diffusion"},
     "degrade": {"errors"},
@@ -54,13 +55,17 @@ ALLOWED = {
     "lora": {"errors", "checkpoint"},
     "fine_tuning": {"errors", "checkpoint", "lora", "parts", "stages"},
     "plan": {
-        "errors", "axes", "config", "files", "optim", "sharding", "stages", "train_config",
-        "train_step",
+        "errors", "axes", "command_line", "config", "files", "optim", "sharding", "stages",
+        "train_config", "train_step",
     },
     "save": {"errors", "checkpoint", "config", "fine_tuning", "lora", "sharding", "stages"},
     "classes": {"errors", "data", "parts", "stages"},
-    "evaluation": set(),
-    "evaluate": {"errors", "data", "evaluation", "files", "pca", "pipeline"},
+    "evaluation": {"errors", "pca"},
+    "evaluate": {
+        "errors", "convert", "data", "evaluation", "files", "grids", "models", "parts", "pca",
+        "pipeline", "sharding", "stages",
+    },
+    "export": {"errors", "checkpoint", "parts", "stages"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
     "needs": {
         "errors", "classes", "clip_text", "data", "parts", "pipeline", "stages", "t5",
@@ -71,7 +76,8 @@ ALLOWED = {
         "train_config", "train_step",
     },
     "analytic": {
-        "errors", "checkpoint", "losses", "needs", "parts", "runs", "samplers", "stages", "text_states",
+        "errors", "checkpoint", "losses", "needs", "parts", "runs", "samplers", "stages",
+        "text_states",
     },
     "class_conditional": {
         "errors", "classes", "grids", "parts", "pipeline", "samplers", "stages",

@@ -181,6 +181,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     if Path(args.out).suffix.lower() != ".png":
         raise UserError(f"--out {args.out!r}: expected a name that ends in .png")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: got {args.seed}, expected 0 to {2**63 - 1}")
     decoder = load_part(args.decoder, "decoder")
     if args.steps is not None:
         sampling = dataclasses.replace(decoder.stage.sampling, spacing=args.steps)

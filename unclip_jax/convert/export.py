@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from unclip_jax import checkpoint, stages
 from unclip_jax.convert import clip_names, karlo_configs, karlo_names
 from unclip_jax.convert.karlo import INDEX
 from unclip_jax.convert.tables import Tensors, to_theirs
@@ -52,6 +53,10 @@ def diffusers(folder: str | Path, out: str | Path) -> Iterator[str]:
                 f"model {str(folder)!r}: {len(found.get(kind, []))} of kind {kind}, expected one,"
                 " for diffusers' layout holds a whole Karlo"
             )
+    for kind in ("prior", "decoder", "upsampler"):
+        for path in found.get(kind, []):
+            settings = checkpoint.read_description(path)["stage"]
+            _check_form(stages.build(settings, f"{path}: stage"), path)
     components: dict[str, list[str]] = {}
 
     def wrote(name: str, library: str, kind: str) -> str:
@@ -63,7 +68,6 @@ def diffusers(folder: str | Path, out: str | Path) -> Iterator[str]:
     for kind in ("prior", "decoder", "upsampler"):
         for path in found.get(kind, []):
             part = load_part(path)
-            _check_form(part, path)
             write = {
                 "prior": _write_prior,
                 "decoder": _write_decoder,
@@ -86,8 +90,7 @@ _VARIATION_ONLY = ("image_encoder", "feature_extractor")
 _Component = tuple[str, str, str]
 
 
-def _check_form(part: Part, path: Path) -> None:
-    stage = part.stage
+def _check_form(stage: stages.Stage, path: Path) -> None:
     fits = stage.last_steps == 1 if stage.kind == "upsampler" else stage.empty_null
     if not fits:
         raise UserError(

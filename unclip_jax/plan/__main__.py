@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from unclip_jax import sharding
+from unclip_jax import command_line, sharding
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.files import replacing
 from unclip_jax.plan import analysis, fit, report
@@ -29,6 +28,7 @@ from unclip_jax.plan.chips import GIB, Topology
 from unclip_jax.plan.measure import TooLarge
 from unclip_jax.plan.programs import Plan
 
+COMMAND = "python -m unclip_jax.plan"
 SLOW = ("decoder", "upsampler", "classifier")  # U-Nets
 
 FLAGS = flags.FlagValues()
@@ -55,32 +55,12 @@ def parse(argv: list[str]) -> None:
     Raises:
         UserError: a flag that does not exist or lacks, or a value that makes no sense.
     """
-    try:
-        rest = FLAGS(["plan", *argv])
-    except (flags.Error, AttributeError, ValueError, TypeError, OSError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{lines[-1]}; see python -m unclip_jax.plan --help") from error
-    if rest[1:]:
-        raise UserError(f"argument {rest[1]!r}: not understood; flags are --name=value")
+    command_line.parse(FLAGS, argv, COMMAND)
     if TABLE.value is not None:
         return
-    for flag in (CONFIG, TOPOLOGY):
-        if flag.value is None:
-            raise UserError(f"--{flag.name}: missing; see python -m unclip_jax.plan --help")
-    if not isinstance(CONFIG.value, ml_collections.ConfigDict):
-        name = config_flags.get_config_filename(FLAGS["config"])
-        raise UserError(f"--config={name}: cannot be loaded; {_why(CONFIG.value)}")
+    command_line.check(FLAGS, argv, COMMAND, "config", "topology")
     if BLOCKS.value and WHOLE.value:
         raise UserError("--blocks, --whole: both given, expected one of them; leave one out")
-
-
-def _why(broken: object) -> str:
-    """What went wrong in a config file: ml_collections tells when a field is asked for."""
-    try:
-        broken.stage  # noqa: B018
-    except Exception as error:
-        return " ".join(str(error).split())
-    return "it is no ConfigDict; get_config must return one"
 
 
 def parse_mesh(text: str) -> sharding.MeshConfig:

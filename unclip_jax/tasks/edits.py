@@ -70,6 +70,7 @@ def reconstruct(args: argparse.Namespace, bars: StageBars) -> None:
 def variations(args: argparse.Namespace, bars: StageBars) -> None:
     """Each picture and its variations."""
     images, key, walk = read_images(args), seed_key(args), walk_of(args)
+    check_count("--num", args.num)
     model = load(args)
     latents = manipulate.encode(model, images, walk, bars.update)
     made = manipulate.pictures(
@@ -93,6 +94,8 @@ def interpolate(args: argparse.Namespace, bars: StageBars) -> None:
     images, key, walk = read_images(args), seed_key(args), walk_of(args)
     if len(images) != 2:
         raise UserError(f"--image: got {len(images)}, expected two pictures to go between")
+    if args.frames < 2:
+        raise UserError(f"--frames: got {args.frames}, expected at least 2, one for each end")
     if args.rows < 0:
         raise UserError(f"--rows: got {args.rows}, expected 0 or more")
     model = load(args)
