@@ -165,8 +165,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_response(206 if ranged else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        # Counted before the client can have it, and look.
         self.server.gets, self.server.sent = self.server.gets + 1, self.server.sent + len(content)
+        self.wfile.write(content)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_image_files_of_any_mode_are_read_as_they_look(folder):
         (("interpolate", "--image", "plain.png"), "--image: got 1, expected two"),
         (("interpolate", "--image", "plain.png", "one.png", "--rows", "-1"), "--rows: got -1"),
         (("textdiff", "--image", "plain.png", "--to", ""), r"prompts\[0\]"),
-        (("textdiff", "--image", "plain.png", "--to", "x", "--theta_max", "nan"), "--theta_max"),
+        (("textdiff", "--image", "plain.png", "--to", "x", "--theta_max", "-1"), "theta"),
         (("textdiff", "--image", "plain.png", "--to", "x", "--frames", "0"), "--frames: got 0"),
         (("inpaint", "--image", "plain.png", "--mask", "text.png"), "--mask.*text.png"),
         (("inpaint", "--image", "plain.png", "--mask", "turned.png"), "proportions"),
@@ -204,6 +204,7 @@ def test_a_grid_that_cannot_be_written_is_named_before_anything_is_computed(fold
         ("textdiff", "--image", "plain.png"),
         ("inpaint", "--image", "plain.png"),
         ("reconstruct", "--image", "plain.png", "--steps", "x"),
+        ("textdiff", "--image", "plain.png", "--to", "x", "--theta_max", "nan"),
     ],
 )
 def test_wrong_usage_is_status_two(folder, command, capsys):
