@@ -10,9 +10,16 @@ from absl import logging
 
 from unclip_jax.data.folder import FolderSource
 from unclip_jax.data.records import Source
-from unclip_jax.data.tfds_source import TfdsSource, emoji_source, prepared_builder
+from unclip_jax.data.tfds_source import (
+    TfdsSource,
+    emoji_source,
+    emoji_styles_source,
+    prepared_builder,
+)
 from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from unclip_jax.errors import UserError
+
+EMOJI = {"emoji": emoji_source, "emoji_styles": emoji_styles_source}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +27,8 @@ class DataConfig:
     """A data set and what is made of its pairs.
 
     Attributes:
-      name: "emoji"; the path of a folder of images; or "tfds:<name>", a TFDS data set.
+      name: "emoji"; "emoji_styles", whose art python -m unclip_jax.data.styles fetches; the path
+        of a folder of images; or "tfds:<name>", a TFDS data set.
       split: "train", "heldout" or "all"; for TFDS whatever it calls its splits.
       image_size: side of the square images, in pixels.
       captions: "all" pairs an image with each of its captions, "first" with one.
@@ -28,7 +36,7 @@ class DataConfig:
       image_key: TFDS only: the feature with the image; "a/b" for a nested one.
       caption_key: TFDS only: the feature with the text or texts; likewise.
       labels: whether records carry the class of their image as well: an emoji's group, the
-        sub-folder it lies in, or TFDS's `label_key`.
+        style where there are several, the sub-folder it lies in, or TFDS's `label_key`.
       label_key: TFDS only: the feature with the class; likewise.
       cache_dir: where prepared data are; "" for `$UNCLIP_JAX_CACHE`, else
         `~/.cache/unclip_jax`; for "tfds:..." "" is TFDS's own default.
@@ -85,8 +93,8 @@ def load(config: DataConfig) -> Source:
         usable in it.
     """
     name = config.name
-    if name == "emoji":
-        source = emoji_source(
+    if name in EMOJI:
+        source = EMOJI[name](
             config.image_size,
             config.skin_tones,
             config.split,
@@ -107,8 +115,8 @@ def load(config: DataConfig) -> Source:
         source = FolderSource(name, config.split, config.captions, config.labels)
     else:
         raise UserError(
-            f"name: {name!r}: expected 'emoji', the path of a folder (./{name} if it is meant as "
-            f"one), or 'tfds:{name}' for a data set of TFDS"
+            f"name: {name!r}: expected 'emoji', 'emoji_styles', the path of a folder (./{name} if "
+            f"it is meant as one), or 'tfds:{name}' for a data set of TFDS"
         )
     logging.info(
         "%s, split %s: %d captions of %d images (%s)",
