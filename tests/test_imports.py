@@ -20,7 +20,7 @@ ALLOWED = {
     "stages": {
         "errors", "config", "degrade", "diffusion", "losses", "models", "pca", "samplers",
     },
-    "data": {"errors"},
+    "data": {"errors", "files"},
     "checkpoint": {"errors"},
     "hub": {"errors"},
     "parts": {"errors", "checkpoint", "stages"},

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import http.client
 import io
 import json
 import os
 import pathlib
 import tarfile
-import urllib.error
 import urllib.request
 
 from unclip_jax.errors import UserError
@@ -54,6 +54,7 @@ class Package:
         return f"{REGISTRY}/{self.scope}/{self.name}/-/{self.archive}"
 
 
+# With another release goes another VERSION of the builder.
 NOTO = Package(
     scope="@iconify-json",
     name="noto",
@@ -95,7 +96,7 @@ def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
     try:
         with urllib.request.urlopen(package.url, timeout=TIMEOUT) as answer:
             data = answer.read(MAX_ARCHIVE + 1)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"{package.url}: can't be downloaded ({_reason(error)}); check the network, {by_hand}"
         ) from error
