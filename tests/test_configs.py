@@ -9,6 +9,7 @@ import pytest
 from unclip_jax import config as settings
 from unclip_jax import runs, stages
 from unclip_jax.errors import UserError
+from unclip_jax.parts import in_dtype
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(
@@ -75,6 +76,21 @@ def test_paper_networks_compute_in_bf16_with_float32_params():
         assert '"dtype": "bfloat16"' in str(stages.describe(stage)).replace("'", '"')
         shapes = jax.eval_shape(stage.init, jax.random.key(0))
         assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {"float32"}
+
+
+def test_the_box_model_fits_its_box_and_its_stages_fit_each_other():
+    """40 MB in bf16: 20 M parameters, normalisations included."""
+    built = {n: stages.build(load(f"box/{n}").stage) for n in ("clip", "prior", "decoder")}
+    built["upsampler"] = upsampler = stages.build(load("box/upsampler").stage)
+    shapes = jax.eval_shape(lambda: {n: s.init(jax.random.key(0)) for n, s in built.items()})
+    assert sum(x.size for x in jax.tree.leaves(shapes)) < 19.6e6
+    assert len({s.model.embed_dim for n, s in built.items() if n != "upsampler"}) == 1
+    assert len({built[n].context for n in ("clip", "prior", "decoder")}) == 1
+    assert built["decoder"].image_size == upsampler.low_size
+    for name in built:
+        on_gpu = load(f"box/{name}", "gpu")
+        assert in_dtype(built[name], "bfloat16") == stages.build(on_gpu.stage)
+        assert on_gpu.train.batch_size > load(f"box/{name}").train.batch_size
 
 
 def test_an_unknown_variant_is_named():

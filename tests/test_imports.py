@@ -22,7 +22,7 @@ ALLOWED = {
     "stages": {
         "errors", "axes", "config", "degrade", "diffusion", "losses", "models", "pca", "samplers",
     },
-    "data": {"errors"},
+    "data": {"errors", "files"},
     "checkpoint": {"errors"},
     "hub": {"errors"},
     "parts": {"errors", "checkpoint", "stages"},

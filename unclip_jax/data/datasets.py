@@ -14,10 +14,17 @@ from unclip_jax.data.parquet import ParquetShards
 from unclip_jax.data.records import Source
 from unclip_jax.data.sharded import ShardedSource
 from unclip_jax.data.storage import find
-from unclip_jax.data.tfds_source import TfdsSource, emoji_source, prepared_builder
+from unclip_jax.data.tfds_source import (
+    TfdsSource,
+    emoji_source,
+    emoji_styles_source,
+    prepared_builder,
+)
 from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from unclip_jax.data.webdataset import TarShards
 from unclip_jax.errors import UserError
+
+EMOJI = {"emoji": emoji_source, "emoji_styles": emoji_styles_source}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +32,8 @@ class DataConfig:
     """A data set and what is made of its pairs.
 
     Attributes:
-      name: "emoji"; the path of a folder of images; "tfds:<name>", a TFDS data set;
+      name: "emoji"; "emoji_styles", whose art python -m unclip_jax.data.styles fetches; the
+        path of a folder of images; "tfds:<name>", a TFDS data set;
         "wds:<pattern>", webdataset's tar shards; or "parquet:<pattern>", parquet files with
         images in them. A pattern is a path or address (gs://, s3://, http://) with
         `{00000..00123}` or `*`. Or "embeddings:<folder>", what
@@ -39,7 +47,8 @@ class DataConfig:
       caption_key: the feature with the text or texts, the column, or the field of the `.json`
         (wds); likewise.
       labels: whether records carry the class of their image as well: an emoji's group, the
-        sub-folder it lies in, its `.cls` (wds), or what is under `label_key`.
+        style where there are several, the sub-folder it lies in, its `.cls` (wds), or what is
+        under `label_key`.
       label_key: the feature (TFDS) or column (parquet) with the class.
       cache_dir: where prepared data and the indices of shards are; "" for `$UNCLIP_JAX_CACHE`, else
         `~/.cache/unclip_jax`; for "tfds:..." "" is TFDS's own default.
@@ -107,8 +116,8 @@ def load(config: DataConfig, *, needs_images: bool = True) -> Source:
     name = config.name
     if name.startswith("embeddings:"):
         source = _embeddings(config, needs_images)
-    elif name == "emoji":
-        source = emoji_source(
+    elif name in EMOJI:
+        source = EMOJI[name](
             config.image_size,
             config.skin_tones,
             config.split,
@@ -131,9 +140,9 @@ def load(config: DataConfig, *, needs_images: bool = True) -> Source:
         source = FolderSource(name, config.split, config.captions, config.labels)
     else:
         raise UserError(
-            f"name: {name!r}: expected 'emoji', the path of a folder (./{name} if it is meant as "
-            f"one), 'tfds:{name}' for a data set of TFDS, 'wds:PATTERN', 'parquet:PATTERN' or "
-            "'embeddings:FOLDER'"
+            f"name: {name!r}: expected 'emoji', 'emoji_styles', the path of a folder (./{name} if "
+            f"it is meant as one), 'tfds:{name}' for a data set of TFDS, 'wds:PATTERN',"
+            " 'parquet:PATTERN' or 'embeddings:FOLDER'"
         )
     logging.info(
         "%s, split %s: %d captions of %d images (%s)",

@@ -12,6 +12,7 @@ import io
 import os
 import pathlib
 import sys
+from typing import TypeVar
 
 import resvg_py
 import tensorflow_datasets as tfds
@@ -23,6 +24,8 @@ from unclip_jax.data.records import is_heldout
 from unclip_jax.errors import UserError
 
 MAX_IMAGE_SIZE = 4096
+
+Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
 
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
@@ -47,11 +50,9 @@ class EmojiConfig(tfds.core.BuilderConfig):
         self.name = f"{self.image_size}_skin_tones" if self.skin_tones else f"{self.image_size}"
 
 
-def render(emoji: Emoji, size: int) -> bytes:
-    """An emoji as a PNG file: RGB, `size` x `size`, on white."""
-    drawing = resvg_py.svg_to_bytes(
-        svg_path=str(emoji.art), width=size, height=size, skip_system_fonts=True
-    )
+def rasterise(svg: str, size: int) -> bytes:
+    """A drawing as a PNG file: RGB, `size` x `size`, centred on white."""
+    drawing = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     drawn = Image.open(io.BytesIO(drawing)).convert("RGBA")
     canvas = Image.new("RGBA", (size, size), "white")
     canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
@@ -76,7 +77,7 @@ class EmojiBuilder(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [  # noqa: RUF012
         EmojiConfig(image_size=size, skin_tones=tones)
         for tones in (False, True)
-        for size in (64, 32, 128, 224, 256, 512, 1024)
+        for size in (64, 32, 48, 128, 224, 256, 512, 1024)
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -112,7 +113,7 @@ class EmojiBuilder(tfds.core.GeneratorBasedBuilder):
             yield (
                 emoji.codepoints,
                 {
-                    "image": io.BytesIO(render(emoji, size)),
+                    "image": io.BytesIO(rasterise(emoji.art.read_text(encoding="utf-8"), size)),
                     "caption": emoji.captions[0],
                     "captions": list(emoji.captions),
                     "category": emoji.category,
@@ -125,9 +126,6 @@ class EmojiBuilder(tfds.core.GeneratorBasedBuilder):
 def prepare(image_size: int, skin_tones: bool, data_dir: str | os.PathLike) -> EmojiBuilder:
     """The emoji builder, its data rendered into `data_dir` if they weren't before.
 
-    The data appear under their final name in one rename, so processes that prepare
-    at once each render, one of them wins, and all read the same.
-
     Args:
       image_size: side of the images in pixels.
       skin_tones: whether the variants with a skin tone are in it.
@@ -136,26 +134,50 @@ def prepare(image_size: int, skin_tones: bool, data_dir: str | os.PathLike) -> E
     Raises:
       UserError: if `data_dir` can't be written.
     """
+    return prepared(EmojiBuilder, "the emoji", image_size, skin_tones, data_dir)
+
+
+def prepared(
+    builder_class: type[Builder],
+    what: str,
+    image_size: int,
+    skin_tones: bool,
+    data_dir: str | os.PathLike,
+) -> Builder:
+    """A builder configured by `EmojiConfig`, its data rendered if they weren't before.
+
+    The data appear under their final name in one rename, so processes that prepare
+    at once each render, one of them wins, and all read the same.
+
+    Args:
+      builder_class: the builder; `what` messages call its data.
+      what: "the emoji".
+      image_size: side of the images in pixels.
+      skin_tones: whether the variants with a skin tone are in it.
+      data_dir: TFDS's directory, made where it doesn't exist.
+
+    Raises:
+      UserError: if `data_dir` can't be written.
+    """
     config = EmojiConfig(image_size=image_size, skin_tones=skin_tones)
+    known = config.name if config.name in builder_class.builder_configs else config
 
-    known = config.name if config.name in EmojiBuilder.builder_configs else config
-
-    def build() -> EmojiBuilder:
-        return EmojiBuilder(config=known, data_dir=data_dir, file_format="array_record")
+    def build() -> Builder:
+        return builder_class(config=known, data_dir=data_dir, file_format="array_record")
 
     builder = build()
     final = pathlib.Path(builder.data_dir)
     if final.exists():
         return builder
     tfds.disable_progress_bar()  # TFDS's bars for each shard; ours is per emoji
-    print(f"Rendering the emoji at {image_size} px into {data_dir}", file=sys.stderr)
+    print(f"Rendering {what} at {image_size} px into {data_dir}", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints of a download
             builder.download_and_prepare()
     except OSError as error:
         if not final.exists():  # else another process was first
             raise UserError(
-                f"cache_dir: {data_dir}: the emoji can't be prepared there ({error}); give another "
+                f"cache_dir: {data_dir}: {what} can't be prepared there ({error}); give another "
                 "cache_dir or set UNCLIP_JAX_CACHE"
             ) from error
     return build()

@@ -175,6 +175,35 @@ def emoji_source(
     )
 
 
+def emoji_styles_source(
+    image_size: int,
+    skin_tones: bool,
+    split: str,
+    captions: str,
+    cache_dir: str | os.PathLike,
+    labels: bool = False,
+) -> TfdsSource:
+    """The emoji in several styles as a source, rendered into `cache_dir` from the art there.
+
+    With labels, a drawing's class is its style.
+
+    Raises:
+      UserError: if the art hasn't been fetched, there is no such split or size, or `cache_dir`
+        can't be written.
+    """
+    from unclip_jax.data.emoji_styles import prepare
+
+    return TfdsSource(
+        prepare(image_size, skin_tones, cache_dir),
+        split,
+        image_key="image",
+        caption_key="captions",
+        captions=captions,
+        name_key="name",
+        label_key="style" if labels else None,
+    )
+
+
 def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
     """A TFDS builder whose data are on this machine, read without the code that made them.
 

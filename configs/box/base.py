@@ -1,0 +1,44 @@
+"""What the configs of the box model share: sizes that CLIP, prior and decoder agree on, variants.
+
+All four stages together have 19.3 M parameters, 39 MB in bf16. configs/box/train.sh trains them in
+order and resumes. The variants, the text after the colon (clip.py:gpu):
+
+    (none)  float32 and small batches, for CPU cores and patience
+    :gpu    bfloat16, larger batches, more of them: one accelerator
+    :smoke  seconds, on the plain emoji, which need no art fetched
+
+Only steps may change in a workdir; a run begun on a CPU goes on with the same variant.
+"""
+
+import dataclasses
+
+from configs import base
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.parts import in_dtype
+
+VARIANTS = ("", "gpu", "smoke")
+
+CONTEXT_LENGTH = 28  # the longest caption of the data set has 27 tokens
+VOCAB_SIZE = 4096
+EMBED_DIM = 192
+
+DATA = DataConfig(name="emoji_styles")
+
+
+def make(stage, train, variant, *, gpu, data=DATA):
+    """A stage's config.
+
+    Args:
+        stage: for any device.
+        train: the loop's settings without a variant.
+        variant: see above.
+        gpu: those of them that differ with :gpu.
+        data: the data set.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: expected nothing, gpu or smoke, as in clip.py:gpu")
+    if variant == "smoke":
+        return base.smoke(base.make(stage, dataclasses.replace(data, name="emoji"), train))
+    if variant == "gpu":
+        stage, train = in_dtype(stage, "bfloat16"), dataclasses.replace(train, **gpu)
+    return base.make(stage, data, train)

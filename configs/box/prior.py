@@ -1,0 +1,47 @@
+"""The prior of the box model: caption to CLIP image embedding. 2.8 M parameters.
+
+    python -m unclip_jax.data.styles build --size 48
+    python train.py --config=configs/box/prior.py --workdir=runs/box/prior \
+        --config.clip=runs/box/clip
+"""
+
+from configs.box import base
+from unclip_jax.models.prior import PriorConfig
+from unclip_jax.samplers import Sampling
+from unclip_jax.stages import PriorStage
+from unclip_jax.train_config import TrainConfig
+
+
+def get_config(variant=""):
+    """The config; `:gpu` for an accelerator, `:smoke` runs in seconds."""
+    stage = PriorStage(
+        model=PriorConfig(
+            embed_dim=base.EMBED_DIM,
+            width=192,
+            layers=4,
+            heads=6,
+            context_length=base.CONTEXT_LENGTH,
+            vocab_size=base.VOCAB_SIZE,
+            text_width=0,
+        ),
+        sampling=Sampling(method="ddpm", spacing="64"),
+    )
+    train = TrainConfig(
+        batch_size=128,
+        steps=3000,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        b2=0.96,
+        eps=1e-6,
+        weight_decay=6e-2,
+        grad_clip=1.0,
+        ema_decay=0.999,
+        log_every=50,
+        eval_every=250,
+        preview_every=1000,
+        checkpoint_every=100,
+        keep_checkpoints=1,
+    )
+    gpu = {"batch_size": 512, "steps": 10_000, "warmup_steps": 500}
+    return base.make(stage, train, variant, gpu=gpu)

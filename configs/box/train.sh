@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train the box model: fetch the art, train every stage in order, measure. Run again, it resumes.
+#
+#   bash configs/box/train.sh [FOLDER [VARIANT]]    runs/box on a CPU; variants: configs/box/base.py
+#
+# CLIP trains twice: the second time from the first, on larger batches, which hold more pictures of
+# one concept in several styles, and with stronger scaling and shifting.
+set -euo pipefail
+out=${1:-runs/box}
+variant=${2:+:$2}
+
+train() { # folder, config, flags
+    echo "== $1"
+    python train.py --config="configs/box/$2.py$variant" --workdir="$out/$1" "${@:3}"
+    [[ -d $out/$1/model ]] || exit 0 # stopped by SIGTERM: saved, and not finished
+}
+
+python -m unclip_jax.data.styles build --size 48 64 256
+train clip_1 clip
+train clip clip --config.init="$out/clip_1" --config.data.augment=0.25 \
+    --config.train.batch_size=512 --config.train.learning_rate=5e-4 --config.train.steps=400
+train decoder decoder --config.clip="$out/clip"
+train prior prior --config.clip="$out/clip"
+train upsampler upsampler
+
+echo "== evaluate"
+python -m unclip_jax.evaluate --model "$out" --data emoji_styles --num 500 --out "$out/evaluation"

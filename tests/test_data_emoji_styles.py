@@ -1,0 +1,299 @@
+"""Emoji in several styles: fetching the art, captions, the split by concept and style."""
+
+import base64
+import collections
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import random
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_jax.data import emoji_art, emoji_styles, styles
+from unclip_jax.data.datasets import DataConfig, fingerprint, load
+from unclip_jax.data.emoji_catalogue import catalogue
+from unclip_jax.data.emoji_styles import STYLES, captions_of, with_article, withheld_style
+from unclip_jax.errors import UserError
+
+GREEN, BLUE = "#00ff00", "#0000ff"
+# Emoji drawn by all, those that Fluent lacks, and those that only Twemoji has.
+EVERYWHERE = [e for e in catalogue() if len(e.codepoints) == 5][:60]
+NOT_FLUENT = [e for e in catalogue() if e.captions[0].startswith(("man ", "woman "))][:20]
+TWEMOJI_ONLY = [e for e in catalogue() if e.captions[0].startswith("flag of ")][:10]
+FEW = tuple(sorted({*EVERYWHERE, *NOT_FLUENT, *TWEMOJI_ONLY}, key=lambda e: e.codepoints))
+
+
+def archive(emoji, colour) -> bytes:
+    """An npm archive as Iconify's are: each emoji a full square of one colour, 20 units wide."""
+    square = {"body": f'<path fill="{colour}" d="M0 0h20v20H0z"/>'}
+    icons = {"width": 20, "height": 20, "icons": {e.captions[0]: square for e in emoji}}
+    names = {e.codepoints: e.captions[0] for e in emoji}
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, content in (("icons", icons), ("chars", names)):
+            data = json.dumps(content).encode()
+            member = tarfile.TarInfo(f"package/{name}.json")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def release(package, data):
+    """The package, its release being these bytes."""
+    sha512 = base64.b64encode(hashlib.sha512(data).digest()).decode()
+    return dataclasses.replace(package, sha512=sha512)
+
+
+@pytest.fixture(scope="module")
+def registry():
+    """A registry on this machine: its address, files by path, paths asked for."""
+    files, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            found = files.get(self.path)
+            self.send_response(200 if found is not None else 404)
+            self.end_headers()
+            self.wfile.write(found or b"")
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", files, asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def cache(registry, tmp_path_factory):
+    """A cache that the command filled, with few emoji, from that registry."""
+    url, files, _ = registry
+    drawn = {"noto": (EVERYWHERE + NOT_FLUENT, GREEN), "fluent": (EVERYWHERE, BLUE)}
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        for style, package in list(emoji_styles.PACKAGES.items()):
+            data = archive(*drawn[style])
+            patch.setitem(emoji_styles.PACKAGES, style, release(package, data))
+            files[package.url.removeprefix(emoji_art.REGISTRY)] = data
+        patch.setattr(emoji_art, "REGISTRY", url)
+        patch.setattr(emoji_styles, "catalogue", lambda skin_tones=False: FEW)
+        styles.main(["build", "--cache_dir", str(folder), "--size", "16"])
+        yield str(folder)
+
+
+def emoji(cache, **options):
+    config = {"name": "emoji_styles", "image_size": 16, "cache_dir": cache, "split": "all"}
+    return load(DataConfig(**{**config, **options}))
+
+
+def records(source):
+    return [source[i] for i in range(len(source))]
+
+
+def test_every_style_shows_its_own_art(cache):
+    source = emoji(cache, captions="first", labels=True)
+    assert source.classes == STYLES
+    count = collections.Counter()
+    for record in records(source):
+        style = STYLES[record["label"]]
+        assert record["caption"].endswith(f", {style} style")
+        assert record["name"].split("/")[0] == style
+        colour = np.asarray(Image.open(io.BytesIO(record["image"]))).reshape(-1, 3).mean(0)
+        if style == "twemoji":
+            assert colour.max() - colour.min() < 200  # a picture, no pure colour
+        else:
+            assert colour.tolist() == ([0, 255, 0] if style == "noto" else [0, 0, 255])
+        count[style] += 1
+    assert count == {"twemoji": len(FEW), "noto": len({*EVERYWHERE, *NOT_FLUENT}),
+                     "fluent": len(EVERYWHERE)}  # fmt: skip
+
+
+def test_splits_part_pairs_and_every_emoji_is_seen(cache):
+    train, heldout, every = (
+        {r["name"]: r["caption"] for r in records(emoji(cache, split=split, captions="first"))}
+        for split in ("train", "heldout", "all")
+    )
+    assert train | heldout == every
+    assert not train.keys() & heldout.keys()
+    assert not set(train.values()) & set(heldout.values())
+    assert heldout
+    seen = {name.split("/")[1] for name in train}
+    assert seen == {e.codepoints for e in FEW}
+
+
+def test_captions_name_the_emoji_by_all_its_names_and_its_style(cache):
+    found = collections.defaultdict(list)
+    for record in records(emoji(cache)):
+        found[record["name"]].append(record["caption"])
+    for one in FEW:
+        captions = found[f"twemoji/{one.codepoints}"]
+        assert captions[0] == f"{one.captions[0]}, twemoji style"
+        assert captions[-1] == one.captions[0]
+        assert len(captions) == len(set(captions))
+        for name in one.captions:
+            assert any(name in c and "twemoji" in c for c in captions)
+
+
+def test_the_fingerprint_knows_the_pairs_and_not_the_size(cache):
+    prints = {
+        fingerprint(emoji(cache, split=split, captions=captions))
+        for split in ("train", "heldout", "all")
+        for captions in ("all", "first")
+    }
+    assert len(prints) == 6
+    assert fingerprint(emoji(cache, image_size=8)) == fingerprint(emoji(cache))
+
+
+def test_the_command_says_what_there_is_and_fetches_nothing_twice(cache, registry, capsys):
+    asked = len(registry[2])
+    styles.main(["build", "--cache_dir", cache, "--size", "16"])
+    printed = capsys.readouterr().out
+    for split in ("train", "heldout"):
+        assert f"{split} {emoji(cache, split=split).image_count}" in printed
+    for owner, licence in (("Twitter", "CC-BY 4.0"), ("Google", "Apache"), ("Microsoft", "MIT")):
+        assert owner in printed
+        assert licence in printed
+    assert len(registry[2]) == asked
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("red apple", "a red apple"),
+        ("anchor", "an anchor"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("euro banknote", "a euro banknote"),
+        ("grapes", "grapes"),
+        ("cactus", "a cactus"),
+        ("glass of milk", "a glass of milk"),
+        ("kiss", "a kiss"),
+        ("people hugging", "people hugging"),
+        ("Santa Claus", "Santa Claus"),
+        ("2nd place medal", "2nd place medal"),
+    ],
+)
+def test_articles(name, written):
+    assert with_article(name) == written
+
+
+def test_captions_of_an_emoji_with_aliases():
+    apple = next(e for e in catalogue() if e.captions[0] == "red apple")
+    assert captions_of(apple, "noto")[:4] == (
+        "red apple, noto style",
+        "a red apple, noto style",
+        "noto emoji of a red apple",
+        "apple, noto style",
+    )
+
+
+def test_one_pair_in_ten_is_withheld_and_never_the_last_of_an_emoji():
+    """Over every real concept, each drawn by random sets of styles."""
+    draw = random.Random(0)
+    concepts = collections.defaultdict(list)
+    for one in catalogue(skin_tones=True):
+        concepts[one.concept].append(one.codepoints)
+    pairs = withheld = 0
+    styles_withheld = collections.Counter()
+    for concept, variants in concepts.items():
+        others = [style for style in STYLES if draw.random() < 0.8]
+        drawn = {points: frozenset({*others, draw.choice(STYLES)}) for points in variants}
+        style = withheld_style(concept, drawn)
+        pairs += sum(map(len, drawn.values()))
+        for own in drawn.values():
+            withheld += style in own
+            assert own - {style}
+        styles_withheld[style] += 1
+        assert withheld_style(concept, dict(reversed(drawn.items()))) == style
+    assert 0.06 < withheld / pairs < 0.11  # those that may withhold no style lower it
+    in_turn = [styles_withheld[style] for style in STYLES]
+    assert min(in_turn) > 0.7 * max(in_turn)
+    assert withheld_style("1f34e", {"1f34e": frozenset({"twemoji"})}) is None
+
+
+def test_an_icon_says_its_box_or_the_set_does():
+    icons = {"width": 32, "height": 30, "icons": {"a": {"body": "<g/>"}, "b": {
+        "body": "<g/>", "height": 33, "left": -1}}}  # fmt: skip
+    assert 'viewBox="0 0 32 30"><g/></svg>' in emoji_art._svg(icons, "a")
+    assert 'viewBox="-1 0 32 33"' in emoji_art._svg(icons, "b")
+    assert 'viewBox="0 0 16 16"' in emoji_art._svg({"icons": {"a": {"body": ""}}}, "a")
+
+
+@pytest.fixture
+def served(registry, monkeypatch):
+    """A package, what the registry has for it, and a folder's worth of patience."""
+    url, files, asked = registry
+    monkeypatch.setattr(emoji_art, "REGISTRY", url)
+    data = archive(EVERYWHERE[:3], GREEN)
+    package = release(dataclasses.replace(emoji_art.NOTO, name="tiny"), data)
+    path = package.url.removeprefix(url)
+    files[path] = data
+    yield package, files, path, asked
+    files.pop(path, None)
+
+
+def test_what_is_fetched_is_kept_as_it_came(served, tmp_path):
+    package, files, path, asked = served
+    kept = emoji_art.fetch(package, tmp_path / "art")
+    assert kept.read_bytes() == files.pop(path)
+    before = len(asked)
+    assert emoji_art.fetch(package, tmp_path / "art") == kept  # the registry is gone by now
+    assert len(asked) == before
+    drawn = emoji_art.read(package, tmp_path / "art")
+    assert drawn.keys() == {e.codepoints for e in EVERYWHERE[:3]}
+    assert [p.name for p in (tmp_path / "art").iterdir()] == [package.archive]
+
+
+@pytest.mark.parametrize("change", [lambda d: d + b"more", lambda d: d[:-1], lambda d: b""])
+def test_another_file_is_refused_and_not_kept(served, tmp_path, change):
+    package, files, path, _ = served
+    files[path] = change(files[path])
+    with pytest.raises(UserError, match=r"another SHA-512.*put that file there by hand"):
+        emoji_art.fetch(package, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_endless_file_is_refused(served, tmp_path, monkeypatch):
+    package, _, _, _ = served
+    monkeypatch.setattr(emoji_art, "MAX_ARCHIVE", 100)
+    with pytest.raises(UserError, match="got 101 bytes"):
+        emoji_art.fetch(package, tmp_path)
+
+
+def test_a_registry_that_has_it_not_or_is_not_there(served, tmp_path, monkeypatch):
+    package, files, path, _ = served
+    del files[path]
+    with pytest.raises(UserError, match=r"tiny-1.2.9.tgz: can't be downloaded \(Not Found\)"):
+        emoji_art.fetch(package, tmp_path)
+    monkeypatch.setattr(emoji_art, "REGISTRY", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"refused.*check the network, or put"):
+        emoji_art.fetch(package, tmp_path)
+
+
+def test_a_damaged_archive_is_named(served, tmp_path):
+    package = served[0]
+    path = emoji_art.fetch(package, tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    for use in (emoji_art.fetch, emoji_art.read):
+        with pytest.raises(UserError, match=r"tiny-1\.2\.9\.tgz: not release 1\.2\.9.*delete it"):
+            use(package, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(served):
+    with pytest.raises(UserError, match=r"cache_dir: /proc/nowhere"):
+        emoji_art.fetch(served[0], "/proc/nowhere")
+
+
+def test_without_the_art_the_error_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"python -m unclip_jax\.data\.styles build"):
+        load(DataConfig(name="emoji_styles", cache_dir=str(tmp_path)))
+    assert not (tmp_path / "emoji_styles" / "64" / "1.0.0").exists()
