@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny, toy_run
-from unclip_jax import checkpoint, report, save, stages, training
+from unclip_jax import checkpoint, parts, report, save, stages, training
 from unclip_jax.errors import UserError
 
 
@@ -68,26 +68,25 @@ def test_a_figure_that_there_is_not_is_named(tmp_path):
         training.TrainConfig(best="loss")
 
 
-@pytest.fixture(scope="module")
-def prior_run(tmp_path_factory):
-    """A tiny prior trained for 6 steps, with checkpoints at 3 and 6 and its own export."""
-    workdir = tmp_path_factory.mktemp("prior")
-    stage, first = tiny.PRIOR, tiny.params(tiny.PRIOR, 1)
+class Noise:
+    """Batches that never end, told apart by their number."""
 
-    class Noise:
-        index = 0
+    index = 0
 
-        def __next__(self):
-            self.index += 1
-            return {k: np.asarray(v) for k, v in tiny.batch(8, 16, self.index).items()}
+    def __next__(self):
+        self.index += 1
+        return {k: np.asarray(v) for k, v in tiny.batch(8, 16, self.index).items()}
 
-        def get_state(self):
-            return self.index
+    def get_state(self):
+        return self.index
 
-        def set_state(self, states):
-            (self.index,) = states
+    def set_state(self, states):
+        (self.index,) = states
 
-    about = {"stage": stages.describe(stage), "clip_fingerprint": "0" * 16}
+
+def short_run(stage, workdir, ema_dtype="bfloat16", **about):
+    """A tiny stage trained for 6 steps, with checkpoints at 3 and 6 and its own export."""
+    about |= {"stage": stages.describe(stage)}
 
     def export(params, step):
         about_step = about | {"step": step}
@@ -95,16 +94,30 @@ def prior_run(tmp_path_factory):
 
     training.train(
         loss_fn=stage.loss,
-        init_params=lambda: first,
+        init_params=lambda: tiny.params(stage, 1),
         batches=Noise(),
         config=training.TrainConfig(
-            batch_size=8, steps=6, checkpoint_every=3, learning_rate=1e-3, ema_dtype="bfloat16"
+            batch_size=8, steps=6, checkpoint_every=3, learning_rate=1e-3, ema_dtype=ema_dtype
         ),
         workdir=workdir,
         description=about,
         export=export,
     )
     return workdir
+
+
+@pytest.fixture(scope="module")
+def prior_run(tmp_path_factory):
+    return short_run(tiny.PRIOR, tmp_path_factory.mktemp("prior"), clip_fingerprint="0" * 16)
+
+
+def test_a_rounded_clip_is_still_the_clip_that_others_stand_on(tmp_path):
+    workdir = short_run(tiny.CLIP, tmp_path / "run", ema_dtype="float32")
+    trained = parts.load_part(workdir, "clip")
+    save.main(["--workdir", str(workdir), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"])
+    rounded = parts.load_part(tmp_path / "half", "clip")
+    assert checkpoint.fingerprint(rounded.params) != checkpoint.fingerprint(trained.params)
+    assert parts.clip_fingerprint(rounded) == parts.clip_fingerprint(trained)
 
 
 def test_a_saved_checkpoint_is_what_training_exports(prior_run, tmp_path, capsys):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from unclip_jax import checkpoint, sharding, stages
+from unclip_jax import checkpoint, resume, sharding, stages
 from unclip_jax import config as settings
 from unclip_jax.checkpoint import TRAINED
 from unclip_jax.errors import UserError, run_command
@@ -102,6 +103,16 @@ def best(manager: ocp.CheckpointManager, steps: list[int]) -> int:
     return (min if train["best_is"] == "least" else max)(values, key=values.get)
 
 
+def check_intact(manager: ocp.CheckpointManager, step: int) -> None:
+    """Raise UserError if a file of a checkpoint is not as it was written."""
+    folder = manager.directory / str(step)
+    problem = resume.damage(Path(folder))
+    if problem:
+        raise UserError(
+            f"{folder}: the checkpoint is damaged ({problem}); choose another with --step"
+        )
+
+
 def read(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
     """A JSON item of a checkpoint."""
     items = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
@@ -114,24 +125,38 @@ def read_averaged(manager: ocp.CheckpointManager, step: int) -> Params:
     The optimizer's state is not read.
     """
 
+    def wanted(tree: dict[str, Any]) -> dict[str, Any]:
+        constants = {name: part for name, part in tree["params"].items() if name != TRAINED}
+        # Orbax takes an empty dict for a leaf.
+        return {"ema_params": tree["ema_params"]} | ({"params": constants} if constants else {})
+
+    state = read_state(manager, step, wanted)
+    average = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state["ema_params"])
+    return state.get("params", {}) | average
+
+
+def read_state(
+    manager: ocp.CheckpointManager, step: int, wanted: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The part of a checkpoint's state that `wanted` chooses of it, in the host's memory.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
     def restore() -> dict[str, Any]:
         tree = manager.item_metadata(step)["state"].tree
         here = jax.sharding.SingleDeviceSharding(sharding.host_device())
-        constants = {name: part for name, part in tree["params"].items() if name != TRAINED}
-        wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            {"params": constants, "ema_params": tree["ema_params"]},
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted(tree)
         )
         item = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            item=shapes,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
             partial_restore=True,
         )
         return manager.restore(step, args=ocp.args.Composite(state=item))["state"]
 
-    state = _reading(manager, step, restore)
-    average = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state["ema_params"])
-    return state["params"] | average
+    return _reading(manager, step, restore)
 
 
 def _reading(manager: ocp.CheckpointManager, step: int, read: Any) -> Any:
@@ -182,6 +207,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is asked for: that it only reads
     manager = open_checkpoints(Path(args.workdir))
     step = choose(manager, args.step)
+    check_intact(manager, step)
     description = read(manager, step, "description")
     stage = stages.build(description["stage"], "checkpoint: stage")
     params = whole(read_averaged(manager, step), description, args.init)
@@ -189,9 +215,10 @@ def main(argv: list[str]) -> None:
     problems = checkpoint.compare_shapes(checkpoint.flatten(params), expected)
     if problems:
         raise UserError(f"checkpoint {step}: the weights do not fit its own stage: {problems}")
-    checkpoint.save_stage(
-        args.out, params=params, description=description | {"step": step}, dtype=args.dtype
-    )
+    description = description | {"step": step}
+    if isinstance(stage, stages.ClipStage):  # in whatever dtype it is stored, it stays this CLIP
+        description["fingerprint"] = checkpoint.fingerprint(params)
+    checkpoint.save_stage(args.out, params=params, description=description, dtype=args.dtype)
     print(f"{args.out}: the {stage.kind} at step {step} of {args.workdir}")
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train the box model: fetch the art, train every stage in order, measure. Run again, it resumes.
+# Train the box model: fetch the art, train every stage in order, measure it, and write
+# FOLDER/model, what the package carries. Run again, it resumes.
 #
 #   bash configs/box/train.sh [FOLDER [VARIANT]]    runs/box on a CPU; variants: configs/box/base.py
 #
@@ -16,12 +17,14 @@ train() { # folder, config, flags
 }
 
 python -m unclip_jax.data.styles build --size 48 64 256
-train clip_1 clip
-train clip clip --config.init="$out/clip_1" --config.data.augment=0.25 \
+train first/clip clip
+train clip clip --config.init="$out/first/clip" --config.data.augment=0.25 \
     --config.train.batch_size=512 --config.train.learning_rate=5e-4 --config.train.steps=400
 train decoder decoder --config.clip="$out/clip"
 train prior prior --config.clip="$out/clip"
 train upsampler upsampler
 
 echo "== evaluate"
-python -m unclip_jax.evaluate --model "$out" --data emoji_styles --num 500 --out "$out/evaluation"
+python -c "import sys; from unclip_jax.pipeline import UnCLIP
+UnCLIP.load(sys.argv[1]).save(sys.argv[1] + '/model', 'bfloat16')" "$out"
+python -m unclip_jax.evaluate --model "$out/model" --data emoji_styles --num 500 --out "$out/evaluation"
