@@ -1,9 +1,9 @@
 """Sample from a trained model, and edit pictures with it.
 
-    python sample.py text2im --model runs/emoji --prompt "a red apple" --out apple.png
+    python sample.py text2im --prompt "red apple, noto style" --out apple.png
 
-writes apple.png, a grid with the captions under the pictures and the settings in its metadata,
-and every picture alone in the folder apple/. So does every other task:
+draws with the box model and writes apple.png, a grid with the captions under the pictures and the
+settings in its metadata, and every picture alone in the folder apple/. So does every other task:
 
     python sample.py variations --model runs/emoji --image apple.png
 
@@ -36,7 +36,11 @@ def _task(tasks, name: str, help: str) -> argparse.ArgumentParser:
     """A task with the flags that all have."""
     task = tasks.add_parser(name, help=help, description=help)
     add = task.add_argument
-    add("--model", required=True, metavar="DIR", help="model folder, Karlo's folder or hub name")
+    add(
+        "--model",
+        metavar="DIR",
+        help="model folder, Karlo's folder or hub name (default: the box model)",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")
     add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
     add("--out", default="out.png", metavar="PNG", help="the grid; single pictures go beside it")

@@ -354,18 +354,16 @@ def test_guidance_of_one_ignores_the_null_and_may_differ_by_example(params):
 
 
 def test_another_guidance_scale_compiles_nothing_and_progress_counts_the_codes(params):
-    cond, keys, seen = conditions(2), example_keys(jax.random.key(1), 2), []
-
-    def progress(done, codes):
-        seen.append((done, codes))
-
-    before = None
+    cond, keys, before = conditions(2), example_keys(jax.random.key(1), 2), None
     for scale in (1.0, 2.5):
-        _sample(STAGE, params, keys, cond, progress, guidance_scale=jnp.float32(scale))
-        assert before in (None, _sample._cache_size())
-        before = _sample._cache_size()
-    jax.effects_barrier()
-    assert sorted(seen) == sorted([(i, 5) for i in range(1, 6)] * 2)
+        seen, settings = [], {"guidance_scale": jnp.float32(scale)}
+        z_i = _sample(
+            STAGE, params, keys, cond, progress=lambda *step: seen.append(step), **settings
+        )
+        assert before in (None, _sample.programs())
+        before = _sample.programs()
+        assert seen[0] == (1, 5) and seen[-1] == (5, 5) and seen == sorted(set(seen))
+        np.testing.assert_allclose(z_i, STAGE.sample(params, keys, cond, **settings), atol=1e-6)
 
 
 def test_the_nucleus_is_the_fewest_codes_that_hold_the_probability():

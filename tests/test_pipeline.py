@@ -47,22 +47,36 @@ def test_a_picture_depends_on_seed_and_caption_and_on_nothing_else(model):
     assert np.abs(generate(model, ["a red apple"], seed=1).astype(int) - alone[:1]).mean() > 1
 
 
-def test_progress_reports_every_step_of_every_stage(model):
+def test_every_stage_reports_its_steps_in_order_and_draws_the_same(model):
     seen = []
-    generate(model, ["a dog"], progress=lambda *step: seen.append(step))
-    jax.effects_barrier()
+    watched = generate(model, ["a dog"], progress=lambda *step: seen.append(step))
     expected = {"prior": 4, "decoder": 4, "upsampler 32": 3}
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == list(expected)
     for stage, steps in expected.items():
-        assert sorted(s for s in seen if s[0] == stage) == [
-            (stage, i, steps) for i in range(1, steps + 1)
-        ]
+        done = [i for name, i, n in seen if name == stage and n == steps]
+        assert done[0] == 1 and done[-1] == steps and done == sorted(set(done))
+    assert np.abs(watched.astype(int) - generate(model, ["a dog"])).max() <= 1
+
+
+def test_what_progress_raises_ends_the_sampling_and_breaks_nothing(model):
+    seen = []
+
+    def stop(stage, done, steps):
+        seen.append(stage)
+        if stage == "decoder":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ["a dog"], progress=stop)
+    assert seen[-1] == "decoder" and "upsampler 32" not in seen
+    assert generate(model, ["a dog"], progress=lambda *_: None).shape == (1, 32, 32, 3)
 
 
 def test_another_prompt_seed_or_guidance_compiles_nothing(model):
     generate(model, ["a dog"], guidance_scale=2.0)
-    before = _sample._cache_size()
+    before = _sample.programs()
     generate(model, ["two cats"], seed=7, guidance_scale=3.5, prior_guidance_scale=2.0)
-    assert _sample._cache_size() == before
+    assert _sample.programs() == before
 
 
 def test_save_and_load_give_the_same_pictures(model, folder):

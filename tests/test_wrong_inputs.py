@@ -123,7 +123,7 @@ ROWS = [
     # sample.py
     ("sample text2im --model {model} --prompt x --out {new}.png --dtype int8", 2, "--dtype"),
     ("sample text2im --model {model} --prompt x --out {new}.png --surplus", 2, "--surplus"),
-    ("sample text2im --prompt x", 2, "--model"),
+    ("sample text2im --model= --prompt x --out {new}.png", 1, "model"),
     ("sample probe --model {model}", 2, "PROBE"),
     ("sample text2im --model {picture} --prompt x --out {new}.png", 1, "red.png"),
     ("sample text2im --model {model}/clip --prompt x --out {new}.png", 1, "no trained stage"),

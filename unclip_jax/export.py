@@ -33,7 +33,7 @@ import numpy as np
 from jax import export as jax_export
 from safetensors.numpy import save_file
 
-from unclip_jax import checkpoint, stages
+from unclip_jax import box, checkpoint, stages
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.parts import Part, find_parts, in_dtype, load_part, stage_folder
 from unclip_jax.stages.images import to_float
@@ -344,7 +344,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m unclip_jax.export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="a model folder, or one stage's")
+    add("--model", metavar="DIR", help="a model folder, or one stage's (default: the box model)")
     add("--stage", required=True, choices=tuple(KINDS), help="what to export")
     add("--upsampler", type=int, metavar="N", help="which: the one that makes images of N pixels")
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
@@ -429,7 +429,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     platforms = check_platforms(args.platforms)
     check_out(Path(args.out))
-    part = find(args.model, args.stage, args.upsampler, args.dtype)
+    model = box.folder() if args.model is None else args.model
+    part = find(model, args.stage, args.upsampler, args.dtype)
     if args.steps is not None:
         part = respace(part, args.stage, args.steps)
     exported = write(args.out, part, args.stage, platforms)

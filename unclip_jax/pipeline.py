@@ -1,6 +1,6 @@
 """UnCLIP: all stages and their params together, caption in and picture out.
 
-    model = UnCLIP.load("runs/emoji")
+    model = UnCLIP.load()             # the box model; or UnCLIP.load("runs/emoji")
     images = model.generate(jax.random.key(0), ["a red apple"])     # uint8 [1, 256, 256, 3]
 
 p(x | y) = p(x | z_i, y) p(z_i | y): the prior turns a caption's CLIP text embedding into a CLIP
@@ -21,39 +21,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unclip_jax import axes, checkpoint, hub, sharding, stages
+from unclip_jax import axes, box, checkpoint, hub, loops, sharding, stages
 from unclip_jax.clip_text import ClipText
 from unclip_jax.convert import karlo
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.loops import Watchable
 from unclip_jax.parts import Part, clip_fingerprint, in_dtype, load_parts
 from unclip_jax.stages import images as pixels
 from unclip_jax.stages.conditioning import Condition, text_mask
 from unclip_jax.t5 import T5, load_described
 
-# Called as progress(stage, step, steps).
+# Called as progress(stage, done, steps), in order and at last with done = steps. What it raises
+# ends the sampling.
 Progress = Callable[[str, int, int], None]
 
 # One key per example and purpose: each stage folds its own number into the example's key.
 PRIOR, DECODER, UPSAMPLER = 0, 1, 2
 
 
-@dataclasses.dataclass(frozen=True)
-class _Report:
-    """Forwards a sampler's steps under the stage's name; equal reports share one program."""
-
-    progress: Progress
-    name: str
-
-    def __call__(self, step: int, steps: int) -> None:
-        self.progress(self.name, int(step), int(steps))
-
-
-@functools.partial(jax.jit, static_argnames=("stage", "progress", "mesh"))
-def _sample(stage, params, keys, cond, progress, mesh=None, **settings):
-    """One compiled program per stage, batch size, progress callable and mesh."""
+@functools.partial(Watchable, static=("stage", "mesh"))
+def _sample(stage, params, keys, cond, mesh=None, *, loop, **settings):
+    """One compiled program per stage, batch size and mesh."""
     with contextlib.nullcontext() if mesh is None else axes.on(mesh):
-        return stage.sample(params, keys, cond, progress=progress, **settings)
+        return stage.sample(params, keys, cond, loop=loop, **settings)
+
+
+def named(progress: Progress | None, stage: str) -> loops.Progress | None:
+    """Progress of one stage as that of the whole."""
+    return progress and functools.partial(progress, stage)
 
 
 @functools.partial(jax.jit, static_argnames="stage")
@@ -99,13 +95,16 @@ class UnCLIP:
     mesh: Mesh | None = None
 
     @classmethod
-    def load(cls, model: str | Path, dtype: str = "", t5: str | Path | None = None) -> UnCLIP:
+    def load(
+        cls, model: str | Path | None = None, dtype: str = "", t5: str | Path | None = None
+    ) -> UnCLIP:
         """Load a model.
 
         Args:
             model: a model folder with one sub-folder per stage, as training writes them; or Karlo,
                 as the folder of its files (diffusers' layout or the original one) or as the name
-                of its repository on the Hugging Face hub.
+                of its repository on the Hugging Face hub. None is the box model, which comes
+                with this package.
             dtype: "bfloat16" or "float32" keeps the weights in that dtype and computes in it; ""
                 computes as each stage's config says, with the weights of a model folder in
                 float32 and Karlo's as they are in its files.
@@ -117,7 +116,7 @@ class UnCLIP:
         """
         if dtype not in ("", "float32", "bfloat16"):
             raise UserError(f"dtype: got {dtype!r}, expected float32 or bfloat16")
-        folder = hub.local_folder(model)
+        folder = box.folder() if model is None else hub.local_folder(model)
         is_karlo = karlo.is_karlo(folder)
         parts = karlo.load([folder], dtype) if is_karlo else load_parts(folder, dtype)
         if dtype:
@@ -318,11 +317,18 @@ class UnCLIP:
                     f"noise: given for a part of kind {part.stage.kind}, which has none"
                 )
             settings["noise"] = jnp.asarray(noise, jnp.float32)
-        report = progress and _Report(progress, name)
         keys = _stage_keys(keys, purpose)
         if self.mesh is not None:
             keys, cond, settings = sharding.spread((keys, cond, settings), len(keys), self.mesh)
-        return _sample(part.stage, part.params, keys, cond, report, self.mesh, **settings)
+        return _sample(
+            part.stage,
+            part.params,
+            keys,
+            cond,
+            self.mesh,
+            progress=named(progress, name),
+            **settings,
+        )
 
     def generate(
         self,
@@ -352,7 +358,7 @@ class UnCLIP:
                 n pictures, any of "prior" [n, draws, steps, e], "decoder" [n, steps, s, s, 3] and
                 "upsampler_SIZE" [n, steps, size, size, 3]: x_T, then what each step but the last
                 adds.
-            progress: called as progress(stage, step, steps).
+            progress: called as progress(stage, done, steps); what it raises ends the sampling.
 
         Returns:
             uint8 [len(prompts) * num, size, size, 3], the samples of one prompt side by side.
@@ -402,7 +408,7 @@ class UnCLIP:
             upsample: False stops after the decoder.
             batch_size: pictures computed together.
             noise: as for `generate`, without the prior's.
-            progress: called as progress(stage, step, steps).
+            progress: called as progress(stage, done, steps); what it raises ends the sampling.
 
         Returns:
             uint8 [b * num, size, size, 3], the variations of one picture side by side.

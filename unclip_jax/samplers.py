@@ -59,11 +59,9 @@ from unclip_jax.diffusion import (
     split_variance,
 )
 from unclip_jax.errors import UserError
+from unclip_jax.loops import Loop, whole
 
 METHODS = ("ddpm", "ddim", "dpm++", "analytic")
-
-Progress = Callable[[int, int], None]
-"""`progress(done, steps)`, called on the host after each step; calls may come out of order."""
 
 Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """`network(x_t [b, ...], t int32 [b], condition) -> output`, condition a pytree of `[b, ...]`."""
@@ -126,7 +124,7 @@ def sample(
     *,
     eta: float | jax.Array = 0.0,
     analytic: jax.Array | None = None,
-    progress: Progress | None = None,
+    loop: Loop = whole,
 ) -> jax.Array:
     """Walk from noise to data.
 
@@ -140,7 +138,7 @@ def sample(
         eta: DDIM's noise, 0 (deterministic) to 1 (DDPM's variance); may be traced.
         analytic: float `[diffusion.steps]` from `losses.analytic_statistic`; other methods than
             "analytic" ignore it.
-        progress: static callable for a progress bar; None costs nothing.
+        loop: what does the steps; `loops.Watchable` passes one that a host can watch.
 
     Returns:
         x_0, float32 `[b, ...]`.
@@ -153,17 +151,14 @@ def sample(
     advance = _solver(process, diffusion, sampling, eta, analytic)
     x_T = x_T.astype(jnp.float32)
 
-    def step(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+    def step(n: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         x_t, memory = carry
+        i = process.steps - 1 - n  # the noisiest first
         prediction = _ask(denoise, diffusion, process, sampling, x_t, i)
-
-        carry = advance(x_t, memory, prediction, i, lambda: draw(i))
-        _report(progress, process.steps - i, process.steps)
-        return carry, None
+        return advance(x_t, memory, prediction, i, lambda: draw(i))
 
     memory = x_T if sampling.method == "dpm++" else ()
-    noisiest_first = jnp.arange(process.steps - 1, -1, -1)
-    (x_0, _), _ = jax.lax.scan(step, (x_T, memory), noisiest_first)
+    x_0, _ = loop(step, (x_T, memory), process.steps)
     return x_0
 
 
@@ -172,7 +167,7 @@ def invert(
     x_0: jax.Array,
     diffusion: Diffusion,
     sampling: Sampling,
-    progress: Progress | None = None,
+    loop: Loop = whole,
 ) -> jax.Array:
     """DDIM inversion: the noise x_T from which DDIM, with eta = 0, returns to `x_0`.
 
@@ -186,7 +181,7 @@ def invert(
         x_0: float `[b, ...]`.
         diffusion: what the network was trained to do.
         sampling: its spacing gives the steps; method "ddim" or "dpm++".
-        progress: as in `sample`.
+        loop: as in `sample`.
 
     Returns:
         x_T, float32 `[b, ...]`.
@@ -202,13 +197,12 @@ def invert(
     process = diffusion.process(sampling.spacing)
     unclipped = Sampling(method=sampling.method, spacing=sampling.spacing)
 
-    def step(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+    def step(i: jax.Array, x: jax.Array) -> jax.Array:
         prediction = _ask(denoise, diffusion, process, unclipped, x, jnp.maximum(i - 1, 0))
         clean = jnp.where(i == 0, x, prediction.x_0)  # before the first step, x is x_0 itself
-        _report(progress, i + 1, process.steps)
-        return q_sample(process, clean, i, prediction.eps), None
+        return q_sample(process, clean, i, prediction.eps)
 
-    return jax.lax.scan(step, x_0.astype(jnp.float32), jnp.arange(process.steps))[0]
+    return loop(step, x_0.astype(jnp.float32), process.steps)
 
 
 def _ask(
@@ -246,11 +240,6 @@ def _noise_of_steps(
         )
     # The last step, i = 0, adds nothing, whatever is looked up for it.
     return lambda i: jnp.take(keys, process.steps - 1 - i, axis=1, mode="clip")
-
-
-def _report(progress: Progress | None, done: jax.Array, steps: int) -> None:
-    if progress is not None:
-        jax.debug.callback(lambda count: progress(int(count), steps), done)
 
 
 # --------------------------------------------------------------------------------- solvers

@@ -49,7 +49,7 @@ def reconstruct(
         images: uint8 [h, w, 3], of any sizes.
         walk: how; with eta = 0 and no guidance the pictures come back, the closer the more steps.
         upsample: False stops after the decoder.
-        progress: called as progress(stage, step, steps).
+        progress: called as progress(stage, done, steps).
 
     Returns:
         uint8 [b, size, size, 3], and the PSNR [b], in dB, of what the decoder made, at its size.
@@ -88,7 +88,7 @@ def pictures(
         walk: eta, guidance and the rest.
         num: pictures of each latent; they stand side by side.
         upsample: False stops after the decoder.
-        progress: called as progress(stage, step, steps).
+        progress: called as progress(stage, done, steps).
     """
     keys = jnp.tile(example_keys(key, check_count("num", num)), len(latents.z_i))
     repeated = Latents(*(np.repeat(np.asarray(part), num, axis=0) for part in latents))
@@ -190,7 +190,7 @@ def inpaint(
         walk: eta 1 harmonises best; its caption says what to paint.
         num: how many.
         upsample: False stops after the decoder.
-        progress: called as progress(stage, step, steps).
+        progress: called as progress(stage, done, steps).
 
     Raises:
         UserError: nothing to paint, or a hole of other proportions.
@@ -260,7 +260,7 @@ def upscale(
         image: uint8 [h, w, 3].
         num: how many, which differ in what the upsamplers draw.
         batch_size: pictures computed together.
-        progress: called as progress(stage, step, steps).
+        progress: called as progress(stage, done, steps).
 
     Returns:
         What entered, uint8 [low, low, 3], and uint8 [num, size, size, 3].

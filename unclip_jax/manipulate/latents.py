@@ -29,7 +29,8 @@ from unclip_jax import samplers
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import DECODER, Progress, UnCLIP, check_count, in_batches
+from unclip_jax.loops import Watchable
+from unclip_jax.pipeline import DECODER, Progress, UnCLIP, check_count, in_batches, named
 from unclip_jax.stages import images as pixels
 from unclip_jax.stages.conditioning import initial_noise
 
@@ -110,7 +111,7 @@ def encode(
         model: with a CLIP that has its image tower, and a decoder that reads z_i.
         images: uint8 [h, w] or [h, w, 1 | 3 | 4], of any sizes, different ones too.
         walk: steps, caption and batch size; eta and guidance have no part in inversion.
-        progress: called as progress("inversion", step, steps).
+        progress: called as progress("inversion", done, steps).
 
     Raises:
         UserError: no images, one that is none, or a model that lacks what is needed.
@@ -121,7 +122,8 @@ def encode(
 
     def make(rows: np.ndarray) -> jax.Array:
         cond = model.condition(z_i[rows], [walk.caption] * len(rows))
-        return _invert(stage, params, jnp.asarray(x_0[rows]), cond, sampling, progress)
+        report = named(progress, "inversion")
+        return _invert(stage, params, jnp.asarray(x_0[rows]), cond, sampling, progress=report)
 
     return Latents(z_i, in_batches(len(x_0), walk.batch_size, make))
 
@@ -148,7 +150,7 @@ def decode(
         keep_z_i: False drops z_i, as training does for guidance.
         known: for inpainting, pictures [b, s, s, 3] in [-1, 1] and where they are *not* known,
             bool [b, s, s, 1].
-        progress: called as progress("decoder", step, steps).
+        progress: called as progress("decoder", done, steps).
     """
     _check_reads_z_i(model)
     stage, params, _ = model.decoder
@@ -169,7 +171,7 @@ def decode(
             scale,
             known and (jnp.asarray(known[0][rows]), jnp.asarray(known[1][rows])),
             sampling,
-            progress,
+            progress=named(progress, "decoder"),
         )
 
     return in_batches(len(texts), walk.batch_size, make)
@@ -259,20 +261,19 @@ def _decoder_keys(keys: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, DECODER))(keys)
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "sampling", "progress"))
-def _invert(stage, params, x_0, cond, sampling, progress):
+@functools.partial(Watchable, static=("stage", "sampling"))
+def _invert(stage, params, x_0, cond, sampling, *, loop):
     """One compiled program per decoder, batch size and number of steps."""
     encoded = stage.encode(params, cond)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
         return stage.denoise(params, x_t, t, encoded).astype(jnp.float32)
 
-    report = _named(progress, "inversion")
-    return samplers.invert(denoise, x_0, stage.diffusion, sampling, report)
+    return samplers.invert(denoise, x_0, stage.diffusion, sampling, loop)
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "sampling", "progress"))
-def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, progress):
+@functools.partial(Watchable, static=("stage", "sampling"))
+def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, *, loop):
     """One compiled program per decoder, batch size, number of steps, guided or not, known or not.
 
     Eta, the scale, captions and pictures are traced.
@@ -289,12 +290,7 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, progres
     if known is not None:
         denoise = knowing(denoise, *known, stage.diffusion)
     _, keys = initial_noise(_decoder_keys(keys), x_T.shape[1:])
-    report = _named(progress, "decoder")
-    return samplers.sample(denoise, x_T, keys, stage.diffusion, sampling, eta=eta, progress=report)
-
-
-def _named(progress: Progress | None, name: str) -> samplers.Progress | None:
-    return progress and (lambda step, steps: progress(name, step, steps))
+    return samplers.sample(denoise, x_T, keys, stage.diffusion, sampling, eta=eta, loop=loop)
 
 
 def knowing(

@@ -103,7 +103,7 @@ def ablate_prior(
         prompts: captions, at least one; none empty.
         walk: steps, eta and guidance; its caption is not used.
         upsample: False stops after the decoder.
-        progress: called as progress(stage, step, steps).
+        progress: called as progress(stage, done, steps).
 
     Returns:
         uint8 [3, len(prompts), size, size, 3], in the order of `ABLATIONS`.

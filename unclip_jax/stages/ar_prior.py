@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import pca, samplers
+from unclip_jax import pca
 from unclip_jax.errors import UserError
+from unclip_jax.loops import Loop, whole
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
 from unclip_jax.stages import embedding
 from unclip_jax.stages.conditioning import Condition, Params, drop_caption, keep, text_mask
@@ -229,9 +230,9 @@ class ARPriorStage:
         *,
         guidance_scale: float | jax.Array = 1.0,
         null: Condition | None = None,
-        progress: samplers.Progress | None = None,
+        loop: Loop = whole,
     ) -> jax.Array:
-        """Draw the codes of one embedding per condition in one scan over a cache.
+        """Draw the codes of one embedding per condition one after the other over a cache.
 
         Guidance acts on the logits: cond + (scale - 1) (cond - null), both having the same dot
         product and codes before them.
@@ -243,13 +244,13 @@ class ARPriorStage:
             guidance_scale: classifier-free guidance; 1 is the conditional model. Scalar or [b],
                 may be traced.
             null: what guidance leads away from; by default the condition without its caption.
-            progress: called as progress(code, codes) while sampling.
+            loop: what draws one code after the other, see `loops`.
 
         Returns:
             z_i [b, e] in CLIP's coordinates.
         """
         codes = self.draw_codes(
-            params, keys, cond, guidance_scale=guidance_scale, null=null, progress=progress
+            params, keys, cond, guidance_scale=guidance_scale, null=null, loop=loop
         )
         z_i = dequantise(params["normalisation"], codes)
         return embedding.unit(z_i) if self.unit_embeddings else z_i
@@ -262,7 +263,7 @@ class ARPriorStage:
         *,
         guidance_scale: float | jax.Array = 1.0,
         null: Condition | None = None,
-        progress: samplers.Progress | None = None,
+        loop: Loop = whole,
     ) -> jax.Array:
         """The codes [b, k] int32 behind `sample`, with the same arguments."""
         m, network, variables = self.model, self.network, {"params": params["network"]}
@@ -276,8 +277,8 @@ class ARPriorStage:
         )
         extra = jnp.reshape(jnp.asarray(guidance_scale, jnp.float32), (-1, 1)) - 1.0
 
-        def step(carry, i):
-            latent, cache = carry
+        def step(i, carry):
+            latent, cache, codes = carry
             logits, cache = network.apply(
                 variables,
                 jnp.repeat(latent, 2),
@@ -289,12 +290,10 @@ class ARPriorStage:
             conditional, unconditional = logits[::2], logits[1::2]
             guided = conditional + extra * (conditional - unconditional)
             code = self._draw(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys), guided)
-            if progress is not None:
-                jax.debug.callback(lambda done: progress(int(done), m.code_dims), i + 1)
-            return (code, cache), code
+            return code, cache, codes.at[:, i].set(code)
 
-        _, codes = jax.lax.scan(step, (self._first(keys), cache), jnp.arange(m.code_dims))
-        return codes.T
+        none = jnp.zeros((keys.shape[0], m.code_dims), jnp.int32)
+        return loop(step, (self._first(keys), cache, none), m.code_dims)[2]
 
     def _first(self, keys: jax.Array) -> jax.Array:
         """The latent [b] of a dot product from the top half of the distribution."""

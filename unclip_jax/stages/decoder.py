@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from unclip_jax import diffusion as dm
 from unclip_jax import samplers
 from unclip_jax.errors import UserError
+from unclip_jax.loops import Loop, whole
 from unclip_jax.losses import losses
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.stages import embedding
@@ -261,7 +262,7 @@ class DecoderStage:
         eta: float | jax.Array = 0.0,
         noise: jax.Array | None = None,
         guide: Callable[[dm.Denoise], dm.Denoise] | None = None,
-        progress: samplers.Progress | None = None,
+        loop: Loop = whole,
     ) -> jax.Array:
         """Images [b, h, w, 3] in [-1, 1] for b conditions, one typed key each.
 
@@ -275,7 +276,7 @@ class DecoderStage:
             noise: float [b, steps, h, w, 3] to use instead of the keys' draws: x_T, then what each
                 step but the last adds.
             guide: guidance on top, such as `samplers.classifier_guided` with all but its network.
-            progress: called as progress(step, steps) while sampling.
+            loop: what does the steps, see `samplers.sample`.
         """
         null = self.null(params, cond) if null is None else null
         size = self.image_size
@@ -295,7 +296,7 @@ class DecoderStage:
             self.sampling,
             eta=eta,
             analytic=params.get("analytic"),
-            progress=progress,
+            loop=loop,
         )
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from unclip_jax import diffusion as dm
 from unclip_jax import samplers
 from unclip_jax.errors import UserError
+from unclip_jax.loops import Loop, whole
 from unclip_jax.losses import losses
 from unclip_jax.models.prior import Prior, PriorConfig
 from unclip_jax.stages import embedding
@@ -183,7 +184,7 @@ class PriorStage:
         null: Condition | None = None,
         eta: float | jax.Array = 0.0,
         noise: jax.Array | None = None,
-        progress: samplers.Progress | None = None,
+        loop: Loop = whole,
     ) -> jax.Array:
         """One embedding per condition, in CLIP's coordinates.
 
@@ -206,7 +207,7 @@ class PriorStage:
             self.sampling,
             eta=eta,
             analytic=params.get("analytic"),
-            progress=progress,
+            loop=loop,
         )
         z_i = embedding.denormalise(params["normalisation"], x_0)
         return embedding.unit(z_i) if self.unit_embeddings else z_i
@@ -221,7 +222,7 @@ class PriorStage:
         null: Condition | None = None,
         eta: float | jax.Array = 0.0,
         noise: jax.Array | None = None,
-        progress: samplers.Progress | None = None,
+        loop: Loop = whole,
     ) -> jax.Array:
         """Draw `draws` embeddings per condition and keep the one nearest z_t.
 
@@ -234,7 +235,7 @@ class PriorStage:
             eta: DDIM's noise, for sampling.method "ddim".
             noise: float [b, draws, steps, e] to use instead of the keys' draws: x_T, then what
                 each step but the last adds.
-            progress: called as progress(step, steps) while sampling.
+            loop: what does the steps, see `samplers.sample`.
 
         Returns:
             z_i [b, e] in CLIP's coordinates.
@@ -252,7 +253,7 @@ class PriorStage:
             null=repeat(null),
             eta=eta,
             noise=None if noise is None else noise.reshape(-1, *noise.shape[2:]),
-            progress=progress,
+            loop=loop,
         ).reshape(cond["z_t"].shape[0], self.draws, -1)
         best = jnp.argmax(jnp.einsum("bre,be->br", z_i, cond["z_t"]), axis=1)
         return jnp.take_along_axis(z_i, best[:, None, None], axis=1)[:, 0]

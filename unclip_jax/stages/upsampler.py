@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from unclip_jax import degrade, samplers
 from unclip_jax import diffusion as dm
 from unclip_jax.errors import UserError
+from unclip_jax.loops import Loop, whole
 from unclip_jax.losses import losses
 from unclip_jax.models.unet import UNet, UNetConfig
 from unclip_jax.stages.conditioning import Params, initial_noise, random_timesteps
@@ -232,7 +233,7 @@ class UpsamplerStage:
         eta: float | jax.Array = 0.0,
         noise_level: float | jax.Array | None = None,
         noise: jax.Array | None = None,
-        progress: samplers.Progress | None = None,
+        loop: Loop = whole,
     ) -> jax.Array:
         """Images [b, size, size, 3] from low-resolution ones [b, low_size, low_size, 3].
 
@@ -246,7 +247,7 @@ class UpsamplerStage:
                 traced, are not checked.
             noise: float [b, steps, size, size, 3] to use instead of the keys' draws: x_T, then
                 what each step but the last adds.
-            progress: called as progress(step, steps) while sampling.
+            loop: what does the steps, see `samplers.sample`.
 
         Raises:
             UserError: `low` has another size than low_size, or training saw no such noise_level.
@@ -280,7 +281,7 @@ class UpsamplerStage:
             self.diffusion,
             self.sampling,
             eta=eta,
-            progress=progress,
+            loop=loop,
         )
 
     def _denoiser(self, params: Params, low: jax.Array, level: jax.Array | None) -> dm.Denoise:

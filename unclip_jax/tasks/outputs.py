@@ -86,7 +86,7 @@ def write(
         about: more metadata of the grid.
         each: more metadata of each picture; by default its caption, as "label".
     """
-    settings = {
+    settings = {"model": "the box model"} | {
         name: value
         for name, value in vars(args).items()
         if name not in _NOT_SETTINGS and value is not None
