@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
     parse(argv)
     distributed.initialize(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
-    from unclip_jax import checkpoint, runs, training
+    from unclip_jax import checkpoint, compile_cache, runs, training
+
+    compile_cache.use()
 
     run = runs.prepare(CONFIG.value)
     workdir = Path(WORKDIR.value)

@@ -9,18 +9,22 @@ PACKAGE = Path(__file__).parent.parent / "unclip_jax"
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "box": {"errors"},
+    "compile_cache": {"files"},
+    "loops": set(),
     "config": {"errors"},
     "command_line": {"errors"},
     "diffusion": {"errors"},
     "losses": {"errors", "diffusion"},
     "degrade": {"errors"},
-    "samplers": {"errors", "diffusion"},
+    "samplers": {"errors", "diffusion", "loops"},
     "axes": {"errors"},
     "models": {"errors", "axes"},
     "presets": {"models"},
     "pca": {"errors"},
     "stages": {
-        "errors", "axes", "config", "degrade", "diffusion", "losses", "models", "pca", "samplers",
+        "errors", "axes", "config", "degrade", "diffusion", "loops", "losses", "models", "pca",
+        "samplers",
     },
     "data": {"errors", "files"},
     "checkpoint": {"errors"},
@@ -48,8 +52,8 @@ ALLOWED = {
     },
     "t5": {"errors", "checkpoint", "convert", "data", "models"},
     "pipeline": {
-        "errors", "axes", "checkpoint", "clip_text", "convert", "data", "hub", "parts", "sharding",
-        "stages", "t5",
+        "errors", "axes", "box", "checkpoint", "clip_text", "convert", "data", "hub", "loops",
+        "parts", "sharding", "stages", "t5",
     },
     "text_states": {"data"},
     "lora": {"errors", "checkpoint"},
@@ -62,13 +66,13 @@ ALLOWED = {
     "classes": {"errors", "data", "parts", "stages"},
     "evaluation": {"errors", "pca"},
     "evaluate": {
-        "errors", "convert", "data", "evaluation", "files", "grids", "models", "parts", "pca",
-        "pipeline", "sharding", "stages",
+        "errors", "compile_cache", "convert", "data", "evaluation", "files", "grids", "models",
+        "parts", "pca", "pipeline", "sharding", "stages",
     },
-    "export": {"errors", "checkpoint", "parts", "stages"},
+    "export": {"errors", "box", "checkpoint", "parts", "stages"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
     "needs": {
-        "errors", "classes", "clip_text", "data", "parts", "pipeline", "stages", "t5",
+        "errors", "classes", "clip_text", "data", "files", "parts", "pipeline", "stages", "t5",
     },
     "runs": {
         "errors", "checkpoint", "classes", "clip_text", "config", "data", "figures",
@@ -83,10 +87,12 @@ ALLOWED = {
         "errors", "classes", "grids", "parts", "pipeline", "samplers", "stages",
     },
     "manipulate": {
-        "errors", "data", "diffusion", "evaluation", "pca", "pipeline", "samplers", "stages",
+        "errors", "data", "diffusion", "evaluation", "loops", "pca", "pipeline", "samplers",
+        "stages",
     },
     "tasks": {
-        "errors", "data", "figures", "grids", "manipulate", "pca", "pipeline", "sharding",
+        "errors", "compile_cache", "data", "figures", "grids", "manipulate", "pca", "pipeline",
+        "sharding",
         "stages",
     },
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of either."""
+"""Files that are either the old one or the new one, never half of either; where caches go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def default_cache_dir() -> Path:
+    """`$UNCLIP_JAX_CACHE`, else `~/.cache/unclip_jax`."""
+    return Path(os.environ.get("UNCLIP_JAX_CACHE") or "~/.cache/unclip_jax").expanduser()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from unclip_jax.data import batches, datasets, embedding_writer, embeddings
 from unclip_jax.data.embedding_shards import Meta
 from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError
+from unclip_jax.files import default_cache_dir
 from unclip_jax.parts import Part, load_part
 from unclip_jax.t5 import T5
 
@@ -143,7 +144,7 @@ def with_embeddings(
     if isinstance(source, embeddings.EmbeddingSource):
         source.store.check(**of_clip)
         return source
-    cache = Path(data.cache_dir) if data.cache_dir else datasets.default_cache_dir()
+    cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
     folder = stored or cached_embeddings(source, data, clip, of_clip, cache / "embeddings")
     store = embeddings.EmbeddingStore.open(folder, cache_dir=cache, **of_clip)
     return embeddings.WithEmbeddings(source, store)

@@ -23,6 +23,7 @@ from unclip_jax.data.tfds_source import (
 from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from unclip_jax.data.webdataset import TarShards
 from unclip_jax.errors import UserError
+from unclip_jax.files import default_cache_dir
 
 EMOJI = {"emoji": emoji_source, "emoji_styles": emoji_styles_source}
 
@@ -95,11 +96,6 @@ class DataConfig:
             raise UserError(f"cache_bytes: {self.cache_bytes}: expected bytes, or 0 for no cache")
         if not isinstance(self.read_threads, int) or not 0 <= self.read_threads <= 1024:
             raise UserError(f"read_threads: {self.read_threads!r}: expected 0 (automatic) to 1024")
-
-
-def default_cache_dir() -> pathlib.Path:
-    """`$UNCLIP_JAX_CACHE`, else `~/.cache/unclip_jax`."""
-    return pathlib.Path(os.environ.get("UNCLIP_JAX_CACHE") or "~/.cache/unclip_jax").expanduser()
 
 
 def load(config: DataConfig, *, needs_images: bool = True) -> Source:

@@ -13,8 +13,8 @@ import pathlib
 import sys
 
 from unclip_jax.data import emoji_art, emoji_styles
-from unclip_jax.data.datasets import default_cache_dir
 from unclip_jax.errors import run_command
+from unclip_jax.files import default_cache_dir
 
 
 def main(argv: list[str]) -> None:

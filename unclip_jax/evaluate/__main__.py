@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from unclip_jax import compile_cache
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.evaluate.measure import Settings, evaluate
@@ -38,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m unclip_jax.evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, usual = parser.add_argument, Settings()
-    add("--model", required=True, metavar="DIR", help="folder with one sub-folder per stage")
+    add("--model", metavar="DIR", help="a model folder (default: the box model)")
     add("--clip", metavar="DIR", help="stage folder of a CLIP to measure by (default the model's)")
     add("--t5", metavar="DIR", help="T5 of a decoder that reads T5's states")
     add("--dtype", default="", help="float32 or bfloat16: keep the weights and compute in it")
@@ -87,12 +88,13 @@ def main(argv: list[str]) -> None:
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out!r}: is a file; give a folder")
 
+    compile_cache.use()
     model = UnCLIP.load(args.model, args.dtype, args.t5)
     if jax.local_device_count() > 1:
         model = model.on(make_mesh(devices=jax.local_devices()))
     judge = load_part(args.clip, "clip") if args.clip else None
     report = evaluate(model, data, args.heldout_split, settings, judge)
-    report.about["model"] = args.model
+    report.about["model"] = "the box model" if args.model is None else args.model
     print(as_table(report))
     if args.out:
         write(report, Path(args.out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from unclip_jax import compile_cache
 from unclip_jax.tasks import edits, probes
 from unclip_jax.tasks.outputs import StageBars, check_out
 
@@ -28,5 +29,6 @@ def run(args: argparse.Namespace) -> None:
     """One task, named `args.task`, or `args.probe` where that is "probe"."""
     task = PROBES[args.probe] if args.task == "probe" else TASKS[args.task]
     check_out(args.out)
+    compile_cache.use()
     with StageBars() as bars:
         task(args, bars)

@@ -1,0 +1,54 @@
+"""What one process compiled, the next one finds."""
+
+import json
+import os
+import subprocess
+import sys
+
+SAMPLE = """
+import json, sys
+import jax, jax.monitoring
+from unclip_jax import compile_cache, loops
+from unclip_jax.diffusion import Diffusion
+from unclip_jax.samplers import Sampling, sample
+
+found = {"hits": 0, "misses": 0}
+def count(event, **_):
+    for name in found:
+        found[name] += event == f"/jax/compilation_cache/cache_{name}"
+jax.monitoring.register_event_listener(count)
+compile_cache.LEAST_SECONDS = 0.0
+compile_cache.use()
+
+@loops.Watchable
+def walk(x_T, keys, *, loop):
+    return sample(lambda x, t: x / 2, x_T, keys, Diffusion(), Sampling("ddpm", "4"), loop=loop)
+
+keys = jax.random.split(jax.random.key(0), 2)
+x_T = jax.random.normal(jax.random.key(1), (2, 3))
+x_0 = walk(x_T, keys, progress=lambda *_: None)
+print(json.dumps(found | {"x_0": x_0.tolist(), "at": str(jax.config.jax_compilation_cache_dir)}))
+"""
+
+
+def run(cache, **settings):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    env = kept | {"JAX_PLATFORMS": "cpu", "UNCLIP_JAX_CACHE": str(cache)} | settings
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLE], env=env, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_a_watched_sampler_is_compiled_once_for_all_processes(tmp_path):
+    first, second = run(tmp_path), run(tmp_path)
+    assert first["hits"] == 0 and first["misses"] >= 2
+    assert second["misses"] == 0 and second["hits"] == first["misses"]
+    assert first["x_0"] == second["x_0"]
+    assert list((tmp_path / "compiled").glob("*/*-cache"))
+
+
+def test_jax_own_settings_go_first(tmp_path):
+    other = tmp_path / "other"
+    assert run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(other))["at"] == str(other)
+    assert not (tmp_path / "compiled").exists()
