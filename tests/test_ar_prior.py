@@ -358,7 +358,12 @@ def test_another_guidance_scale_compiles_nothing_and_progress_counts_the_codes(p
     for scale in (1.0, 2.5):
         seen, settings = [], {"guidance_scale": jnp.float32(scale)}
         z_i = _sample(
-            STAGE, params, keys, cond, progress=lambda *step: seen.append(step), **settings
+            STAGE,
+            params,
+            keys,
+            cond,
+            progress=lambda *step, seen=seen: seen.append(step),
+            **settings,
         )
         assert before in (None, _sample.programs())
         before = _sample.programs()

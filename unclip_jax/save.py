@@ -143,6 +143,7 @@ def read_state(
     Raises:
         UserError: the checkpoint is damaged.
     """
+
     def restore() -> dict[str, Any]:
         tree = manager.item_metadata(step)["state"].tree
         here = jax.sharding.SingleDeviceSharding(sharding.host_device())
