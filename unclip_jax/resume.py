@@ -3,18 +3,24 @@
 A training checkpoint holds three things that belong to one step: the training state, the position
 of the data iterator right after the batch that step consumed, and the description of the run.
 Orbax writes them in the background and renames the finished folder into place, so a checkpoint is
-either whole or not there.
+either whole or not there. Before that renaming the SHA-256 of every file goes into the folder, and
+nothing is read of a checkpoint until all of them agree: Orbax checks its own index, but a byte that
+changes in the arrays or in the position in the data reaches the run unnoticed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
+import shutil
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +29,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from unclip_jax import checkpoint
+from unclip_jax import checkpoint, checksums, distributed
 from unclip_jax.errors import UserError
 from unclip_jax.train_config import TrainConfig
 
@@ -40,9 +46,12 @@ CHANGEABLE = (
     "train.keep_checkpoints",
     "train.best",
     "train.best_is",
+    "train.if_damaged",
 )
 
 _LISTED = 3
+_ITEMS = ("state", "data", "description")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -73,6 +82,92 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
+def holder(workdir: Path) -> str | None:
+    """The process that holds `workdir`, in words; None if none does."""
+    path = workdir / "lock"
+    if not path.is_file():
+        return None
+    with path.open() as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return file.read().strip() or "another process"
+    return None
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, in words; "" if nothing, or nobody can tell.
+
+    A checkpoint from before there were checksums has none; neither may one that a killed run was
+    deleting, but that lacks more. All processes of a run must call it; each reads its share of the
+    files.
+    """
+    if not checksums.exist(folder):
+        missing = [item for item in _ITEMS if not (folder / item).is_dir()]
+        return f"{missing[0]} is missing" if missing else ""
+    own = checksums.problem(folder, jax.process_index(), jax.process_count())
+    return next(filter(None, distributed.gather(own)), "")
+
+
+def has_checksums(folder: Path) -> bool:
+    """Whether `damage` can tell."""
+    return checksums.exist(folder)
+
+
+class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint being written, which gets its checksums before it gets its name.
+
+    Orbax finishes a folder by writing a last file and renaming it. Here it renames it to another
+    temporary name; then come the checksums, and the name. So there is no whole checkpoint without
+    them, whenever the process dies.
+    """
+
+    async def finalize(self) -> None:
+        """See the base class. The parts of a step are finished likewise, and need none."""
+        name = self._final_path
+        if not name.name.isdecimal():
+            await super().finalize()
+            return
+        self._final_path = finished = self.get().with_name(self.get().name + "-finished")
+        try:
+            await super().finalize()
+        finally:
+            self._final_path = name
+        await asyncio.to_thread(checksums.write, Path(finished))
+        Path(finished).rename(name)
+
+
+def _patience() -> dict[str, int]:
+    """How long Orbax waits for a write, in seconds.
+
+    It asks the wall clock, so that where a clock first hears the time in the midst of a write, any
+    timeout would be over. With several processes its default stays: there, one may have died.
+    """
+    return {"timeout_secs": 2**31} if jax.process_count() == 1 else {}
+
+
+def _told_by_us(record: logging.LogRecord) -> bool:
+    """Whether to log a message: not Orbax's errors, which it raises as well, and we tell."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+@contextlib.contextmanager
+def disk_in_words(workdir: Path) -> Iterator[None]:
+    """Raise UserError where a block fails for want of space.
+
+    Checkpoints that were whole stay so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"workdir {str(workdir)!r}: cannot be written to ({error}); free some space there, then"
+            " run the same command again"
+        ) from error
+
+
 class Checkpoints:
     """The training checkpoints in a folder; use as a context manager."""
 
@@ -95,6 +190,8 @@ class Checkpoints:
                 preservation_policy=keep,
                 best_fn=self._score if config.best else None,
                 cleanup_tmp_directories=True,
+                temporary_path_class=_Checksummed,
+                async_options=ocp.AsyncOptions(**_patience()),
             ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -105,6 +202,7 @@ class Checkpoints:
 
     def __enter__(self) -> Checkpoints:
         """Return self."""
+        logging.getLogger("absl").addFilter(_told_by_us)
         return self
 
     def __exit__(
@@ -113,12 +211,64 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Finish what is being written, and close."""
-        self._manager.close()
+        """Finish what is being written, and close.
+
+        Raises:
+            UserError: it could not be written, and nothing else went wrong before.
+        """
+        try:
+            if error is None:
+                with self._writing("the last checkpoint"):
+                    self._manager.close()
+            else:
+                with contextlib.suppress(Exception):  # of what has been told already
+                    self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(_told_by_us)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
+
+    def resumable(self) -> int | None:
+        """The step of the newest checkpoint, once its files are found to be as they were written.
+
+        With `config.if_damaged` "previous", damaged ones are moved to `damaged/` in the workdir
+        until one is whole. All processes of a run must call it.
+
+        Raises:
+            UserError: the newest checkpoint is damaged, and nothing or nothing else is asked for.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step, *rest in (steps[i:] for i in range(len(steps))):
+            problem = damage(self.folder / str(step))
+            if not problem:
+                return step
+            if self._config.if_damaged == "stop" or not rest:
+                instead = (
+                    f"give --config.train.if_damaged=previous to go on from step {rest[0]}"
+                    if rest
+                    else "delete that folder to start from the beginning"
+                )
+                raise UserError(
+                    f"{self.folder / str(step)}: the checkpoint is damaged ({problem}); copy that"
+                    f" folder again if there is another copy, or {instead}"
+                )
+            self._set_aside(step, problem)
+        return None
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        """Move a damaged checkpoint to where nothing looks for it."""
+        if distributed.is_lead():
+            aside = self.folder.parent / "damaged" / str(step)
+            warnings.warn(
+                f"checkpoint {step} is damaged ({problem}); moved to {aside}", stacklevel=2
+            )
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+        distributed.gather(None)  # the others look again when it is gone
+        self._manager.reload()
 
     def _score(self, figures: Mapping[str, float]) -> float:
         """The greater, the better."""
@@ -169,8 +319,21 @@ class Checkpoints:
             data=ocp.args.JsonSave(dict(positions)),
             description=ocp.args.JsonSave(dict(description)),
         )
+        self._check_space(step, state)
         with self._writing(f"checkpoint {step}"):
             self._manager.save(step, args=items, metrics=dict(figures) or None)
+
+    def _check_space(self, step: int, state: Any) -> None:
+        """Raise UserError if a checkpoint would not fit: better none than a part of one."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            self._manager.wait_until_finished()
+            raise UserError(
+                f"{self.folder}: checkpoint {step} would not fit ({size / 2**20:,.1f} MiB, and"
+                f" {free / 2**20:,.1f} MiB are free); free some space there, then run the same"
+                " command again"
+            )
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -183,12 +346,14 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
+        """Orbax, and TensorStore below it, raise whatever they like when a disk is full."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{self.folder}: {what} could not be written ({error}); free some space there, then"
-                " run the same command again"
+                f"{self.folder}: {what} could not be written ({reason[-200:]}); look at the"
+                " disk and the space on it, then run the same command again"
             ) from error
 
     def description(self, step: int) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class TrainConfig:
         eval_every: steps between evaluations, and one after the last step.
         preview_every: steps between preview grids, and one after the last step.
         keep_checkpoints: how many stay on disk.
+        if_damaged: what to do where the newest checkpoint is not as it was written: "stop", or go
+            on from the "previous" whole one.
         seed: of every random number that training draws.
     """
 
@@ -62,6 +64,7 @@ class TrainConfig:
     eval_every: int = 0
     preview_every: int = 0
     keep_checkpoints: int = 2
+    if_damaged: Literal["stop", "previous"] = "stop"
     best: str = ""
     best_is: Literal["least", "greatest"] = "least"
     seed: int = 0
@@ -83,6 +86,8 @@ class TrainConfig:
             known = getattr(self, name) in ("float32", "bfloat16")
             self._check(name, known, "float32 or bfloat16")
         self._check("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
+        known = self.if_damaged in ("stop", "previous")
+        self._check("if_damaged", known, "stop or previous")
         self._check("best_is", self.best_is in ("least", "greatest"), "least or greatest")
         evaluated = not self.best or self.eval_every > 0
         self._check("best", evaluated, "an empty name, as train.eval_every is 0")

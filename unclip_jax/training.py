@@ -270,6 +270,7 @@ def train(
     preemption, feed = Preemption(), Feed(batches, config, mesh)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(resume.disk_in_words(workdir))
         stack.enter_context(preemption.in_force())
         if distributed.is_lead():
             stack.enter_context(resume.lock(workdir))
@@ -363,7 +364,7 @@ def _check_resumable(
     workdir: Path,
 ) -> int:
     """The step to go on from, 0 if there is no checkpoint."""
-    start = checkpoints.latest()
+    start = checkpoints.resumable()
     if start is None:
         return 0
     resume.check_description(checkpoints.description(start), described, workdir)

@@ -11,6 +11,14 @@ from unclip_jax.data.records import BadRecord
 
 MAX_PIXELS = 80_000_000  # larger pictures are taken for decompression bombs
 
+# Formats that Pillow decodes by itself; for others it may start programs (Ghostscript for EPS).
+Image.init()
+FORMATS = [
+    name
+    for name in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
+    if name in Image.OPEN
+]
+
 
 def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
     """An image, from a file's bytes or from pixels, as 8-bit RGB.
@@ -48,7 +56,7 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
 
 
 def _from_file(data: bytes, size: int) -> Image.Image:
-    opened = Image.open(io.BytesIO(data))
+    opened = Image.open(io.BytesIO(data), formats=FORMATS)
     if opened.width * opened.height > MAX_PIXELS:
         raise BadRecord(
             f"{opened.width}x{opened.height} pixels: more than the {MAX_PIXELS:,} that are "

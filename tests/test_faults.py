@@ -1,0 +1,423 @@
+"""Faults that machines have: changed bytes, full disks, cut files, clocks that jump, kill -9."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tar_shards, toy_run
+from tests.toy_run import Batches, numpy_leaves, run
+from unclip_jax import checkpoint, checksums, report, resume, save
+from unclip_jax.data.records import BadRecord
+from unclip_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Drawing the curves takes longer than a toy run."""
+    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+
+
+def flip(path, position, bit=0):
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(bytes(content))
+
+
+def assert_same(first, second):
+    """Bit for bit."""
+    for a, b in zip(numpy_leaves(first), numpy_leaves(second), strict=True):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+# Changed bytes in model folders
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A small model folder, and what it holds."""
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(3, 4)), rng.normal(size=2)
+    params = {
+        "network": {"a-b": {"kernel": np.float32(kernel)}, "a": {"b": np.float32(bias)}},
+        "normalisation": {"std": np.ones(2, np.float32)},
+    }
+    description = {"stage": {"kind": "toy", "rate": 0.1}, "step": 3}
+    checkpoint.save_stage(tmp_path / "model", params=params, description=description)
+    return tmp_path / "model", params, description
+
+
+@pytest.mark.parametrize("name", [checkpoint.CONFIG_FILE, checkpoint.PARAMS_FILE])
+@pytest.mark.parametrize("typed", [False, True])
+def test_every_changed_byte_of_a_model_folder_is_told(model, name, typed):
+    """Each byte in turn. What still loads must be what was saved: blanks in JSON may change."""
+    folder, params, description = model
+    expected = jax.eval_shape(lambda: params) if typed else None
+    whole = (folder / name).read_bytes()
+    bits = random.Random(0)
+    blank = 0
+    for position in range(len(whole)):
+        flip(folder / name, position, bits.randrange(8))
+        try:
+            loaded, described = checkpoint.load_stage(folder, expected)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            blank += 1
+            assert_same(loaded, params)
+            assert described == description
+        (folder / name).write_bytes(whole)
+    assert blank <= whole.count(b" ") + whole.count(b"\n")
+
+
+def test_a_changed_description_is_told_before_weights_are_read(model):
+    folder, _, _ = model
+    path = folder / checkpoint.CONFIG_FILE
+    path.write_text(path.read_text().replace('"rate": 0.1', '"rate": 0.2'))
+    with pytest.raises(UserError, match=r'content has changed.*delete the line "checksum"'):
+        checkpoint.read_description(folder)
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if '"checksum"' not in line]
+    kept[-2] = kept[-2].rstrip(",")
+    path.write_text("\n".join(kept))
+    assert checkpoint.read_description(folder)["stage"]["rate"] == 0.2
+
+
+# Changed bytes in training checkpoints
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A toy run with checkpoints 3 and 6."""
+    run(tmp_path, steps=6, checkpoint_every=3, schedule="constant")
+    return tmp_path
+
+
+def test_every_changed_byte_of_a_training_checkpoint_is_told(trained):
+    """Some bytes of every file of it, the checksums among them."""
+    folder = trained / "checkpoints" / "6"
+    assert not resume.damage(folder)
+    places = random.Random(0)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(paths) > 10
+    for path in paths:
+        whole = path.read_bytes()
+        for _ in range(10):
+            flip(path, places.randrange(len(whole)), places.randrange(8))
+            problem = resume.damage(folder)
+            same_table = path.name == checksums.CHECKSUMS_FILE and path.parent == folder
+            assert problem or (same_table and json.loads(path.read_text()) == json.loads(whole))
+            path.write_bytes(whole)
+        path.unlink()
+        if path != folder / checksums.CHECKSUMS_FILE:
+            assert "missing" in resume.damage(folder)
+        path.write_bytes(whole)
+    (folder / "state" / "d" / "more").write_text("")
+    assert "state/d/more is new" in resume.damage(folder)
+
+
+def test_a_damaged_checkpoint_stops_the_run_and_the_one_before_is_used_if_asked(trained):
+    settings = {"steps": 9, "checkpoint_every": 3, "schedule": "constant"}
+    path = sorted((trained / "checkpoints" / "6" / "state").rglob("d/*"))[-1]
+    flip(path, path.stat().st_size // 2)
+    batches = Batches()
+    with pytest.raises(UserError, match=r"checkpoints/6: the checkpoint is damaged .*from step 3"):
+        run(trained, batches, **settings)
+    assert batches.log == []
+    with pytest.raises(UserError, match=r"checkpoints/6: .*SHA-256.*choose another with --step"):
+        save.main(["--workdir", str(trained), "--out", str(trained / "out")])
+
+    with pytest.warns(UserWarning, match="checkpoint 6 is damaged .* moved to .*damaged/6"):
+        final = run(trained, batches, if_damaged="previous", **settings)
+    assert batches.log == [3, 4, 5, 6, 7, 8]
+    assert (trained / "damaged" / "6" / "state").is_dir()
+    assert_same(final, run(trained.parent / "whole", **settings))
+    # Asked once, it goes back once: the same command again finds a whole checkpoint.
+    assert_same(final, run(trained, if_damaged="previous", **settings))
+
+
+def test_no_whole_checkpoint_is_left(trained):
+    for step in (3, 6):
+        flip(trained / "checkpoints" / str(step) / "data" / "metadata", 5)
+    with pytest.warns(UserWarning, match="checkpoint 6"), pytest.raises(UserError) as error:
+        run(trained, steps=6, schedule="constant", if_damaged="previous")
+    assert "checkpoints/3: the checkpoint is damaged" in str(error.value)
+    assert "delete that folder to start from the beginning" in str(error.value)
+
+
+def test_a_checkpoint_from_before_there_were_checksums_goes_on(trained):
+    for path in trained.rglob(checksums.CHECKSUMS_FILE):
+        path.unlink()
+    batches = Batches()
+    run(trained, batches, steps=9, checkpoint_every=3, schedule="constant")
+    assert batches.log == [6, 7, 8]
+
+
+def test_a_checkpoint_without_constants_is_read(tmp_path, monkeypatch):
+    """CLIP and the upsamplers have nothing in their params but the network."""
+    kernel = {"network": {"kernel": jax.numpy.ones((5, 3))}}
+    monkeypatch.setattr(toy_run, "init_params", lambda: kernel)
+    final = run(tmp_path, loss=bare, steps=3, schedule="constant")
+    with save.open_checkpoints(tmp_path) as manager:
+        assert_same(save.read_averaged(manager, 3), final.averaged)
+
+
+def bare(params, batch, key):
+    """Squared error of a model that is one kernel."""
+    return jax.numpy.mean((batch["x"] @ params["network"]["kernel"] - batch["y"]) ** 2), {}
+
+
+# Full disks
+
+
+def environment(**changes):
+    paths = [str(Path(toy_run.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
+
+
+def fault_run(workdir, *limit, **settings):
+    """`tests/fault_run.py` in a process of its own."""
+    script = Path(toy_run.__file__).with_name("fault_run.py")
+    command = [sys.executable, str(script), str(workdir), json.dumps(settings), *map(str, limit)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+
+def test_a_write_that_fails_is_a_line_and_the_last_checkpoint_stays(tmp_path):
+    """No file may grow beyond 1 MB, as if the disk filled up in the midst of a write."""
+    settings = {"checkpoint_every": 2, "log_every": 2}
+    assert fault_run(tmp_path, steps=2, **settings).returncode == 0
+    broken = fault_run(tmp_path, 1_000_000, steps=6, **settings)
+    assert broken.returncode == 1
+    # TensorStore's threads may have complained before.
+    last = broken.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "could not be written" in last
+    assert "File too large" in last and last.endswith("then run the same command again")
+    assert not resume.damage(tmp_path / "checkpoints" / "2")
+    whole = fault_run(tmp_path, steps=6, **settings)
+    assert whole.returncode == 0 and "resumed from step 2 of 6" in whole.stdout
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == ["4", "6"]  # and nothing of the broken one
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
+    settings = {"checkpoint_every": 3, "schedule": "constant"}
+    run(tmp_path, steps=3, **settings)
+    with monkeypatch.context() as patch:
+        usage = type("Usage", (), {"free": 100})
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(UserError, match=r"checkpoint 6 would not fit \(0\.0 MiB, and 0\.0 MiB"):
+            run(tmp_path, steps=9, **settings)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert_same(run(tmp_path, steps=9, **settings), run(tmp_path / "whole", steps=9, **settings))
+
+
+def test_metrics_on_a_full_disk_are_a_line(tmp_path, monkeypatch):
+    def full(self, step, scalars):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.JsonLinesWriter, "write_scalars", full)
+    with pytest.raises(UserError, match=r"workdir .* cannot be written to .*No space left"):
+        run(tmp_path, steps=6)
+
+
+# Numbers and clocks
+
+
+def test_a_nan_in_a_batch_stops_the_run_before_it_is_saved(tmp_path):
+    """The same command stops at the same step; the checkpoint before it is whole and finite."""
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"step 18: .*last good checkpoint is step 10"):
+            run(tmp_path, Batches(poison=17))
+    assert not resume.damage(tmp_path / "checkpoints" / "10")
+    with save.open_checkpoints(tmp_path) as manager:
+        state = save.read_averaged(manager, 10)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_changes_no_speed(tmp_path, monkeypatch, jump):
+    """A day back or forth in the midst of the run, as when a machine first hears from NTP."""
+    clock, moment = time.time, [0.0]
+
+    class Jumping(Batches):
+        def __next__(self):
+            if self.index == 15:
+                moment[0] = jump
+            return super().__next__()
+
+    monkeypatch.setattr(time, "time", lambda: clock() + moment[0])
+    began = time.perf_counter()
+    run(tmp_path, Jumping())
+    seconds = time.perf_counter() - began
+    records = report.read_metrics(tmp_path / report.METRICS_FILE)
+    speeds = [r["train/steps_per_second"] for r in records if "train/steps_per_second" in r]
+    assert len(speeds) == 9 and all(speed > 1 / seconds for speed in speeds)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_leaves_the_live_line_alive(monkeypatch, jump):
+    moment = [1e9]
+    monkeypatch.setattr("tqdm.std.time", lambda: moment[0])
+    stream = Terminal()
+    progress = report.Progress(steps=40, start=0, batch_size=1, stream=stream)
+    for step in range(1, 41):
+        moment[0] += jump if step == 20 else 1.0
+        progress.update()
+        progress.write_scalars(step, {"train/loss": 1.0})
+    progress.close()
+    shown = stream.getvalue().split("\r")[-1]
+    assert "40/40" in shown and "loss 1" in shown
+
+
+# Two runs, and a lock that was left
+
+
+def waits_for(condition, process):
+    """Until `condition()`; the process must live meanwhile."""
+    deadline = time.monotonic() + 600  # a busy machine takes long to start a process
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def toy(workdir, **settings):
+    """`tests/toy_run.py` in a process of its own, which does not outlive the block."""
+    command = [sys.executable, toy_run.__file__, str(workdir), json.dumps(settings)]
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment(), **output) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def whole_checkpoints(workdir):
+    found = (workdir / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def test_the_second_run_on_a_workdir_is_refused_and_a_killed_one_blocks_nothing(tmp_path):
+    settings = {"steps": 100_000, "schedule": "constant", "checkpoint_every": 5000}
+    with toy(tmp_path, **settings) as first:
+        waits_for(lambda: (tmp_path / report.METRICS_FILE).is_file(), first)
+        before = first.pid
+        with pytest.raises(UserError, match=f"in use by process {before} on"):
+            run(tmp_path, **settings)
+        assert resume.holder(tmp_path).startswith(f"process {before} on")
+        assert first.poll() is None  # and it was not disturbed
+        first.kill()
+    assert f"process {before} on" in (tmp_path / "lock").read_text()  # the lock file stays
+    assert resume.holder(tmp_path) is None
+    run(tmp_path / "new", steps=2, schedule="constant")
+    shutil.copy(tmp_path / "lock", tmp_path / "new" / "lock")
+    run(tmp_path / "new", steps=3, schedule="constant")
+
+
+# kill -9
+
+
+def killed_and_resumed(tmp_path, kills):
+    """Kill a run again and again, every other time in the midst of writing a checkpoint.
+
+    After each death the newest checkpoint must be at least that of before, as many must be whole as
+    the run keeps, and what was logged must be, number for number, what an undisturbed run logs.
+
+    Returns:
+        How often a checkpoint was being written when the run died.
+    """
+    settings = {
+        "steps": 2000 if kills > 10 else 800, "checkpoint_every": 20, "log_every": 4,
+        "keep_checkpoints": 3,
+    }  # fmt: skip
+    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    final = run(whole, **settings)
+    expected = {
+        record["step"]: values(record) for record in report.read_metrics(whole / "metrics.jsonl")
+    }
+    delays = random.Random(0)
+    reached, writing = 0, 0
+    for kill in range(kills):
+        with toy(workdir, **settings) as process:
+            waits_for(
+                lambda seen=reached: max(whole_checkpoints(workdir), default=0) > seen, process
+            )
+            if kill % 2:
+                time.sleep(delays.uniform(0.0, 0.1))
+                waits_for(lambda: unfinished(workdir), process)
+                time.sleep(delays.uniform(0.0, 0.01))
+            else:
+                time.sleep(delays.uniform(0.0, 0.3))
+            process.kill()
+        writing += unfinished(workdir)
+        steps = whole_checkpoints(workdir)
+        assert steps[-1] > reached and len(steps) >= min(3, steps[-1] // 20)
+        reached = steps[-1]
+        for step in steps[-3:]:  # an older one may have died while it was being deleted
+            folder = workdir / "checkpoints" / str(step)
+            assert checksums.exist(folder) and not resume.damage(folder)
+        for record in report.read_metrics(workdir / "metrics.jsonl"):
+            assert values(record) == expected[record["step"]]
+    assert reached < settings["steps"]
+    assert_same(run(workdir, **settings), final)
+    assert not unfinished(workdir)
+    logged = report.read_metrics(workdir / "metrics.jsonl")
+    assert {record["step"]: values(record) for record in logged} == expected
+    return writing
+
+
+def values(record):
+    return {name: value for name, value in record.items() if not name.endswith("_per_second")}
+
+
+def unfinished(workdir):
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def test_three_kills(tmp_path):
+    killed_and_resumed(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_thirty_kills(tmp_path):
+    writing = killed_and_resumed(tmp_path, 30)
+    print(f"30 of 30 resumed; {writing} died while a checkpoint was being written")
+    assert writing >= 5
+
+
+# Shards that are cut
+
+
+def test_a_shard_that_is_cut_under_a_running_reader_is_named(tmp_path):
+    """Its index is known, so its pairs are asked for; those beyond the cut are bad, by name."""
+    data = tar_shards.source(tar_shards.fill(tmp_path))
+    whole = [data[i]["image"] for i in range(len(data))]
+    shard = tmp_path / "00001.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    bad = []
+    for i, image in enumerate(whole):
+        try:
+            assert data[i]["image"] == image
+        except BadRecord as error:
+            bad.append(i)
+            assert "00001.tar" in str(error) and "\n" not in str(error)
+    assert bad and set(bad) <= set(range(10, 20))
