@@ -1,0 +1,423 @@
+"""Runs broken in every way that the doctor knows, each told by its own finding; healthy ones not.
+
+The runs are real: a tiny prior and decoder trained by the loop on pictures of one colour each, on a
+CLIP of random weights, whose embeddings of them differ.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base
+from tests import tiny
+from unclip_jax import checkpoint, report, resume, runs, stages, training
+from unclip_jax import diffusion as dm
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.doctor import asked, curves, theory, weights, workdir
+from unclip_jax.doctor.__main__ import examine, main
+from unclip_jax.errors import UserError
+from unclip_jax.train_config import TrainConfig
+
+COLOURS = {
+    "red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "white": (250, 250, 250),
+    "black": (5, 5, 5), "yellow": (240, 240, 10), "cyan": (10, 230, 230), "pink": (240, 120, 200),
+}  # fmt: skip
+
+# What follows from another fault, or not, as chance has it.
+FOLLOWS = {"prior_ignores_captions", "average_behind", "loss_spikes", "loss_rising"}
+
+HEALTHY = TrainConfig(
+    batch_size=48, steps=300, learning_rate=1e-2, warmup_steps=20, schedule="cosine",
+    ema_decay=0.97, log_every=20, checkpoint_every=150,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """Compile without optimising, and draw no curves."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_metrics", lambda workdir: None)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+class Repeated:
+    """The whole data set as a batch, again and again."""
+
+    def __init__(self, batches):
+        self.batch = next(batches)
+
+    def __next__(self):
+        return self.batch
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, states):
+        """There is one place to be."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with pictures, the same without telling captions, and a CLIP."""
+    home = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+    for folder, caption in (("pictures", "{}"), ("untold", "a thing")):
+        (home / folder).mkdir()
+        for i in range(48):
+            name, colour = list(COLOURS.items())[i % len(COLOURS)]
+            pixels = np.clip(np.array(colour) + rng.normal(0, 8, (16, 16, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(home / folder / f"{i}.png")
+            (home / folder / f"{i}.txt").write_text(caption.format(name))
+    description = {"stage": stages.describe(tiny.CLIP)}
+    checkpoint.save_stage(home / "clip", params=tiny.params(tiny.CLIP), description=description)
+    return home
+
+
+def trained(home, name, stage=tiny.PRIOR, train=HEALTHY, data="pictures", **rest):
+    """The workdir of a run."""
+    settings = DataConfig(
+        name=str(home / data), split="all", cache_dir=str(home / "cache"), cache_bytes=0
+    )
+    defaults = {"heldout_split": "all", "clip": str(home / "clip")}
+    run = runs.prepare(base.make(stage, settings, train, **defaults | rest))
+    training.train(
+        loss_fn=run.loss,
+        init_params=run.init_params,
+        batches=Repeated(run.batches()),
+        config=run.train,
+        workdir=home / name,
+        description=run.description,
+    )
+    return home / name
+
+
+@pytest.fixture(scope="module")
+def healthy(home):
+    """A run that nothing is wrong with."""
+    return trained(home, "healthy")
+
+
+@pytest.fixture
+def patient(healthy, home, request):
+    """A copy of the healthy run, to be broken by hand."""
+    copy = home / f"copy_of_{request.node.name.split('[')[0]}"
+    shutil.copytree(healthy, copy, dirs_exist_ok=True)
+    yield copy
+    shutil.rmtree(copy)
+
+
+def wrong(found):
+    """The names of all findings but notes."""
+    return {finding.name for finding in found if finding.severity != "note"}
+
+
+def test_nothing_is_wrong_with_a_healthy_run(healthy, capsys):
+    main(["--workdir", str(healthy)])
+    assert capsys.readouterr().out.splitlines()[0] == f"{healthy}: prior, step 300 of 300"
+
+
+def change(stage=None, **train):
+    """Settings of `trained` that differ from the healthy run's."""
+    changed = {"train": dataclasses.replace(HEALTHY, **train)} if train else {}
+    return changed | ({"stage": dataclasses.replace(tiny.PRIOR, **stage)} if stage else {})
+
+
+RATE = change(learning_rate=100.0, warmup_steps=0, schedule="constant", steps=100)
+SLOWLY = change(learning_rate=1e-9)
+AVERAGE = change(ema_decay=0.99999, ema_warmup=False)
+UNDROPPED = change({"caption_drop": 0.0, "guidance_scale": 2.0})
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("rate", RATE, {"loss_above_ignorance"}),
+        ("average", AVERAGE, {"average_too_slow", "average_behind"}),
+        ("untold", {"data": "untold"}, {"prior_ignores_captions"}),
+        pytest.param("slow", SLOWLY, {"nothing_learned", "prior_ignores_captions"}, marks=SLOW),
+        pytest.param("std", {"normalisation": "none"}, {"embedding_std"}, marks=SLOW),
+        pytest.param("scale", {"normalisation": "scale"}, {"embedding_std"}, marks=SLOW),
+        pytest.param("dropped", change({"caption_drop": 0.99}), {"conditions_dropped"}, marks=SLOW),
+        pytest.param("guidance", UNDROPPED, {"guidance_untrained"}, marks=SLOW),
+    ],
+)
+def test_a_run_broken_by_its_settings(home, name, changes, expected):
+    found = wrong(examine(trained(home, name, **changes)))
+    assert expected <= found <= expected | FOLLOWS
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "expected"),
+    [
+        ("stage", {"caption_drop": 0.95}, {"conditions_dropped"}),
+        ("stage", {"caption_drop": 0.0}, {"guidance_untrained"}),
+        ("stage", {"caption_drop": 0.0, "guidance_scale": 1.0}, set()),
+        ("train", {"ema_warmup": False, "ema_decay": 0.9999}, {"average_too_slow"}),
+        ("train", {"ema_warmup": True, "ema_decay": 0.9999}, set()),
+        ("", {"normalisation": "none"}, {"embedding_std"}),
+        ("", {"normalisation": "scale"}, {"embedding_std"}),
+    ],
+)
+def test_settings_that_cannot_work(healthy, part, changes, expected):
+    run = workdir.read(healthy)
+    if part:
+        run = dataclasses.replace(run, **{part: dataclasses.replace(getattr(run, part), **changes)})
+    else:
+        run = dataclasses.replace(run, description=run.description | changes)
+    assert wrong(asked.examine(run)) == expected
+
+
+def test_a_network_that_says_the_same_of_everything(home, healthy):
+    run = workdir.read(healthy)
+    _, averaged = weights.read_weights(run)
+    batch = weights.read_batch(run, home / "clip")
+    silent = averaged | {"network": jax.tree.map(np.zeros_like, averaged["network"])}
+    cond = run.stage.data(averaged, batch)[1]
+    assert not wrong(weights.guidance(run, averaged, cond))
+    assert not wrong(weights.guidance(run, averaged, weights.synthetic(run.stage)))
+    assert wrong(weights.guidance(run, silent, cond)) == {"guidance_dead"}
+    assert wrong(weights.worth(run, silent, batch)) == {"prior_ignores_captions"}
+
+
+@pytest.mark.slow
+def test_a_decoder_that_never_left_its_beginning(home):
+    """Its last layer is still zero, so it says the same of everything."""
+    train = dataclasses.replace(
+        HEALTHY, steps=2, learning_rate=1e-12, warmup_steps=0, log_every=1, ema_decay=0.01
+    )
+    found = wrong(examine(trained(home, "dead", tiny.DECODER, train)))
+    assert found == {"guidance_dead", "decoder_ignores_conditions", "nothing_learned"}
+
+
+# Broken by hand
+
+
+def rewrite(workdir, **columns):
+    """Replace metrics.jsonl; a column is a function of the step, or a list."""
+    steps = range(20, 301, 20)
+    rows = [{"step": step} for step in steps]
+    columns = {"learning_rate": 0.01, "param_norm": 16.0, "grad_norm": 1.0, "mse": 0.1} | columns
+    for name, column in columns.items():
+        name = name if "/" in name else f"train/{name}"
+        for i, row in enumerate(rows):
+            row[name] = column[i] if isinstance(column, list) else column
+    lines = [json.dumps(row) for row in rows]
+    (workdir / report.METRICS_FILE).write_text("\n".join(lines) + "\n")
+
+
+FALLING = [1.0 / (i + 1) for i in range(15)]
+
+
+def replaced(values, **at):
+    return [at.get(f"at_{i}", value) for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"loss": FALLING}, set()),
+        ({"loss": replaced(FALLING, at_7=None)}, {"not_finite"}),
+        ({"loss": replaced(FALLING, at_9=0.9)}, {"loss_spikes"}),
+        ({"loss": [0.1 + 0.1 * i for i in range(15)]}, {"loss_exploded"}),
+        ({"loss": FALLING[:5] + [0.2 + 0.01 * i for i in range(10)]}, {"loss_rising"}),
+        ({"loss": FALLING, "mse": 1.3}, {"loss_above_ignorance"}),
+        ({"loss": FALLING, "mse": 1.0}, {"nothing_learned"}),
+        ({"loss": FALLING, "mse": 0.6}, {"hardly_learned"}),
+        ({"loss": FALLING, "grad_norm": 0.0}, {"no_gradient"}),
+        ({"loss": FALLING, "grad_norm": replaced([1.0] * 15, at_6=50.0)}, {"gradient_spikes"}),
+        (
+            {"loss": FALLING, "eval/heldout_loss": [abs(i - 5) * 0.1 + 1 for i in range(15)]},
+            {"overfitting"},
+        ),
+        (
+            {"loss": FALLING, "eval/cosine_z_i": 0.41, "eval/cosine_z_i_shuffled": 0.4},
+            {"prior_ignores_captions"},
+        ),
+        ({"loss": FALLING, "eval/cosine_z_i": 0.7, "eval/cosine_z_i_shuffled": 0.4}, set()),
+        ({"loss": FALLING, "eval/psnr": 20.0, "eval/psnr_bicubic": 24.0}, {"worse_than_bicubic"}),
+    ],
+)  # fmt: skip
+def test_a_curve_broken_by_hand(patient, columns, expected):
+    rewrite(patient, **columns)
+    assert wrong(examine(patient, files_only=True)) == expected
+
+
+def test_a_loss_that_rises_in_the_warm_up(patient):
+    run = workdir.read(patient)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, warmup_steps=200))
+    losses = [1.0, 0.9, 0.8, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, *FALLING[:5]]
+    rewrite(patient, loss=losses)
+    run = dataclasses.replace(run, records=report.read_metrics(patient / report.METRICS_FILE))
+    assert wrong(curves.warm_up(run)) == {"rises_in_warm_up"}
+
+
+@pytest.mark.parametrize(("found", "expected"), [(0.05, set()), (0.03, {"retrieval_at_chance"})])
+def test_retrieval_is_compared_with_chance(healthy, found, expected):
+    """Of 469 pairs, 5 in 469 is 1.1 % and one standard error 0.5 %: 3 % is sure, 2 % is not."""
+    run = dataclasses.replace(workdir.read(healthy), stage=tiny.CLIP)
+    figures = {f"eval/{way}_r5": found - 0.01 for way in ("image_to_text", "text_to_image")}
+    record = figures | {"step": 300, "eval/pairs": 469.0, "eval/chance_r5": 5 / 469}
+    record |= {f"train/{name}": 1.0 for name in ("learning_rate", "param_norm")}
+    run = dataclasses.replace(run, records=[record])
+    assert wrong(curves.evaluations(run)) == expected
+
+
+def test_a_changed_byte_in_a_checkpoint(patient):
+    path = sorted((patient / "checkpoints" / "300" / "state").rglob("d/*"))[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    found = examine(patient)  # the networks are not looked at, for there are none to trust
+    assert wrong(found) == {"checkpoint_damaged"}
+    assert path.relative_to(patient / "checkpoints" / "300").as_posix() in found[0].evidence
+
+
+def test_checkpoints_that_are_gone(patient):
+    shutil.rmtree(patient / "checkpoints")
+    assert wrong(examine(patient)) == {"no_checkpoint"}
+
+
+def test_metrics_that_are_gone(patient):
+    (patient / report.METRICS_FILE).unlink()
+    assert wrong(examine(patient, files_only=True)) == {"no_metrics"}
+
+
+def test_another_clip(patient, home, tmp_path):
+    other = tmp_path / "other"
+    description = {"stage": stages.describe(tiny.CLIP)}
+    checkpoint.save_stage(other, params=tiny.params(tiny.CLIP, 7), description=description)
+    assert wrong(examine(patient, str(other), files_only=True)) == {"clip_mismatch"}
+    assert wrong(examine(patient, str(home / "clip"), files_only=True)) == set()
+    shutil.copytree(patient, tmp_path / "run")
+    assert wrong(examine(tmp_path / "run", files_only=True)) == {"clip_mismatch"}
+
+
+def test_a_normalisation_of_another_clip(home, healthy):
+    """Weights of a CLIP whose embeddings are ten times closer together than those at hand."""
+    run = workdir.read(healthy)
+    _, averaged = weights.read_weights(run)
+    batch = weights.read_batch(run, home / "clip")
+    assert not wrong(weights.embeddings(averaged, batch))
+    std = averaged["normalisation"]["std"] / 10
+    other = averaged | {"normalisation": averaged["normalisation"] | {"std": std}}
+    assert wrong(weights.embeddings(other, batch)) == {"embedding_std"}
+
+
+class Usage(NamedTuple):
+    """What `shutil.disk_usage` returns."""
+
+    total: int
+    used: int
+    free: int
+
+
+def test_a_full_disk(patient, monkeypatch):
+    shutil.rmtree(patient / "checkpoints" / "300")
+    rewrite(patient, loss=FALLING)
+    lines = (patient / report.METRICS_FILE).read_text().splitlines(keepends=True)
+    (patient / report.METRICS_FILE).write_text("".join(lines[:8]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 10**4))
+    found = examine(patient, files_only=True)
+    assert wrong(found) == {"disk_nearly_full"}
+    assert "unfinished" in {finding.name for finding in found}
+
+
+def test_a_run_that_lives(patient):
+    script = (
+        "import fcntl, sys\n"
+        "with open(sys.argv[1], 'r+') as file:\n"
+        "    fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(patient / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        names = {finding.name for finding in examine(patient, files_only=True)}
+        assert "running" in names and "unfinished" not in names
+        holder.kill()
+    assert resume.holder(patient) is None
+
+
+# Theory
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("power", [1.0, 0.3])
+def test_the_landmarks_are_those_of_gaussian_data(prediction, power):
+    """For Gaussian data the best denoiser is linear: its error, and that of 0, by simulation."""
+    diffusion = dm.Diffusion(steps=50, prediction=prediction)
+    process = diffusion.process()
+    x_key, noise_key = jax.random.split(jax.random.key(0))
+    x_0 = math.sqrt(power) * jax.random.normal(x_key, (50, 20_000))
+    noise = jax.random.normal(noise_key, x_0.shape)
+    t = np.arange(50)
+    x_t = dm.q_sample(process, x_0, t, noise)
+    target = np.asarray(dm.target(diffusion, process, x_0, t, noise), np.float64)
+    x_t = np.asarray(x_t, np.float64)
+    slope = np.sum(x_t * target, axis=1) / np.sum(x_t**2, axis=1)
+    best = np.mean((target - slope[:, None] * x_t) ** 2)
+    assert theory.linear(diffusion, power) == pytest.approx(best, rel=0.02)
+    assert theory.ignorant(diffusion, power) == pytest.approx(np.mean(target**2), rel=0.02)
+
+
+def test_what_an_average_keeps_of_its_beginning():
+    """Against the average itself, of weights that are 1 at first and 0 ever after."""
+    for warm in (False, True):
+        average = 1.0
+        for n in range(60):
+            decay = min(0.95, (1 + n) / (10 + n)) if warm else 0.95
+            average = decay * average
+        assert asked.initial_share(0.95, warm, 60) == pytest.approx(average)
+
+
+# The command
+
+
+def test_the_command_writes_what_it_says(patient, tmp_path, capsys):
+    rewrite(patient, loss=FALLING, mse=1.3)
+    with pytest.raises(SystemExit) as status:
+        main(["--workdir", str(patient), "--files_only", "--json", str(tmp_path / "found.json")])
+    assert status.value.code == 1
+    out = capsys.readouterr().out
+    assert "error loss_above_ignorance: train/mse is 1.3 at step 300" in out
+    assert out.endswith("1 wrong\n")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["wrong"] and found["kind"] == "prior" and found["step"] == 300
+    assert [f["name"] for f in found["findings"] if f["severity"] != "note"] == [
+        "loss_above_ignorance"
+    ]
+
+
+def test_the_doctor_changes_nothing(patient):
+    before = {path: path.read_bytes() for path in patient.rglob("*") if path.is_file()}
+    examine(patient)
+    assert before == {path: path.read_bytes() for path in patient.rglob("*") if path.is_file()}
+
+
+def test_what_is_no_workdir(tmp_path, patient):
+    for path, message in (
+        (tmp_path, "no description.json in it"),
+        (tmp_path / "nowhere", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=f"is no workdir of train.py .{message}"):
+            examine(path)
+    (patient / "description.json").write_text("{")
+    with pytest.raises(UserError, match=r"description\.json: damaged"):
+        examine(patient)

@@ -1,0 +1,45 @@
+"""A fault found in a run: how bad it is, what shows it, and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+# By how much a figure may be worse than it should before the doctor speaks.
+TENTH = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing to know about a run.
+
+    Attributes:
+        severity: "error": the run does not do what it is for; "warning": it does so worse than it
+            could; "note": worth knowing, nothing is wrong.
+        name: which finding this is; does not change between versions.
+        evidence: what shows it, with the figures.
+        advice: what to do.
+    """
+
+    severity: Severity
+    name: str
+    evidence: str
+    advice: str
+
+
+def error(name: str, evidence: str, advice: str) -> Finding:
+    """The run does not do what it is for."""
+    return Finding("error", name, evidence, advice)
+
+
+def warning(name: str, evidence: str, advice: str) -> Finding:
+    """The run is worse than it could be."""
+    return Finding("warning", name, evidence, advice)
+
+
+def note(name: str, evidence: str, advice: str) -> Finding:
+    """Nothing is wrong."""
+    return Finding("note", name, evidence, advice)
