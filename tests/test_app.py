@@ -1,0 +1,663 @@
+"""What stands behind the web page, without a browser; and what its server gives away: nothing."""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import http.client
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import struct
+import threading
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from tests import tiny
+from unclip_jax import checkpoint, stages
+from unclip_jax.app import __main__ as command
+from unclip_jax.app import gate, inputs, look, results, tasks
+from unclip_jax.app.store import Store
+from unclip_jax.app.tasks import Served
+from unclip_jax.app.worker import Worker
+from unclip_jax.errors import UserError
+from unclip_jax.grids import read_png_metadata
+from unclip_jax.parts import Part
+from unclip_jax.pipeline import UnCLIP
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: "backend_compile" in event and compiled.append(event)
+)
+
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="gradio (the extra `app`) is not installed"
+)
+
+
+@functools.cache
+def model():
+    """The tiny model, with U-Nets of one level: there are many programs to compile."""
+    unet = dataclasses.replace(tiny.DECODER.model.unet, channel_mults=(1,), attention_sizes=(16,))
+    reads = dataclasses.replace(tiny.DECODER.model, unet=unet)
+    enlarges = dataclasses.replace(tiny.UPSAMPLER.model, channel_mults=(1,))
+    about = {"clip_fingerprint": checkpoint.fingerprint(tiny.params(tiny.CLIP))}
+
+    def part(stage):
+        return Part(stage, tiny.params(stage), {"stage": stages.describe(stage)} | about)
+
+    return UnCLIP(
+        clip=part(tiny.CLIP),
+        prior=part(tiny.PRIOR),
+        decoder=part(dataclasses.replace(tiny.DECODER, model=reads)),
+        upsamplers=(part(dataclasses.replace(tiny.UPSAMPLER, model=enlarges)),),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and files of every kind."""
+    root = tmp_path_factory.mktemp("app")
+    model().save(root / "model")
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+        small.resize((40, 40), Image.Resampling.BICUBIC).save(root / f"{name}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    return Served(model(), str(folder / "model"), batch_size=1)  # so that programs are shared
+
+
+@pytest.fixture
+def worker():
+    made = Worker(waiting=2)
+    yield made
+    made.close()
+
+
+def run(worker, task, owner="someone"):
+    job = worker.submit(owner, task)
+    assert job.over.wait(120)
+    return job
+
+
+# ------------------------------------------------------------------------------- the same pictures
+
+FORMS = {
+    "text2im": lambda one, two: (tasks.text_to_image, ("a red apple", 4, 3, 2.5, None, False)),
+    "variations": lambda one, two: (tasks.variations, (one, 4, 0.5, 1, 10, None, True)),
+    "interpolate": lambda one, two: (tasks.interpolation, (one, two, 5, 2, 10, None, False)),
+    "textdiff": lambda one, two: (
+        tasks.text_diff,
+        (one, "a dog", '-it\'s "a cat"', 0.4, 5, 0, 10, 1.5, True),
+    ),
+    "typographic": lambda one, two: (
+        tasks.labels,
+        (one, "red apple\ndog face", "dog", 4, 7, 10, None, True),
+    ),
+    "prior": lambda one, two: (tasks.ablation, ("red apple", 5, 10, None, True)),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def kept(request, served, folder, tmp_path_factory):
+    """One request of each tab, drawn and written."""
+    prepare, form = FORMS[request.param](*(str(folder / f"{n}.png") for n in ("one", "two")))
+    asked = prepare(served, *form)
+    drawn = asked.draw(lambda *_: None)
+    return asked, results.keep(asked, drawn, tmp_path_factory.mktemp("result"))
+
+
+def told(path):
+    """What a PNG says of itself."""
+    found = read_png_metadata(path)
+    return found | {"settings": json.loads(found["settings"])}
+
+
+def test_the_command_shown_draws_the_same_pictures(kept, folder, tmp_path, monkeypatch):
+    asked, result = kept
+    monkeypatch.chdir(folder)  # where the uploads lie under their names
+    python, script, *argv = shlex.split(result.command)
+    assert (python, script) == ("python", "sample.py")
+    sample.main([*argv, "--out", str(tmp_path / "again.png")])
+    again = sorted((tmp_path / "again").iterdir())
+    assert len(again) == len(result.drawn.cells)
+    for ours, (cell, _), theirs in zip(result.pictures, result.drawn.cells, again, strict=True):
+        pixels = np.asarray(Image.open(ours[0]))
+        np.testing.assert_array_equal(pixels, cell)
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(theirs)))
+        assert told(ours[0]) == told(theirs)
+    assert told(result.grid) == told(tmp_path / "again.png")
+    grids = [np.asarray(Image.open(path)) for path in (result.grid, tmp_path / "again.png")]
+    np.testing.assert_array_equal(*grids)  # and so are its captions
+    assert told(result.grid)["settings"]["seed"] == asked.args.seed
+
+
+def test_what_lies_along_theta_is_a_gif_there_and_back(kept):
+    asked, result = kept
+    if asked.args.task not in ("interpolate", "textdiff"):
+        assert result.gif is None and result.walk == []
+        return
+    frames = asked.args.frames
+    assert [float(caption[4:]) for _, caption in result.walk] == pytest.approx(
+        np.linspace(0, asked.args.theta_max if "theta_max" in asked.args else 1, frames), abs=0.006
+    )
+    with Image.open(result.gif) as gif:
+        assert gif.n_frames == 2 * frames - 2 and gif.info["loop"] == 0
+        for i in range(frames):
+            gif.seek(i)
+            shown = np.asarray(gif.convert("RGB"), np.float32)
+            first = np.asarray(Image.open(result.walk[i][0]), np.float32)
+            assert np.abs(shown - first).mean() < 12  # 256 colours each
+
+
+def test_another_prompt_seed_scale_eta_or_theta_compiles_nothing(served, folder):
+    one, two = (str(folder / f"{name}.png") for name in ("one", "two"))
+
+    def everything(prompt, seed, scale, eta, theta):
+        for request in (
+            tasks.text_to_image(served, prompt, 4, seed, scale, scale, False),
+            tasks.variations(served, one, 4, eta, seed, 10, scale, False),
+            tasks.interpolation(served, two, one, 5, seed, 10, scale, False),
+            tasks.text_diff(served, two, prompt, "a cat", theta, 5, seed, 10, scale, False),
+            tasks.labels(served, one, f"{prompt}\nx", "dog", 4, seed, 10, scale, False),
+            tasks.ablation(served, prompt, seed, 10, scale, False),
+        ):
+            run(worker, request.draw).result  # noqa: B018
+
+    worker = Worker(waiting=1)
+    try:
+        everything("a dog", 0, 2.0, 1.0, 0.5)
+        before = len(compiled)
+        assert before, "compilations are counted"
+        everything("a red apple", 123, 3.5, 0.3, 0.2)
+        assert len(compiled) == before
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["-dash", "--seed", "it's", 'say "x"', "$HOME `ls` ; rm", "ä😀\u202e", "a\\b", "%s {}"]
+)
+def test_any_prompt_comes_back_out_of_the_command(text):
+    args = argparse.Namespace(task="text2im", seed=0, prompt=[text], num=4, guidance_scale=None)
+    parsed = sample.parse(shlex.split(results.command(args))[2:])
+    assert parsed.prompt == [text] and parsed.seed == 0 and parsed.num == 4
+
+
+def test_labels_alone_are_judged_without_drawing(served, folder, tmp_path):
+    request = tasks.labels(served, str(folder / "one.png"), "a\nb\nc", "", 0, 0, 10, None, False)
+    drawn = request.draw(lambda *_: pytest.fail("nothing is sampled"))
+    assert sum(p for (p,) in drawn.chances.values()) == pytest.approx(1.0)
+    assert len(drawn.cells) == 1
+    assert results.keep(request, drawn, tmp_path).command == ""
+
+
+# ------------------------------------------------------------------------------------ the one queue
+
+
+def test_two_users_get_their_own_pictures(served, worker):
+    forms = {"a": ("a dog", 1), "b": ("a red apple", 2)}
+    asked = {
+        owner: tasks.text_to_image(served, prompt, 4, seed, None, None, True)
+        for owner, (prompt, seed) in forms.items()
+    }
+    alone = {owner: request.draw(lambda *_: None).cells for owner, request in asked.items()}
+    jobs = {owner: worker.submit(owner, request.draw) for owner, request in asked.items()}
+    for owner, job in jobs.items():
+        assert job.over.wait(120) and not job.error
+        for (got, caption), (expected, _) in zip(job.result.cells, alone[owner], strict=True):
+            np.testing.assert_array_equal(got, expected)
+            assert caption == forms[owner][0]
+    assert not np.array_equal(jobs["a"].result.cells[0][0], jobs["b"].result.cells[0][0])
+
+
+def test_cancelling_stops_the_sampling_and_the_next_job_is_as_ever(served, worker):
+    request = tasks.text_to_image(served, "a dog", 4, 1, None, None, False)
+    before = request.draw(lambda *_: None).cells
+    reports = []
+
+    def draw(progress):
+        def watched(stage, step, steps):
+            reports.append((stage, step))
+            if stage == "decoder":
+                worker.cancel("someone")
+            progress(stage, step, steps)
+
+        return request.draw(watched)
+
+    job = run(worker, draw)
+    assert job.error == "cancelled" and job.result is None
+    assert [stage for stage, _ in reports].count("decoder") == 1
+    assert not any(stage.startswith("upsampler") for stage, _ in reports)
+    after = run(worker, request.draw).result.cells
+    for (x, _), (y, _) in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def until_cancelled(progress):
+    for step in range(10**9):
+        progress("prior", step, 10**9)
+        time.sleep(0.001)
+
+
+def test_jobs_wait_in_order_and_a_full_queue_says_so(worker):
+    done = []
+    first = worker.submit("1", until_cancelled)
+    second = worker.submit("2", lambda progress: done.append("2"))
+    with pytest.raises(UserError, match="not finished"):
+        worker.submit("2", until_cancelled)
+    third = worker.submit("3", lambda progress: done.append("3"))
+    while worker.ahead(third) > 2 or not first.stages:  # until the first has begun
+        time.sleep(0.001)
+    fourth = None
+    with contextlib.suppress(UserError):  # two wait already
+        fourth = worker.submit("4", until_cancelled)
+    assert fourth is None
+    with pytest.raises(UserError, match="the queue is full: 2 others"):
+        worker.submit("4", until_cancelled)
+    assert [worker.ahead(job) for job in (first, second, third)] == [0, 1, 2]
+    assert worker.cancel("2") and second.over.is_set() and "before it began" in second.error
+    assert not worker.cancel("2")
+    assert worker.cancel("1") and first.over.wait(10) and first.error == "cancelled"
+    assert third.over.wait(10) and done == ["3"]
+
+
+def test_failures_are_told_in_words_and_leave_the_worker_working(worker, caplog):
+    def fails(error):
+        def task(progress):
+            raise error
+
+        return run(worker, task).error
+
+    assert fails(UserError("seed: got\n-1")) == "seed: got -1"
+    assert (
+        fails(ValueError("secret")) == "the program failed (ValueError); the server's log says more"
+    )
+    assert fails(MemoryError()) == "out of memory; ask for fewer pictures"
+    assert "secret" in caplog.text
+
+
+def test_a_caption_that_is_cut_is_noted(worker):
+    job = run(worker, lambda progress: model().embed_text(["apple " * 99] * 2))
+    (note,) = job.notes
+    assert not job.error and "apple" in note
+
+
+def test_closing_ends_what_runs_and_what_waits():
+    worker = Worker(waiting=1)
+    running, waiting = worker.submit("1", until_cancelled), worker.submit("2", until_cancelled)
+    worker.close()
+    assert running.over.is_set() and waiting.over.is_set()
+    assert not any(thread.name == "device" for thread in threading.enumerate())
+
+
+# ------------------------------------------------------------------------------ what people upload
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(side):
+    """A PNG of a few bytes that says it has side x side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RED, BLUE = Image.new("RGB", (9, 5), "red"), Image.new("RGB", (9, 5), "blue")
+NOISE = Image.effect_noise((64, 64), 90)
+GOOD = {
+    "cmyk.jpg": (encoded(RED.convert("CMYK"), "JPEG", quality=95), (5, 9, 3)),
+    "sixteen.png": (encoded(Image.fromarray(np.full((3, 4), 40000, np.uint16)), "PNG"), (3, 4, 3)),
+    "one.png": (encoded(Image.new("1", (1, 1)), "PNG"), (1, 1, 3)),
+    "animated.gif": (encoded(RED, "GIF", save_all=True, append_images=[BLUE]), (5, 9, 3)),
+    "clear.png": (encoded(Image.new("RGBA", (6, 6), (0, 0, 0, 0)), "PNG"), (6, 6, 3)),
+    "palette.png": (encoded(RED.convert("P"), "PNG"), (5, 9, 3)),
+    "wrong name.txt": (encoded(RED, "WEBP", lossless=True), (5, 9, 3)),
+}
+BAD = {
+    "text.png": (b"this is no picture", "is no picture, or a broken one; give PNG"),
+    "empty.png": (b"", "is no picture"),
+    "truncated.png": (
+        encoded(Image.effect_noise((64, 64), 90), "PNG")[:900],
+        "not a readable image",
+    ),
+    "truncated.jpg": (encoded(Image.effect_noise((64, 64), 90), "JPEG")[:700], "not a readable"),
+    "large.png": (bomb(7000), "7000 x 7000 pixels, at most 40 million"),
+    "bomb.png": (bomb(60000), "more than 40 million pixels"),
+    "program.eps": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "is a EPS file",
+    ),
+    "picture.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is no picture"),
+    "heavy.png": (b"\0" * (inputs.MAX_BYTES + 1), "20 MB, at most 20"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_pictures_of_every_kind_are_taken(name, tmp_path):
+    data, shape = GOOD[name]
+    (tmp_path / name).write_bytes(data)
+    image = inputs.picture("picture", str(tmp_path / name))
+    assert image.dtype == np.uint8 and image.shape == shape
+    if name == "animated.gif":
+        assert image[0, 0].tolist() == [255, 0, 0]  # its first frame
+    if name == "clear.png":
+        assert image.min() == 255
+    if name == "sixteen.png":
+        assert abs(int(image[0, 0, 0]) - 40000 / 257) < 1
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_anything_else_is_answered_in_words(name, tmp_path):
+    data, words = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(UserError, match=r"^picture: ") as caught,
+    ):
+        inputs.picture("picture", str(tmp_path / name))
+    assert words in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: inputs.text("prompt", "  "), "prompt: is empty"),
+        (lambda: inputs.text("prompt", None), "prompt: expected some words"),
+        (lambda: inputs.text("prompt", "x" * 1001), "1,001 characters"),
+        (lambda: inputs.lines("labels", "a", least=2, most=9), "got 1 lines, expected 2 to 9"),
+        (lambda: inputs.lines("labels", None, least=1, most=9), "got 0 lines"),
+        (lambda: inputs.whole("seed", 1.5, 0, 9), "seed: got 1.5, expected a whole number"),
+        (lambda: inputs.whole("seed", -1, 0, 9), "got -1"),
+        (lambda: inputs.whole("seed", None, 0, 9), "got nothing"),
+        (lambda: inputs.whole("seed", "7", 0, 9), "got '7'"),
+        (lambda: inputs.whole("seed", float("nan"), 0, 9), "got nan"),
+        (lambda: inputs.whole("seed", True, 0, 9), "got True"),
+        (lambda: inputs.whole("seed", 2**53, 0, inputs.MAX_SEED), "got 9007199254740992"),
+        (lambda: inputs.number("eta", 1.01, 0, 1), "eta: got 1.01, expected a number from 0 to 1"),
+        (lambda: inputs.number("eta", float("inf"), 0, 1), "got inf"),
+        (lambda: inputs.number("eta", [0], 0, 1), r"got \[0\]"),
+        (lambda: inputs.scale("guidance scale", 31), "from 0 to 30"),
+        (lambda: inputs.choice("pictures", 5, (1, 4)), "got 5, expected one of 1, 4"),
+        (lambda: inputs.choice("pictures", True, (1, 4)), "got True"),
+        (lambda: inputs.choice("pictures", [4], (1, 4)), r"got \[4\]"),
+        (lambda: inputs.picture("picture", None), "there is none; upload one"),
+        (lambda: inputs.picture("picture", "/nowhere.png"), "upload it again"),
+    ],
+)
+def test_forms_are_checked(wrong, words):
+    with pytest.raises(UserError, match=words):
+        wrong()
+
+
+# --------------------------------------------------------------------------------- what is kept
+
+
+def test_old_files_go_and_the_oldest_make_room(tmp_path):
+    store = Store(tmp_path, seconds=100, size=25)
+    now = time.time()
+    for name, age in (("old", 200), ("older", 300), ("young", 10), ("younger", 5), ("new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"x" * 10)
+        os.utime(tmp_path / name, (now - age, now - age))
+    store.tidy()
+    assert {path.name for path in tmp_path.iterdir()} == {"younger", "new"}
+    made = [store.new() for _ in range(3)]
+    assert len({path.name for path in made}) == 3
+    assert all(len(path.name) > 30 for path in made), "nobody guesses it"
+
+
+def test_what_people_type_is_text_on_the_page(tmp_path):
+    evil = "<img src=x onerror=alert(1)>"
+    drawn = tasks.Drawn([], 1, chances={evil: [1.0]}, seen=(evil,))
+    result = results.Result(drawn, {"prompt": [evil]}, f"python {evil}", "", [], [], None)
+    shown = [look.details(result), look.chances(result), look.wrong(evil), look.done([evil], 1.0)]
+    for html in [*shown, look.head(evil, 64)]:
+        assert "<img" not in html and "&lt;img" in html
+
+
+# ------------------------------------------------------------------------------------- the gate
+
+
+class Inner:
+    """What stands behind the gate: it remembers what came through."""
+
+    def __init__(self):
+        self.bodies = []
+
+    async def __call__(self, scope, receive, send):
+        self.bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"inside"})
+
+
+def ask(app, method, path, *parts):
+    """Status, headers and body of a request whose body comes in parts."""
+    left = [
+        {"type": "http.request", "body": part, "more_body": i + 1 < len(parts)}
+        for i, part in enumerate(parts or (b"",))
+    ]
+    sent = []
+
+    async def receive():
+        return left.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
+
+
+@pytest.fixture
+def gated(tmp_path):
+    inner = Inner()
+    return gate.Gate(inner, Store(tmp_path)), inner
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 200),
+        ("HEAD", "/", 200),
+        ("GET", "/assets/index.js", 200),
+        ("GET", "/gradio_api/queue/data", 200),
+        ("GET", "/gradio_api/file=/tmp/x/grid.png", 200),  # gradio checks where it lies
+        ("POST", "/gradio_api/queue/join", 200),
+        ("POST", "/gradio_api/upload", 200),
+        ("GET", "/gradio_api/file=http://169.254.169.254/", 404),
+        ("GET", "/gradio_api/proxy=https://x.hf.space/", 404),
+        ("GET", "/gradio_api/info", 404),
+        ("GET", "/monitoring", 404),
+        ("POST", "/gradio_api/run/predict", 404),
+        ("POST", "/gradio_api/call/click", 404),
+        ("POST", "/", 404),
+        ("PUT", "/gradio_api/upload", 404),
+        ("GET", "/openapi.json", 404),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_only_what_the_page_needs_comes_through(gated, method, path, status):
+    app, inner = gated
+    found, headers, body = ask(app, method, path)
+    assert found == status and len(inner.bodies) == (status == 200)
+    assert headers[b"content-security-policy"].startswith(b"default-src 'self'")
+    assert status == 200 or body == b"this page has nothing there"
+
+
+def test_bodies_are_bounded_and_addresses_refused(gated):
+    app, inner = gated
+    join = "/gradio_api/queue/join"
+    assert ask(app, "POST", join, b'{"data":', b'["x"]}')[0] == 200
+    assert inner.bodies == [b'{"data":["x"]}']
+    half = b"x" * (gate.MAX_CALL_BYTES // 2)
+    assert ask(app, "POST", join, half, half, b"y")[0] == 413
+    far = {"data": [1, {"path": "HTTPS://example.org/x.png", "meta": {"_type": "gradio.FileData"}}]}
+    assert ask(app, "POST", join, json.dumps(far).encode())[0] == 400
+    deep = b'{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert ask(app, "POST", join, deep)[0] in (200, 400)  # and no failure
+    assert len(inner.bodies) <= 2
+
+
+def test_uploads_have_a_rate(gated):
+    app, _ = gated
+    answers = [
+        ask(app, "POST", "/gradio_api/upload")[0] for _ in range(gate.UPLOADS_PER_MINUTE + 2)
+    ]
+    assert answers == [200] * gate.UPLOADS_PER_MINUTE + [429] * 2
+
+
+# ----------------------------------------------------------------------------------- the server
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"gradio is not installed.*unclip_jax\[app\]"):
+        command.main(["--model", "nowhere"])
+
+
+@pytest.fixture(scope="module")
+def server(served):
+    from unclip_jax.app.serve import serving
+
+    with serving(served) as address:
+        yield address.split("//")[1].strip("/")
+
+
+def get(server, path, body=None, headers=None):
+    """Status and body; the path goes out as it stands."""
+    connection = http.client.HTTPConnection(server, timeout=60)
+    connection.putrequest("POST" if body else "GET", path, skip_accept_encoding=True)
+    for name, value in (headers or {}).items():
+        connection.putheader(name, value)
+    if body:
+        connection.putheader("content-length", str(len(body)))
+    connection.endheaders(body)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def upload(server, name, data):
+    body = (
+        b"--x\r\ncontent-disposition: form-data; name=files; filename="
+        + json.dumps(name).encode()
+        + b"\r\ncontent-type: image/png\r\n\r\n"
+        + data
+        + b"\r\n--x--\r\n"
+    )
+    return get(
+        server, "/gradio_api/upload", body, {"content-type": "multipart/form-data; boundary=x"}
+    )
+
+
+@needs_gradio
+def test_the_page_comes_whole_from_this_server(server):
+    status, page = get(server, "/")
+    assert status == 200
+    loaded = re.findall(r"""(?:src|href)=["']([^"']+)""", page.decode())
+    assert loaded and not [url for url in loaded if "//" in url and server not in url]
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+@needs_gradio
+def test_no_file_but_the_page_s_own_is_served(server, folder):
+    for name in ("../../../evil.png", "/etc/evil.png", "a.png"):
+        status, answer = upload(server, name, encoded(RED, "PNG"))
+        assert status == 200
+        (path,) = json.loads(answer)
+        root = Path(path).parent.parent
+        assert root.name.startswith("unclip_jax_app_") and Path(path).parent != root
+        assert Path(path).resolve() == Path(path)
+        assert get(server, f"/gradio_api/file={path}") == (200, encoded(RED, "PNG"))
+    secrets = {
+        "/etc/passwd",
+        str(Path(__file__).resolve()),
+        str(Path("pyproject.toml").resolve()),
+        str(next((folder / "model" / "clip").glob("*.json"))),
+    }
+    for secret in secrets:
+        assert Path(secret).is_file()
+        up = "../" * 12 + secret.lstrip("/")
+        for asked in (
+            f"/gradio_api/file={secret}",
+            f"/gradio_api/file=/{secret}",
+            f"/gradio_api/file={path}/{up}",
+            f"/gradio_api/file={root}/{up}",
+            f"/gradio_api/file={root}/{up.replace('/', '%2f').replace('.', '%2e')}",
+            f"/gradio_api/file={up}",
+            f"/gradio_api/file=file://{secret}",
+            f"/static/{up}",
+            f"/assets/{up}",
+            f"/svelte/{up}",
+            f"/{up}",
+        ):
+            status, body = get(server, asked)
+            assert status >= 400 and Path(secret).read_bytes()[:40] not in body, asked
+    assert get(server, f"/gradio_api/file={root}")[0] >= 400  # no listing
+
+
+@needs_gradio
+def test_a_path_that_was_not_uploaded_is_not_read(server):
+    """A forged click that names a file of the server."""
+    config = json.loads(get(server, "/config")[1])
+    image = {part["id"] for part in config["components"] if part["type"] == "image"}
+    checks = [
+        d["id"] for d in config["dependencies"] if len(d["inputs"]) == 1 and d["inputs"][0] in image
+    ]
+    assert checks
+    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    call = {"data": [file], "fn_index": checks[0], "session_hash": "forged"}
+    headers = {"content-type": "application/json"}
+    assert get(server, "/gradio_api/queue/join", json.dumps(call).encode(), headers)[0] == 200
+    status, answer = get(server, "/gradio_api/queue/data?session_hash=forged")
+    assert status == 200 and b"root:" not in answer
+    assert b'"success":false' in answer.replace(b" ", b"")
+
+
+@needs_gradio
+def test_nothing_is_left_when_the_server_stops(served):
+    from unclip_jax.app.serve import serving
+
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with serving(served) as address:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        upload(address.split("//")[1].strip("/"), "a.png", encoded(RED, "PNG"))
+        assert any(folder.iterdir())
+    assert not folder.exists() and os.environ.get("GRADIO_TEMP_DIR") == before
+
+
+@needs_gradio
+def test_an_address_that_is_taken_is_named(served, server):
+    from unclip_jax.app.serve import serving
+
+    port = int(server.split(":")[1])
+    with (
+        pytest.raises(UserError, match=f"--port {port}: cannot be served"),
+        serving(served, port=port),
+    ):
+        pass

@@ -1,0 +1,133 @@
+"""The web page in a real browser: typed into, clicked, looked at."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_app import model
+
+SCRIPT = Path(__file__).parent.parent / "docs" / "make_app_screenshots.py"
+LACKING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
+LACKING += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
+
+
+@pytest.fixture(scope="module")
+def screenshots():
+    """What drives the browser for the pictures in the docs drives it here."""
+    spec = importlib.util.spec_from_file_location("make_app_screenshots", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A page whose pictures take long enough to be cancelled."""
+    from unclip_jax.app.serve import serving
+    from unclip_jax.app.tasks import Served
+
+    slow = model()
+    sampling = dataclasses.replace(slow.decoder.stage.sampling, spacing="250")
+    stage = dataclasses.replace(slow.decoder.stage, sampling=sampling)
+    slow = dataclasses.replace(slow, decoder=slow.decoder._replace(stage=stage))
+    with serving(Served(slow, batch_size=1)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser(screenshots):
+    with screenshots.chromium(screenshots.WIDE) as opened:
+        yield opened
+
+
+def pictures(tab):
+    """The bytes of the pictures shown."""
+    found = tab.browser.find_elements("css selector", ".pictures img")
+    sources = [image.get_attribute("src") for image in found if image.is_displayed()]
+    return [urllib.request.urlopen(source).read() for source in sources]
+
+
+def test_a_prompt_is_drawn_and_drawn_again_and_cancelled(screenshots, browser, address):
+    tab = screenshots.Tab(browser, address, "Text to image")
+    tab.choose("Pictures", "1")
+    tab.press("draw")
+    tab.wait_for("Prompt: is empty")
+    assert pictures(tab) == []
+
+    tab.fill("Prompt", "a red apple <b>${1 + 1}</b>")
+    tab.draw()
+    first = pictures(tab)
+    assert len(first) == 1
+    assert "a red apple <b>${1 + 1}</b>" in tab.text(".details")
+
+    tab.fill("Seed", "1")
+    tab.draw()
+    second = pictures(tab)
+    assert len(second) == 1 and second != first
+    tab.fill("Seed", "0")
+    tab.draw()
+    assert pictures(tab) == first
+
+    tab.choose("Pictures", "8")
+    tab.press("draw")
+    tab.wait_for("prior")
+    tab.press("cancel")
+    tab.wait_for("Cancelled")
+    assert pictures(tab) == first, "what was there stays"
+    tab.choose("Pictures", "1")
+    tab.draw()
+    assert pictures(tab) == first
+
+    tab.fill("Seed", "-5")
+    tab.press("draw")
+    tab.wait_for("Seed: got -5, expected a whole number")
+
+
+def test_uploads_that_are_no_pictures_are_answered_in_words(
+    screenshots, browser, address, tmp_path
+):
+    tab = screenshots.Tab(browser, address, "Variations")
+    (tmp_path / "text.png").write_text("this is no picture")
+    tab.upload_wrong(tmp_path / "text.png")
+    tab.wait_for("Picture: is no picture, or a broken one; give PNG")
+    tab.press("draw")
+    tab.wait_for("Picture: there is none; upload one")
+
+
+@pytest.mark.slow
+def test_theta_slides_along_the_strip(screenshots, browser, address, tmp_path):
+    rng = np.random.default_rng(0)
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
+    tab = screenshots.Tab(browser, address, "Interpolation")
+    tab.upload(*files)
+    tab.choose("Frames", "5")
+    tab.draw()
+    strip = tab.sources(".strip img")
+    assert len(set(strip)) == 5
+    for i in range(5):
+        tab.wait_until(lambda i=i: strip[i] in tab.sources(".walked img"))
+        tab.slide(0.25)
+
+
+def test_the_page_needs_no_other_server_and_tells_of_no_error(screenshots, browser, address):
+    screenshots.Tab(browser, address, "Text to image")
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    }
+    assert asked
+    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not errors

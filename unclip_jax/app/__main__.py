@@ -1,0 +1,67 @@
+"""The web page: `python -m unclip_jax.app [--model runs/emoji]`, then open the address it prints.
+
+Text to image, variations, interpolation, text diffs and probes, each with the settings and the
+command of sample.py that draws the same. docs/app.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+import threading
+
+from unclip_jax.errors import UserError, run_command
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m unclip_jax.app", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="DIR",
+        help="model folder, Karlo's folder or hub name (default: the box model)",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")
+    add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
+    add("--batch_size", type=int, default=4, help="pictures computed together (default 4)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    add("--port", type=int, help="default: 7860, or the next free one")
+    add(
+        "--share",
+        action="store_true",
+        help="also through gradio's public tunnel: anyone with the link can draw",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Load the model and serve the page until interrupted."""
+    args = parse(argv)
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(
+            'gradio is not installed, which the page is made with; pip install "unclip_jax[app]"'
+        )
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise UserError(f"--port: got {args.port}, expected 1 to 65535")
+
+    from unclip_jax import compile_cache
+    from unclip_jax.app.serve import serving
+    from unclip_jax.app.tasks import Served
+    from unclip_jax.pipeline import check_count
+    from unclip_jax.tasks.inputs import load
+
+    check_count("--batch_size", args.batch_size)
+    compile_cache.use()
+    served = Served(load(args), args.model, args.dtype, args.t5, args.batch_size)
+    with serving(served, host=args.host, port=args.port, share=args.share) as address:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the files go, too
+        print(f"open {address}  (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

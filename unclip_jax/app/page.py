@@ -1,0 +1,234 @@
+"""The page: a tab for each task, and what a click does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from unclip_jax.app import inputs, look, tasks
+from unclip_jax.app.parts import Buttons, Output, guidance, seed, small, steps, upload
+from unclip_jax.app.results import Result, keep
+from unclip_jax.app.store import Store
+from unclip_jax.app.tasks import Request, Served
+from unclip_jax.app.worker import Job, Worker
+from unclip_jax.errors import UserError
+from unclip_jax.pipeline import Progress
+
+_POLL_SECONDS = 0.2
+
+# One at a time decodes an upload, so that many large ones do not fill the memory.
+_decoding = threading.Lock()
+
+
+class Page:
+    """The page of one model."""
+
+    def __init__(self, served: Served, worker: Worker, store: Store) -> None:
+        """Draw with `served` in the thread of `worker`, into folders of `store`."""
+        self.served, self.worker, self.store = served, worker, store
+
+    def build(self) -> gr.Blocks:
+        """Lay it out; a model has the tabs that its parts allow."""
+        model = self.served.model
+        reads_z_i = bool(model.decoder.stage.model.embed_dim)
+        with gr.Blocks(title="unclip_jax", analytics_enabled=False) as blocks:
+            gr.HTML(look.head(self.served.name, model.image_size), elem_classes="head")
+            with gr.Tabs():
+                if model.prior is not None or not reads_z_i:
+                    self._text_to_image()
+                if model.clip is not None and reads_z_i:
+                    self._variations()
+                    self._interpolation()
+                    self._text_diff()
+                    self._labels()
+                    if model.prior is not None:
+                        self._ablation()
+            gr.HTML(look.foot(self.worker.limit), elem_classes="foot")
+            blocks.unload(self._leave)
+        return blocks.queue(default_concurrency_limit=None, max_size=100)
+
+    # ---------------------------------------------------------------------------- the tabs
+
+    def _text_to_image(self) -> None:
+        with gr.Tab("Text to image"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                prompt = gr.Textbox(label="Prompt", placeholder="a red apple", lines=2)
+                num = gr.Radio(tasks.NUMS, value=4, label="Pictures")
+                form = [prompt, num, seed()]
+                with gr.Accordion("More settings", open=False):
+                    form.append(guidance("empty: the model's own"))
+                    form.append(guidance("empty: the model's own", "Prior's guidance scale"))
+                    form.append(self._small())
+                buttons = Buttons.make()
+            output = _output()
+        self._on_click(buttons, tasks.text_to_image, form, output)
+
+    def _variations(self) -> None:
+        with gr.Tab("Variations"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                picture = upload("Picture")
+                num = gr.Radio(tasks.NUMS, value=4, label="Pictures")
+                eta = gr.Slider(
+                    0, 1, value=1, step=0.05, label="η", info="0: the picture itself; 1: freest"
+                )
+                form = [picture, num, eta, seed(), *self._walk("empty: none")]
+                buttons = Buttons.make()
+            output = _output()
+        _check(picture, output)
+        self._on_click(buttons, tasks.variations, form, output)
+
+    def _interpolation(self) -> None:
+        with gr.Tab("Interpolation"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                with gr.Row():
+                    first, last = upload("First picture"), upload("Second picture")
+                frames = gr.Radio(tasks.FRAMES, value=9, label="Frames")
+                form = [first, last, frames, seed(), *self._walk("empty: none")]
+                buttons = Buttons.make()
+            output = _output(walks=True)
+        _check(first, output)
+        _check(last, output)
+        self._on_click(buttons, tasks.interpolation, form, output)
+
+    def _text_diff(self) -> None:
+        with gr.Tab("Text diff"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                picture = upload("Picture")
+                source = gr.Textbox(label="From", placeholder="a red thing", info="may be empty")
+                target = gr.Textbox(label="To", placeholder="a blue thing")
+                theta = gr.Slider(0, 1, value=0.5, step=0.05, label="θ at the end")
+                frames = gr.Radio(tasks.FRAMES, value=5, label="Frames")
+                form = [picture, source, target, theta, frames, seed()]
+                form += self._walk("empty: none")
+                buttons = Buttons.make()
+            output = _output(walks=True)
+        _check(picture, output)
+        self._on_click(buttons, tasks.text_diff, form, output)
+
+    def _labels(self) -> None:
+        with gr.Tab("What CLIP sees"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                picture = upload("Picture")
+                names = gr.Textbox(
+                    "red apple\ndog face\nflag of France", label="Labels, one a line", lines=4
+                )
+                word = gr.Textbox(
+                    label="A word to write on it",
+                    info="does it change what CLIP sees? may be empty",
+                )
+                num = gr.Radio(tasks.DECODED, value=0, label="Pictures decoded of what it sees")
+                form = [picture, names, word, num, seed()]
+                form += self._walk("empty: the model's own")
+                buttons = Buttons.make()
+            output = _output(chances=True)
+        _check(picture, output)
+        self._on_click(buttons, tasks.labels, form, output)
+
+    def _ablation(self) -> None:
+        with gr.Tab("What the prior adds"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                prompts = gr.Textbox(
+                    "red apple\nflag of France",
+                    label="Prompts, one a line",
+                    info=f"up to {tasks.MAX_PROMPTS}; each is drawn from the caption alone, from"
+                    " its text embedding in the image's place, and from the prior's embedding",
+                    lines=4,
+                )
+                form = [prompts, seed(), *self._walk("empty: the model's own")]
+                buttons = Buttons.make()
+            output = _output()
+        self._on_click(buttons, tasks.ablation, form, output)
+
+    def _walk(self, unset: str) -> list[gr.components.Component]:
+        with gr.Accordion("More settings", open=False):
+            return [steps(), guidance(unset), self._small()]
+
+    def _small(self) -> gr.Checkbox:
+        model = self.served.model
+        return small(model.decoder.stage.image_size, model.image_size)
+
+    # ------------------------------------------------------------------------- what is done
+
+    def _on_click(
+        self,
+        buttons: Buttons,
+        prepare: Callable[..., Request],
+        form: Sequence[gr.components.Component],
+        output: Output,
+    ) -> None:
+        """Draw what `prepare(served, *form)` asks for."""
+        unchanged = [gr.skip()] * len(output.results)
+
+        async def click(request: gr.Request, *values: Any) -> AsyncIterator[list[Any]]:
+            began, said = time.monotonic(), ""
+            try:
+                job = await asyncio.to_thread(self.submit, _owner(request), prepare, values)
+            except UserError as error:
+                yield [look.wrong(str(error)), *unchanged, *buttons.updates(busy=False)]
+                return
+            try:
+                while not job.over.is_set():
+                    if said != (said := look.waiting(job, self.worker.ahead(job))):
+                        yield [said, *unchanged, *buttons.updates(busy=True)]
+                    await asyncio.sleep(_POLL_SECONDS)
+            finally:  # also where the browser has gone away meanwhile
+                self.worker.cancel_job(job)
+            if job.error:
+                yield [look.wrong(job.error), *unchanged, *buttons.updates(busy=False)]
+            else:
+                said = look.done(job.notes, time.monotonic() - began)
+                shown = output.updates(job.result)
+                yield [said, *shown, *buttons.updates(busy=False)]
+
+        outputs = [output.status, *output.results, buttons.draw, buttons.cancel]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        buttons.draw.click(click, list(form), outputs, **hidden)
+        buttons.cancel.click(self._leave, **hidden)
+
+    def submit(self, owner: str, prepare: Callable[..., Request], values: Sequence[Any]) -> Job:
+        """Check a form and put it into the queue; the job's result is a `Result`.
+
+        Raises:
+            UserError: something in the form, or a full queue.
+        """
+        with _decoding:
+            request = prepare(self.served, *values)
+
+        def task(progress: Progress) -> Result:
+            drawn = request.draw(progress)
+            return keep(request, drawn, self.store.new())
+
+        return self.worker.submit(owner, task)
+
+    def _leave(self, request: gr.Request) -> None:
+        self.worker.cancel(_owner(request))
+
+
+def _output(**kind: bool) -> Output:
+    with gr.Column(scale=3, min_width=300):
+        return Output.make(**kind)
+
+
+def _owner(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def _check(field: gr.Image, output: Output) -> None:
+    """Say at once what is wrong with an upload, and take it away."""
+
+    def check(path: str | None) -> tuple[Any, str]:
+        try:
+            with _decoding:
+                inputs.picture(field.label.lower(), path)
+        except UserError as error:
+            return None, look.wrong(str(error))
+        return gr.skip(), look.IDLE
+
+    field.upload(
+        check, field, [field, output.status], api_visibility="private", show_progress="hidden"
+    )
