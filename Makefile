@@ -5,18 +5,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
+TRAINED ?= runs/emoji
 
 # Compiled programs are kept between processes.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
 
-.PHONY: help demo test test-all lint format clean
+.PHONY: help demo demo-train test test-all lint docs notebooks format clean
 
 help:
-	@echo "make demo      train every stage small on emoji, then sample a captioned grid"
-	@echo "make test      the test suite, with parity against PyTorch"
-	@echo "make test-all  the slow tests too"
-	@echo "make lint      ruff"
+	@echo "make demo        draw with the model that comes with the package: one page of pictures"
+	@echo "make demo-train  train every stage small on emoji, draw a captioned grid, measure it"
+	@echo "make test        the test suite, with parity against PyTorch"
+	@echo "make test-all    the slow tests too"
+	@echo "make lint        ruff"
+	@echo "make docs        the documentation as a site, in build/site"
+	@echo "make notebooks   every cell of the notebooks in colab, on tiny models"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,14 +31,22 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(if $(TORCH),$(BIN)/pip install --quiet --disable-pip-version-check --retries 0 \
 	    --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH))
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test$(if $(TORCH),$(comma)parity)]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable \
+	    ".[test,app,notebooks$(if $(TORCH),$(comma)parity)]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[plan]" \
 	    || echo "no libtpu for this machine: the test that compiles for a TPU is skipped"
 	touch $@
 comma := ,
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
+
 demo: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" bash configs/emoji/demo.sh $(DEMO)
+	$(BIN)/python demo.py --out $(DEMO)
+
+demo-train: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash configs/emoji/train.sh $(TRAINED)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -45,6 +57,12 @@ test-all: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -W -q docs build/site
+
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python colab/run.py --smoke
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -43,7 +43,8 @@ ALLOWED = {
     "feed": {"errors", "distributed", "sharding", "train_config"},
     "optim": {"checkpoint", "train_config"},
     "train_step": {"axes", "optim", "sharding", "train_config"},
-    "resume": {"errors", "checkpoint", "train_config"},
+    "checksums": set(),
+    "resume": {"errors", "checkpoint", "checksums", "distributed", "train_config"},
     "grids": {"errors", "files"},
     "report": {"errors", "files"},
     "training": {
@@ -62,7 +63,9 @@ ALLOWED = {
         "errors", "axes", "command_line", "config", "files", "optim", "sharding", "stages",
         "train_config", "train_step",
     },
-    "save": {"errors", "checkpoint", "config", "fine_tuning", "lora", "sharding", "stages"},
+    "save": {
+        "errors", "checkpoint", "config", "fine_tuning", "lora", "resume", "sharding", "stages",
+    },
     "classes": {"errors", "data", "parts", "stages"},
     "evaluation": {"errors", "pca"},
     "evaluate": {
@@ -92,8 +95,15 @@ ALLOWED = {
     },
     "tasks": {
         "errors", "compile_cache", "data", "figures", "grids", "manipulate", "pca", "pipeline",
-        "sharding",
-        "stages",
+        "sharding", "stages",
+    },
+    "doctor": {
+        "errors", "checkpoint", "config", "data", "diffusion", "files", "needs", "parts",
+        "pipeline", "report", "resume", "save", "sharding", "stages", "text_states",
+        "train_config",
+    },
+    "app": {
+        "errors", "compile_cache", "data", "files", "manipulate", "pipeline", "tasks",
     },
 }  # fmt: skip
 
@@ -105,6 +115,7 @@ RESERVED = {
     "diffusers": set(),
     "tensorflow": set(),
     "pickle": set(),
+    "gradio": {"app"},
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train every stage small on emoji, draw a captioned grid, and measure. Run again, it resumes.
 set -euo pipefail
-out=${1:-runs/demo}
+out=${1:-runs/emoji}
 
 for stage in clip prior decoder upsampler; do
     echo "== $stage"

@@ -1,0 +1,52 @@
+"""The demo: a page of pictures, and under each the command that makes it again."""
+
+import html
+import re
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import demo
+import sample
+from tests import tiny
+from unclip_jax import box, tasks
+from unclip_jax.errors import UserError
+
+# The tiny model reads 12 tokens of a caption.
+pytestmark = pytest.mark.filterwarnings("ignore:.*are longer than 12 tokens")
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    tiny.model().save(folder / "model")
+    demo.main(["--model", str(folder / "model"), "--out", str(folder / "out")])
+    return folder / "out"
+
+
+def test_every_picture_on_the_page_is_there(shown):
+    page = (shown / demo.PAGE).read_text(encoding="utf-8")
+    pictures = re.findall(r'<img src="([^"]+)"', page)
+    assert pictures == [f"{show.name}.png" for show in demo.SHOWS]
+    for name in pictures:
+        with Image.open(shown / name) as picture:
+            assert picture.width > 128 and len(picture.getcolors(2**24)) > 16
+    assert "CC-BY 4.0" in page and "http" not in re.sub(r"<small>.*</small>", "", page)
+
+
+def test_the_command_under_a_picture_makes_it_again(shown):
+    page = (shown / demo.PAGE).read_text(encoding="utf-8")
+    commands = re.findall(r"<pre>python sample.py (.*?)</pre>", page)
+    words = shlex.split(html.unescape(commands[1]))
+    again = shown / "again.png"
+    tasks.run(sample.parse([w for w in words if not w.startswith("--out=")] + [f"--out={again}"]))
+    first, second = (np.asarray(Image.open(p)) for p in (shown / "variations.png", again))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_package_without_weights_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(box, "__file__", str(tmp_path / "box" / "__init__.py"))
+    with pytest.raises(UserError, match=r"the box model: no weights in .*; install the package"):
+        box.folder()
