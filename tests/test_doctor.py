@@ -19,7 +19,7 @@ from PIL import Image
 
 from configs import base
 from tests import tiny
-from unclip_jax import checkpoint, report, resume, runs, stages, training
+from unclip_jax import checkpoint, lock, report, runs, stages, training
 from unclip_jax import diffusion as dm
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.doctor import asked, curves, theory, weights, workdir
@@ -352,7 +352,7 @@ def test_a_run_that_lives(patient):
         names = {finding.name for finding in examine(patient, files_only=True)}
         assert "running" in names and "unfinished" not in names
         holder.kill()
-    assert resume.holder(patient) is None
+    assert lock.holder(patient) is None
 
 
 # Theory

@@ -17,7 +17,7 @@ import pytest
 
 from tests import tar_shards, toy_run
 from tests.toy_run import Batches, numpy_leaves, run
-from unclip_jax import checkpoint, checksums, report, resume, save
+from unclip_jax import checkpoint, checksums, lock, report, resume, save
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
 
@@ -323,11 +323,11 @@ def test_the_second_run_on_a_workdir_is_refused_and_a_killed_one_blocks_nothing(
         before = first.pid
         with pytest.raises(UserError, match=f"in use by process {before} on"):
             run(tmp_path, **settings)
-        assert resume.holder(tmp_path).startswith(f"process {before} on")
+        assert lock.holder(tmp_path).startswith(f"process {before} on")
         assert first.poll() is None  # and it was not disturbed
         first.kill()
     assert f"process {before} on" in (tmp_path / "lock").read_text()  # the lock file stays
-    assert resume.holder(tmp_path) is None
+    assert lock.holder(tmp_path) is None
     run(tmp_path / "new", steps=2, schedule="constant")
     shutil.copy(tmp_path / "lock", tmp_path / "new" / "lock")
     run(tmp_path / "new", steps=3, schedule="constant")

@@ -44,11 +44,12 @@ ALLOWED = {
     "optim": {"checkpoint", "train_config"},
     "train_step": {"axes", "optim", "sharding", "train_config"},
     "checksums": set(),
+    "lock": {"errors"},
     "resume": {"errors", "checkpoint", "checksums", "distributed", "train_config"},
     "grids": {"errors", "files"},
     "report": {"errors", "files"},
     "training": {
-        "errors", "checkpoint", "config", "distributed", "feed", "files", "grids", "optim",
+        "errors", "checkpoint", "config", "distributed", "feed", "files", "grids", "lock", "optim",
         "preemption", "report", "resume", "sharding", "train_config", "train_step",
     },
     "t5": {"errors", "checkpoint", "convert", "data", "models"},
@@ -98,7 +99,7 @@ ALLOWED = {
         "sharding", "stages",
     },
     "doctor": {
-        "errors", "checkpoint", "config", "data", "diffusion", "files", "needs", "parts",
+        "errors", "checkpoint", "config", "data", "diffusion", "files", "lock", "needs", "parts",
         "pipeline", "report", "resume", "save", "sharding", "stages", "text_states",
         "train_config",
     },

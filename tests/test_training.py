@@ -377,8 +377,8 @@ def test_another_description_is_refused(tmp_path):
 
 def test_a_workdir_in_use_is_refused(tmp_path):
     script = (
-        "import sys, pathlib; from unclip_jax import resume\n"
-        "with resume.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from unclip_jax import lock\n"
+        "with lock.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],

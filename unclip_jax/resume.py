@@ -13,13 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import math
-import os
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -52,47 +49,6 @@ CHANGEABLE = (
 _LISTED = 3
 _ITEMS = ("state", "data", "description")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-@contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Hold `workdir` for this process; the kernel lets go when the process ends, however it ends.
-
-    A POSIX record lock, so that data-loading processes that outlive a killed run do not keep it.
-
-    Raises:
-        UserError: another process holds it, or the file system cannot lock.
-    """
-    path = workdir / "lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{path}: cannot be locked ({error}); use a local disk") from error
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"workdir {str(workdir)!r}: in use by {holder}; wait for that run, stop it, or"
-                " choose another workdir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
-def holder(workdir: Path) -> str | None:
-    """The process that holds `workdir`, in words; None if none does."""
-    path = workdir / "lock"
-    if not path.is_file():
-        return None
-    with path.open() as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return file.read().strip() or "another process"
-    return None
 
 
 def damage(folder: Path) -> str:

@@ -26,7 +26,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from unclip_jax import config as settings
-from unclip_jax import distributed, grids, report, resume, sharding
+from unclip_jax import distributed, grids, lock, report, resume, sharding
 from unclip_jax.checkpoint import TRAINED, is_weights
 from unclip_jax.errors import UserError
 from unclip_jax.feed import BatchIterator, Feed
@@ -273,7 +273,7 @@ def train(
         stack.enter_context(resume.disk_in_words(workdir))
         stack.enter_context(preemption.in_force())
         if distributed.is_lead():
-            stack.enter_context(resume.lock(workdir))
+            stack.enter_context(lock.hold(workdir))
         checkpoints = stack.enter_context(resume.Checkpoints(workdir / "checkpoints", config))
         start = _check_resumable(checkpoints, described, config, workdir)
         optimizer = make_optimizer(config)

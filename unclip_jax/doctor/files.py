@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from unclip_jax import resume
+from unclip_jax import lock, resume
 from unclip_jax.doctor.findings import Finding, error, note, warning
 from unclip_jax.doctor.workdir import Workdir, clip_of_folder, reads_clip
 from unclip_jax.errors import UserError
@@ -16,7 +16,7 @@ GIB = 2**30
 
 def examine(run: Workdir, clip: str) -> Iterator[Finding]:
     """Findings among the files; `clip` is the folder of the run's CLIP, or ""."""
-    holder = resume.holder(run.path)
+    holder = lock.holder(run.path)
     yield from state(run, holder)
     yield from checkpoints(run)
     yield from disk(run)
