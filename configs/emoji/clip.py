@@ -2,7 +2,7 @@
 
     python train.py --config=configs/emoji/clip.py --workdir=runs/emoji/clip
 
-Under three minutes on two CPU cores. What it reaches: README, "What the demo reaches".
+Under three minutes on two CPU cores. What it reaches: docs/training.md.
 """
 
 from configs import base

@@ -3,7 +3,7 @@
     python train.py --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder \
         --config.clip=runs/emoji/clip
 
-About four minutes on two CPU cores. What it reaches: README, "What the demo reaches".
+About four minutes on two CPU cores. What it reaches: docs/training.md.
 The U-Net works on 4x4 patches (its `patch`), which makes 64 px as cheap as 16. It predicts x_0 with
 a fixed variance: after so little training that gives blurred pictures, where v gives noisy ones,
 and a variance learned beside so poor an x_0 grows without bound. The paper's decoder learns its

@@ -3,7 +3,7 @@
     python train.py --config=configs/emoji/prior.py --workdir=runs/emoji/prior \
         --config.clip=runs/emoji/clip
 
-Over a minute on two CPU cores. What it reaches: README, "What the demo reaches".
+Over a minute on two CPU cores. What it reaches: docs/training.md.
 """
 
 from configs import base

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/emoji/upsampler.py --workdir=runs/emoji/upsampler
 
-About one minute on two CPU cores. What it reaches: README, "What the demo reaches".
+About one minute on two CPU cores. What it reaches: docs/training.md.
 """
 
 from configs import base

@@ -1,0 +1,73 @@
+"""The model in the package: whole, small, and obeying captions."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from unclip_jax import box, checkpoint, manipulate
+from unclip_jax.pipeline import UnCLIP
+
+MOST_BYTES = 40_000_000
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UnCLIP.load()
+
+
+def test_it_is_small_and_says_where_it_comes_from():
+    folder = box.folder()
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
+    for stage in ("clip", "prior", "decoder", "upsampler_256"):
+        description = checkpoint.read_description(folder / stage)
+        assert description["data"]["name"] == "emoji_styles" and description["step"] > 0
+    card = (folder.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for owner in ("CC-BY 4.0", "Apache-2.0", "MIT"):
+        assert owner in card
+
+
+def test_no_machine_is_named_in_it():
+    for path in box.folder().rglob("config.json"):
+        text = json.dumps(json.loads(path.read_text(encoding="utf-8")))
+        assert "/" not in text.replace("configs/", "").replace("image/png", ""), path
+
+
+def test_colours_are_those_of_the_captions(model):
+    """Hearts, of which each colour is a caption of its own, on white."""
+    colours = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+    captions = [f"{colour} heart, noto style" for colour in colours]
+    images = model.generate(jax.random.key(1), captions, upsample=False) / 255.0
+    for image, colour in zip(images, colours.values(), strict=True):
+        inked = image[image.min(axis=-1) < 0.8]
+        assert len(inked) > 200, "something is drawn"
+        # The channels that the colour has are brighter than those that it lacks.
+        lacking = [inked[:, i].mean() for i in range(3) if not colour[i]]
+        having = [inked[:, i].mean() for i in range(3) if colour[i]]
+        assert min(having) > max(lacking) + 0.1
+        corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert corners.min() > 0.8, "on white"
+
+
+def test_its_clip_knows_what_was_drawn(model):
+    """Of twenty captions, most pictures are nearest to their own."""
+    names = [
+        "red apple", "blue heart", "soccer ball", "sun with face", "pizza", "dog face", "rocket",
+        "sunflower", "crown", "fire", "snowflake", "banana", "rainbow", "ghost", "robot", "bell",
+        "mushroom", "key", "cactus", "lemon",
+    ]  # fmt: skip
+    captions = [f"{name}, fluent style" for name in names]
+    images = model.generate(jax.random.key(0), captions, upsample=False, batch_size=10)
+    z_i = manipulate.embed(model, list(images), 10)
+    chances = manipulate.zero_shot(model, z_i, captions)
+    right = np.mean(chances.argmax(axis=1) == np.arange(len(names)))
+    assert right >= 0.5, "chance is 0.05"
+
+
+def test_pictures_of_256_pixels_are_those_of_64_sharpened(model):
+    images = model.generate(jax.random.key(2), ["red apple, twemoji style"])
+    small = model.generate(jax.random.key(2), ["red apple, twemoji style"], upsample=False)
+    assert images.shape == (1, 256, 256, 3) and small.shape == (1, 64, 64, 3)
+    mean = images.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+    assert np.abs(mean - small[0]).mean() < 8  # of 255
