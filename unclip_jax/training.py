@@ -187,9 +187,10 @@ def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> T
     in_flight: collections.deque[jax.Array] = collections.deque()
     batch, position = feed.take(start + 1) if start < config.steps else (None, None)
     for step in range(start + 1, config.steps + 1):
-        state, metrics = step_fn(state, batch)
-        opened = open_window(metrics)
-        window = opened if window is None else merge_windows(window, opened)
+        with jax.transfer_guard("disallow"):  # all that a step reads is on the devices already
+            state, metrics = step_fn(state, batch)
+            opened = open_window(metrics)
+            window = opened if window is None else merge_windows(window, opened)
         here = position
         if step < config.steps:
             # The devices compute this step while the host reads and sends the next batch.
