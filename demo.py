@@ -28,12 +28,14 @@ class Show(NamedTuple):
 
 
 # Emoji that the demo edits, by their names. They are drawn from Twemoji, which is installed.
-INPUTS = {"apple": "red apple", "heart": "blue heart", "sun": "sun", "woman": "woman cook"}
+INPUTS = {"apple": "red apple", "heart": "blue heart", "face": "winking face"}
 
 CAPTIONS = (
-    "red apple", "green apple", "blue heart", "purple heart", "sun with face", "soccer ball",
+    "crying face, twemoji style", "crying face, noto style", "winking face, noto style",
+    "winking face, fluent style", "red apple, noto style", "red apple, fluent style",
+    "blue square, noto style", "blue square, fluent style", "France, twemoji style",
+    "Italy, twemoji style", "watermelon, twemoji style", "full moon, noto style",
 )  # fmt: skip
-STYLES = ("noto style", "fluent style")
 
 SHOWS = (
     Show(
@@ -43,7 +45,7 @@ SHOWS = (
         " picture of 64 px from it, the upsampler makes it 256 px. Captions may name a style.",
         (
             "text2im",
-            *(f"--prompt={caption}, {style}" for caption in CAPTIONS for style in STYLES),
+            *(f"--prompt={caption}" for caption in CAPTIONS),
             "--num=1",
         ),
     ),
@@ -52,7 +54,7 @@ SHOWS = (
         "Variations of a picture",
         "Pictures that share CLIP's embedding of the first: what CLIP sees stays, the rest is"
         " drawn anew.",
-        ("variations", "--image={sun}", "--num=5", "--guidance_scale=2"),
+        ("variations", "--image={face}", "--num=5", "--guidance_scale=2"),
     ),
     Show(
         "interpolation",
@@ -66,7 +68,7 @@ SHOWS = (
         "Turned by words",
         "The picture's embedding turns from one caption's towards another's.",
         ("textdiff", "--image={heart}", "--from=blue heart", "--to=red heart", "--frames=5",
-         "--theta_max=1"),
+         "--theta_max=0.5"),
     ),
 )  # fmt: skip
 
