@@ -33,8 +33,8 @@ from PIL import Image
 COLAB = Path(__file__).resolve().parent
 ROOT = COLAB.parent
 NAMES = ("sample", "edit", "train_your_own", "jitted_sampler", "finetune_karlo")
-WIDEST = 900  # of a saved picture, in pixels
-COLOURS = 128  # of a saved picture
+WIDEST = 720  # of a saved picture, in pixels
+COLOURS = 64  # of a saved picture
 
 # Settings with which a notebook takes seconds; a tiny model goes into MODEL.
 SMOKE: dict[str, dict[str, Any]] = {
@@ -47,9 +47,9 @@ SMOKE: dict[str, dict[str, Any]] = {
 # For finetune_karlo's stand-in, see karlo_parameters.
 STAND_IN = {
     "DTYPE": "float32",
-    "STEPS": 400,
+    "STEPS": 200,
     "LEARNING_RATE": 3e-3,
-    "WHOLE_STEPS": 400,
+    "WHOLE_STEPS": 60,
     "WHOLE_LEARNING_RATE": 3e-3,
 }
 

@@ -12,8 +12,8 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parent.parent
-MOST_BYTES = 600_000
-WIDTHS = range(100, 901)
+MOST_BYTES = 800_000
+WIDTHS = range(100, 721)
 
 
 @pytest.fixture(scope="module")
