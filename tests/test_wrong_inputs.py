@@ -167,7 +167,7 @@ ROWS = [
     ("sample probe typographic --model {model} --image {picture} --label a --label b", 2, "--word"),
     ("sample probe binding --model {model} --prompt a --out {new}.png", 1, "label"),
     # python -m unclip_jax.evaluate
-    ("unclip_jax.evaluate", 2, "--model"),
+    ("unclip_jax.evaluate --model nowhere", 1, "nowhere"),
     ("unclip_jax.evaluate --model {model} --num many", 2, "--num"),
     ("unclip_jax.evaluate --model {model} --data no_data", 1, "no_data"),
     ("unclip_jax.evaluate --model {model} --data {pictures} --num 0", 1, "num: got 0"),

@@ -43,7 +43,6 @@ IDENTICAL = 1e-4
 
 def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
     """Findings in the newest checkpoint; `clip` is the folder of the run's CLIP, if it is there."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is asked for: that it only reads
     if not run.checkpoints or resume.damage(run.checkpoints[-1]):
         return
     if "lora" in run.description:
@@ -77,11 +76,15 @@ def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
 
 def read_weights(run: Workdir) -> tuple[Params, Params]:
     """The params of the newest checkpoint: those last trained, and their average."""
-    step = int(run.checkpoints[-1].name)
-    with save.open_checkpoints(run.path) as manager:
-        state = save.read_state(
-            manager, step, lambda tree: {name: tree[name] for name in ("params", "ema_params")}
-        )
+    step, verbosity = int(run.checkpoints[-1].name), logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is asked for: that it only reads
+    try:
+        with save.open_checkpoints(run.path) as manager:
+            state = save.read_state(
+                manager, step, lambda tree: {name: tree[name] for name in ("params", "ema_params")}
+            )
+    finally:
+        logging.set_verbosity(verbosity)
     average = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state["ema_params"])
     return state["params"], state["params"] | average
 
