@@ -54,21 +54,22 @@ SHOWS = (
         "Variations of a picture",
         "Pictures that share CLIP's embedding of the first: what CLIP sees stays, the rest is"
         " drawn anew.",
-        ("variations", "--image={face}", "--num=5", "--guidance_scale=2"),
+        ("variations", "--image={face}", "--num=5", "--guidance_scale=2", "--steps=25"),
     ),
     Show(
         "interpolation",
         "From one picture to another",
         "Both pictures' embeddings lie on a sphere; the way between them is decoded step by step,"
-        " with the same noise.",
-        ("interpolate", "--image={apple}", "--image={heart}", "--frames=6"),
+        " and so are their noises.",
+        ("interpolate", "--image={apple}", "--image={heart}", "--frames=6", "--rows=0",
+         "--steps=25"),
     ),
     Show(
         "text_diff",
         "Turned by words",
         "The picture's embedding turns from one caption's towards another's.",
         ("textdiff", "--image={heart}", "--from=blue heart", "--to=red heart", "--frames=5",
-         "--theta_max=0.5"),
+         "--theta_max=0.5", "--steps=25"),
     ),
 )  # fmt: skip
 
