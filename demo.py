@@ -31,10 +31,9 @@ class Show(NamedTuple):
 INPUTS = {"apple": "red apple", "heart": "blue heart", "face": "winking face"}
 
 CAPTIONS = (
-    "crying face, twemoji style", "crying face, noto style", "winking face, noto style",
-    "winking face, fluent style", "red apple, noto style", "red apple, fluent style",
-    "blue square, noto style", "blue square, fluent style", "France, twemoji style",
-    "Italy, twemoji style", "watermelon, twemoji style", "full moon, noto style",
+    "crying face, twemoji style", "crying face, noto style", "red apple, noto style",
+    "red apple, fluent style", "blue square, noto style", "watermelon, twemoji style",
+    "France, twemoji style", "Italy, twemoji style",
 )  # fmt: skip
 
 SHOWS = (
