@@ -41,7 +41,9 @@ SMOKE: dict[str, dict[str, Any]] = {
     "sample": {},
     "edit": {"STEPS": 4},
     "jitted_sampler": {"POINTS": 50},
-    "train_your_own": {"STEPS": {"clip": 4, "prior": 4, "decoder": 4, "upsampler": 4}},
+    "train_your_own": {  # just past each stage's warm-up
+        "STEPS": {"clip": 22, "prior": 32, "decoder": 52, "upsampler": 32}
+    },
     "finetune_karlo": {"STEPS": 2, "WHOLE_STEPS": 2},
 }
 # For finetune_karlo's stand-in, see karlo_parameters.
