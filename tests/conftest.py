@@ -16,3 +16,13 @@ def forget_programs():
     """Drop compiled programs after each file, which else pile up to gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quickly():
+    """Compile without optimising, and draw no curves: nearly all of a tiny run is those two."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unclip_jax.report.plot_metrics", lambda workdir: None)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -41,14 +41,7 @@ HEALTHY = TrainConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    """Compile without optimising, and draw no curves."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_metrics", lambda workdir: None)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 class Repeated:

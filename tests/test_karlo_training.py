@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests import karlo_folders
-from unclip_jax import checkpoint, lora, report, runs, stages, training
+from unclip_jax import checkpoint, lora, runs, stages, training
 from unclip_jax.convert.__main__ import main as convert
 from unclip_jax.errors import UserError
 from unclip_jax.parts import load_part
@@ -29,14 +29,7 @@ QUICK = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    """Compile without optimising, and draw no curves: nearly all the time here is those two."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_metrics", lambda workdir: None)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")

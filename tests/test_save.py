@@ -47,9 +47,9 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, settings, best):
     """It is saved at the evaluation that finds it, between the regular ones."""
     run_with_figures(tmp_path, **settings)
     assert steps_in(tmp_path) == {best, 20}
-    manager = save.open_checkpoints(tmp_path)
-    assert save.choose(manager, "best") == best
-    assert save.choose(manager, "latest") == 20
+    with save.open_checkpoints(tmp_path) as manager:
+        assert save.choose(manager, "best") == best
+        assert save.choose(manager, "latest") == 20
 
 
 def test_a_run_that_goes_on_still_knows_its_best(tmp_path):

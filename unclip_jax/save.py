@@ -9,9 +9,10 @@ goes on, or after it stopped. The run is only read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run, to read alone.
+
+    Meanwhile only errors are logged: Orbax warns of what is asked for, that it only reads.
 
     Raises:
         UserError: there are none.
@@ -54,19 +58,26 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
         raise UserError(
             f"--workdir: {str(workdir)!r} has no checkpoints; give the --workdir of a train.py run"
         )
-    manager = ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(read_only=True, create=False),
-        item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "description": ocp.JsonCheckpointHandler(),
-            "metrics": ocp.JsonCheckpointHandler(),
-        },
-    )
-    if not manager.all_steps():
-        raise UserError(f"--workdir: {str(workdir)!r} has no whole checkpoint yet; train on")
-    return manager
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(read_only=True, create=False),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "description": ocp.JsonCheckpointHandler(),
+                "metrics": ocp.JsonCheckpointHandler(),
+            },
+        ) as manager:
+            if not manager.all_steps():
+                raise UserError(
+                    f"--workdir: {str(workdir)!r} has no whole checkpoint yet; train on"
+                )
+            yield manager
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def choose(manager: ocp.CheckpointManager, wanted: str) -> int:
@@ -205,13 +216,12 @@ def whole(params: Params, description: dict[str, Any], init: str) -> Params:
 def main(argv: list[str]) -> None:
     """Read the checkpoint and write the model folder."""
     args = parse(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is asked for: that it only reads
-    manager = open_checkpoints(Path(args.workdir))
-    step = choose(manager, args.step)
-    check_intact(manager, step)
-    description = read(manager, step, "description")
-    stage = stages.build(description["stage"], "checkpoint: stage")
-    params = whole(read_averaged(manager, step), description, args.init)
+    with open_checkpoints(Path(args.workdir)) as manager:
+        step = choose(manager, args.step)
+        check_intact(manager, step)
+        description = read(manager, step, "description")
+        stage = stages.build(description["stage"], "checkpoint: stage")
+        params = whole(read_averaged(manager, step), description, args.init)
     expected = checkpoint.flatten(jax.eval_shape(stage.init, jax.random.key(0)))
     problems = checkpoint.compare_shapes(checkpoint.flatten(params), expected)
     if problems:

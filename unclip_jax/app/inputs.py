@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unclip_jax.data import images
 from unclip_jax.errors import UserError
 from unclip_jax.tasks.inputs import read_image
 
@@ -18,9 +19,7 @@ MAX_PIXELS = 40_000_000
 MAX_CHARACTERS = 1000  # of a caption; CLIP reads some 300 of them
 MAX_SEED = 2**53 - 1  # the largest whole number that a browser holds exactly
 
-FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
-# Formats that Pillow decodes by itself; for others it starts programs (Ghostscript for EPS).
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF"
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str:
@@ -117,7 +116,7 @@ def picture(name: str, path: object) -> np.ndarray:
             f"{name}: {size / 2**20:.0f} MB, at most {MAX_BYTES >> 20} are taken; shrink it"
         )
     kind, width, height = _header(name, file)
-    if kind not in _FORMATS:
+    if kind not in images.formats():
         raise UserError(f"{name}: is a {kind} file; give {FORMATS}")
     if width * height > MAX_PIXELS:
         raise UserError(

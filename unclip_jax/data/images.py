@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
@@ -12,12 +13,14 @@ from unclip_jax.data.records import BadRecord
 MAX_PIXELS = 80_000_000  # larger pictures are taken for decompression bombs
 
 # Formats that Pillow decodes by itself; for others it may start programs (Ghostscript for EPS).
-Image.init()
-FORMATS = [
-    name
-    for name in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
-    if name in Image.OPEN
-]
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The names of the formats that are read here: this Pillow may lack some."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
@@ -56,7 +59,7 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
 
 
 def _from_file(data: bytes, size: int) -> Image.Image:
-    opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    opened = Image.open(io.BytesIO(data), formats=formats())
     if opened.width * opened.height > MAX_PIXELS:
         raise BadRecord(
             f"{opened.width}x{opened.height} pixels: more than the {MAX_PIXELS:,} that are "

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from unclip_jax import config as settings
 from unclip_jax import diffusion as dm
@@ -76,15 +75,11 @@ def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
 
 def read_weights(run: Workdir) -> tuple[Params, Params]:
     """The params of the newest checkpoint: those last trained, and their average."""
-    step, verbosity = int(run.checkpoints[-1].name), logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is asked for: that it only reads
-    try:
-        with save.open_checkpoints(run.path) as manager:
-            state = save.read_state(
-                manager, step, lambda tree: {name: tree[name] for name in ("params", "ema_params")}
-            )
-    finally:
-        logging.set_verbosity(verbosity)
+    step = int(run.checkpoints[-1].name)
+    with save.open_checkpoints(run.path) as manager:
+        state = save.read_state(
+            manager, step, lambda tree: {name: tree[name] for name in ("params", "ema_params")}
+        )
     average = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state["ema_params"])
     return state["params"], state["params"] | average
 
