@@ -52,3 +52,20 @@ def test_jax_own_settings_go_first(tmp_path):
     other = tmp_path / "other"
     assert run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(other))["at"] == str(other)
     assert not (tmp_path / "compiled").exists()
+
+
+def test_a_program_that_a_killed_process_half_wrote_is_written_anew(tmp_path):
+    """JAX writes a program, then when it was used; where one lacks that, it keeps no new ones."""
+    first = run(tmp_path)
+    (*_, largest) = sorted((tmp_path / "compiled").glob("*/*-cache"), key=size)
+    whole = largest.read_bytes()
+    largest.write_bytes(whole[: len(whole) // 2])
+    largest.with_name(largest.name.replace("-cache", "-atime")).unlink()
+    second, third = run(tmp_path), run(tmp_path)
+    assert (second["misses"], third["misses"]) == (1, 0)
+    assert third["hits"] == first["misses"]
+    assert first["x_0"] == second["x_0"] == third["x_0"]
+
+
+def size(path):
+    return path.stat().st_size

@@ -22,9 +22,22 @@ def use() -> None:
     """Keep compiled programs in the cache folder from now on, unless JAX was told what to keep."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
+    _drop_half_written(folder())
     jax.config.update("jax_compilation_cache_dir", str(folder()))
     jax.config.update("jax_compilation_cache_max_size", LIMIT)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+
+
+def _drop_half_written(folder: Path) -> None:
+    """Remove programs in the midst of whose writing a process was killed.
+
+    JAX writes a program, then when it was last used. With one that lacks the latter, it cannot
+    tell which to drop, and would keep no new program ever again. If the writer still lives, it only
+    compiles once more.
+    """
+    for program in folder.glob("*-cache"):
+        if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+            program.unlink(missing_ok=True)
 
 
 def folder() -> Path:
