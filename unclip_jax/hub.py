@@ -49,3 +49,9 @@ def local_folder(model: str | Path) -> Path:
             f" hub cannot be reached ({type(error).__name__}); download it elsewhere and give its"
             " folder"
         ) from error
+    except ValueError as error:  # names of files that would lie outside the snapshot
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model: {name!r} on the Hugging Face hub is refused ({reason[:200]}); use another"
+            " repository"
+        ) from error
