@@ -1,9 +1,13 @@
 """What SECURITY.md says of the package's code: it runs nothing that it is given."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
+
+from unclip_jax.app import __main__ as app
+from unclip_jax.app import serve
 
 PACKAGE = Path(__file__).parent.parent / "unclip_jax"
 
@@ -98,3 +102,10 @@ def test_the_search_finds(source):
 )
 def test_the_search_lets_pass(source):
     assert not list(dangers(source))
+
+
+def test_the_page_listens_for_this_machine_alone_unless_told_otherwise():
+    arguments = app.parse([])
+    assert arguments.host == "127.0.0.1" and not arguments.share
+    given = inspect.signature(serve.serving).parameters
+    assert given["host"].default == "127.0.0.1" and given["share"].default is False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,9 @@ WEIGHTS = np.linspace(-1.0, 1.0, 15, dtype=np.float32).reshape(5, 3)
 class Batches:
     """Batch i is a function of i alone; the position is i. `log` keeps the i's handed out."""
 
-    def __init__(self, batch_size=BATCH, poison=None, end=None, as_bytes=False):
+    def __init__(self, batch_size=BATCH, poison=None, bad=np.inf, end=None, as_bytes=False):
         self.index, self.batch_size, self.log = 0, batch_size, []
-        self.poison, self.end, self.as_bytes = poison, end, as_bytes
+        self.poison, self.bad, self.end, self.as_bytes = poison, bad, end, as_bytes
 
     def __next__(self):
         if self.index == self.end:
@@ -29,7 +31,7 @@ class Batches:
         x = rng.normal(size=(self.batch_size, 5)).astype(np.float32)
         y = x @ WEIGHTS + rng.normal(size=(1, 3)).astype(np.float32)
         if self.index == self.poison:
-            y[0, 0] = np.inf
+            y[0, 0] = self.bad
         self.log.append(self.index)
         self.index += 1
         return {"x": x, "y": y}
@@ -97,6 +99,18 @@ def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings)
 def numpy_leaves(state):
     """All arrays of a state, in order."""
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def assert_same(first, second):
+    """Bit for bit."""
+    for a, b in zip(numpy_leaves(first), numpy_leaves(second), strict=True):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def environment(**changes):
+    """Of a process that imports this checkout."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
 
 
 if __name__ == "__main__":

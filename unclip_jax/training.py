@@ -30,7 +30,7 @@ from unclip_jax import distributed, grids, lock, report, resume, sharding
 from unclip_jax.checkpoint import TRAINED, is_weights
 from unclip_jax.errors import UserError
 from unclip_jax.feed import BatchIterator, Feed
-from unclip_jax.files import replacing
+from unclip_jax.files import remove_leftovers, replacing
 from unclip_jax.optim import Params, make_optimizer, trained
 from unclip_jax.preemption import Preemption
 from unclip_jax.train_config import TrainConfig
@@ -275,6 +275,8 @@ def train(
         stack.enter_context(preemption.in_force())
         if distributed.is_lead():
             stack.enter_context(lock.hold(workdir))
+            for folder in (workdir, workdir / "previews"):
+                remove_leftovers(folder)
         checkpoints = stack.enter_context(resume.Checkpoints(workdir / "checkpoints", config))
         start = _check_resumable(checkpoints, described, config, workdir)
         optimizer = make_optimizer(config)
