@@ -1,8 +1,13 @@
-"""Shared settings of the test suite: CPU, and no silent broadcasting between ranks."""
+"""Shared settings of the test suite: CPU, and no silent broadcasting between ranks.
+
+Programs are compiled without most of the compiler's optimisations, which halves the suite's time:
+its networks are tiny, and compiling them is most of the work. `make test-all` optimises.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # subprocesses inherit it
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 import jax
@@ -19,10 +24,19 @@ def forget_programs():
 
 
 @pytest.fixture(scope="module")
-def quickly():
-    """Compile without optimising, and draw no curves: nearly all of a tiny run is those two."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def no_curves():
+    """Leave out the plots of runs of a few steps, which take longer than the steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unclip_jax.report.plot_metrics", lambda workdir: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Compile as users do, here and in subprocesses, for work that is more than compiling."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -37,14 +37,6 @@ DECODER = stages.DecoderStage(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quickly():
-    """Compile without optimising: the networks are tiny."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Twelve pictures, every pixel black or white, with captions."""

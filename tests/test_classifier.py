@@ -43,14 +43,6 @@ DECODER = stages.DecoderStage(
 UNCONDITIONAL = dataclasses.replace(DECODER, model=DecoderConfig(unet=UNET))
 
 
-@pytest.fixture(autouse=True)
-def quickly():
-    """Compile without optimising: the networks are tiny."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def part(stage, params):
     return Part(stage, params, {"classes": NAMES} if classes.reads_labels(stage) else {})
 

@@ -41,7 +41,7 @@ HEALTHY = TrainConfig(
 )  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("quickly")
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 class Repeated:

@@ -30,14 +30,6 @@ ROOT = Path(__file__).parent.parent
 COUNT, BROKEN = 60, 37
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    """Compile without optimising: nearly all the time here is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """Folders of a tiny CLIP, of one with other weights, and of one that does not normalise."""

@@ -19,14 +19,6 @@ CONFIG = Lora(rank=3, alpha=6.0, dtype="float32")
 STAGES = {"prior": tiny.PRIOR, "decoder": tiny.DECODER, "upsampler": tiny.UPSAMPLER}
 
 
-@pytest.fixture(autouse=True)
-def quickly():
-    """Compile without optimising: nearly all the time here is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def networks():
     """A network of each kind, every weight of it random."""

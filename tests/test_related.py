@@ -136,14 +136,6 @@ def test_pooling_needs_states():
 # ---------------------------------------------------------------- from a config to pictures
 
 
-@pytest.fixture(autouse=True)
-def quickly():
-    """Compile without optimising, as `quick_jit` does, what the package jits itself."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Eight small pictures with captions in the words that the tests' T5 knows."""
