@@ -73,7 +73,7 @@ ALLOWED = {
         "errors", "compile_cache", "convert", "data", "evaluation", "files", "grids", "models",
         "parts", "pca", "pipeline", "sharding", "stages",
     },
-    "export": {"errors", "box", "checkpoint", "parts", "stages"},
+    "export": {"errors", "box", "checkpoint", "models", "parts", "stages"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
     "needs": {
         "errors", "classes", "clip_text", "data", "files", "parts", "pipeline", "stages", "t5",

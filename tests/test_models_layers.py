@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 from tests.networks import normal, prefix_mask, quick_jit, random_params, relative_error, shapes
 from unclip_jax.errors import UserError
 from unclip_jax.models import layers
+from unclip_jax.models.attention import attention, causal_mask
 
 
 def attention_by_loops(q, k, v, mask):
@@ -30,19 +31,17 @@ def test_attention_is_softmax_over_what_the_mask_allows():
     q, k, v = normal(0, 2, 3, 5, 4), normal(1, 2, 3, 7, 4), normal(2, 2, 3, 7, 4)
     mask = (normal(3, 2, 3, 5, 7) > -0.3).at[0, 1, 2].set(False)
     assert (
-        relative_error(
-            layers.attention(q, k, v, mask), attention_by_loops(q, k, v, np.asarray(mask))
-        )
+        relative_error(attention(q, k, v, mask), attention_by_loops(q, k, v, np.asarray(mask)))
         < 1e-6
     )
     everything = np.ones((2, 3, 5, 7), bool)
-    assert relative_error(layers.attention(q, k, v), attention_by_loops(q, k, v, everything)) < 1e-6
+    assert relative_error(attention(q, k, v), attention_by_loops(q, k, v, everything)) < 1e-6
 
 
 def test_attention_does_not_overflow_and_has_no_nan_gradient():
     q, k, v = 1e3 * normal(0, 1, 1, 3, 4), 1e3 * normal(1, 1, 1, 5, 4), normal(2, 1, 1, 5, 4)
     mask = jnp.array([[True] * 5, [True] + [False] * 4, [False] * 5])[None, None]
-    grads = jax.grad(lambda *qkv: layers.attention(*qkv, mask).sum(), argnums=(0, 1, 2))(q, k, v)
+    grads = jax.grad(lambda *qkv: attention(*qkv, mask).sum(), argnums=(0, 1, 2))(q, k, v)
     assert all(jnp.isfinite(g).all() for g in grads)
     # One key alone has weight 1 whatever its score; no key at all has no weight.
     np.testing.assert_array_equal(grads[0][0, 0, 1:], 0.0)
@@ -51,7 +50,7 @@ def test_attention_does_not_overflow_and_has_no_nan_gradient():
 def test_attention_gradient():
     q, k, v = normal(0, 1, 2, 3, 4), normal(1, 1, 2, 5, 4), normal(2, 1, 2, 5, 4)
     mask = prefix_mask([3], 5)[:, None, None, :]
-    check_grads(lambda *qkv: layers.attention(*qkv, mask), (q, k, v), 1, ["rev"], rtol=2e-2)
+    check_grads(lambda *qkv: attention(*qkv, mask), (q, k, v), 1, ["rev"], rtol=2e-2)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -78,7 +77,7 @@ def test_timestep_embedding_is_cosines_then_sines():
 
 
 def test_scanned_transformer_equals_its_blocks_one_after_another():
-    x, mask = normal(0, 2, 5, 12), layers.causal_mask(5)
+    x, mask = normal(0, 2, 5, 12), causal_mask(5)
     stack = layers.Transformer(layers=3, heads=2, mlp_ratio=2.5)
     params = random_params(stack, x, mask)
     block = layers.TransformerBlock(

@@ -132,6 +132,11 @@ def on(mesh: Mesh) -> Iterator[None]:
         _mesh.reset(token)
 
 
+def current() -> Mesh | None:
+    """The mesh that `on` has put in force, or None."""
+    return _mesh.get()
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, its axes split over the mesh as their logical names say; None stands for whole.
 

@@ -35,6 +35,7 @@ from safetensors.numpy import save_file
 
 from unclip_jax import box, checkpoint, stages
 from unclip_jax.errors import UserError, run_command
+from unclip_jax.models import attention
 from unclip_jax.parts import Part, find_parts, in_dtype, load_part, stage_folder
 from unclip_jax.stages.images import to_float
 
@@ -218,7 +219,8 @@ def program(
 
     Returns:
         `jax.export`'s program, whose `call(params, inputs)` takes params as here and inputs by
-        name. It reports no progress and calls nothing on the host.
+        name. It reports no progress and calls nothing on the host. For TPUs alone it has their
+        kernels (`models.fused_attention`); for several platforms it can have none.
     """
     scope = jax_export.SymbolicScope()
 
@@ -231,7 +233,8 @@ def program(
 
     weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in params.items()}
     inputs = {name: abstract(one) for name, one in sampler.inputs.items()}
-    return jax_export.export(jax.jit(call), platforms=platforms)(weights, inputs)
+    with attention.implementation("fused" if tuple(platforms) == ("tpu",) else "reference"):
+        return jax_export.export(jax.jit(call), platforms=platforms)(weights, inputs)
 
 
 def convention(

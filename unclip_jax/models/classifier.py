@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import GroupNorm, TimeEmbedding, attention, check, remat
+from unclip_jax.models.attention import attention
+from unclip_jax.models.layers import GroupNorm, TimeEmbedding, check, remat
 from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig, space_to_depth
 
 

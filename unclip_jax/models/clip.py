@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.errors import UserError
+from unclip_jax.models.attention import causal_mask
 from unclip_jax.models.layers import (
     ACTIVATIONS,
     Embed,
     Transformer,
     as_tuple,
-    causal_mask,
     check,
     check_compute,
     check_counts,

@@ -1,8 +1,7 @@
 """The few layers all the networks are made of.
 
-Norms and softmax run in float32 whatever the compute dtype; parameters are always float32.
-Attention is heads first, `[b, n, l, k]`, and there is one function for it. A deep Transformer is
-one block scanned over a leading layer axis, so its compile time does not grow with its depth.
+Norms run in float32 whatever the compute dtype; parameters are always float32. A deep Transformer
+is one block scanned over a leading layer axis, so its compile time does not grow with its depth.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 
 from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
+from unclip_jax.models.attention import attention, split_heads
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots")
@@ -200,54 +200,7 @@ class Embed(nn.Module):
         return constrain(found, "batch", None, None)
 
 
-# ---------------------------------------------------------------- attention and Transformer
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None = None,
-    *,
-    bias: jax.Array | None = None,
-    scale: float | None = None,
-) -> jax.Array:
-    """Softmax attention; the softmax is in float32.
-
-    A query whose mask is False everywhere gets zeros, never NaN and never a masked value. The
-    division by the softmax's sum comes after the second product, where there is less to divide.
-
-    Args:
-      q: `[b, n, l, k]` queries.
-      k: `[b, n, m, k]` keys.
-      v: `[b, n, m, k]` values.
-      mask: boolean, of rank 4 and broadcastable to `[b, n, l, m]`; True = attend.
-      bias: float32 of rank 4, broadcastable likewise, added to the scaled scores; None for none.
-      scale: factor on the products of queries and keys; None stands for 1/sqrt(head dim).
-
-    Returns:
-      `[b, n, l, k]` in the dtype of `v`.
-    """
-    scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        scores = scores + bias
-    lowest = jnp.finfo(jnp.float32).min
-    if mask is not None:
-        scores = jnp.where(mask, scores, lowest)
-    # A fully masked row peaks at `lowest`; half of it as a floor sends its weights to exactly 0.
-    peak = jnp.maximum(jax.lax.stop_gradient(scores).max(-1, keepdims=True), lowest / 2)
-    weights = jnp.exp(scores - peak)
-    total = weights.sum(-1, keepdims=True)
-    mixed = jnp.einsum(
-        "bnlm,bnmk->bnlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return (mixed / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-
-
-def split_heads(stacked: jax.Array) -> jax.Array:
-    """Several projections side by side, `[b, l, s, n, k]`, heads first: `[s, b, n, l, k]`."""
-    return constrain(jnp.moveaxis(stacked, (2, 3), (0, 2)), None, "batch", "heads", None, None)
+# ---------------------------------------------------------------- Transformer
 
 
 class TransformerBlock(nn.Module):
@@ -344,8 +297,3 @@ class Transformer(nn.Module):
             name="blocks",
         )(x.astype(self.dtype), mask)
         return x
-
-
-def causal_mask(length: int) -> jax.Array:
-    """`[1, 1, length, length]` booleans, True where the key is not after the query."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]

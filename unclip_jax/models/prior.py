@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.models.attention import causal_mask
 from unclip_jax.models.layers import (
     Embed,
     TimeEmbedding,
     Transformer,
-    causal_mask,
     check,
     check_compute,
     check_counts,

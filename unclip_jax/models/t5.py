@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.models.attention import attention
 from unclip_jax.models.layers import (
-    attention,
     check,
     check_compute,
     check_counts,

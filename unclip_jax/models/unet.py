@@ -14,17 +14,16 @@ import jax.numpy as jnp
 
 from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
+from unclip_jax.models.attention import attention, split_heads
 from unclip_jax.models.layers import (
     GroupNorm,
     TimeEmbedding,
     as_tuple,
-    attention,
     check,
     check_compute,
     check_counts,
     check_shape,
     remat,
-    split_heads,
 )
 
 

@@ -1,0 +1,156 @@
+"""Attention: one function for all the networks, and which program computes it.
+
+Attention is heads first, `[b, n, l, k]`. `reference_attention` is a few lines of plain JAX, right
+for any sizes on any platform. Where sequences are long, a kernel of the platform takes its place
+(`fused_attention`): the same values, but the scores are never written to memory. `implementation`
+switches that off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax import axes
+from unclip_jax.axes import constrain
+from unclip_jax.errors import UserError
+from unclip_jax.models import fused_attention
+
+IMPLEMENTATIONS = ("auto", "reference", "fused")
+
+# What jax.jit knows of: a function is traced again where this differs.
+_implementation = jax.make_user_context("auto")
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """While this is in force, `attention` is computed as `name` says.
+
+    It is no field of a config, since it is no property of a model: a checkpoint samples alike with
+    any. Around a whole program it needs no other change:
+
+        with attention.implementation("reference"):
+            images = model.generate(captions)
+
+    A program lowered for several platforms at once needs "reference", or a machine without
+    kernels: JAX would lower one platform's kernel for all of them, and fail.
+
+    Args:
+      name: "auto", the default, takes the kernels of the mesh's devices, or of this machine's where
+        there is no mesh. "reference" takes no kernel. "fused" takes kernels for every platform
+        that a program may be lowered for, whatever this machine is: for `jax.export` to TPUs.
+
+    Raises:
+      UserError: there is no such implementation.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise UserError(
+            f"attention implementation: got {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    with _implementation(name):
+        yield
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Softmax attention; the softmax is in float32.
+
+    A query whose mask is False everywhere gets zeros, never NaN and never a masked value. Where a
+    kernel computes it, only its first derivative in reverse mode is there.
+
+    Args:
+      q: `[b, n, l, k]` queries.
+      k: `[b, n, m, k]` keys.
+      v: `[b, n, m, k]` values.
+      mask: boolean, of rank 4 and broadcastable to `[b, n, l, m]`; True = attend.
+      bias: float32 of rank 4, broadcastable likewise, added to the scaled scores; None for none.
+      scale: factor on the products of queries and keys; None stands for 1/sqrt(head dim).
+
+    Returns:
+      `[b, n, l, k]` in the dtype of `v`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    reference = partial(reference_attention, bias=bias, scale=scale)
+    kernels = {}
+    if bias is None and fused_attention.pays(q, k, v, mask):
+        kernels = {
+            platform: partial(kernel, scale=scale)
+            for platform, kernel in fused_attention.KERNELS.items()
+            if _wanted(platform) and fused_attention.fits(platform, q, k)
+        }
+    if not kernels:
+        return reference(q, k, v, mask)
+    return jax.lax.platform_dependent(q, k, v, mask, **kernels, default=reference)
+
+
+def _wanted(platform: str) -> bool:
+    """Whether a program traced here and now may run on `platform` and is to have its kernel.
+
+    It is asked before `jax.lax.platform_dependent`, which decides when the program is lowered: that
+    alone would trace kernels on machines without any, and JAX lowers what it has traced for every
+    platform of an export to several.
+    """
+    chosen = _implementation.value
+    if chosen == "reference":
+        return False
+    if platform == "cuda":
+        return _on("gpu") and fused_attention.has_cudnn()
+    return chosen == "fused" or _on(platform)
+
+
+def _on(platform: str) -> bool:
+    """Whether the mesh, or where there is none this machine, has devices of `platform`."""
+    mesh = axes.current()
+    if mesh is not None:
+        return mesh.devices.flat[0].platform == platform
+    return jax.default_backend() == platform
+
+
+def reference_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    bias: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """`attention` in plain JAX, on any platform and for any sizes.
+
+    The division by the softmax's sum comes after the second product, where there is less to divide.
+    """
+    scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias
+    lowest = jnp.finfo(jnp.float32).min
+    if mask is not None:
+        scores = jnp.where(mask, scores, lowest)
+    # A fully masked row peaks at `lowest`; half of it as a floor sends its weights to exactly 0.
+    peak = jnp.maximum(jax.lax.stop_gradient(scores).max(-1, keepdims=True), lowest / 2)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum(
+        "bnlm,bnmk->bnlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (mixed / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+
+
+def split_heads(stacked: jax.Array) -> jax.Array:
+    """Several projections side by side, `[b, l, s, n, k]`, heads first: `[s, b, n, l, k]`."""
+    return constrain(jnp.moveaxis(stacked, (2, 3), (0, 2)), None, "batch", "heads", None, None)
+
+
+def causal_mask(length: int) -> jax.Array:
+    """`[1, 1, length, length]` booleans, True where the key is not after the query."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
