@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# The tests' networks are tiny: nearly all their time is compilation, which this halves.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def shapes(network: nn.Module, *args, **kwargs):

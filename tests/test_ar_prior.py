@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from tests import tiny
-from tests.networks import quick_jit, random_params, shapes, size
+from tests.networks import random_params, shapes, size
 from unclip_jax import checkpoint, presets, runs, stages
 from unclip_jax import config as settings
 from unclip_jax.errors import UserError
@@ -42,7 +42,7 @@ def params():
     return {"network": network, "normalisation": quantiser}
 
 
-@functools.partial(quick_jit, static_argnames=("stage", "method"))
+@functools.partial(jax.jit, static_argnames=("stage", "method"))
 def call(stage, method, *args, **settings):
     """A method of a stage, compiled quickly."""
     return getattr(stage, method)(*args, **settings)
@@ -171,7 +171,7 @@ def test_decoding_with_the_cache_equals_the_whole_forward_pass(params):
     expected = call(STAGE, "logits", params, codes, dot, cond)
     network, variables = STAGE.network, {"params": params["network"]}
 
-    @quick_jit
+    @jax.jit
     def decode(codes):
         cache = network.apply(
             variables, cond["z_t"], cond["text"], cond["text_mask"], method=network.prefill
@@ -199,7 +199,7 @@ def test_bfloat16_and_recomputation_change_rounding_only(params):
         def loss(network):
             return stage.loss(params | {"network": network}, batch, jax.random.key(0))[0]
 
-        return quick_jit(jax.value_and_grad(loss))(params["network"])
+        return jax.jit(jax.value_and_grad(loss))(params["network"])
 
     exact, gradient = loss_and_gradient(STAGE)
     full = dataclasses.replace(STAGE, model=dataclasses.replace(MODEL, remat="full"))
@@ -236,7 +236,7 @@ def test_the_quantiser_gets_no_gradient(params):
         tree = params | {"normalisation": quantiser}
         return STAGE.loss(tree, tiny.batch(4, 16), jax.random.key(0))[0]
 
-    gradient = quick_jit(jax.grad(loss))(params["normalisation"])
+    gradient = jax.jit(jax.grad(loss))(params["normalisation"])
     assert not any(np.any(np.asarray(g)) for g in jax.tree.leaves(gradient))
 
 
@@ -255,7 +255,7 @@ def test_it_learns_what_the_caption_says():
 
     optimizer = optax.adam(5e-3)
 
-    @quick_jit
+    @jax.jit
     def step(network, opt_state, key):
         def loss(network):
             return stage.loss({"network": network, "normalisation": quantiser}, batch, key)[0]
@@ -264,7 +264,7 @@ def test_it_learns_what_the_caption_says():
         updates, opt_state = optimizer.update(gradient, opt_state)
         return optax.apply_updates(network, updates), opt_state, value
 
-    network = quick_jit(stage.init)(jax.random.key(0))["network"]
+    network = jax.jit(stage.init)(jax.random.key(0))["network"]
     opt_state, losses = optimizer.init(network), []
     for i in range(100):
         network, opt_state, loss = step(network, opt_state, jax.random.key(i))

@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tests.networks import integers, normal, quick_jit, random_params
+from tests.networks import integers, normal, random_params
 from unclip_jax import checkpoint, class_conditional, classes, runs, stages
 from unclip_jax.data.datasets import DataConfig, load
 from unclip_jax.data.emoji_catalogue import catalogue, groups
@@ -195,7 +195,7 @@ def test_every_weight_of_the_classifier_learns():
     x_t, t = normal(0, 6, SIDE, SIDE, 3), integers(1, 100, 6)
     params = random_params(CLASSIFIER.network, x_t, t)
     loss = lambda p: -CLASSIFIER.log_prob({"network": p}, x_t, t, integers(2, COUNT, 6)).mean()  # noqa: E731
-    grads = checkpoint.flatten(quick_jit(jax.grad(loss))(params))
+    grads = checkpoint.flatten(jax.jit(jax.grad(loss))(params))
     zero = [name for name, grad in grads.items() if np.abs(grad).max() < 1e-7]
     # A bias of the keys moves every score alike, which softmax does not see.
     assert {name.split("/")[-1] for name in zero} <= {"bias"}
@@ -206,7 +206,7 @@ def test_the_classifiers_probabilities_sum_to_1_and_know_clean_from_noise(classi
     batch, every = shades(jax.random.key(5), 20), jnp.tile(jnp.arange(COUNT), 20)
     x_0 = batch["image"].astype(jnp.float32) / 127.5 - 1.0
 
-    @quick_jit
+    @jax.jit
     def log_p(x_t, t):
         rows = jnp.repeat(x_t, COUNT, axis=0), jnp.full(20 * COUNT, t)
         return CLASSIFIER.log_prob(classifier.params, *rows, every).reshape(20, COUNT)
@@ -219,7 +219,7 @@ def test_the_classifiers_probabilities_sum_to_1_and_know_clean_from_noise(classi
     assert -float(pure.mean()) == pytest.approx(np.log(COUNT), abs=0.2)
 
 
-@functools.partial(quick_jit, static_argnames="stage")
+@functools.partial(jax.jit, static_argnames="stage")
 def predict(stage, params, x_t, label):
     encoded = stage.encode(params, stage.condition(label=label))
     return stage.denoise(params, x_t, jnp.full(len(x_t), 50), encoded)
@@ -241,9 +241,7 @@ def test_training_drops_the_class_as_often_as_asked(decoder, drop, learning):
     """The embeddings that a loss moves: with no drop, the null class is never met."""
     stage = dataclasses.replace(DECODER, label_drop=drop)
     batch = {"image": jnp.zeros((48, SIDE, SIDE, 3), jnp.uint8), "label": jnp.arange(48) % COUNT}
-    grads = quick_jit(jax.grad(lambda p: stage.loss(p, batch, jax.random.key(0))[0]))(
-        decoder.params
-    )
+    grads = jax.jit(jax.grad(lambda p: stage.loss(p, batch, jax.random.key(0))[0]))(decoder.params)
     rows = grads["network"]["label_to_emb"]["embedding"]
     assert [int(np.any(row)) for row in np.asarray(rows)] == learning
 

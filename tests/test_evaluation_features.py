@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import quick_jit, relative_error, shapes, size
+from tests.networks import relative_error, shapes, size
 from unclip_jax.convert import feature_networks
 from unclip_jax.convert.tables import their_shapes, to_theirs
 from unclip_jax.errors import UserError
@@ -164,7 +164,7 @@ def test_inception_is_pytorch_fids(tmp_path):
     params = feature_networks.load_inception(tmp_path / "pt_inception.pth")
     with torch.no_grad():
         expected = Reference(weights)(PICTURES).numpy()
-    found = quick_jit(INCEPTION.apply)({"params": params}, jnp.asarray(PICTURES))
+    found = jax.jit(INCEPTION.apply)({"params": params}, jnp.asarray(PICTURES))
     assert expected.std() > 1e-2  # the pictures are still told apart that deep in the network
     assert relative_error(found, expected) < 1e-5
 
@@ -226,7 +226,7 @@ def test_efficientnet_is_the_published_one():
     weights = {name: torch.tensor(tensors.read(name)) for name in tensors.shapes}
     with torch.no_grad():
         expected = efficientnet_reference(weights, PICTURES).numpy()
-    found = quick_jit(LITE0.apply)({"params": params}, jnp.asarray(PICTURES))
+    found = jax.jit(LITE0.apply)({"params": params}, jnp.asarray(PICTURES))
     assert found.shape == (2, efficientnet.FEATURES)
     assert relative_error(found, expected) < 1e-4
 

@@ -17,7 +17,7 @@ import pytest
 from jax import export
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from tests.networks import normal, prefix_mask, quick_jit, relative_error
+from tests.networks import normal, prefix_mask, relative_error
 from unclip_jax import axes, sharding
 from unclip_jax.errors import UserError
 from unclip_jax.models import attention as module
@@ -51,7 +51,7 @@ def value_and_gradients(function, arguments, mask):
         out = function(q, k, v, mask, scale=SCALE).astype(jnp.float32)
         return (out * normal(9, *out.shape)).sum(), out
 
-    compiled = quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
     gradients, out = compiled(*arguments)
     return out, *gradients
 

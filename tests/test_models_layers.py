@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from tests.networks import normal, prefix_mask, quick_jit, random_params, relative_error, shapes
+from tests.networks import normal, prefix_mask, random_params, relative_error, shapes
 from unclip_jax.errors import UserError
 from unclip_jax.models import layers
 from unclip_jax.models.attention import attention, causal_mask
@@ -114,7 +114,7 @@ def test_remat_changes_no_value_and_no_gradient():
     def value_and_grad(policy):
         stack = layers.Transformer(layers=2, heads=3, remat=policy)
         loss = lambda p, x: jnp.sin(stack.apply({"params": p}, x)).sum()  # noqa: E731
-        return jax.tree.leaves(quick_jit(jax.value_and_grad(loss, (0, 1)))(params, x))
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x))
 
     expected = value_and_grad("none")
     for policy in ("full", "dots"):

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import normal, prefix_mask, quick_jit, relative_error, shapes
+from tests.networks import normal, prefix_mask, relative_error, shapes
 from unclip_jax.convert import clip_names, karlo_configs, karlo_names
 from unclip_jax.convert.tables import Tensors, to_ours
 from unclip_jax.models import (
@@ -157,7 +158,7 @@ def test_clip_agrees_with_transformers(size, activation):
     ours = Clip(config)
     target = shapes(ours, images, tokens)
     params = to_ours(clip_names.huggingface(), tensors(theirs), target)
-    z_i, z_t, scale = quick_jit(ours.apply)({"params": params}, images, tokens)
+    z_i, z_t, scale = jax.jit(ours.apply)({"params": params}, images, tokens)
     _, states = ours.apply({"params": params}, tokens, method="encode_text")
 
     mean, std = (np.array(s).reshape(1, 1, 1, 3) for s in (config.pixel_mean, config.pixel_std))
@@ -192,7 +193,7 @@ def test_prior_agrees_with_diffusers(size, remat):
     params = to_ours(karlo_names.diffusers_prior(), tensors(theirs), target)["network"]
     with torch.no_grad():
         expected = theirs(*map(to_torch, args)).predicted_image_embedding
-    assert relative_error(quick_jit(ours.apply)({"params": params}, *args), expected) < TOLERANCE
+    assert relative_error(jax.jit(ours.apply)({"params": params}, *args), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", list(DECODERS))
@@ -216,7 +217,7 @@ def test_decoder_agrees_with_diffusers(size):
     ours = Decoder(config)
     both = tensors(unet).join(tensors(text_proj), "text_proj.")
     params = to_ours(karlo_names.diffusers_decoder(config), both, shapes(ours, x_t, t, cond))
-    ours_out = quick_jit(ours.apply)({"params": params}, x_t, t, cond)
+    ours_out = jax.jit(ours.apply)({"params": params}, x_t, t, cond)
 
     with torch.no_grad():
         context, emb = text_proj(
@@ -255,5 +256,5 @@ def test_super_resolution_agrees_with_diffusers(size, side, place):
     params = params["network" if place == "first" else "last_network"]
     with torch.no_grad():
         expected = pair[place](channels_first(x), to_torch(t)).sample
-    ours_out = quick_jit(ours.apply)({"params": params}, x, t)
+    ours_out = jax.jit(ours.apply)({"params": params}, x, t)
     assert relative_error(ours_out, expected.permute(0, 2, 3, 1)) < TOLERANCE

@@ -10,7 +10,6 @@ import pytest
 from tests.networks import (
     integers,
     prefix_mask,
-    quick_jit,
     random_params,
     relative_error,
     shapes,
@@ -66,7 +65,7 @@ def inputs(length, lengths, config=TINY):
 
 
 def encode(config, params, tokens, mask):
-    return quick_jit(T5Encoder(config).apply)({"params": params}, tokens, mask)
+    return jax.jit(T5Encoder(config).apply)({"params": params}, tokens, mask)
 
 
 # ---------------------------------------------------------------- against transformers

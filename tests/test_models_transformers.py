@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import integers, normal, prefix_mask, quick_jit, random_params, relative_error
+from tests.networks import integers, normal, prefix_mask, random_params, relative_error
 from unclip_jax.errors import UserError
 from unclip_jax.models import Clip, ClipConfig, Prior, PriorConfig, TextConfig, TextEncoder
 
@@ -34,7 +34,7 @@ TOKENS = jnp.array([[9, 3, 10, 4, 5, 6, 10], [9, 1, 2, 3, 4, 5, 10], [10, 1, 2, 
 def clip():
     images = jnp.tanh(normal(0, 3, 12, 12, 3))
     params = random_params(Clip(CLIP), images, TOKENS)
-    return quick_jit(lambda *args: Clip(CLIP).apply({"params": params}, *args)), params, images
+    return jax.jit(lambda *args: Clip(CLIP).apply({"params": params}, *args)), params, images
 
 
 # ---------------------------------------------------------------- CLIP
@@ -141,7 +141,7 @@ def test_prior_shapes_and_dependence(changes):
     config = dataclasses.replace(PRIOR, **changes)
     network, args = Prior(config), prior_args(config)
     params = random_params(network, *args)
-    apply = quick_jit(lambda *args: network.apply({"params": params}, *args))
+    apply = jax.jit(lambda *args: network.apply({"params": params}, *args))
     out = apply(*args)
     assert out.shape == (3, config.embed_dim)
     z_noised, t, z_t, text, mask = args
@@ -160,7 +160,7 @@ def test_prior_shapes_and_dependence(changes):
 def test_prior_treats_each_example_alone():
     network, args = Prior(PRIOR), prior_args(PRIOR)
     params = random_params(network, *args)
-    apply = quick_jit(lambda *args: network.apply({"params": params}, *args))
+    apply = jax.jit(lambda *args: network.apply({"params": params}, *args))
     whole, one = apply(*args), apply(*(a[1:2] for a in args))
     assert relative_error(one, whole[1:2]) < 1e-6
 
@@ -172,7 +172,7 @@ def test_bfloat16_is_finite_and_near_float32(clip):
     apply, params, images = clip
     half = Clip(dataclasses.replace(CLIP, dtype="bfloat16"))
     for ours, exact in zip(
-        quick_jit(half.apply)({"params": params}, images, TOKENS),
+        jax.jit(half.apply)({"params": params}, images, TOKENS),
         apply(images, TOKENS),
         strict=True,
     ):
@@ -180,8 +180,8 @@ def test_bfloat16_is_finite_and_near_float32(clip):
         assert relative_error(ours, exact) < 0.05
     network, args = Prior(dataclasses.replace(PRIOR, dtype="bfloat16")), prior_args(PRIOR)
     params = random_params(network, *args)
-    exact = quick_jit(Prior(PRIOR).apply)({"params": params}, *args)
-    out = quick_jit(network.apply)({"params": params}, *args)
+    exact = jax.jit(Prior(PRIOR).apply)({"params": params}, *args)
+    out = jax.jit(network.apply)({"params": params}, *args)
     assert out.dtype == jnp.float32
     assert relative_error(out, exact) < 0.05
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))

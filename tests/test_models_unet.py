@@ -12,7 +12,6 @@ from tests.networks import (
     integers,
     normal,
     prefix_mask,
-    quick_jit,
     random_params,
     relative_error,
     shapes,
@@ -59,7 +58,7 @@ def conditions(config, seed=1, lengths=(0, 2, 5)):
 
 
 def applied(network, params):
-    return quick_jit(lambda *args: network.apply({"params": params}, *args))
+    return jax.jit(lambda *args: network.apply({"params": params}, *args))
 
 
 # ---------------------------------------------------------------- U-Net
@@ -93,7 +92,7 @@ def test_unet_shapes(changes):
 def test_unet_starts_as_zero_and_its_blocks_as_the_identity():
     network, context = UNet(ONE_LEVEL), normal(1, 3, 4, 10)
     key = jax.random.key(0, impl="rbg")  # compiles many small draws faster than threefry
-    params = quick_jit(network.init)(key, SMALL_X, T, None, context)["params"]
+    params = jax.jit(network.init)(key, SMALL_X, T, None, context)["params"]
     np.testing.assert_array_equal(applied(network, params)(SMALL_X, T, None, context), 0.0)
     for name in params:
         last = {"res": "conv_2", "attention": "out"}.get(
@@ -186,7 +185,7 @@ def test_dropout_draws_only_in_training():
     network = UNet(dataclasses.replace(exact, dropout=0.3))
     params = random_params(network, SMALL_X, T)
 
-    @quick_jit
+    @jax.jit
     def train(key):
         rngs = {"dropout": key}
         return network.apply({"params": params}, SMALL_X, T, deterministic=False, rngs=rngs)
@@ -213,7 +212,7 @@ def test_remat_changes_no_gradient():
             )
             return jnp.sin(out).mean()
 
-        return jax.tree.leaves(quick_jit(jax.grad(loss))(params))
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
 
     expected = grads("none")
     for remat in ("full", "dots"):
@@ -231,8 +230,7 @@ def test_decoder_is_encode_then_denoise(config):
     out = applied(network, params)(SMALL_X, T, cond)
     assert out.shape == (3, 6, 6, 6)
     encode, denoise = (
-        quick_jit(functools.partial(network.apply, method=method))
-        for method in ("encode", "denoise")
+        jax.jit(functools.partial(network.apply, method=method)) for method in ("encode", "denoise")
     )
     encoded = encode({"params": params}, cond)
     assert relative_error(denoise({"params": params}, SMALL_X, T, encoded), out) < 1e-6
@@ -276,7 +274,7 @@ def test_everything_dropped_has_a_finite_gradient():
     network, cond = Decoder(KARLO), conditions(KARLO, lengths=(0, 0, 0))
     cond["z_i_mask"] = jnp.zeros(3, bool)
     params = random_params(network, SMALL_X, T, cond)
-    grads = quick_jit(jax.grad(lambda p: network.apply({"params": p}, SMALL_X, T, cond).std()))(
+    grads = jax.jit(jax.grad(lambda p: network.apply({"params": p}, SMALL_X, T, cond).std()))(
         params
     )
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))

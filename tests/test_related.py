@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests import t5_folder, tiny
-from tests.networks import normal, prefix_mask, quick_jit, random_params
+from tests.networks import normal, prefix_mask, random_params
 from unclip_jax import checkpoint, needs, runs, stages, training
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import DecoderConfig, masked_mean
@@ -55,14 +55,14 @@ def params_of(stage):
     return {"network": random_params(stage.network, x_t, t, stage.condition_of(batch(1)))}
 
 
-@functools.partial(quick_jit, static_argnames="stage")
+@functools.partial(jax.jit, static_argnames="stage")
 def output(stage, params, cond):
     b = len(cond["text_mask"])
     x_t = normal(3, b, SIDE, SIDE, 3)
     return stage.denoise(params, x_t, jnp.arange(b), stage.encode(params, cond))
 
 
-@functools.partial(quick_jit, static_argnames="stage")
+@functools.partial(jax.jit, static_argnames="stage")
 def sample(stage, params, keys, cond, guidance_scale):
     return stage.sample(params, keys, cond, guidance_scale=guidance_scale)
 
@@ -77,7 +77,7 @@ def test_every_weight_learns_and_no_clip_is_needed(stage):
     def loss(network):
         return stage.loss({"network": network}, reads, jax.random.key(0))[0]
 
-    value, grads = quick_jit(jax.value_and_grad(loss))(params["network"])
+    value, grads = jax.jit(jax.value_and_grad(loss))(params["network"])
     assert np.isfinite(value)
     flat = checkpoint.flatten(grads)
     assert not [name for name, grad in flat.items() if not np.any(grad)]
