@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
 TRAINED ?= runs/emoji
+BENCH ?= runs/bench
 
 # Compiled programs are kept between processes.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
 
-.PHONY: help demo demo-train test test-all lint docs notebooks format clean
+.PHONY: help demo demo-train test test-all lint docs notebooks bench format clean
 
 help:
 	@echo "make demo        draw with the model that comes with the package: one page of pictures"
@@ -20,6 +21,7 @@ help:
 	@echo "make test-all    the slow tests too"
 	@echo "make lint        ruff"
 	@echo "make docs        the documentation as a site, in build/site"
+	@echo "make bench       speed and memory beside diffusers on PyTorch, some 40 minutes"
 	@echo "make notebooks   every cell of the notebooks in colab, on tiny models"
 
 $(VENV)/.installed: pyproject.toml
@@ -52,7 +54,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
+	    $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -63,6 +66,9 @@ docs: $(VENV)/.installed-docs
 
 notebooks: $(VENV)/.installed-test
 	$(BIN)/python colab/run.py --smoke
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.peers --out $(BENCH)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -52,6 +52,7 @@ def with_x_T(x_T, steps):
     return np.moveaxis(stacked, 2, -1) if stacked.ndim == 5 else stacked
 
 
+@pytest.mark.usefixtures("optimised")
 def test_text_to_image_is_diffusers(reference, monkeypatch):
     """The published settings whole: 25, 25 and 7 steps, guidance 4 and 8, the same noise."""
     sizes, pipeline, _, base = reference
@@ -88,6 +89,7 @@ def test_text_to_image_is_diffusers(reference, monkeypatch):
     np.testing.assert_array_equal(whole, np.asarray(to_uint8(images)))
 
 
+@pytest.mark.usefixtures("optimised")
 def test_variations_are_diffusers(reference, monkeypatch):
     """A picture in, two variations out; the repository for it has no prior."""
     sizes, _, pipeline, base = reference

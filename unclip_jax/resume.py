@@ -16,6 +16,7 @@ import errno
 import json
 import logging
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -307,6 +308,7 @@ class Checkpoints:
             yield
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = re.sub(r" \[\w+='.*?'\]", "", reason)  # TensorStore's notes for developers
             raise UserError(
                 f"{self.folder}: {what} could not be written ({reason[-200:]}); look at the"
                 " disk and the space on it, then run the same command again"
