@@ -50,9 +50,10 @@ def main(argv: list[str]) -> None:
     parse(argv)
     distributed.initialize(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
-    from unclip_jax import checkpoint, compile_cache, runs, training
+    from unclip_jax import checkpoint, compile_cache, host_memory, runs, training
 
     compile_cache.use()
+    host_memory.keep_freed()
 
     run = runs.prepare(CONFIG.value)
     workdir = Path(WORKDIR.value)

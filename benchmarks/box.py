@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from unclip_jax import compile_cache
+from unclip_jax import compile_cache, host_memory
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import run_command
 from unclip_jax.evaluate.features import load, of_clip
@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     compile_cache.use()
+    host_memory.keep_freed()
     model = UnCLIP.load(args.model)
     clip = of_clip(model.clip, None)
     judge = load("efficientnet-lite0", clip)

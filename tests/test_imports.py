@@ -11,6 +11,7 @@ ALLOWED = {
     "files": set(),
     "box": {"errors"},
     "compile_cache": {"files"},
+    "host_memory": set(),
     "loops": set(),
     "config": {"errors"},
     "command_line": {"errors"},
@@ -70,8 +71,8 @@ ALLOWED = {
     "classes": {"errors", "data", "parts", "stages"},
     "evaluation": {"errors", "pca"},
     "evaluate": {
-        "errors", "compile_cache", "convert", "data", "evaluation", "files", "grids", "models",
-        "parts", "pca", "pipeline", "sharding", "stages",
+        "errors", "compile_cache", "convert", "data", "evaluation", "files", "grids", "host_memory",
+        "models", "parts", "pca", "pipeline", "sharding", "stages",
     },
     "export": {"errors", "box", "checkpoint", "models", "parts", "stages"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
@@ -95,8 +96,8 @@ ALLOWED = {
         "stages",
     },
     "tasks": {
-        "errors", "compile_cache", "data", "figures", "grids", "manipulate", "pca", "pipeline",
-        "sharding", "stages",
+        "errors", "compile_cache", "data", "figures", "grids", "host_memory", "manipulate",
+        "pca", "pipeline", "sharding", "stages",
     },
     "doctor": {
         "errors", "checkpoint", "config", "data", "diffusion", "files", "lock", "needs", "parts",
@@ -104,7 +105,8 @@ ALLOWED = {
         "train_config",
     },
     "app": {
-        "errors", "compile_cache", "data", "files", "manipulate", "pipeline", "tasks",
+        "errors", "compile_cache", "data", "files", "host_memory", "manipulate", "pipeline",
+        "tasks",
     },
 }  # fmt: skip
 

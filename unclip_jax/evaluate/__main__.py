@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from unclip_jax import compile_cache
+from unclip_jax import compile_cache, host_memory
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.evaluate.measure import Settings, evaluate
@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out {args.out!r}: is a file; give a folder")
 
     compile_cache.use()
+    host_memory.keep_freed()
     model = UnCLIP.load(args.model, args.dtype, args.t5)
     if jax.local_device_count() > 1:
         model = model.on(make_mesh(devices=jax.local_devices()))

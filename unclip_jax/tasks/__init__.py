@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from unclip_jax import compile_cache
+from unclip_jax import compile_cache, host_memory
 from unclip_jax.tasks import edits, probes
 from unclip_jax.tasks.outputs import StageBars, check_out
 
@@ -30,5 +30,6 @@ def run(args: argparse.Namespace) -> None:
     task = PROBES[args.probe] if args.task == "probe" else TASKS[args.task]
     check_out(args.out)
     compile_cache.use()
+    host_memory.keep_freed()
     with StageBars() as bars:
         task(args, bars)
