@@ -2,8 +2,8 @@
 
 XLA's CPU programs allocate their temporaries anew at every call. Large ones glibc takes from the
 system each time and gives back at once, and the system zeroes every page of them again, which costs
-a tenth to a third of a step (docs/performance.md). Commands that compute ask for this; the library
-itself leaves the process as it finds it.
+a decoder's step a tenth of its time (docs/performance.md). Commands that compute ask for this; the
+library itself leaves the process as it finds it.
 """
 
 from __future__ import annotations
