@@ -21,7 +21,7 @@ help:
 	@echo "make test-all    the slow tests too"
 	@echo "make lint        ruff"
 	@echo "make docs        the documentation as a site, in build/site"
-	@echo "make bench       speed and memory beside diffusers on PyTorch, some 40 minutes"
+	@echo "make bench       speed and memory beside diffusers on PyTorch (long)"
 	@echo "make notebooks   every cell of the notebooks in colab, on tiny models"
 
 $(VENV)/.installed: pyproject.toml

@@ -165,7 +165,7 @@ def problems(notes: list[dict], compiled: list[tuple[int, float]], steps: int) -
     """What did not stay as it was, in words."""
     parts, found = quarters(notes), []
     # Checkpoints leave some of TensorStore's memory behind: docs/performance.md.
-    for name, most in (("resident", 24 * MIB), ("arrays", MIB), ("objects", 20_000)):
+    for name, most in (("resident", 16 * MIB), ("arrays", MIB), ("objects", 20_000)):
         rise = growth(parts[2] + parts[3], name)
         if rise > most:
             found.append(f"{name} rises by {rise:,.0f} over the second half")

@@ -1,7 +1,7 @@
 """Shared settings of the test suite: CPU, and no silent broadcasting between ranks.
 
-Programs are compiled without most of the compiler's optimisations, which halves the suite's time:
-its networks are tiny, and compiling them is most of the work. `make test-all` optimises.
+Programs are compiled without most of the compiler's optimisations: the networks are tiny, compiling
+them is most of the work, and test_manipulate.py takes half its time. `make test-all` optimises.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Speed and memory beside diffusers on PyTorch: the same random weights, in turn, in one run.
 
-    python -m benchmarks.peers                              # every row on the CPU, some 40 minutes
+    python -m benchmarks.peers                              # every row on the CPU
     python -m benchmarks.peers --rows decoder_forward --batches 1
     python -m benchmarks.peers --device gpu --dtype bfloat16
 
