@@ -16,8 +16,8 @@ def shapes(network: nn.Module, *args, **kwargs):
     return jax.eval_shape(init, jax.random.key(0))["params"]
 
 
-def random_params(network: nn.Module, *args, seed: int = 0, **kwargs):
-    """Params with every leaf random, so that no zero initialisation hides a mistake."""
+def random(shapes, seed: int = 0):
+    """Params of these shapes with every leaf random, so that no zero start hides a mistake."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -25,7 +25,12 @@ def random_params(network: nn.Module, *args, seed: int = 0, **kwargs):
         noise = rng.standard_normal(leaf.shape) / math.sqrt(max(fan_in, 4))
         return jnp.asarray(noise + (path[-1].key == "scale"), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes(network, *args, **kwargs))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_params(network: nn.Module, *args, seed: int = 0, **kwargs):
+    """Random params of a network that is called with these arguments."""
+    return random(shapes(network, *args, **kwargs), seed)
 
 
 def size(tree) -> int:

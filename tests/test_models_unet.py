@@ -19,7 +19,7 @@ from tests.networks import (
 )
 from unclip_jax.errors import UserError
 from unclip_jax.models import Decoder, DecoderConfig, TextConfig, UNet, UNetConfig
-from unclip_jax.models.unet import depth_to_space, space_to_depth
+from unclip_jax.models.resample import convolve_doubled, depth_to_space, double, space_to_depth
 
 UNET = UNetConfig(
     image_size=12,
@@ -167,6 +167,27 @@ def test_patches_fold_and_unfold(patch):
     np.testing.assert_array_equal(depth_to_space(folded, patch), x)
     # One square of pixels is one place's channels.
     np.testing.assert_array_equal(folded[0, 0, 1], x[0, :patch, patch : 2 * patch].reshape(-1))
+
+
+@pytest.mark.parametrize("sides", [(5, 4), (1, 3), (1, 1)])
+def test_the_doubled_image_is_convolved_without_being_made(sides):
+    x, kernel, pull = normal(0, 2, *sides, 3), normal(1, 3, 3, 3, 7), normal(2, 2, *sides, 7)
+    pull = double(pull) * normal(3, 2, 2 * sides[0], 2 * sides[1], 7)
+
+    def plain(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            double(x), kernel, (1, 1), "SAME", dimension_numbers=dims
+        )
+
+    out, expected = convolve_doubled(x, kernel), plain(x, kernel)
+    assert relative_error(out, expected) < 1e-6
+    ours = jax.vjp(convolve_doubled, x, kernel)[1](pull)
+    for found, wanted in zip(ours, jax.vjp(plain, x, kernel)[1](pull), strict=True):
+        assert relative_error(found, wanted) < 1e-6
+    half = convolve_doubled(x.astype(jnp.bfloat16), kernel)
+    assert half.dtype == jnp.bfloat16
+    assert relative_error(half.astype(jnp.float32), expected) < 2e-2
 
 
 def test_patch_1_is_the_net_on_folded_images():

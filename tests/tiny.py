@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import networks
 from unclip_jax import checkpoint, stages
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.models.decoder import DecoderConfig
@@ -56,13 +57,15 @@ UPSAMPLER = stages.UpsamplerStage(
 
 @functools.cache
 def params(stage, seed: int = 0):
-    """Params with every leaf perturbed, so that layers that start at zero are heard too."""
+    """Params of a stage, every leaf of its network random, so that nothing is zero and unheard.
+
+    NumPy draws them: compiling a network's initialisation takes longer than most tests.
+    """
     key = jax.random.key(seed)
-    tree = jax.jit(stage.init)(key)
-    leaves, treedef = jax.tree.flatten(tree["network"])
-    keys = jax.random.split(key, len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return tree | {"network": jax.tree.unflatten(treedef, noisy)}
+    beside = jax.jit(lambda key: {k: v for k, v in stage.init(key).items() if k != "network"})
+    return beside(key) | {
+        "network": networks.random(jax.eval_shape(stage.init, key)["network"], seed)
+    }
 
 
 @functools.cache

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from unclip_jax.models.attention import attention
 from unclip_jax.models.layers import GroupNorm, TimeEmbedding, check, remat
-from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig, space_to_depth
+from unclip_jax.models.resample import space_to_depth
+from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig
 
 
 def check_classifier(config: UNetConfig) -> None:

@@ -25,6 +25,7 @@ from unclip_jax.models.layers import (
     check_shape,
     remat,
 )
+from unclip_jax.models.resample import DoublingConv, depth_to_space, double, halve, space_to_depth
 
 
 @dataclass(frozen=True)
@@ -136,36 +137,6 @@ class UNetConfig:
             )
 
 
-def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
-    """Fold each `patch` x `patch` square of pixels into channels: `[b, h/p, w/p, p * p * c]`."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, patch * patch * c)
-
-
-def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
-    """The inverse of `space_to_depth`."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, patch, patch, c // patch**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, c // patch**2)
-
-
-def _halve(x: jax.Array) -> jax.Array:
-    """Average over 2x2 squares."""
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
-
-
-def _double(x: jax.Array) -> jax.Array:
-    """Nearest-neighbour upsampling by 2."""
-    b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
-    return x.reshape(b, 2 * h, 2 * w, c)
-
-
-RESAMPLE = {"keep": lambda x: x, "halve": _halve, "double": _double}
-
-
 class ResBlock(nn.Module):
     """BigGAN's residual block: norm, SiLU, resample, convolve; embedding; norm, SiLU, convolve.
 
@@ -189,10 +160,13 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         """`[b, h, w, c]` and an activated embedding `[b, emb_dim]` to `[b, h', w', features]`."""
-        resample = RESAMPLE[self.resample]
         x = constrain(x, "batch", None, None, None)
         h = nn.silu(GroupNorm(self.groups, name="norm_1")(x)).astype(self.dtype)
-        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(resample(h))
+        if self.resample == "double":
+            h, x = DoublingConv(self.features, self.dtype, name="conv_1")(h), double(x)
+        else:
+            h, x = (halve(h), halve(x)) if self.resample == "halve" else (h, x)
+            h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(h)
         h = constrain(h, "batch", None, None, "mlp")
         width = (1 + self.scale_shift) * self.features
         emb = nn.Dense(width, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
@@ -205,7 +179,6 @@ class ResBlock(nn.Module):
         h = nn.Dropout(self.dropout, deterministic=False)(nn.silu(h).astype(self.dtype))
         zeros = nn.initializers.zeros
         h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
-        x = resample(x)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
         return constrain(x + h, "batch", None, None, None)
