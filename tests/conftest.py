@@ -13,7 +13,21 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 import jax
 import pytest
 
+from tests import compiling
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Files that take a minute or more go first, so that no worker is left alone with one at the end.
+LONG = (
+    "test_sharding", "test_classifier", "test_convert_karlo", "test_karlo_training", "test_stages",
+    "test_sample_tasks", "test_ar_prior", "test_related", "test_doctor", "test_commands",
+    "test_box", "test_training", "test_multihost", "test_manipulate", "test_app_browser",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Order the files; within a file nothing changes."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,8 +47,6 @@ def no_curves():
 
 @pytest.fixture
 def optimised():
-    """Compile as users do, where the last digits of many steps are compared."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    """The whole test compiles as users do; see `compiling.optimised`."""
+    with compiling.optimised():
+        yield

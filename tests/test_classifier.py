@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tests import compiling
 from tests.networks import integers, normal, random_params
 from unclip_jax import checkpoint, class_conditional, classes, runs, stages
 from unclip_jax.data.datasets import DataConfig, load
@@ -65,7 +66,7 @@ def shades(key, size):
 
 def trained(stage):
     """A stage trained for a moment on `shades`."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 500))
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 300))
 
     def step(carry, key):
         params, state = carry
@@ -76,10 +77,11 @@ def trained(stage):
     @jax.jit
     def train(key):
         params = stage.init(key)
-        keys = jax.random.split(key, 500)
+        keys = jax.random.split(key, 300)
         return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
-    return part(stage, train(jax.random.key(0)))
+    with compiling.optimised():
+        return part(stage, train(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")

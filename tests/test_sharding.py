@@ -182,17 +182,13 @@ def check_equal(stage: str, *meshes: str) -> None:
         assert 1 / parts <= figures["held"] <= 1 / parts + (0.12 if parts > 1 else 0), mesh
 
 
-def test_eight_devices_train_clip_as_one_in_every_arrangement():
-    check_equal("clip", *sharded_run.MESHES)
-
-
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder"])
 def test_a_mesh_with_every_axis_trains_and_samples_as_one_device(stage):
     check_equal(stage, "all")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["prior", "ar_prior", "decoder", "upsampler", "classifier"])
+@pytest.mark.parametrize("stage", sharded_run.STAGES)
 def test_eight_devices_train_and_sample_as_one_in_every_arrangement(stage):
     check_equal(stage, *sharded_run.MESHES)
 
