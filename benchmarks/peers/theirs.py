@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -152,8 +153,8 @@ class Theirs:
         return self._trained(self.pipeline.super_res_first, inputs, {}, x["high_target"])
 
     def _trained(self, module, inputs, settings, target) -> Work:
-        """A step of AdamW; each call goes on from the one before."""
-        module.requires_grad_(True)
+        """A step of AdamW on a copy; each call goes on from the one before."""
+        module = copy.deepcopy(module).requires_grad_(True)
         network = self._compiled(module)
         optimizer = torch.optim.AdamW(
             module.parameters(), lr=LEARNING_RATE, weight_decay=0.01, foreach=True
