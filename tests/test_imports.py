@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "unclip_jax"
 # Each part of the package, and the parts it may import. Order is the direction.
 ALLOWED = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "box": {"errors"},
     "compile_cache": {"files"},
     "host_memory": set(),
@@ -96,8 +96,8 @@ ALLOWED = {
         "stages",
     },
     "tasks": {
-        "errors", "compile_cache", "data", "figures", "grids", "host_memory", "manipulate",
-        "pca", "pipeline", "sharding", "stages",
+        "errors", "compile_cache", "data", "figures", "files", "grids", "host_memory",
+        "manipulate", "pca", "pipeline", "sharding", "stages",
     },
     "doctor": {
         "errors", "checkpoint", "config", "data", "diffusion", "files", "lock", "needs", "parts",

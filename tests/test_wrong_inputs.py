@@ -82,6 +82,8 @@ EMBED = "unclip_jax.data.embed --data {pictures} --split all --out {new} "
 ANALYTIC = "unclip_jax.analytic --stage {model}/prior --data {pictures} --split all "
 CLASSES = "unclip_jax.class_conditional --decoder {classes} --out {new}.png "
 EXPORT = "unclip_jax.export --model {model} --out {new} "
+EVALUATE = "unclip_jax.evaluate --model {model} --data {pictures} --heldout_split all --split all "
+PLAN = "unclip_jax.plan --config=configs/paper/prior.py --topology=v5e:2x2 "
 
 # Module and arguments, exit status, and what the line names.
 ROWS = [
@@ -173,6 +175,42 @@ ROWS = [
     ("unclip_jax.evaluate --model {model} --data {pictures} --num 0", 1, "num: got 0"),
     ("unclip_jax.evaluate --model {model} --sweep 1,some", 1, "--sweep: got '1,some'"),
     ("unclip_jax.evaluate --model {picture}", 1, "red.png"),
+    (EVALUATE + "--batch_size 0", 1, "--batch_size: got 0"),
+    (EVALUATE + "--sweep 1,nan", 1, "guidance scale: got nan"),
+    (EVALUATE + "--guidance_scale inf", 1, "guidance scale: got inf"),
+    (EVALUATE + "--features fancy", 1, "fancy"),
+    (EVALUATE + "--features inception:nowhere", 1, "nowhere"),
+    (EVALUATE + "--dtype float16", 1, "float16"),
+    (EVALUATE + "--seed -1", 1, "--seed"),
+    (EVALUATE + "--template plain", 1, "--template"),
+    (EVALUATE + "--class_pictures -1", 1, "--class_pictures"),
+    (EVALUATE + "--split noon", 1, "noon"),
+    (EVALUATE + "--clip nowhere", 1, "nowhere"),
+    (EVALUATE + "--out {picture}", 1, "red.png"),
+    # python -m unclip_jax.plan
+    ("unclip_jax.plan --topology=v5e:2x2", 1, "--config"),
+    ("unclip_jax.plan --config=configs/paper/prior.py", 1, "--topology"),
+    ("unclip_jax.plan --config=nowhere.py --topology=v5e:2x2", 1, "nowhere.py"),
+    (PLAN + "--topology=v9:2x2", 1, "--topology=v9:2x2"),
+    (PLAN + "--topology=v5e:2x2x2", 1, "--topology=v5e:2x2x2"),
+    (PLAN + "--topology=v5e:0x2", 1, "--topology=v5e:0x2"),
+    (PLAN + "--mesh=pipe=2", 1, "--mesh=pipe=2"),
+    (PLAN + "--mesh=fsdp=--8", 1, "--mesh=fsdp=--8"),
+    (PLAN + "--fit --mesh=fsdp=2", 1, "--fit, --mesh"),
+    (PLAN + "--blocks --whole", 1, "--blocks, --whole"),
+    (PLAN + "--sample=-1", 1, "--sample=-1"),
+    (PLAN + "--json={picture}/plan.json", 1, "--json"),
+    (PLAN + "--json={pictures}", 1, "--json"),
+    (PLAN + "--config.train.steps=some", 1, "steps"),
+    ("unclip_jax.plan --table=nowhere", 1, "--table=nowhere"),
+    # python -m unclip_jax.doctor, python -m unclip_jax.app
+    ("unclip_jax.doctor", 2, "--workdir"),
+    ("unclip_jax.doctor --workdir nowhere", 1, "nowhere"),
+    ("unclip_jax.doctor --workdir {pictures}", 1, "pictures"),
+    ("unclip_jax.app --model nowhere", 1, "nowhere"),
+    ("unclip_jax.app --model {picture}", 1, "red.png"),
+    ("unclip_jax.app --port=some", 2, "--port"),
+    ("unclip_jax.app --port=99999999", 1, "--port"),
     # python -m unclip_jax.analytic
     ("unclip_jax.analytic", 2, "--stage"),
     (ANALYTIC + "--method euler", 2, "--method"),

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from unclip_jax.errors import UserError
+
 
 def default_cache_dir() -> Path:
     """`$UNCLIP_JAX_CACHE`, else `~/.cache/unclip_jax`."""
@@ -27,6 +29,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_place(flag: str, path: Path) -> None:
+    """Raise UserError, which names the flag, unless a file can be written at `path`.
+
+    The folder that it is to lie in is made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} '{path}': cannot be written ({error}); give another") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"{flag} '{path}': cannot be written; give the name of a file in a folder that you may"
+            " write to"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:

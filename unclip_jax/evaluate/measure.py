@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from unclip_jax import pca, sharding
-from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data import datasets
 from unclip_jax.errors import UserError
 from unclip_jax.evaluate.features import FeatureNetwork, load, of_clip
 from unclip_jax.evaluate.pictures import Measurer, Real, Vectors
@@ -113,7 +113,7 @@ class Report(NamedTuple):
 
 def evaluate(
     model: UnCLIP,
-    data: DataConfig,
+    data: datasets.DataConfig,
     heldout_split: str,
     settings: Settings,
     judge: Part | None = None,
@@ -145,13 +145,15 @@ def evaluate(
         image_size=measurer.judge.stage.image_size,
         labels=settings.class_pictures > 0,
     )
+    real_data = dataclasses.replace(data, image_size=size)
+    datasets.load(real_data)  # a split that is not there is told before anything is measured
     heldout = plain.read(heldout_data)
     if settings.class_pictures and len(heldout.source.classes) < 2:
         raise UserError(
             f"--class_pictures: {heldout.source.name} has {len(heldout.source.classes)} class,"
             " expected at least 2; leave it out"
         )
-    real = measurer.read(dataclasses.replace(data, image_size=size))
+    real = measurer.read(real_data)
     chosen, reference, disjoint = choose(len(real.index), settings.num, settings.seed)
 
     captions = real.captions

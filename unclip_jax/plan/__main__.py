@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ml_collections import config_flags
 
 from unclip_jax import command_line, sharding
 from unclip_jax.errors import UserError, run_command
-from unclip_jax.files import replacing
+from unclip_jax.files import check_place, replacing
 from unclip_jax.plan import analysis, fit, report
 from unclip_jax.plan.chips import GIB, Topology
 from unclip_jax.plan.measure import TooLarge
@@ -61,6 +62,12 @@ def parse(argv: list[str]) -> None:
     command_line.check(FLAGS, argv, COMMAND, "config", "topology")
     if BLOCKS.value and WHOLE.value:
         raise UserError("--blocks, --whole: both given, expected one of them; leave one out")
+    if FIT.value and MESH.value is not None:
+        raise UserError("--fit, --mesh: both given, and --fit looks for the mesh; leave one out")
+    if SAMPLE.value < 0:
+        raise UserError(f"--sample={SAMPLE.value}: expected a number of pictures, 0 for none")
+    if JSON.value is not None:
+        check_place("--json", Path(JSON.value))
 
 
 def parse_mesh(text: str) -> sharding.MeshConfig:
@@ -72,7 +79,7 @@ def parse_mesh(text: str) -> sharding.MeshConfig:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if name not in ("data", "fsdp", "tensor") or not size.lstrip("-").isdigit():
+        if name not in ("data", "fsdp", "tensor") or not re.fullmatch(r"-?[0-9]{1,6}", size):
             raise UserError(
                 f"--mesh={text}: {part!r} is not of the form data=N, fsdp=N or tensor=N"
             )
@@ -126,7 +133,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     figures = plan_of(CONFIG.value, topology)
     print(report.in_words(figures))
-    if JSON.value:
+    if JSON.value is not None:
         with replacing(Path(JSON.value)) as file:
             file.write_text(json.dumps(figures, indent=1) + "\n")
 

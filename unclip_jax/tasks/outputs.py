@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from unclip_jax.data.images import square
 from unclip_jax.errors import UserError
+from unclip_jax.files import check_place
 from unclip_jax.grids import captioned_grid, save_png
 from unclip_jax.pipeline import UnCLIP
 
@@ -28,15 +28,7 @@ def check_out(out: str) -> None:
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {out!r}: expected a name that ends in .png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out!r}: cannot be written ({error}); give another") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(
-            f"--out {out!r}: cannot be written; give the name of a file in a folder"
-            " that you may write to"
-        )
+    check_place("--out", path)
 
 
 class StageBars:
