@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
     return base / "karlo"
 
 
-def picture_error(ours, theirs):
-    """Greatest difference of pictures in [0, 1]; ours are floats in [-1, 1], not yet clipped."""
-    return np.abs((np.clip(ours, -1, 1) + 1) / 2 - theirs).max()
+def picture_errors(ours, theirs):
+    """Differences of pictures in [0, 1]; ours are floats in [-1, 1], not yet clipped."""
+    return np.abs((np.clip(ours, -1, 1) + 1) / 2 - theirs)
 
 
 def with_x_T(x_T, steps):
@@ -84,8 +84,12 @@ def test_text_to_image_is_diffusers(reference, monkeypatch):
     z_i = model.sample_prior(keys, PROMPTS, noise=given["prior"])
     small = model.decode(keys, z_i, PROMPTS, noise=given["decoder"])
     images = np.asarray(model.upsample(keys, small, noise=given))
-    # Guidance of 8 over 25 steps blows rounding up: an 8-bit level is 4e-3.
-    assert picture_error(images, theirs) < 2e-4
+    # Both sides compute in float32, and guidance of 8 over 25 steps blows rounding up in single
+    # places: from diffusers in float64 ours was 2.6e-4 away in one, at a mean of 4e-7 from float32.
+    errors = picture_errors(images, theirs)
+    assert errors.mean() < 2e-6
+    assert np.quantile(errors, 0.999) < 1e-4
+    assert errors.max() < 0.5 / 255
     whole = model.generate(jax.random.key(1), PROMPTS, noise=given)
     np.testing.assert_array_equal(whole, np.asarray(to_uint8(images)))
 
