@@ -7,12 +7,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests import plan_run
 from unclip_jax.errors import UserError
 from unclip_jax.plan import __main__ as command
-from unclip_jax.plan import chips, hlo, report
+from unclip_jax.plan import chips, hlo, kept, measure, report
 from unclip_jax.plan.chips import CHIPS, Topology
 from unclip_jax.plan.hlo import Collective, Program
 from unclip_jax.plan.measure import Roofline
@@ -130,6 +132,38 @@ def test_what_fits_is_split_no_more_than_it_must(on_eight):
     assert "too small for this config" in none
 
 
+# What is kept
+
+
+def test_a_program_is_compiled_once(tmp_path, monkeypatch):
+    """Another program, option or place of chips is another; a damaged file is measured again."""
+    compiles = []
+
+    def counted(lowered, *args):
+        compiles.append(lowered)
+        return original(lowered, *args)
+
+    original = measure.compiled
+    monkeypatch.setattr(measure, "compiled", counted)
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
+    turned = jax.make_mesh((1, 1), ("fsdp", "data"), devices=jax.devices()[:1])
+
+    def needs(scale, mesh=mesh, options=()):
+        lowered = jax.jit(lambda x: jnp.tanh(x * scale) @ x).lower(jnp.ones((8, 8)))
+        return kept.compiled(lowered, mesh, dict(options), tmp_path)
+
+    first = needs(2.0)
+    assert first.arguments == 4 * 64 and first.moved > 0
+    assert needs(2.0) == first and len(compiles) == 1
+    needs(3.0)
+    needs(2.0, mesh=turned)
+    needs(2.0, options={"xla_cpu_enable_fast_math": "True"}.items())
+    assert len(compiles) == 4 and len(list(tmp_path.glob("*.json"))) == 4
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text()[:-9])
+    assert needs(2.0) == first and len(compiles) == 5
+
+
 # Chips and time
 
 
@@ -232,7 +266,7 @@ def test_a_small_plan_by_the_real_compiler(tmp_path):
     file = tmp_path / "plan.json"
     done = run_python(
         "-m", "unclip_jax.plan", "--config=configs/paper/prior.py:smoke", "--topology=v5e:2x2",
-        "--mesh=fsdp=2", "--sample=4", f"--json={file}",
+        "--mesh=fsdp=2", "--sample=4", f"--json={file}", UNCLIP_JAX_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     plan = json.loads(file.read_text())

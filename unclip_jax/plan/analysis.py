@@ -17,7 +17,8 @@ from unclip_jax.optim import trained
 from unclip_jax.plan import flops
 from unclip_jax.plan.blocks import Split, equations
 from unclip_jax.plan.chips import Topology
-from unclip_jax.plan.measure import QUICK, Measured, Roofline, compiled, together
+from unclip_jax.plan.kept import compiled
+from unclip_jax.plan.measure import QUICK, Measured, Roofline, together
 from unclip_jax.plan.programs import Plan, device_bytes
 
 DAY = 86400.0
@@ -79,11 +80,11 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
     if blocks:
         shapes = (params, batch, jax.random.key(0))
         split, shell = by_blocks(plan, plan.stage.loss, shapes, plan.micro_size)
-        whole = compiled(plan.lowered_step(shell), chips, options)
+        whole = compiled(plan.lowered_step(shell), plan.mesh, options)
         say(f"shell: {time.time() - began:.0f} s")
-        parts = _blocks(split, backward=True, chips=chips, options=options, say=say)
+        parts = _blocks(split, backward=True, options=options, say=say)
     else:
-        whole = compiled(plan.lowered_step(), chips, options)
+        whole = compiled(plan.lowered_step(), plan.mesh, options)
     moved, collectives = together([(whole, 1), *((m, n * passes) for _, n, m in parts)])
     largest = max((m.temporary for _, _, m in parts), default=0)
     kept = {
@@ -135,10 +136,10 @@ def sample_figures(plan: Plan, topology: Topology, rows: int, *, blocks: bool, s
     chips, parts = topology.chips, []
     if blocks:
         split, shell = by_blocks(plan, sampler, shapes)
-        whole = compiled(jax.jit(shell).lower(*shapes), chips, options)
-        parts = _blocks(split, backward=False, chips=chips, options=options, say=say)
+        whole = compiled(jax.jit(shell).lower(*shapes), plan.mesh, options)
+        parts = _blocks(split, backward=False, options=options, say=say)
     else:
-        whole = compiled(jax.jit(sampler).lower(*shapes), chips, options)
+        whole = compiled(jax.jit(sampler).lower(*shapes), plan.mesh, options)
     moved, collectives = together([(whole, 1), *((m, n) for _, n, m in parts)])
     line = Roofline.of(topology.chip, total / chips, moved, collectives)
     peak = whole.peak + max((m.temporary for _, _, m in parts), default=0)
@@ -162,13 +163,13 @@ def versions() -> dict[str, str]:
 
 
 def _blocks(
-    split: Split, *, backward: bool, chips: int, options: dict[str, str], say: Say
+    split: Split, *, backward: bool, options: dict[str, str], say: Say
 ) -> list[tuple[str, int, Measured]]:
     """Every distinct block compiled: its label, how often it runs, and what it needs."""
     parts = []
     for i, block in enumerate(split.blocks, 1):
         began = time.time()
-        measured = compiled(split.lowered(block, backward=backward), chips, options)
+        measured = compiled(split.lowered(block, backward=backward), split.mesh, options)
         parts.append((block.label, block.count, measured))
         say(
             f"block {i} of {len(split.blocks)}: {block.count} x {block.label},"

@@ -1,0 +1,75 @@
+"""What compiled programs need, kept in the cache folder: a plan that was stopped goes on.
+
+A U-Net has some thirty distinct blocks, each of which the TPU's compiler may search for minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from unclip_jax.files import check_place, default_cache_dir, replacing
+from unclip_jax.plan import measure
+from unclip_jax.plan.hlo import Collective
+from unclip_jax.plan.measure import Measured
+
+
+def compiled(
+    lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, str], folder: Path | None = None
+) -> Measured:
+    """What a program needs of each chip, as kept or, the first time, compiled.
+
+    Args:
+        lowered: the program.
+        mesh: of the chips it is for.
+        options: of the compiler.
+        folder: where figures are kept; None takes `default_cache_dir() / "plans"`.
+
+    Raises:
+        TooLarge: it does not fit. Nothing is kept of that.
+        UserError: nothing can be written there.
+    """
+    folder = default_cache_dir() / "plans" if folder is None else folder
+    file = folder / f"{digest(lowered, mesh, options)}.json"
+    if (found := _read(file)) is not None:
+        return found
+    check_place("the cache folder's", file)
+    measured = measure.compiled(lowered, mesh.size, options)
+    with replacing(file) as new:
+        new.write_text(json.dumps(dataclasses.asdict(measured)) + "\n")
+    return measured
+
+
+def digest(lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, str]) -> str:
+    """SHA-256 of all that a compiled program depends on: itself, its chips and the compiler.
+
+    The reader of programs is not part of it, so its figures belong to a release of this package.
+    """
+    chips = [(d.device_kind, d.id) for d in mesh.devices.flat]
+    releases = [
+        (name, importlib.metadata.version(name))
+        for name in ("jax", "jaxlib", "libtpu", "unclip_jax")
+        if _installed(name)
+    ]
+    around = repr((chips, dict(mesh.shape), sorted(options.items()), releases))
+    return hashlib.sha256(f"{around}\n{lowered.as_text()}".encode()).hexdigest()
+
+
+def _installed(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))
+
+
+def _read(file: Path) -> Measured | None:
+    """The figures in a file; None where there is none. What cannot be read is measured again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        found["collectives"] = tuple(Collective(**c) for c in found["collectives"])
+        return Measured(**found)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
