@@ -29,7 +29,7 @@ from unclip_jax.stages import ar_prior, embedding
 from unclip_jax.t5 import T5
 from unclip_jax.text_states import BatchesWithStates, TextEncoder, stream
 from unclip_jax.train_config import TrainConfig
-from unclip_jax.train_step import LossFn
+from unclip_jax.train_step import LossFn, random_params
 
 # Of the data's settings, those that change no batch.
 MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads")
@@ -195,7 +195,7 @@ def first_params(
     key = jax.random.key(given.train.seed)
     if origin is None:
         constants = first_constants(given, stage, source, encoder)
-        return lambda: stage.init(key) | constants
+        return lambda: random_params(stage.init, key) | constants
     if given.lora.rank:
         return functools.partial(origin.adapted, given.lora, key)
     return origin.params
