@@ -35,8 +35,8 @@ CAPTIONS = (
     "red apple, fluent style", "watermelon, twemoji style", "France, twemoji style",
 )  # fmt: skip
 
-# Every show draws as many pictures as there are captions, so that one compiled program of the
-# upsampler, and one of the decoder, serves them all.
+# Every show draws as many pictures as there are captions, all with guidance, so that one compiled
+# program of the upsampler, and one of the decoder for captions and one for edits, serve them all.
 SHOWS = (
     Show(
         "text2im",
@@ -47,6 +47,7 @@ SHOWS = (
             "text2im",
             *(f"--prompt={caption}" for caption in CAPTIONS),
             "--num=1",
+            "--decoder_steps=25",
         ),
     ),
     Show(
@@ -62,14 +63,14 @@ SHOWS = (
         "Both pictures' embeddings lie on a sphere; the way between them is decoded step by step,"
         " and so are their noises.",
         ("interpolate", "--image={apple}", "--image={heart}", "--frames=6", "--rows=0",
-         "--steps=25"),
+         "--guidance_scale=2", "--steps=25"),
     ),
     Show(
         "text_diff",
         "Turned by words",
         "The picture's embedding turns from one caption's towards another's.",
         ("textdiff", "--image={heart}", "--from=blue heart", "--to=red heart", "--frames=6",
-         "--theta_max=0.5", "--steps=25"),
+         "--theta_max=0.5", "--guidance_scale=2", "--steps=25"),
     ),
 )  # fmt: skip
 

@@ -6,9 +6,11 @@ them is most of the work, and test_manipulate.py takes half its time. `make test
 
 import os
 
+from tests.xla_flags import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # subprocesses inherit it
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+os.environ.setdefault("XLA_FLAGS", xla_flags())
 
 import jax
 import pytest

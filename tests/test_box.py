@@ -73,6 +73,7 @@ def test_its_clip_knows_what_was_drawn(model, drawn):
     assert right >= 0.5, "chance is 0.06"
 
 
+@pytest.mark.slow
 def test_pictures_of_256_pixels_are_those_of_64_sharpened(model, drawn):
     captions, small = drawn
     with compiling.optimised():

@@ -203,6 +203,7 @@ def test_every_form_of_file_gives_the_same(folder, form, tmp_path):
         assert same_params(part.params, found[name].params), name
 
 
+@pytest.mark.slow
 def test_half_precision_stays_half_and_runs(folder, tmp_path):
     pipeline = karlo_folders.diffusers.UnCLIPPipeline.from_pretrained(folder)
     pipeline.to(torch.float16).save_pretrained(tmp_path / "half")

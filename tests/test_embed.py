@@ -17,6 +17,7 @@ from PIL import Image
 
 from configs import base
 from tests import tiny
+from tests.xla_flags import xla_flags
 from unclip_jax import checkpoint, grids, runs, stages
 from unclip_jax.data import embed
 from unclip_jax.data.datasets import DataConfig, load
@@ -127,10 +128,9 @@ embed.main(sys.argv[2:])
 
 def start(*arguments, devices=1):
     """A Python process in the checkout."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}, text=True,
     )  # fmt: skip
 
 

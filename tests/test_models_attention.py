@@ -18,6 +18,7 @@ from jax import export
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from tests.networks import normal, prefix_mask, relative_error
+from tests.xla_flags import xla_flags
 from unclip_jax import axes, sharding
 from unclip_jax.errors import UserError
 from unclip_jax.models import attention as module
@@ -217,7 +218,7 @@ def on_four_devices():
 
 def test_every_device_calls_the_kernel_for_its_own_part():
     environ = {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4),
     }  # fmt: skip
     code = "from tests.test_models_attention import on_four_devices; on_four_devices()"
     done = subprocess.run(

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from tests import pod_run
+from tests.xla_flags import xla_flags
 from unclip_jax import distributed, report
 from unclip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 SETTINGS = {
     "steps": 24,
@@ -31,10 +33,9 @@ SETTINGS = {
 
 
 def start(workdir: Path, devices: int, *processes: str, **settings) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, pod_run.__file__, str(workdir), json.dumps(settings), *processes],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT | {"XLA_FLAGS": xla_flags(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -15,11 +15,13 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import sharded_run
+from tests.xla_flags import xla_flags
 from unclip_jax import axes, sharding, stages
 from unclip_jax.errors import UserError
 from unclip_jax.sharding import MeshConfig
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 CONFIGS = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
     for path in ROOT.glob("configs/*/*.py")
@@ -156,10 +158,9 @@ def test_processes_that_compute_one_block_read_the_same_share():
 
 def run_on_eight(*arguments: str) -> str:
     """What Python prints on 8 fake devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT | {"XLA_FLAGS": xla_flags(8)},
         capture_output=True,
         text=True,
         timeout=900,

@@ -17,6 +17,7 @@ import pytest
 
 from tests import toy_run
 from tests.toy_run import Batches, init_params, loss_fn, numpy_leaves, run
+from tests.xla_flags import xla_flags
 from unclip_jax import config as settings
 from unclip_jax import optim, report, resume, sharding, training
 from unclip_jax.errors import UserError
@@ -450,7 +451,7 @@ def test_eight_devices_equal_one(tmp_path):
     changes = {"steps": 12, "grad_accum": 2}
     eight = subprocess.run(
         command(tmp_path / "eight", tmp_path / "eight.npz", **changes),
-        env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"),
+        env=environment(XLA_FLAGS=xla_flags(8)),
         check=True,
         stdout=subprocess.PIPE,
         text=True,
