@@ -39,7 +39,7 @@ def compiled(
     file = folder / f"{digest(lowered, mesh, options)}.json"
     if (found := _read(file)) is not None:
         return found
-    check_place("the cache folder's", file)
+    check_place("UNCLIP_JAX_CACHE", file)
     measured = measure.compiled(lowered, mesh.size, options)
     with replacing(file) as new:
         new.write_text(json.dumps(dataclasses.asdict(measured)) + "\n")
