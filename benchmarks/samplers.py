@@ -31,7 +31,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from unclip_jax.diffusion import Denoise, Diffusion, Process, at
+from unclip_jax.diffusion import Denoise, Diffusion, at
 from unclip_jax.losses import (
     analytic_init,
     analytic_statistic,
@@ -39,6 +39,7 @@ from unclip_jax.losses import (
     vlb_bits_per_dim,
 )
 from unclip_jax.samplers import Sampling, analytic_variance, sample
+from unclip_jax.schedules import Process
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- benchmarks/samplers.py writes this table -->\n", "<!-- end of the table -->\n"

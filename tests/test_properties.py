@@ -24,7 +24,8 @@ from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from unclip_jax.errors import UserError
-from unclip_jax.samplers import Sampling, classifier_free, sample
+from unclip_jax.guidance import classifier_free
+from unclip_jax.samplers import Sampling, sample
 
 hypothesis.settings.register_profile(
     "repeatable",

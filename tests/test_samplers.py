@@ -12,12 +12,11 @@ from scipy import optimize, stats
 
 from unclip_jax.diffusion import PREDICTIONS, Diffusion, at, normal
 from unclip_jax.errors import UserError
+from unclip_jax.guidance import classifier_free, classifier_guided
 from unclip_jax.samplers import (
     METHODS,
     Sampling,
     analytic_variance,
-    classifier_free,
-    classifier_guided,
     invert,
     sample,
 )

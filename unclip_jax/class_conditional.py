@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import classes, samplers, stages
+from unclip_jax import classes, guidance, stages
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.grids import captioned_grid, save_png
 from unclip_jax.parts import Part, load_part
@@ -49,7 +49,7 @@ def _draw(
     guide = None
     if classifier is not None:
         guide = functools.partial(
-            samplers.classifier_guided,
+            guidance.classifier_guided,
             log_prob=lambda x_t, t: classifier.log_prob(classifier_params, x_t, t, label),
             scale=classifier_scale,
             diffusion=stage.diffusion,

@@ -29,7 +29,6 @@ import numpy as np
 from unclip_jax.diffusion import (
     Denoise,
     Diffusion,
-    Process,
     check_keys,
     interpret,
     normal,
@@ -40,6 +39,7 @@ from unclip_jax.diffusion import (
     target,
 )
 from unclip_jax.errors import UserError
+from unclip_jax.schedules import Process
 
 VLB_WEIGHT = 1e-3
 """lambda of L_hybrid = L_simple + lambda L_vlb (arXiv 2102.09672, eq. 16)."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import diffusion as dm
-from unclip_jax import samplers
+from unclip_jax import guidance, samplers
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
@@ -280,7 +280,7 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, *, loop
     """
     encoded = stage.encode(params, cond)
     null = stage.encode(params, stage.null(params, cond))
-    denoise = samplers.classifier_free(
+    denoise = guidance.classifier_free(
         lambda x_t, t, encoded: stage.denoise(params, x_t, t, encoded),
         encoded,
         null,

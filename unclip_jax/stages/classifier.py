@@ -80,7 +80,7 @@ class ClassifierStage:
         )
 
     def log_prob(self, params: Params, x_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
-        """log p(y | x_t) [b] of classes int32 [b], for `samplers.classifier_guided`."""
+        """log p(y | x_t) [b] of classes int32 [b], for `guidance.classifier_guided`."""
         return _pick(jax.nn.log_softmax(self.logits(params, x_t, t)), label)
 
     def loss(

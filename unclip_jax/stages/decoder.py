@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax import diffusion as dm
-from unclip_jax import samplers
+from unclip_jax import guidance, samplers
 from unclip_jax.errors import UserError
 from unclip_jax.loops import Loop, whole
 from unclip_jax.losses import losses
@@ -275,12 +275,12 @@ class DecoderStage:
             eta: DDIM's noise, for sampling.method "ddim".
             noise: float [b, steps, h, w, 3] to use instead of the keys' draws: x_T, then what each
                 step but the last adds.
-            guide: guidance on top, such as `samplers.classifier_guided` with all but its network.
+            guide: guidance on top, such as `guidance.classifier_guided` with all but its network.
             loop: what does the steps, see `samplers.sample`.
         """
         null = self.null(params, cond) if null is None else null
         size = self.image_size
-        denoise = samplers.classifier_free(
+        denoise = guidance.classifier_free(
             lambda x_t, t, encoded: self.denoise(params, x_t, t, encoded),
             self.encode(params, cond),
             self.encode(params, null),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax import diffusion as dm
-from unclip_jax import samplers
+from unclip_jax import guidance, samplers
 from unclip_jax.errors import UserError
 from unclip_jax.loops import Loop, whole
 from unclip_jax.losses import losses
@@ -191,7 +191,7 @@ class PriorStage:
         Arguments as for `sample`, but noise is float [b, steps, e].
         """
         null = self.null(params, cond) if null is None else null
-        denoise = samplers.classifier_free(
+        denoise = guidance.classifier_free(
             lambda x_t, t, c: self.denoise(params, x_t, t, c),
             cond,
             null,
