@@ -135,19 +135,18 @@ def evaluate(
     measurer = _measurer(model, settings, judge)
     key = jax.random.key(settings.seed)
     stage = model.decoder.stage
-    size = model.image_size if settings.upsample else stage.image_size
     scale = stage.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-
-    plain = dataclasses.replace(measurer, network=measurer.clip)
+    real_data = dataclasses.replace(
+        data, image_size=model.image_size if settings.upsample else stage.image_size
+    )
     heldout_data = dataclasses.replace(
         data,
         split=heldout_split,
         image_size=measurer.judge.stage.image_size,
         labels=settings.class_pictures > 0,
     )
-    real_data = dataclasses.replace(data, image_size=size)
     datasets.load(real_data)  # a split that is not there is told before anything is measured
-    heldout = plain.read(heldout_data)
+    heldout = dataclasses.replace(measurer, network=measurer.clip).read(heldout_data)
     if settings.class_pictures and len(heldout.source.classes) < 2:
         raise UserError(
             f"--class_pictures: {heldout.source.name} has {len(heldout.source.classes)} class,"
@@ -156,35 +155,23 @@ def evaluate(
     real = measurer.read(real_data)
     chosen, reference, disjoint = choose(len(real.index), settings.num, settings.seed)
 
-    captions = real.captions
     held_t, z_t = (measurer.read_captions(part.captions) for part in (heldout, real))
     figures = {"clip": clip_figures(heldout.vectors.z_i, held_t)}
     if model.prior is not None:
-        own, pairs = plain, heldout
-        if judge is not None:  # the prior speaks the language of its own CLIP, whoever measures
-            own, own_size = measurer.by(model.clip), model.clip.stage.image_size
-            pairs = own.read(dataclasses.replace(heldout_data, image_size=own_size))
-        figures["prior"] = _prior_figures(own, pairs, key)
+        figures["prior"] = _prior_figures(measurer, judge, heldout, heldout_data, key)
 
+    captions = [real.captions[i] for i in chosen]
+    drawn = _draw(measurer, captions, {scale, *settings.sweep}, settings, key)
+    figures["decoder"] = own_caption(
+        drawn[scale][0].z_i, real.vectors.z_i[chosen], np.concatenate([z_t, held_t]), chosen
+    )
     compare = Comparison(real.vectors.rows(reference))
-    sweep, pictures = [], {}
-    for each in sorted({scale, *settings.sweep}):
-        vectors, pictures[each] = measurer.draw(
-            jax.random.fold_in(key, CAPTIONS),
-            [captions[i] for i in chosen],
-            guidance_scale=each,
-            upsample=settings.upsample,
-            shown=SHOWN,
-            name=f"pictures, guidance {each:g}",
-        )
-        sweep.append({"guidance_scale": each} | compare(vectors, z_t[chosen]))
-        if each == scale:
-            figures["decoder"] = own_caption(
-                vectors.z_i, real.vectors.z_i[chosen], np.concatenate([z_t, held_t]), chosen
-            )
-            figures["pictures"] = {k: v for k, v in sweep[-1].items() if k != "guidance_scale"}
-    figures["pictures"] |= compare.floor(real.vectors.rows(chosen), z_t[chosen], disjoint)
-    grids = _grids(real, chosen, [captions[i] for i in chosen], pictures, scale)
+    rows = {each: compare(vectors, z_t[chosen]) for each, (vectors, _) in drawn.items()}
+    floor = compare.floor(real.vectors.rows(chosen), z_t[chosen], disjoint)
+    figures["pictures"] = rows[scale] | floor
+    sweep = [{"guidance_scale": each} | row for each, row in rows.items()]
+    pictures = {each: shown for each, (_, shown) in drawn.items()}
+    grids = _grids(real, chosen, captions, pictures, scale)
 
     subsets = None
     if settings.class_pictures:
@@ -283,8 +270,36 @@ def _instruments(measurer: Measurer, real: Real) -> dict[str, Any]:
     }
 
 
-def _prior_figures(measurer: Measurer, heldout: Real, key: jax.Array) -> Figures:
+def _draw(
+    measurer: Measurer, captions: list[str], scales: set[float], settings: Settings, key: jax.Array
+) -> dict[float, tuple[Vectors, np.ndarray]]:
+    """At every guidance scale, rising: vectors of all pictures, and those that are shown."""
+    return {
+        each: measurer.draw(
+            jax.random.fold_in(key, CAPTIONS),
+            captions,
+            guidance_scale=each,
+            upsample=settings.upsample,
+            shown=SHOWN,
+            name=f"pictures, guidance {each:g}",
+        )
+        for each in sorted(scales)
+    }
+
+
+def _prior_figures(
+    measurer: Measurer,
+    judge: Part | None,
+    heldout: Real,
+    heldout_data: datasets.DataConfig,
+    key: jax.Array,
+) -> Figures:
     """Cosines of sampled z_i with those of held-out pairs."""
+    if judge is not None:  # the prior speaks the language of its own CLIP, whoever measures
+        own = measurer.model.clip
+        measurer = measurer.by(own)
+        own_size = own.stage.image_size
+        heldout = measurer.read(dataclasses.replace(heldout_data, image_size=own_size))
     drawn = measurer.sample_prior(jax.random.fold_in(key, PRIOR), heldout.captions)
     z_t = measurer.read_captions(heldout.captions)
     return prior_cosines(drawn, heldout.vectors.z_i, z_t)
