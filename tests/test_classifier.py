@@ -14,7 +14,6 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tests import compiling
 from tests.networks import integers, normal, random_params
 from unclip_jax import checkpoint, class_conditional, classes, runs, stages
 from unclip_jax.data.datasets import DataConfig, load
@@ -68,20 +67,18 @@ def trained(stage):
     """A stage trained for a moment on `shades`."""
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 300))
 
-    def step(carry, key):
-        params, state = carry
+    @jax.jit
+    def step(params, state, key):
         grads = jax.grad(lambda p: stage.loss(p, shades(key, 32), key)[0])(params)
         updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state
 
-    @jax.jit
-    def train(key):
-        params = stage.init(key)
-        keys = jax.random.split(key, 300)
-        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
-
-    with compiling.optimised():
-        return part(stage, train(jax.random.key(0)))
+    key = jax.random.key(0)
+    params = jax.jit(stage.init)(key)
+    state = optimizer.init(params)
+    for step_key in jax.random.split(key, 300):
+        params, state = step(params, state, step_key)
+    return part(stage, params)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_every_weight_arrives_and_it_runs(tiny_presets, folder, params):
     model = UnCLIP.load(folder)
     pictures = model.generate(jax.random.key(0), ["a cat"])
     assert pictures.shape == (1, 32, 32, 3)
-    assert model.variations(jax.random.key(0), pictures, num=2).shape == (2, 32, 32, 3)
+    assert model.variations(jax.random.key(0), pictures, num=1).shape == (1, 32, 32, 3)
     assert size(model.decoder.params["network"]) == size(params["decoder"]["network"])
 
 

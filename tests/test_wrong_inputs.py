@@ -88,6 +88,14 @@ PLAN = "unclip_jax.plan --config=configs/paper/prior.py --topology=v5e:2x2 "
 # Module and arguments, exit status, and what the line names.
 ROWS = [
     # train.py
+    ("train --workdir={new}", 1, "--config: missing"),
+    ("train --config=configs/emoji/nothing.py --workdir={new}", 1, "nothing.py"),
+    ("train --config=configs/emoji/prior.py --workdir={new}", 1, "config.clip: empty"),
+    (TRAIN_CLIP + "--config.train.learning_rat=1", 1, "learning_rat"),
+    (TRAIN_CLIP + "--config.train.steps=many", 1, "steps"),
+    (TRAIN_CLIP + "--config.train.steps=0", 1, "train.steps"),
+    (TRAIN_CLIP + "--config.data.name=./no_such_folder", 1, "no_such_folder"),
+    (TRAIN_CLIP + "--config.stage.model.patch=7", 1, "patch"),
     (TRAIN_CLIP + "surplus", 1, "argument 'surplus'"),
     (TRAIN_CLIP + "--no_such_flag=1", 1, "no_such_flag"),
     ("train --config=README.md --workdir={new}", 1, "README.md"),
@@ -123,6 +131,12 @@ ROWS = [
     (TRAIN_DECODER + "--config.stage.diffusion.schedule=sine", 1, "sine"),
     (TRAIN_DECODER + "--config.stage.caption_drop=1.5", 1, "caption_drop: got 1.5"),
     # sample.py
+    ("sample", 2, "sample"),
+    ("sample text2img", 2, "text2img"),
+    ("sample text2im --model {model}", 1, "no caption"),
+    ("sample text2im --model {model} --prompt ''", 1, "prompts[0]"),
+    ("sample text2im --model {model} --prompt x --out {new}.gif", 1, ".png"),
+    ("sample text2im --model {model} --prompts no.txt", 1, "no.txt"),
     ("sample text2im --model {model} --prompt x --out {new}.png --dtype int8", 2, "--dtype"),
     ("sample text2im --model {model} --prompt x --out {new}.png --surplus", 2, "--surplus"),
     ("sample text2im --model= --prompt x --out {new}.png", 1, "model"),
