@@ -136,7 +136,7 @@ def test_what_fits_is_split_no_more_than_it_must(on_eight):
 
 
 def test_a_program_is_compiled_once(tmp_path, monkeypatch):
-    """Another program, option or place of chips is another; a damaged file is measured again."""
+    """Another program, option, place of chips or reader is another; a damaged file is no file."""
     compiles = []
 
     def counted(lowered, *args):
@@ -161,7 +161,13 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     assert len(compiles) == 4 and len(list(tmp_path.glob("*.json"))) == 4
     for file in tmp_path.iterdir():
         file.write_text(file.read_text()[:-9])
-    assert needs(2.0) == first and len(compiles) == 5
+    again = needs(2.0)
+    assert again == first and len(compiles) == 5
+    assert again.compile_s > 0 and needs(2.0).compile_s == again.compile_s
+    reader = tmp_path / "hlo.py"
+    reader.write_text(Path(hlo.__file__).read_text(encoding="utf-8") + "# another\n")
+    monkeypatch.setattr(hlo, "__file__", str(reader))
+    assert needs(2.0) == first and len(compiles) == 6
 
 
 # Chips and time

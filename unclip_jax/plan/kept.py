@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from unclip_jax.files import check_place, default_cache_dir, replacing
-from unclip_jax.plan import measure
+from unclip_jax.plan import hlo, measure
 from unclip_jax.plan.hlo import Collective
 from unclip_jax.plan.measure import Measured
 
@@ -47,17 +47,15 @@ def compiled(
 
 
 def digest(lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, str]) -> str:
-    """SHA-256 of all that a compiled program depends on: itself, its chips and the compiler.
-
-    The reader of programs is not part of it, so its figures belong to a release of this package.
-    """
+    """SHA-256 of all that the figures depend on: the program, its chips, compiler and reader."""
     chips = [(d.device_kind, d.id) for d in mesh.devices.flat]
     releases = [
         (name, importlib.metadata.version(name))
-        for name in ("jax", "jaxlib", "libtpu", "unclip_jax")
+        for name in ("jax", "jaxlib", "libtpu")
         if _installed(name)
     ]
-    around = repr((chips, dict(mesh.shape), sorted(options.items()), releases))
+    readers = [Path(module.__file__).read_text(encoding="utf-8") for module in (hlo, measure)]
+    around = repr((chips, dict(mesh.shape), sorted(options.items()), releases, readers))
     return hashlib.sha256(f"{around}\n{lowered.as_text()}".encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+import time
 from collections.abc import Iterable
 
 import jax
@@ -40,6 +41,7 @@ class Measured:
         temporary: bytes that it needs besides.
         moved: bytes between memory and core.
         collectives: bytes among chips.
+        compile_s: seconds that the compiler took, which say nothing of the program.
     """
 
     arguments: int
@@ -47,6 +49,7 @@ class Measured:
     temporary: int
     moved: int
     collectives: tuple[Collective, ...]
+    compile_s: float = dataclasses.field(compare=False)
 
     @property
     def peak(self) -> int:
@@ -60,6 +63,7 @@ def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str])
     Raises:
         TooLarge: it does not fit.
     """
+    began = time.perf_counter()
     try:
         program = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -67,6 +71,7 @@ def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str])
         if used is None:
             raise
         raise TooLarge(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))) from error
+    seconds = time.perf_counter() - began
     memory = program.memory_analysis()
     text = Program(program.as_text(), devices)
     return Measured(
@@ -75,6 +80,7 @@ def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str])
         temporary=memory.temp_size_in_bytes,
         moved=text.bytes(),
         collectives=tuple(text.collectives()),
+        compile_s=seconds,
     )
 
 
