@@ -21,7 +21,10 @@ PIXEL_MEAN, PIXEL_STD = ClipConfig().pixel_mean, ClipConfig().pixel_std
 PROMPTS = ["a red apple", "Two dogs &amp; a cat  🐱 on the moon, painted in oil"]
 
 
-@pytest.fixture(scope="module", params=list(karlo_folders.SIZES))
+@pytest.fixture(
+    scope="module",
+    params=["two levels", pytest.param("three levels", marks=pytest.mark.slow)],
+)
 def reference(request, tmp_path_factory):
     """Both pipelines of diffusers, and the folders they save."""
     base = tmp_path_factory.mktemp("karlo")
