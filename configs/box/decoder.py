@@ -4,7 +4,7 @@
     python train.py --config=configs/box/decoder.py --workdir=runs/box/decoder \
         --config.clip=runs/box/clip
 
-The U-Net works on 4x4 patches, so its first level has a side of 16. 2.2 GFLOP for each picture
+The U-Net works on 4x4 patches, so its first level has a side of 16. 2.0 GFLOP for each picture
 trained on (XLA's count).
 """
 
