@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from unclip_jax import box
+from unclip_jax.grids import read_png_metadata
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -110,3 +111,9 @@ def _leaves(tree, path=()):
             yield from _leaves(part, (*path, name))
         else:
             yield ".".join((*path, name)), part
+
+
+@pytest.mark.parametrize("picture", sorted(DOCS.glob("images/*.png")), ids=lambda path: path.name)
+def test_pictures_name_no_place_on_the_machine_that_drew_them(picture):
+    """Their metadata has the settings they were drawn with, of which some are paths."""
+    assert not [text for text in read_png_metadata(picture).values() if '"/' in text]
