@@ -129,7 +129,7 @@ def save_stage(
         "storage_dtype": dtype,
         "description": dict(description),
     }
-    config |= {"checksum": _config_checksum(config)}
+    config = {"checksum": _config_checksum(config)} | config  # first: a line that can be deleted
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with _replacing_folder(folder) as temporary:
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
