@@ -1,5 +1,6 @@
 """The loop: optimizer against NumPy, averages in closed form, and resuming bit for bit."""
 
+import gc
 import json
 import os
 import random
@@ -294,6 +295,26 @@ def test_a_finished_run_trains_no_more_but_exports_again(tmp_path):
     again = run(tmp_path, batches, export=lambda params, step: exported.append(step))
     assert_same(first, again)
     assert exported == [30] and batches.log == []
+
+
+def test_a_run_that_goes_on_has_one_state_in_memory(tmp_path, monkeypatch):
+    """Where a state just fits on its devices, a run begins, and must be able to go on."""
+    restore, alive = resume.Checkpoints.restore, []
+
+    def count():
+        gc.collect()
+        return sum(array.shape == (5, 3) for array in jax.live_arrays())
+
+    def watched(self, step, like):
+        alive.append(count())
+        return restore(self, step, like)
+
+    run(tmp_path, steps=10)
+    before = count()
+    monkeypatch.setattr(resume.Checkpoints, "restore", watched)
+    state = run(tmp_path, steps=20)
+    assert alive == [before + 1]  # the first params, in the host's memory
+    assert int(state.step) == 20
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path):

@@ -324,7 +324,8 @@ class Checkpoints:
 
         Args:
             step: which one.
-            like: a state with the names, shapes, dtypes and shardings to restore.
+            like: arrays or their `jax.ShapeDtypeStruct`, with the names, shapes, dtypes and
+                shardings to restore.
 
         Raises:
             UserError: the checkpoint is damaged, or its params are other than those of `like`.

@@ -7,6 +7,7 @@ is a loss function.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,12 +97,23 @@ def sharded_state(
         config: gives the dtype of the average.
         mesh: where the state goes, as `sharding.tree_shardings` says.
     """
-
-    def init(params: Params) -> TrainState:
-        return init_state(params, optimizer, config.ema_dtype)
-
-    where = sharding.tree_shardings(jax.eval_shape(init, params), mesh)
+    init = functools.partial(init_state, optimizer=optimizer, ema_dtype=config.ema_dtype)
+    shapes = state_shapes(params, optimizer, config, mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(init, out_shardings=where)(sharding.place(params, where.params))
+
+
+def state_shapes(
+    params: Params, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of what `sharded_state` makes; no device holds anything."""
+    init = functools.partial(init_state, optimizer=optimizer, ema_dtype=config.ema_dtype)
+    shapes = jax.eval_shape(init, params)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
 
 
 def make_train_step(

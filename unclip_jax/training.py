@@ -45,6 +45,7 @@ from unclip_jax.train_step import (
     open_window,
     read_window,
     sharded_state,
+    state_shapes,
 )
 
 __all__ = [
@@ -175,6 +176,19 @@ def _kept(state: TrainState) -> TrainState:
     return state._replace(params=kept)
 
 
+def _restored(
+    checkpoints: resume.Checkpoints, step: int, params: Params, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of a checkpoint beside frozen networks, and positions. Devices hold it once."""
+    state, positions = checkpoints.restore(step, like=_kept(like))
+    frozen = {
+        name: sharding.place(part, jax.tree.map(lambda leaf: leaf.sharding, like.params[name]))
+        for name, part in params.items()
+        if name not in state.params
+    }
+    return state._replace(params=frozen | state.params), positions
+
+
 def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> TrainState:
     """Steps start + 1 to config.steps.
 
@@ -280,11 +294,14 @@ def train(
         checkpoints = stack.enter_context(resume.Checkpoints(workdir / "checkpoints", config))
         start = _check_resumable(checkpoints, described, config, workdir)
         optimizer = make_optimizer(config)
-        state = sharded_state(_first_params(init_params), optimizer, config, mesh)
+        params = _first_params(init_params)
         if start:
-            restored, positions = checkpoints.restore(start, like=_kept(state))
-            state = restored._replace(params=state.params | restored.params)
+            like = state_shapes(params, optimizer, config, mesh)
+            state, positions = _restored(checkpoints, start, params, like)
             feed.restore(positions)
+        else:
+            state = sharded_state(params, optimizer, config, mesh)
+        del params
 
         progress = report.Progress(
             steps=config.steps,
