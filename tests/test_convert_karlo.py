@@ -1,5 +1,6 @@
 """Karlo converted and run, against diffusers' own pipelines on the same random weights."""
 
+import copy
 import json
 import shutil
 
@@ -170,6 +171,15 @@ def test_round_trip_is_exact(reference, tmp_path):
     assert loaded.tokenizer("a red apple").input_ids == pipeline.tokenizer("a red apple").input_ids
     with pytest.raises(UserError, match="exists"):
         convert(["diffusers", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs")])
+    decoder = tmp_path / "ours/decoder/config.json"
+    config = json.loads(decoder.read_text())
+    del config["checksum"]
+    for field, value in (("patch", 2), ("pixel_channels", 8)):
+        described = copy.deepcopy(config)
+        described["description"]["stage"]["model"]["unet"][field] = value
+        decoder.write_text(json.dumps(described))
+        with pytest.raises(UserError, match="another form than Karlo's"):
+            convert(["diffusers", str(tmp_path / "ours"), "--out", str(tmp_path / "again")])
 
 
 def test_variations_go_home_too(reference, tmp_path):

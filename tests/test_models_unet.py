@@ -20,6 +20,7 @@ from tests.networks import (
 from unclip_jax.errors import UserError
 from unclip_jax.models import Decoder, DecoderConfig, TextConfig, UNet, UNetConfig
 from unclip_jax.models.resample import convolve_doubled, depth_to_space, double, space_to_depth
+from unclip_jax.models.unet import PixelHead
 
 UNET = UNetConfig(
     image_size=12,
@@ -72,6 +73,7 @@ def applied(network, params):
         {"image_size": 20, "channel_mults": (1, 1, 3), "attention_sizes": (20, 5), "groups": 1},
         {"patch": 2, "attention_sizes": (3,), "out_channels": 3},
         {"patch": 3, "attention_sizes": (), "context_dim": 0, "res_blocks": 2, "emb_dim": 6},
+        {"patch": 2, "attention_sizes": (3,), "pixel_channels": 3},
         {"scale_shift": False, "channels": 12, "channel_mults": (2, 1), "head_channels": 3},
     ],
 )
@@ -199,6 +201,33 @@ def test_patch_1_is_the_net_on_folded_images():
     out = applied(UNet(folded), params)(space_to_depth(X, 2), T)
     ours = applied(UNet(patched), params)(X, T)
     assert relative_error(ours, depth_to_space(out, 2)) < 1e-6
+
+
+def test_a_pixel_head_begins_as_nothing():
+    patched = dataclasses.replace(CONVOLUTIONS, patch=2, out_channels=3)
+    network = UNet(dataclasses.replace(patched, pixel_channels=5))
+    params = random_params(network, X, T)
+    fresh = jax.jit(network.init)(jax.random.key(0, impl="rbg"), X, T)["params"]["pixels"]
+    np.testing.assert_array_equal(fresh["conv_out"]["kernel"], 0.0)
+    params["pixels"] |= {"conv_out": jax.tree.map(jnp.zeros_like, fresh["conv_out"])}
+    without = {name: param for name, param in params.items() if name != "pixels"}
+    expected = applied(UNet(patched), without)(X, T)
+    np.testing.assert_array_equal(applied(network, params)(X, T), expected)
+
+
+def test_a_pixel_head_can_copy_as_much_of_its_input_as_the_embedding_says():
+    """SiLU(a) - SiLU(-a) = a: six channels carry three of pixels exactly, times 1 + scale."""
+    x, y, emb = normal(0, 2, 6, 8, 3), normal(1, 2, 6, 8, 3), jnp.array([[1.0], [0.0]])
+    centre = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    both = jnp.concatenate([jnp.eye(3), -jnp.eye(3)], axis=1)  # x, then -x
+    params = {
+        "conv_in": {"kernel": centre * jnp.concatenate([both, -both]), "bias": jnp.zeros(6)},
+        "emb": {"kernel": -jnp.ones((1, 12)) * (jnp.arange(12) < 6), "bias": jnp.zeros(12)},
+        "conv_out": {"kernel": centre * both.T, "bias": jnp.zeros(3)},
+    }
+    result = applied(PixelHead(6, "float32"), params)(x, y, emb)
+    np.testing.assert_allclose(result[0], y[0], atol=1e-6)  # scale -1: nothing of x - y is added
+    np.testing.assert_allclose(result[1], x[1], atol=1e-6)  # scale 0: all of it
 
 
 def test_dropout_draws_only_in_training():
