@@ -218,12 +218,15 @@ def test_a_pixel_head_begins_as_nothing():
 def test_a_pixel_head_can_copy_as_much_of_its_input_as_the_embedding_says():
     """SiLU(a) - SiLU(-a) = a: six channels carry three of pixels exactly, times 1 + scale."""
     x, y, emb = normal(0, 2, 6, 8, 3), normal(1, 2, 6, 8, 3), jnp.array([[1.0], [0.0]])
-    centre = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    only_there = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
     both = jnp.concatenate([jnp.eye(3), -jnp.eye(3)], axis=1)  # x, then -x
     params = {
-        "conv_in": {"kernel": centre * jnp.concatenate([both, -both]), "bias": jnp.zeros(6)},
-        "emb": {"kernel": -jnp.ones((1, 12)) * (jnp.arange(12) < 6), "bias": jnp.zeros(12)},
-        "conv_out": {"kernel": centre * both.T, "bias": jnp.zeros(3)},
+        "conv_in": {
+            "kernel": only_there * jnp.concatenate([both, -both])[None, None],
+            "bias": jnp.zeros(6),
+        },
+        "emb": {"kernel": -jnp.ones((1, 12)) * (jnp.arange(12) < 6)[None], "bias": jnp.zeros(12)},
+        "conv_out": {"kernel": only_there * both.T[None, None], "bias": jnp.zeros(3)},
     }
     result = applied(PixelHead(6, "float32"), params)(x, y, emb)
     np.testing.assert_allclose(result[0], y[0], atol=1e-6)  # scale -1: nothing of x - y is added

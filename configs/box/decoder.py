@@ -33,6 +33,7 @@ def get_config(variant=""):
                 head_channels=32,
                 context_dim=128,
                 patch=4,
+                pixel_channels=24,
             ),
             text=TextConfig(
                 vocab_size=base.VOCAB_SIZE,
@@ -48,9 +49,9 @@ def get_config(variant=""):
         guidance_scale=2.0,
     )
     train = TrainConfig(
-        batch_size=64,
-        steps=10_000,
-        learning_rate=8e-4,
+        batch_size=32,
+        steps=20_000,
+        learning_rate=6e-4,
         warmup_steps=100,
         schedule="cosine",
         b2=0.99,
@@ -58,8 +59,8 @@ def get_config(variant=""):
         ema_decay=0.999,
         log_every=20,
         eval_every=500,
-        preview_every=250,
-        checkpoint_every=50,
+        preview_every=500,
+        checkpoint_every=200,
         keep_checkpoints=1,
     )
     gpu = {"batch_size": 256, "steps": 30_000, "warmup_steps": 500, "ema_decay": 0.9995}

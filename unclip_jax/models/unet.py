@@ -288,10 +288,7 @@ class UNet(nn.Module):
         self._check_inputs(x, emb, context, context_mask)
         res_block, attention_block = remat(ResBlock, c.remat), remat(AttentionBlock, c.remat)
         rate = 0.0 if deterministic else c.dropout
-        time = TimeEmbedding(c.channels, c.embedding_features, name="time")(t)
-        if level is not None:
-            time += TimeEmbedding(c.channels, c.embedding_features, name="level")(level)
-        active = nn.silu(time if emb is None else time + emb).astype(c.dtype)
+        active = self._embedding(t, emb, level)
         if context is not None:
             context = context.astype(c.dtype)
 
@@ -336,9 +333,17 @@ class UNet(nn.Module):
         out = c.out_channels * c.patch**2
         h = nn.Conv(out, (3, 3), kernel_init=nn.initializers.zeros, name="conv_out")(h)
         h = depth_to_space(h, c.patch)
-        if c.pixel_channels:
-            h = PixelHead(c.pixel_channels, c.dtype, name="pixels")(x, h, active)
-        return h
+        if not c.pixel_channels:
+            return h
+        return PixelHead(c.pixel_channels, c.dtype, name="pixels")(x, h, active)
+
+    def _embedding(self, t: jax.Array, emb: jax.Array | None, level: jax.Array | None) -> jax.Array:
+        """What every block is told of time and noise: activated, `[b, embedding_features]`."""
+        c = self.config
+        time = TimeEmbedding(c.channels, c.embedding_features, name="time")(t)
+        if level is not None:
+            time += TimeEmbedding(c.channels, c.embedding_features, name="level")(level)
+        return nn.silu(time if emb is None else time + emb).astype(c.dtype)
 
     def _check_inputs(
         self,
