@@ -31,6 +31,9 @@ FREE = frozenset({
     "noise_level",
 })  # fmt: skip
 
+# Settings that a fine-tuned stage may raise from 0: what they add begins as nothing.
+GROWING = frozenset({"pixel_channels"})
+
 _LISTED = 3
 
 
@@ -40,12 +43,14 @@ class Origin:
 
     Attributes:
         folder: its model folder.
-        stage: the stage to train, whose weights the folder holds.
+        trained: the stage that the folder holds.
+        stage: the stage to train: with the same weights, and perhaps more.
         fingerprint: of those weights.
         clip_fingerprint: of the CLIP that it stands on; "" where it stands on none.
     """
 
     folder: Path
+    trained: stages.Stage
     stage: stages.Stage
     fingerprint: str
     clip_fingerprint: str
@@ -72,7 +77,7 @@ class Origin:
         stage = stages.build(_overlaid(stages.describe(trained), overrides))
         _check_same_weights(stages.describe(trained), stages.describe(stage), folder)
         fingerprint = checkpoint.read_fingerprint(path)
-        return cls(path, stage, fingerprint, description.get("clip_fingerprint", ""))
+        return cls(path, trained, stage, fingerprint, description.get("clip_fingerprint", ""))
 
     def check_clip(self, fingerprint: str, folder: str) -> None:
         """Raise UserError unless the CLIP in `folder` is the one that the stage stands on."""
@@ -85,6 +90,8 @@ class Origin:
     def params(self, dtype: str = "") -> Params:
         """The stage's params; `dtype` is that of its weights in memory, "" for float32.
 
+        What the stage has more than the folder is drawn at random, the same each time.
+
         Raises:
             UserError: the folder is damaged, or has changed since it was read.
         """
@@ -94,8 +101,15 @@ class Origin:
                 f" began, when their fingerprint was {self.fingerprint}; put those back and run"
                 " the same command again"
             )
-        shapes = jax.eval_shape(self.stage.init, jax.random.key(0))
-        return checkpoint.load_stage(self.folder, shapes, dtype)[0]
+        key = jax.random.key(0)
+        params, _ = checkpoint.load_stage(
+            self.folder, jax.eval_shape(self.trained.init, key), dtype
+        )
+        if jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(self.stage.init, key)):
+            return params
+        fresh = checkpoint.flatten(jax.jit(self.stage.init)(key))
+        fresh = {name: x.astype(dtype or x.dtype) for name, x in fresh.items()}
+        return checkpoint.unflatten(fresh | checkpoint.flatten(params))
 
     def adapted(self, config: Lora, key: jax.Array) -> Params:
         """The params to train with low-rank adapters: theirs, and the frozen network's."""
@@ -127,6 +141,7 @@ def _check_same_weights(trained: Mapping[str, Any], asked: Mapping[str, Any], fo
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
         and FREE.isdisjoint({name.split("/")[0], name.split("/")[-1]})
+        and not (name.split("/")[-1] in GROWING and before.get(name) == 0)
     ]
     if differing:
         more = len(differing) - _LISTED
