@@ -47,7 +47,6 @@ SHOWS = (
             "text2im",
             *(f"--prompt={caption}" for caption in CAPTIONS),
             "--num=1",
-            "--decoder_steps=25",
         ),
     ),
     Show(
