@@ -174,9 +174,10 @@ def test_round_trip_is_exact(reference, tmp_path):
     decoder = tmp_path / "ours/decoder/config.json"
     config = json.loads(decoder.read_text())
     del config["checksum"]
-    for field, value in (("patch", 2), ("pixel_channels", 8)):
+    side = config["description"]["stage"]["model"]["unet"]["image_size"]
+    for changes in ({"patch": 2, "image_size": 2 * side}, {"pixel_channels": 8}):
         described = copy.deepcopy(config)
-        described["description"]["stage"]["model"]["unet"][field] = value
+        described["description"]["stage"]["model"]["unet"] |= changes
         decoder.write_text(json.dumps(described))
         with pytest.raises(UserError, match="another form than Karlo's"):
             convert(["diffusers", str(tmp_path / "ours"), "--out", str(tmp_path / "again")])
