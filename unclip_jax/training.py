@@ -176,17 +176,27 @@ def _kept(state: TrainState) -> TrainState:
     return state._replace(params=kept)
 
 
-def _restored(
-    checkpoints: resume.Checkpoints, step: int, params: Params, like: TrainState
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state of a checkpoint beside frozen networks, and positions. Devices hold it once."""
+def _begin(
+    checkpoints: resume.Checkpoints,
+    feed: Feed,
+    step: int,
+    init_params: Callable[[], Params],
+    config: TrainConfig,
+    mesh: Mesh,
+) -> TrainState:
+    """The first state, or, with data to match, that of checkpoint `step`: devices hold it once."""
+    params, optimizer = _first_params(init_params), make_optimizer(config)
+    if not step:
+        return sharded_state(params, optimizer, config, mesh)
+    like = state_shapes(params, optimizer, config, mesh)
     state, positions = checkpoints.restore(step, like=_kept(like))
+    feed.restore(positions)
     frozen = {
         name: sharding.place(part, jax.tree.map(lambda leaf: leaf.sharding, like.params[name]))
         for name, part in params.items()
         if name not in state.params
     }
-    return state._replace(params=frozen | state.params), positions
+    return state._replace(params=frozen | state.params)
 
 
 def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> TrainState:
@@ -293,15 +303,7 @@ def train(
                 remove_leftovers(folder)
         checkpoints = stack.enter_context(resume.Checkpoints(workdir / "checkpoints", config))
         start = _check_resumable(checkpoints, described, config, workdir)
-        optimizer = make_optimizer(config)
-        params = _first_params(init_params)
-        if start:
-            like = state_shapes(params, optimizer, config, mesh)
-            state, positions = _restored(checkpoints, start, params, like)
-            feed.restore(positions)
-        else:
-            state = sharded_state(params, optimizer, config, mesh)
-        del params
+        state = _begin(checkpoints, feed, start, init_params, config, mesh)
 
         progress = report.Progress(
             steps=config.steps,
@@ -327,7 +329,7 @@ def train(
         )
         if distributed.is_lead():
             _introduce(run, state.params, start)
-        step_fn = make_train_step(loss_fn, optimizer, config, mesh)
+        step_fn = make_train_step(loss_fn, make_optimizer(config), config, mesh)
         state = _train_steps(run, step_fn, state, start)
         checkpoints.wait()
         _finish(run, state, export)
