@@ -50,8 +50,9 @@ def main(argv: list[str]) -> None:
     parse(argv)
     distributed.initialize(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
-    from unclip_jax import checkpoint, compile_cache, host_memory, runs, training
+    from unclip_jax import checkpoint, compile_cache, cpu_devices, host_memory, runs, training
 
+    cpu_devices.use()
     compile_cache.use()
     host_memory.keep_freed()
 

@@ -43,6 +43,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "preemption": {"distributed"},
     "sharding": {"errors", "axes", "checkpoint"},
+    "cpu_devices": {"errors", "sharding"},
     "feed": {"errors", "distributed", "sharding", "train_config"},
     "optim": {"checkpoint", "train_config"},
     "train_step": {"axes", "optim", "sharding", "train_config"},
@@ -73,8 +74,8 @@ ALLOWED = {
     "classes": {"errors", "data", "parts", "stages"},
     "evaluation": {"errors", "pca"},
     "evaluate": {
-        "errors", "compile_cache", "convert", "data", "evaluation", "files", "grids", "host_memory",
-        "models", "parts", "pca", "pipeline", "sharding", "stages",
+        "errors", "compile_cache", "convert", "cpu_devices", "data", "evaluation", "files", "grids",
+        "host_memory", "models", "parts", "pca", "pipeline", "sharding", "stages",
     },
     "export": {"errors", "box", "checkpoint", "models", "parts", "stages"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
@@ -82,7 +83,7 @@ ALLOWED = {
         "errors", "classes", "clip_text", "data", "files", "parts", "pipeline", "stages", "t5",
     },
     "runs": {
-        "errors", "checkpoint", "classes", "clip_text", "config", "data", "figures",
+        "errors", "checkpoint", "classes", "clip_text", "config", "cpu_devices", "data", "figures",
         "fine_tuning", "lora", "needs", "parts", "sharding", "stages", "t5", "text_states",
         "train_config", "train_step",
     },
@@ -94,12 +95,12 @@ ALLOWED = {
         "errors", "classes", "grids", "guidance", "parts", "pipeline", "stages",
     },
     "manipulate": {
-        "errors", "data", "diffusion", "evaluation", "guidance", "loops", "pca", "pipeline",
+        "errors", "axes", "data", "diffusion", "evaluation", "guidance", "loops", "pca", "pipeline",
         "samplers", "stages",
     },
     "tasks": {
-        "errors", "compile_cache", "data", "figures", "files", "grids", "host_memory",
-        "manipulate", "pca", "pipeline", "sharding", "stages",
+        "errors", "compile_cache", "cpu_devices", "data", "figures", "files", "grids",
+        "host_memory", "manipulate", "pca", "pipeline", "stages",
     },
     "doctor": {
         "errors", "checkpoint", "config", "data", "diffusion", "files", "lock", "needs", "parts",
@@ -107,8 +108,8 @@ ALLOWED = {
         "train_config",
     },
     "app": {
-        "errors", "compile_cache", "data", "files", "host_memory", "manipulate", "pipeline",
-        "tasks",
+        "errors", "compile_cache", "cpu_devices", "data", "files", "host_memory", "manipulate",
+        "pipeline", "tasks",
     },
 }  # fmt: skip
 

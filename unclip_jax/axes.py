@@ -119,8 +119,8 @@ def split(mesh: Mesh, name: str) -> int:
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh) -> Iterator[None]:
-    """While this is in force, `constrain` places what is traced on `mesh`.
+def on(mesh: Mesh | None) -> Iterator[None]:
+    """While this is in force, `constrain` places what is traced on `mesh`; nowhere with None.
 
     Enter it inside the function that is compiled: a program remembers the mesh it was traced for,
     and is not traced again for another.

@@ -9,7 +9,6 @@ image embedding, the decoder turns that into a small picture, the upsamplers mak
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,7 @@ PRIOR, DECODER, UPSAMPLER = 0, 1, 2
 @functools.partial(Watchable, static=("stage", "mesh"))
 def _sample(stage, params, keys, cond, mesh=None, *, loop, **settings):
     """One compiled program per stage, batch size and mesh."""
-    with contextlib.nullcontext() if mesh is None else axes.on(mesh):
+    with axes.on(mesh):
         return stage.sample(params, keys, cond, loop=loop, **settings)
 
 
@@ -150,6 +149,12 @@ class UnCLIP:
         parts = {name: getattr(self, name) for name in ("clip", "prior", "decoder", "upsamplers")}
         is_part = lambda part: isinstance(part, Part)  # noqa: E731
         return dataclasses.replace(self, mesh=mesh, **jax.tree.map(placed, parts, is_leaf=is_part))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its weights, one copy of each."""
+        weights = jax.tree.leaves([part.params for part in self.parts().values()])
+        return sum(x.nbytes for x in weights)
 
     def check(self) -> None:
         """Raise UserError unless the stages belong together."""
@@ -318,17 +323,27 @@ class UnCLIP:
                 )
             settings["noise"] = jnp.asarray(noise, jnp.float32)
         keys = _stage_keys(keys, purpose)
-        if self.mesh is not None:
-            keys, cond, settings = sharding.spread((keys, cond, settings), len(keys), self.mesh)
+        given = (keys, cond, settings)
+        params, (keys, cond, settings), mesh = self.lay(part, given, len(keys))
         return _sample(
-            part.stage,
-            part.params,
-            keys,
-            cond,
-            self.mesh,
-            progress=named(progress, name),
-            **settings,
+            part.stage, params, keys, cond, mesh, progress=named(progress, name), **settings
         )
+
+    def lay(self, part: Part, given: Any, rows: int) -> tuple[Any, Any, Mesh | None]:
+        """A part's params and a batch where they are to be computed.
+
+        Args:
+            part: one of this model's.
+            given: arrays [rows, ...] of the batch, which are split over the devices, and others.
+            rows: of the batch.
+
+        Returns:
+            The params, the arrays, and the mesh that both are on; None for the default device.
+        """
+        if self.mesh is None:
+            return part.params, given, None
+        params, mesh = sharding.for_rows(part.params, rows, self.mesh)
+        return params, sharding.spread(given, rows, mesh), mesh
 
     def generate(
         self,

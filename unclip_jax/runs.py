@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from unclip_jax import checkpoint, classes, lora, sharding, stages
+from unclip_jax import checkpoint, classes, cpu_devices, lora, sharding, stages
 from unclip_jax import config as settings
 from unclip_jax.clip_text import ClipText
 from unclip_jax.data import batches, datasets, embeddings
@@ -33,6 +33,7 @@ from unclip_jax.train_step import LossFn, random_params
 
 # Of the data's settings, those that change no batch.
 MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads")
+STATE_COPIES = 4  # of the params: themselves, their average, two moments
 NORMALISATIONS = ("whiten", "scale", "none", "codes")
 
 
@@ -153,7 +154,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
         source=source,
         data=data,
         train=given.train,
-        mesh=sharding.make_mesh(given.mesh),
+        mesh=mesh_for(given, stage),
         evaluate=evaluate,
         preview=preview,
         export=lambda params: params,
@@ -161,6 +162,21 @@ def prepare(config: Mapping[str, Any]) -> Run:
         encoder=encoder,
     )
     return with_adapters(run, origin, given.lora) if given.lora.rank else run
+
+
+def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
+    """The mesh that the config asks for; on a CPU, of as many devices as a microbatch has use for.
+
+    Raises:
+        UserError: it does not fit the number of devices.
+    """
+
+    def state_bytes() -> int:
+        shapes = jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0)))
+        return STATE_COPIES * sum(x.size * x.dtype.itemsize for x in shapes)
+
+    rows = given.train.batch_size // given.train.grad_accum
+    return cpu_devices.make_mesh(given.mesh, rows=rows, held_bytes=state_bytes)
 
 
 def describe(

@@ -260,6 +260,31 @@ def spread(tree: Tree, rows: int, mesh: Mesh) -> Tree:
     return jax.tree.map(spread_one, tree)
 
 
+def for_rows(tree: Tree, rows: int, mesh: Mesh) -> tuple[Tree, Mesh]:
+    """Where params on `mesh` compute a batch of so many rows: there, or on its first device.
+
+    Devices of a CPU share its cores. Where rows do not split over them, each would compute the
+    whole batch, in the others' way; one of them has every core, and a copy already.
+
+    Args:
+        tree: arrays on `mesh`.
+        rows: of the batch; 1 where nothing spreads batches.
+        mesh: where they lie.
+
+    Returns:
+        The arrays, and the mesh that they are on.
+    """
+    first = mesh.devices.flat[0]
+    whole = mesh.shape[FSDP] == mesh.shape[TENSOR] == 1
+    if first.platform != "cpu" or rows % axes.split(mesh, "batch") == 0 or not whole:
+        return tree, mesh
+
+    def as_first_has(x: jax.Array) -> jax.Array:
+        return next(shard.data for shard in x.addressable_shards if shard.device == first)
+
+    return jax.tree.map(as_first_has, tree), make_mesh(devices=[first])
+
+
 def place(tree: Tree, shardings: Any) -> Tree:
     """Put arrays, the same in every process, where `shardings` says.
 

@@ -162,7 +162,7 @@ class _Run:
 def _on_lead(params: Params, mesh: Mesh) -> Params | None:
     """Params on the devices of the lead process alone, None elsewhere. All must call it."""
     if jax.process_count() == 1:
-        return params
+        return sharding.for_rows(params, 1, mesh)[0]
     whole = distributed.fetch(params)
     if not distributed.is_lead():
         return None

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from benchmarks.peers.sizes import GUIDANCE, LEARNING_RATE, Inputs
+from unclip_jax import axes, cpu_devices, host_memory, sharding
 from unclip_jax.convert import karlo
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.plan import flops
@@ -20,12 +22,15 @@ Work = Callable[[], Any]
 
 
 class Ours:
-    """A model folder's networks, doing one row after the other."""
+    """A model folder's networks, doing one row after the other, where the commands would."""
 
     def __init__(self, folders: list[Path], dtype: str) -> None:
         """Load them; `dtype` is "" for float32."""
-        parts = karlo.load(folders, dtype)
-        self.model = UnCLIP(**parts)
+        cpu_devices.use()
+        host_memory.keep_freed()
+        model = UnCLIP(**karlo.load(folders, dtype))
+        mesh = cpu_devices.make_mesh(held_bytes=lambda: model.nbytes)
+        self.model = model.on(mesh)
         self.flops = 0
 
     def work(self, row: str, given: Inputs) -> Work:
@@ -37,79 +42,97 @@ class Ours:
         return getattr(self, f"_{row}")(arrays, given.prompts)
 
     def _clip_text(self, x, prompts) -> Work:
-        stage, params, _ = self.model.clip
-        return self._compiled(lambda p, t: stage.encode_text(p, t)[0], params, x["tokens"])
+        stage = self.model.clip.stage
+        params, tokens, mesh = self.model.lay(self.model.clip, x["tokens"], len(prompts))
+        return self._compiled(mesh, lambda p, t: stage.encode_text(p, t)[0], params, tokens)
 
     def _clip_image(self, x, prompts) -> Work:
-        stage, params, _ = self.model.clip
-        return self._compiled(stage.encode_image, params, x["pixels"])
+        stage = self.model.clip.stage
+        params, pixels, mesh = self.model.lay(self.model.clip, x["pixels"], len(prompts))
+        return self._compiled(mesh, stage.encode_image, params, pixels)
 
     def _prior_sample(self, x, prompts) -> Work:
-        stage, params, _ = self.model.prior
-        keys = jax.random.split(jax.random.key(0), len(x["t"]))
+        stage = self.model.prior.stage
+        keys = jax.random.split(jax.random.key(0), len(prompts))
+        params, given, mesh = self.model.lay(self.model.prior, (keys, x), len(prompts))
 
-        def sample(params, x):
+        def sample(params, keys, x):
             cond = stage.condition(x["states"], x["z_t"], x["mask"])
             return stage.sample(params, keys, cond, guidance_scale=GUIDANCE["prior"])
 
-        return self._compiled(sample, params, x)
+        return self._compiled(mesh, sample, params, *given)
 
-    def _decoder_condition(self, params, x) -> dict[str, jax.Array]:
+    def _decoder(self, x, prompts) -> tuple[Any, dict[str, jax.Array], Mesh]:
+        """The decoder's params, its inputs with what is encoded once a picture, and where."""
         stage = self.model.decoder.stage
-        return stage.encode(params, stage.condition(x["states"], x["z_i"], x["z_t"], x["mask"]))
+        params, x, mesh = self.model.lay(self.model.decoder, x, len(prompts))
+
+        def encode(params, x):
+            return stage.encode(params, stage.condition(x["states"], x["z_i"], x["z_t"], x["mask"]))
+
+        return params, x | {"encoded": jax.jit(encode)(params, x)}, mesh
 
     def _decoder_forward(self, x, prompts) -> Work:
-        stage, params, _ = self.model.decoder
-        encoded = self._decoder_condition(params, x)
-        return self._compiled(stage.denoise, params, x["x_t"], x["t"], encoded)
+        stage = self.model.decoder.stage
+        params, x, mesh = self._decoder(x, prompts)
+        return self._compiled(mesh, stage.denoise, params, x["x_t"], x["t"], x["encoded"])
 
     def _decoder_train(self, x, prompts) -> Work:
-        stage, params, _ = self.model.decoder
-        encoded = self._decoder_condition(params, x)
+        stage = self.model.decoder.stage
+        params, x, mesh = self._decoder(x, prompts)
 
-        def predict(network, x_t, t):
-            return stage.denoise(params | {"network": network}, x_t, t, encoded)
+        def predict(network, x):
+            return stage.denoise(params | {"network": network}, x["x_t"], x["t"], x["encoded"])
 
-        return self._trained(predict, params["network"], x["x_t"], x["t"], x["target"])
+        return self._trained(mesh, predict, params["network"], x, x["target"])
 
     def _super_res_forward(self, x, prompts) -> Work:
-        stage, params, _ = self.model.upsamplers[0]
-        predict = lambda network, x, t: stage.network.apply({"params": network}, x, t)  # noqa: E731
-        return self._compiled(predict, params["network"], x["high"], x["t"])
+        params, x, mesh = self.model.lay(self.model.upsamplers[0], x, len(prompts))
+        return self._compiled(mesh, self._super_res, params["network"], x)
 
     def _super_res_train(self, x, prompts) -> Work:
-        stage, params, _ = self.model.upsamplers[0]
-        predict = lambda network, x, t: stage.network.apply({"params": network}, x, t)  # noqa: E731
-        return self._trained(predict, params["network"], x["high"], x["t"], x["high_target"])
+        params, x, mesh = self.model.lay(self.model.upsamplers[0], x, len(prompts))
+        return self._trained(mesh, self._super_res, params["network"], x, x["high_target"])
+
+    def _super_res(self, network, x) -> jax.Array:
+        stage = self.model.upsamplers[0].stage
+        return stage.network.apply({"params": network}, x["high"], x["t"])
 
     def _text_to_image(self, x, prompts) -> Work:
         key = jax.random.key(0)
         return lambda: self.model.generate(key, prompts, batch_size=len(prompts)) / np.float32(255)
 
-    def _compiled(self, function, *args) -> Work:
+    def _compiled(self, mesh: Mesh, function, *args) -> Work:
+        def on_mesh(*args):
+            with axes.on(mesh):
+                return function(*args)
+
         self.flops = flops.count(function, *args)
-        compiled = jax.jit(function)
+        compiled = jax.jit(on_mesh)
         return lambda: jax.block_until_ready(compiled(*args))
 
-    def _trained(self, predict, params, x_t, t, target) -> Work:
+    def _trained(self, mesh: Mesh, predict, params, x, target) -> Work:
         """A step of AdamW on the mean squared error; each call goes on from the one before."""
         optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.01)
 
-        def step(params, state):
+        def step(params, state, x, target):
             def loss(params):
-                error = predict(params, x_t, t).astype(jnp.float32) - target
+                error = predict(params, x).astype(jnp.float32) - target
                 return jnp.mean(jnp.square(error))
 
-            value, gradient = jax.value_and_grad(loss)(params)
+            with axes.on(mesh):
+                value, gradient = jax.value_and_grad(loss)(params)
             updates, state = optimizer.update(gradient, state, params)
             return optax.apply_updates(params, updates), state, value
 
-        held = [jax.tree.map(jnp.copy, params), optimizer.init(params)]
-        self.flops = flops.count(step, *held)
+        held = jax.device_put(
+            [jax.tree.map(jnp.copy, params), optimizer.init(params)], sharding.replicated(mesh)
+        )
+        self.flops = flops.count(step, *held, x, target)
         compiled = jax.jit(step, donate_argnums=(0, 1))
 
         def work() -> jax.Array:
-            held[0], held[1], value = compiled(*held)
+            held[0], held[1], value = compiled(*held, x, target)
             return value.block_until_ready()
 
         return work

@@ -56,9 +56,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     if args.side == "ours":
         from benchmarks.peers.ours import Ours
-        from unclip_jax import host_memory
 
-        host_memory.keep_freed()  # as the commands do
         engine = Ours(args.folders, args.dtype)
     else:
         from benchmarks.peers.theirs import Theirs

@@ -20,16 +20,13 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import jax
-
-from unclip_jax import compile_cache, host_memory
+from unclip_jax import compile_cache, cpu_devices, host_memory
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.evaluate.measure import Settings, evaluate
 from unclip_jax.evaluate.page import PAGE, as_table, write
 from unclip_jax.parts import load_part
 from unclip_jax.pipeline import UnCLIP
-from unclip_jax.sharding import make_mesh
 
 _KEYS = ("image_key", "caption_key", "label_key")
 
@@ -88,11 +85,13 @@ def main(argv: list[str]) -> None:
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out!r}: is a file; give a folder")
 
+    cpu_devices.use()
     compile_cache.use()
     host_memory.keep_freed()
     model = UnCLIP.load(args.model, args.dtype, args.t5)
-    if jax.local_device_count() > 1:
-        model = model.on(make_mesh(devices=jax.local_devices()))
+    mesh = cpu_devices.make_mesh(held_bytes=lambda: model.nbytes)
+    if mesh.size > 1:
+        model = model.on(mesh)
     judge = load_part(args.clip, "clip") if args.clip else None
     report = evaluate(model, data, args.heldout_split, settings, judge)
     report.about["model"] = "the box model" if args.model is None else args.model

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax import axes, guidance, samplers
 from unclip_jax import diffusion as dm
-from unclip_jax import guidance, samplers
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
@@ -118,12 +118,14 @@ def encode(
     """
     sampling = samplers.Sampling(method="ddim", spacing=walk.sampling(model).spacing)
     z_i, x_0 = embed(model, images, walk.batch_size), decoder_size(model, images)
-    stage, params, _ = model.decoder
+    stage = model.decoder.stage
 
     def make(rows: np.ndarray) -> jax.Array:
         cond = model.condition(z_i[rows], [walk.caption] * len(rows))
+        given = (jnp.asarray(x_0[rows]), cond)
+        params, given, mesh = model.lay(model.decoder, given, len(rows))
         report = named(progress, "inversion")
-        return _invert(stage, params, jnp.asarray(x_0[rows]), cond, sampling, progress=report)
+        return _invert(stage, params, *given, sampling, mesh, progress=report)
 
     return Latents(z_i, in_batches(len(x_0), walk.batch_size, make))
 
@@ -153,7 +155,7 @@ def decode(
         progress: called as progress("decoder", done, steps).
     """
     _check_reads_z_i(model)
-    stage, params, _ = model.decoder
+    stage = model.decoder.stage
     texts = [walk.caption] * len(latents.z_i) if captions is None else list(captions)
     sampling = walk.sampling(model)
     scale = None if walk.guidance_scale is None else jnp.float32(walk.guidance_scale)
@@ -161,18 +163,10 @@ def decode(
     def make(rows: np.ndarray) -> jax.Array:
         cond = model.condition(latents.z_i[rows], [texts[i] for i in rows])
         cond["z_i_mask"] &= jnp.full(len(rows), keep_z_i)
-        return _decode(
-            stage,
-            params,
-            keys[rows],
-            latents.x_T[rows],
-            cond,
-            jnp.float32(walk.eta),
-            scale,
-            known and (jnp.asarray(known[0][rows]), jnp.asarray(known[1][rows])),
-            sampling,
-            progress=named(progress, "decoder"),
-        )
+        around = known and (jnp.asarray(known[0][rows]), jnp.asarray(known[1][rows]))
+        given = (keys[rows], latents.x_T[rows], cond, jnp.float32(walk.eta), scale, around)
+        params, given, mesh = model.lay(model.decoder, given, len(rows))
+        return _decode(stage, params, *given, sampling, mesh, progress=named(progress, "decoder"))
 
     return in_batches(len(texts), walk.batch_size, make)
 
@@ -261,20 +255,21 @@ def _decoder_keys(keys: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, DECODER))(keys)
 
 
-@functools.partial(Watchable, static=("stage", "sampling"))
-def _invert(stage, params, x_0, cond, sampling, *, loop):
-    """One compiled program per decoder, batch size and number of steps."""
+@functools.partial(Watchable, static=("stage", "sampling", "mesh"))
+def _invert(stage, params, x_0, cond, sampling, mesh, *, loop):
+    """One compiled program per decoder, batch size, number of steps and mesh."""
     encoded = stage.encode(params, cond)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
         return stage.denoise(params, x_t, t, encoded).astype(jnp.float32)
 
-    return samplers.invert(denoise, x_0, stage.diffusion, sampling, loop)
+    with axes.on(mesh):
+        return samplers.invert(denoise, x_0, stage.diffusion, sampling, loop)
 
 
-@functools.partial(Watchable, static=("stage", "sampling"))
-def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, *, loop):
-    """One compiled program per decoder, batch size, number of steps, guided or not, known or not.
+@functools.partial(Watchable, static=("stage", "sampling", "mesh"))
+def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *, loop):
+    """One compiled program per decoder, batch size, steps, mesh, guided or not, known or not.
 
     Eta, the scale, captions and pictures are traced.
     """
@@ -290,7 +285,8 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, *, loop
     if known is not None:
         denoise = knowing(denoise, *known, stage.diffusion)
     _, keys = initial_noise(_decoder_keys(keys), x_T.shape[1:])
-    return samplers.sample(denoise, x_T, keys, stage.diffusion, sampling, eta=eta, loop=loop)
+    with axes.on(mesh):
+        return samplers.sample(denoise, x_T, keys, stage.diffusion, sampling, eta=eta, loop=loop)
 
 
 def knowing(

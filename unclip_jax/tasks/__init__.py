@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from unclip_jax import compile_cache, host_memory
+from unclip_jax import compile_cache, cpu_devices, host_memory
 from unclip_jax.tasks import edits, probes
 from unclip_jax.tasks.outputs import StageBars, check_out
 
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     """One task, named `args.task`, or `args.probe` where that is "probe"."""
     task = PROBES[args.probe] if args.task == "probe" else TASKS[args.task]
     check_out(args.out)
+    cpu_devices.use()
     compile_cache.use()
     host_memory.keep_freed()
     with StageBars() as bars:

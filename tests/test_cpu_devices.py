@@ -1,0 +1,164 @@
+"""A CPU's cores as devices: as many as serve a batch, and the same pictures."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from unclip_jax import cpu_devices
+
+TELLING = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+
+
+def ran(script: str, **environment: str) -> list[str]:
+    """The words that Python prints in a process where nobody says how many devices there are."""
+    kept = {name: value for name, value in os.environ.items() if name not in TELLING}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=kept | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+USED = """
+import jax
+from unclip_jax import cpu_devices
+cpu_devices._cores = lambda: {cores}
+print(cpu_devices.use(), jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(("cores", "devices"), [(1, 1), (6, 4), (100, 8)])
+def test_devices_are_a_power_of_two_of_the_cores(cores, devices):
+    assert ran(USED.format(cores=cores)) == [str(devices)] * 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"JAX_NUM_CPU_DEVICES": "3"},
+        {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+    ],
+)
+def test_what_the_environment_says_of_devices_is_left(said):
+    assert ran(USED.format(cores=4), **said) == ["0", "3"]
+
+
+def test_where_jax_has_its_devices_nothing_is_done():
+    import jax
+
+    before = jax.devices()
+    assert cpu_devices.use() == 0 and jax.devices() == before
+
+
+MESHES = """
+import jax
+from unclip_jax import cpu_devices
+from unclip_jax.sharding import MeshConfig
+cpu_devices._cores = lambda: 4
+cpu_devices._memory = lambda: 4000
+cpu_devices.use()
+def shape(config=MeshConfig(), rows=0, held=1):
+    mesh = cpu_devices.make_mesh(config, rows=rows, held_bytes=lambda: held)
+    print("x".join(map(str, mesh.devices.shape)))
+shape()                                         # 4: as many as there are
+shape(rows=32)                                  # 4
+shape(rows=6)                                   # 2 divide the rows
+shape(rows=5)                                   # 1
+shape(held=500)                                 # 2 copies are a quarter of the memory
+shape(held=5000)                                # 1: more than fits
+shape(MeshConfig(fsdp=-1, data=1), held=1000)   # 4: one copy, split
+shape(MeshConfig(data=1), rows=3)               # 1: as asked
+shape(MeshConfig(tensor=2), rows=3)             # rows are over data and fsdp alone
+"""
+
+
+def test_a_mesh_has_as_many_devices_as_divide_the_rows_and_fit_in_memory():
+    assert " ".join(ran(MESHES)) == "4x1x1 4x1x1 2x1x1 1x1x1 2x1x1 1x1x1 1x4x1 1x1x1 1x1x2"
+
+
+REFUSED = """
+from unclip_jax import cpu_devices
+from unclip_jax.errors import UserError
+from unclip_jax.sharding import MeshConfig
+cpu_devices._cores = lambda: 2
+cpu_devices.use()
+try:
+    cpu_devices.make_mesh(MeshConfig(fsdp=3), held_bytes=lambda: 1)
+except UserError as error:
+    print(str(error).split(";")[0])
+"""
+
+
+def test_a_mesh_of_devices_that_are_not_there_is_an_error():
+    message = " ".join(ran(REFUSED))
+    assert message == (
+        "mesh: got data -1, fsdp 3, tensor 1, whose product does not make the 2 devices there are"
+    )
+
+
+SPREAD = """
+import jax, numpy as np
+from tests import tiny
+from unclip_jax import cpu_devices, pipeline
+cpu_devices._cores = lambda: 4
+cpu_devices.use()
+alone = tiny.model()
+spread = alone.on(cpu_devices.make_mesh(held_bytes=lambda: alone.nbytes))
+key = jax.random.key(3)
+"""
+
+EMBEDDED = """
+for texts in (["a dog"] * 4, ["a cat", "a tree"], ["a cat", "a tree", "a hat"]):
+    keys = pipeline.example_keys(key, len(texts))
+    ours, theirs = spread.sample_prior(keys, texts), alone.sample_prior(keys, texts)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    print(len(ours.devices()))
+"""
+
+
+def test_devices_that_share_cores_draw_the_same_embeddings():
+    """By four devices, or by one where they do not divide the rows."""
+    assert ran(SPREAD + EMBEDDED) == ["4", "1", "1"]
+
+
+DRAWN = """
+images = np.random.default_rng(0).integers(0, 256, (4, 20, 20, 3), dtype=np.uint8)
+for n in (3, 4):
+    ours, theirs = (model.variations(key, images[:n], upsample=False) for model in (spread, alone))
+    assert ours.shape == theirs.shape and len(np.unique(theirs)) > 50
+    apart = np.abs(ours.astype(int) - theirs)
+    assert apart.max() <= 3 and apart.mean() < 0.05, (apart.max(), apart.mean())
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_devices_that_share_cores_draw_the_same_pictures():
+    """Rows that they divide and rows that they do not, through inversion, decoder and CLIP."""
+    assert ran(SPREAD + DRAWN) == ["equal"]
+
+
+TRAINED = """
+import sys
+import train
+from unclip_jax import cpu_devices
+cpu_devices._cores = lambda: {cores}
+sys.argv[1:] = ["--config=configs/emoji/upsampler.py:smoke", "--workdir={workdir}",
+                "--config.train.steps={steps}"]
+train.main(sys.argv[1:])
+"""
+
+
+def test_training_splits_its_batches_over_the_cores_and_goes_on_over_fewer(tmp_path):
+    def trained(cores: int, steps: int) -> str:
+        return " ".join(ran(TRAINED.format(cores=cores, steps=steps, workdir=tmp_path / "run")))
+
+    assert "on 4 x cpu (data 4, fsdp 1, tensor 1)" in trained(cores=4, steps=2)
+    assert "on 2 x cpu (data 2, fsdp 1, tensor 1) resumed from step 2 of 3" in trained(2, 3)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
