@@ -51,11 +51,11 @@ demo-train: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash configs/emoji/train.sh $(TRAINED)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
-	    $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
+	    $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -240,6 +240,7 @@ def test_the_quantiser_gets_no_gradient(params):
     assert not any(np.any(np.asarray(g)) for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_caption_says():
     """Sixteen captions, eight noisy pictures of each: samples lie where the caption's do."""
     rng = np.random.default_rng(0)

@@ -117,6 +117,7 @@ def test_sample_writes_a_grid_that_says_how_it_was_made(trained, tmp_path):
     assert read_png_metadata(singles[3])["prompt"] == "ein Stück 🍎"
 
 
+@pytest.mark.slow
 def test_evaluate_prints_and_writes_figures(trained, pictures, tmp_path):
     done = run(
         "-m", "unclip_jax.evaluate", "--model", trained, "--data", pictures, "--split", "all",

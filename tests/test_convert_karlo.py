@@ -232,6 +232,7 @@ def test_half_precision_stays_half_and_runs(folder, tmp_path):
     np.testing.assert_allclose(again.astype(int), images.astype(int), atol=1)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_and_compute(folder):
     model = UnCLIP.load(folder, dtype="bfloat16")
     leaves = jax.tree.leaves(model.decoder.params["network"])

@@ -161,7 +161,9 @@ def test_only_adapters_moved(name, mine, karlo):
     assert not changed(constants, {part: published[part] for part in constants})
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(
+    "name", ["prior", pytest.param("decoder", marks=pytest.mark.slow), "upsampler"]
+)
 def test_a_stage_trained_whole(name, karlo, pictures, tmp_path):
     changes = QUICK[name] | NO_FIGURES | {"lora.rank": 0}
     run, state = train(config_of(name, karlo, pictures, **changes), tmp_path)

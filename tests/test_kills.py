@@ -141,10 +141,6 @@ def unfinished(workdir):
     return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
 
 
-def test_three_kills(tmp_path):
-    killed_and_resumed(tmp_path, 3)
-
-
 @pytest.mark.slow
 def test_thirty_kills(tmp_path):
     writing = killed_and_resumed(tmp_path, 30)

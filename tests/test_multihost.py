@@ -161,7 +161,10 @@ def test_sigterm_to_one_process_saves_and_ends_both(whole, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (8, {"data": 8}), (8, {"fsdp": 8})])
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [(1, {}), (8, {"data": 8}), pytest.param(8, {"fsdp": 8}, marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_goes_on_anywhere(whole, tmp_path, devices, mesh):
     """What 2 x 4 devices saved at step 16 ends alike on one device and on eight."""
     workdir = tmp_path / "moved"

@@ -167,6 +167,7 @@ def smoke(name, pictures, cache):
     return config
 
 
+@pytest.mark.slow
 def test_glide_needs_no_other_model(pictures, tmp_path):
     """Its config reads pictures and captions alone; previews are drawn from captions."""
     run = runs.prepare(smoke("glide", pictures, tmp_path))
@@ -180,6 +181,7 @@ def test_glide_needs_no_other_model(pictures, tmp_path):
     assert captions[0] in ("a red square", "a blue dog", "green cat", "black disc")
 
 
+@pytest.mark.slow
 def test_imagen_trains_and_its_folder_samples_with_the_same_t5(pictures, t5, tmp_path):
     config = smoke("imagen", pictures, tmp_path)
     config.t5 = str(t5)
