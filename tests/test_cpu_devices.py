@@ -56,6 +56,32 @@ def test_where_jax_has_its_devices_nothing_is_done():
     assert cpu_devices.use() == 0 and jax.devices() == before
 
 
+LATE = """
+import time
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from unclip_jax import cpu_devices
+cpu_devices._cores = lambda: 2
+cpu_devices.use()
+def late(i):
+    time.sleep(50 * int(i))
+    return np.float32(1)
+def summed(x):
+    device = jax.lax.axis_index("data")
+    x += jax.pure_callback(late, jax.ShapeDtypeStruct((), jnp.float32), device)
+    return jax.lax.psum(x, "data")
+mesh = cpu_devices.make_mesh(held_bytes=lambda: 1)
+mapped = jax.shard_map(summed, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
+print(jax.jit(mapped)(jnp.ones(2)))
+"""
+
+
+@pytest.mark.slow
+def test_a_device_waits_for_one_that_is_late():
+    """XLA by itself would end the process after 40 seconds."""
+    assert ran(LATE) == ["[4.]"]
+
+
 MESHES = """
 import jax
 from unclip_jax import cpu_devices

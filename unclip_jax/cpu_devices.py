@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 
 import jax
+import jaxlib.version
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,6 +25,14 @@ from unclip_jax.sharding import MeshConfig
 AT_MOST = 8  # no machine of more cores has been measured
 MEMORY_PART = 4  # all copies of what every device holds may take one part in so many
 
+# XLA ends a process in which a device has waited 40 seconds for another, as it may where a step
+# takes minutes. These raise that to a day. A release that does not know them ends as it starts.
+PATIENCE = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=86400"
+)
+PATIENT_RELEASES = ("0.10.",)
+
 _made = 0
 
 
@@ -32,7 +41,8 @@ def use() -> int:
 
     They are as many as the process has cores, down to a power of two, and at most `AT_MOST`.
     Nothing is done where the environment says how many there are to be (JAX_NUM_CPU_DEVICES, or
-    XLA_FLAGS), where JAX has its devices already, or in one of several processes.
+    XLA_FLAGS), where JAX has its devices already, in one of several processes, or with a release
+    of JAX that is not among `PATIENT_RELEASES`.
 
     Returns:
         How many there are to be; 0 where nothing was done.
@@ -40,13 +50,15 @@ def use() -> int:
     global _made
     flags = os.environ.get("XLA_FLAGS", "")
     told = "xla_force_host_platform_device_count" in flags or jax.config.jax_num_cpu_devices > 0
-    if told or jax.distributed.is_initialized():
+    known = jaxlib.version.__version__.startswith(PATIENT_RELEASES)
+    if told or not known or jax.distributed.is_initialized():
         return 0
     count = 2 ** (min(_cores(), AT_MOST).bit_length() - 1)
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         return 0
+    os.environ["XLA_FLAGS"] = f"{PATIENCE} {flags}".strip()  # read when devices are asked for
     _made = count
     return count
 
