@@ -84,7 +84,10 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path):
 # kill -9 of the loop on a toy
 
 
-def killed_and_resumed(tmp_path, kills):
+KILLS = 30
+
+
+def killed_and_resumed(tmp_path):
     """Kill a run again and again, every other time in the midst of writing a checkpoint.
 
     After each death the newest checkpoint must be at least that of before, as many must be whole as
@@ -93,10 +96,7 @@ def killed_and_resumed(tmp_path, kills):
     Returns:
         How often a checkpoint was being written when the run died.
     """
-    settings = {
-        "steps": 2000 if kills > 10 else 800, "checkpoint_every": 20, "log_every": 4,
-        "keep_checkpoints": 3,
-    }  # fmt: skip
+    settings = {"steps": 2000, "checkpoint_every": 20, "log_every": 4, "keep_checkpoints": 3}
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
     final = run(whole, **settings)
     expected = {
@@ -104,7 +104,7 @@ def killed_and_resumed(tmp_path, kills):
     }
     delays = random.Random(0)
     reached, writing = 0, 0
-    for kill in range(kills):
+    for kill in range(KILLS):
         with toy(workdir, **settings) as process:
             waits_for(
                 lambda seen=reached: max(whole_checkpoints(workdir), default=0) > seen, process
@@ -143,8 +143,8 @@ def unfinished(workdir):
 
 @pytest.mark.slow
 def test_thirty_kills(tmp_path):
-    writing = killed_and_resumed(tmp_path, 30)
-    print(f"30 of 30 resumed; {writing} died while a checkpoint was being written")
+    writing = killed_and_resumed(tmp_path)
+    print(f"{KILLS} of {KILLS} resumed; {writing} died while a checkpoint was being written")
     assert writing >= 5
 
 

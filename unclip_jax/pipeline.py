@@ -136,7 +136,7 @@ class UnCLIP:
         Args:
             mesh: `sharding.make_mesh()` gives every device a copy of the weights and its share of
                 each batch, MeshConfig(fsdp=-1) a share of the weights as well. A batch that they
-                do not divide is drawn whole by all of them.
+                do not divide is drawn whole by all of them, or by one where they are a CPU's.
 
         Raises:
             UserError: the weights do not split so.

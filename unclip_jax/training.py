@@ -160,7 +160,10 @@ class _Run:
 
 
 def _on_lead(params: Params, mesh: Mesh) -> Params | None:
-    """Params on the devices of the lead process alone, None elsewhere. All must call it."""
+    """Params on the devices of the lead process alone, None elsewhere. All must call it.
+
+    Of a CPU's devices on the first, since figures are of whole batches.
+    """
     if jax.process_count() == 1:
         return sharding.for_rows(params, 1, mesh)[0]
     whole = distributed.fetch(params)
