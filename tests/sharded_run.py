@@ -1,6 +1,6 @@
 """One stage trained and sampled on 8 devices in every way, and on one; tests run it as a script.
 
-python tests/sharded_run.py STAGE MESH... > FIGURES.json
+python tests/sharded_run.py STAGE[:OPTIMIZER] MESH... > FIGURES.json
 """
 
 from __future__ import annotations
@@ -128,12 +128,14 @@ def split_parts(state, mesh) -> dict[str, float]:
 
 
 def main(name: str, meshes: list[str]) -> None:
+    name, _, optimizer = name.partition(":")
     stage = STAGES[name]
     # A rate at which five steps move every param far beyond rounding, and eps so large that
     # Adam's division does not blow the rounding of tiny gradients up.
     config = TrainConfig(
         batch_size=BATCH, learning_rate=1e-3, eps=1e-4, weight_decay=0.01, grad_clip=1.0,
         grad_accum=2 if name == "prior" else 1, sam_rho=0.01 if name == "clip" else 0.0,
+        optimizer=optimizer or "adamw",
     )  # fmt: skip
     assert jax.device_count() == 8
     alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

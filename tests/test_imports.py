@@ -45,7 +45,7 @@ ALLOWED = {
     "sharding": {"errors", "axes", "checkpoint"},
     "cpu_devices": {"errors", "sharding"},
     "feed": {"errors", "distributed", "sharding", "train_config"},
-    "optim": {"checkpoint", "train_config"},
+    "optim": {"axes", "checkpoint", "train_config"},
     "train_step": {"axes", "optim", "sharding", "train_config"},
     "checksums": set(),
     "lock": {"errors"},

@@ -189,7 +189,7 @@ def test_a_mesh_with_every_axis_trains_and_samples_as_one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", sharded_run.STAGES)
+@pytest.mark.parametrize("stage", [*sharded_run.STAGES, "prior:muon", "decoder:muon"])
 def test_eight_devices_train_and_sample_as_one_in_every_arrangement(stage):
     check_equal(stage, *sharded_run.MESHES)
 

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from tests import toy_run
-from tests.toy_run import Batches, init_params, loss_fn, numpy_leaves, run
+from tests.toy_run import Batches, assert_same, init_params, loss_fn, numpy_leaves, run
 from tests.xla_flags import xla_flags
 from unclip_jax import config as settings
 from unclip_jax import optim, report, resume, sharding, training
@@ -32,14 +32,6 @@ def quick(request, monkeypatch):
     """Drawing the curves takes longer than a toy run; one test looks at them."""
     if "draws_curves" not in request.node.name:
         monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
-
-
-def assert_same(first, second):
-    """Bit for bit."""
-    first, second = numpy_leaves(first), numpy_leaves(second)
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def metrics_of(workdir):

@@ -18,9 +18,11 @@ class TrainConfig:
         learning_rate: the peak.
         warmup_steps: over which the learning rate rises linearly.
         schedule: "constant" or "cosine" (to zero at `steps`) after the warm-up.
+        optimizer: "adamw", or "muon": steps of matrices made orthogonal, and Adam for all else.
         b1: Adam's decay of the first moment.
         b2: Adam's decay of the second moment.
         eps: added to the root of the second moment.
+        muon_momentum: Muon's decay of the average gradient.
         weight_decay: decoupled, on kernels and token embeddings only.
         grad_clip: greatest global norm of the gradient; 0 does not clip.
         grad_accum: microbatches per step, one after another; memory is that of one.
@@ -48,9 +50,11 @@ class TrainConfig:
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    muon_momentum: float = 0.95
     weight_decay: float = 0.0
     grad_clip: float = 0.0
     grad_accum: int = 1
@@ -80,11 +84,14 @@ class TrainConfig:
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "eps"):
             self._check(name, getattr(self, name) > 0, "a positive number")
-        for name in ("b1", "b2", "ema_decay"):
+        for name in ("b1", "b2", "muon_momentum", "ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
         for name in ("ema_dtype", "moment_dtype"):
             known = getattr(self, name) in ("float32", "bfloat16")
             self._check(name, known, "float32 or bfloat16")
+        self._check("optimizer", self.optimizer in ("adamw", "muon"), "adamw or muon")
+        narrow = self.optimizer == "muon" and self.moment_dtype != "float32"
+        self._check("moment_dtype", not narrow, "float32, as train.optimizer is muon")
         self._check("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
         known = self.if_damaged in ("stop", "previous")
         self._check("if_damaged", known, "stop or previous")
