@@ -16,15 +16,14 @@ from unclip_jax.data import batches
 from unclip_jax.data.batches import Batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import Source
-from unclip_jax.data.t5_tokenizer import T5Tokenizer
-from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.tokenizer import Encoder
 
 
 class TextEncoder(Protocol):
     """A frozen network that reads captions."""
 
     @property
-    def tokenizer(self) -> Tokenizer | T5Tokenizer:
+    def tokenizer(self) -> Encoder:
         """Captions to the ids [b, l] that it reads."""
 
     def states(self, tokens: np.ndarray | jax.Array) -> dict[str, jax.Array]:

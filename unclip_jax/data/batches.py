@@ -28,8 +28,7 @@ from unclip_jax.data.images import jitter, square
 from unclip_jax.data.positions import Layout, Positions, Share
 from unclip_jax.data.records import BadRecord, Source
 from unclip_jax.data.storage import is_remote
-from unclip_jax.data.t5_tokenizer import T5Tokenizer
-from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.tokenizer import Encoder, Tokenizer
 from unclip_jax.errors import UserError
 
 _TRUNCATIONS_NAMED = 5
@@ -46,7 +45,7 @@ def batches(
     drop_remainder: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-    tokenizer: Tokenizer | T5Tokenizer | None = None,
+    tokenizer: Encoder | None = None,
 ) -> Batches:
     """An iterator of batches, endless unless `epochs` says otherwise.
 
@@ -242,7 +241,7 @@ class _Examples:
         self,
         source: Source,
         config: DataConfig,
-        tokenizer: Tokenizer | T5Tokenizer | None,
+        tokenizer: Encoder | None,
         reachable: int,
     ):
         self.source = source

@@ -7,7 +7,6 @@ text is neither lower-cased nor otherwise cleaned.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from unclip_jax.data.tokenizer import cut_in_words
+from unclip_jax.data.tokenizer import Encoder
 from unclip_jax.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -23,7 +22,7 @@ PAD, END = 0, 1
 _SPECIAL = {"<pad>": PAD, "</s>": END}
 
 
-class T5Tokenizer:
+class T5Tokenizer(Encoder):
     """Texts to ids: the pieces of the text, the end token 1, and padding 0 after it.
 
     There is no start token. A special token that a text spells out, such as "</s>", stands for its
@@ -51,34 +50,7 @@ class T5Tokenizer:
         self._model = _read(Path(folder).expanduser())
         self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """The ids of some texts; those too long are cut, with one warning for all.
-
-        A cut text keeps its end token.
-
-        Args:
-          texts: b texts.
-
-        Returns:
-          int32 `[b, context_length]`.
-
-        Raises:
-          UserError: if `texts` is one string, or holds anything but strings.
-        """
-        tokens, cut = self.encode_and_report(texts)
-        if cut:
-            warnings.warn(cut_in_words(cut, len(texts), self.context_length), stacklevel=2)
-        return tokens
-
-    def encode_and_report(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Like `encode`, but says what was cut rather than warning of it.
-
-        Returns:
-          int32 `[b, context_length]`, and one phrase for each text that was cut: which it
-          is, how many tokens it had, its last words kept.
-        """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"texts: {texts!r:.80}: expected a list of strings; give [text]")
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         tokens = np.full((len(texts), self.context_length), PAD, np.int32)
         cut = []
         for row, encoding in enumerate(

@@ -13,6 +13,7 @@ with three exceptions: it composes what HTML entities left decomposed (NFC), tak
 
 from __future__ import annotations
 
+import abc
 import functools
 import gzip
 import html
@@ -70,7 +71,51 @@ def cut_in_words(cut: Sequence[str], texts: int, context_length: int) -> str:
     )
 
 
-class Tokenizer:
+class Encoder(abc.ABC):
+    """What every tokenizer does: any number of texts to ids, in words if some are too long.
+
+    Attributes:
+      context_length: ids per text.
+    """
+
+    context_length: int
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """The ids of some texts; those too long are cut, with one warning for all.
+
+        A cut text keeps its end token.
+
+        Args:
+          texts: b texts.
+
+        Returns:
+          int32 `[b, context_length]`.
+
+        Raises:
+          UserError: if `texts` is one string, or holds anything but strings.
+        """
+        tokens, cut = self.encode_and_report(texts)
+        if cut:
+            warnings.warn(cut_in_words(cut, len(texts), self.context_length), stacklevel=2)
+        return tokens
+
+    def encode_and_report(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Like `encode`, but says what was cut rather than warning of it.
+
+        Returns:
+          int32 `[b, context_length]`, and one phrase for each text that was cut: which it
+          is, how many tokens it had, its last words kept.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"texts: {texts!r:.80}: expected a list of strings; give [text]")
+        return self._encode(texts)
+
+    @abc.abstractmethod
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """What `encode_and_report` returns."""
+
+
+class Tokenizer(Encoder):
     """Texts to ids and back.
 
     Ids are: the 256 bytes, the 256 bytes that end a word, merged tokens in the order of
@@ -105,34 +150,7 @@ class Tokenizer:
         self.end_token = vocab_size - 1
         self._bpe = _bpe(vocab_size)
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """The ids of some texts; those too long are cut, with one warning for all.
-
-        A cut text keeps its end token.
-
-        Args:
-          texts: b texts.
-
-        Returns:
-          int32 `[b, context_length]`.
-
-        Raises:
-          UserError: if `texts` is one string, or holds anything but strings.
-        """
-        tokens, cut = self.encode_and_report(texts)
-        if cut:
-            warnings.warn(cut_in_words(cut, len(texts), self.context_length), stacklevel=2)
-        return tokens
-
-    def encode_and_report(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Like `encode`, but says what was cut rather than warning of it.
-
-        Returns:
-          int32 `[b, context_length]`, and one phrase for each text that was cut: which it
-          is, how many tokens it had, its last words kept.
-        """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"texts: {texts!r:.80}: expected a list of strings; give [text]")
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         tokens = np.zeros((len(texts), self.context_length), np.int32)
         cut = []
         for row, ids in enumerate(self._ids([clean(text) for text in texts])):
