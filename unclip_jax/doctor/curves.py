@@ -182,10 +182,18 @@ def spikes(steps: np.ndarray, losses: np.ndarray, run: Workdir) -> Iterator[Find
 
 
 def warm_up(run: Workdir) -> Iterator[Finding]:
-    """A loss that rises with the learning rate."""
+    """A loss that rises with the learning rate.
+
+    Weights that were trained before lose a little of it as the rate rises. That is as it should be
+    if half has come back since.
+    """
     steps, losses = run.series("train/loss")
     warm = losses[steps <= run.train.warmup_steps]
-    if len(warm) >= 3 and warm[-1] > (1 + TENTH) * warm.min() and warm[-1] > warm[0]:
+    if len(warm) < 3:
+        return
+    halfway = 0.5 * (warm.min() + warm[-1])
+    came_back = "init" in run.description and np.median(losses[-3:]) < halfway
+    if warm[-1] > (1 + TENTH) * warm.min() and warm[-1] > warm[0] and not came_back:
         yield warning(
             "rises_in_warm_up",
             f"while the learning rate rose to {run.train.learning_rate:g} over"
