@@ -74,8 +74,8 @@ def trained(params: Params) -> Params:
 def matrix_axes(params: Params) -> Params:
     """For each param its axes as a matrix, see `MATRICES`; None for what is no matrix.
 
-    Tables of embeddings, biases and norms are none, nor are the convolutions that pixels enter or
-    leave by, whose input or output axes are no features.
+    Tables of embeddings, biases, norms and adapters are none, nor are the convolutions that pixels
+    enter or leave by, whose input or output axes are no features.
     """
 
     def axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
@@ -112,8 +112,8 @@ def _muon(config: TrainConfig) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for matrices, and Adam for everything else.
 
     A matrix steps along its averaged gradient with all singular values brought to about 1 by five
-    Newton-Schulz iterations. The step is scaled as by Liu et al. 2025 (arXiv 2502.16982,
-    equation 4), so that one learning rate serves both.
+    Newton-Schulz iterations. The step is scaled as by Liu et al. 2025 (arXiv 2502.16982), so that
+    one learning rate serves both.
     """
 
     def labels(params: Params) -> Params:
