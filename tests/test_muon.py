@@ -11,6 +11,7 @@ from tests.tiny import params
 from tests.toy_run import Batches, assert_same, run
 from unclip_jax import optim
 from unclip_jax.errors import UserError
+from unclip_jax.muon import matrix_axes, polar_factor
 from unclip_jax.train_config import TrainConfig
 
 CONFIG = TrainConfig(optimizer="muon", learning_rate=1.0)
@@ -71,6 +72,21 @@ def test_matrices_step_along_the_polar_factor_of_their_gradient():
             assert_polar(one, theirs["qkv"]["kernel"][layer, :, part].reshape(8, 8))
 
 
+@pytest.mark.parametrize("decades", [0, 3, 6])
+@pytest.mark.parametrize("shape", [(90, 10), (12, 12), (5, 40), (1, 7)])
+def test_iterating_on_gram_matrices_gives_what_iterating_on_matrices_does(shape, decades):
+    """optax iterates on the matrix itself. Singular values fall by so many decades."""
+    u, s, vt = np.linalg.svd(np.random.default_rng(3).normal(size=shape), full_matrices=False)
+    matrix = jnp.asarray((u * s * np.logspace(0, -decades, len(s))) @ vt, jnp.float32)
+    witness = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
+    expected, _ = witness.update(matrix, witness.init(matrix))
+    np.testing.assert_allclose(polar_factor(matrix), expected, atol=1e-3)
+
+
+def test_a_gradient_of_nothing_is_no_step():
+    np.testing.assert_array_equal(polar_factor(jnp.zeros((2, 6, 3))), 0.0)
+
+
 def test_what_is_no_matrix_steps_as_with_adamw():
     grads = gradients(1)
     steps, adam = first_step(CONFIG, grads), first_step(TrainConfig(learning_rate=1.0), grads)
@@ -98,7 +114,7 @@ def test_decay_shrinks_matrices_too():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_kernel_but_those_at_pixels_is_a_matrix(stage):
     """So a new layer's kernel does not fall to Adam unseen."""
-    found = optim.matrix_axes(optim.trained(params(STAGES[stage])))
+    found = matrix_axes(optim.trained(params(STAGES[stage])))
     none = {
         "/".join(key.key for key in path[-2:])
         for path, axes in jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda x: x is None)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from unclip_jax.axes import STACKED
 from unclip_jax.checkpoint import TRAINED
+from unclip_jax.muon import matrix_axes, scale_by_muon
 from unclip_jax.train_config import TrainConfig
 
 Params = dict[str, Any]
@@ -19,23 +17,6 @@ Params = dict[str, Any]
 # The leaves that weight decay shrinks: matrices. Biases, norms' scales, positions, learned tokens
 # and temperatures go by other names (a Linen bias may have two axes, so its rank does not tell).
 DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
-
-# The kernels that are matrices between features, by the last names on their path and their rank:
-# their input axes and their output axes; an axis that is neither counts matrices, as the three of
-# "qkv" do. In a scanned stack the layer axis comes before them all.
-MATRICES: dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
-    ("qkv/kernel", 4): ((0,), (2, 3)),
-    ("context_kv/kernel", 4): ((0,), (2, 3)),
-    ("key_value/kernel", 4): ((0,), (2, 3)),
-    ("query/kernel", 3): ((0,), (1, 2)),
-    ("out/kernel", 3): ((0, 1), (2,)),
-    ("conv_1/kernel", 4): ((0, 1, 2), (3,)),
-    ("conv_2/kernel", 4): ((0, 1, 2), (3,)),
-    ("kernel", 2): ((0,), (1,)),
-}
-
-# The root mean square of Muon's steps at a learning rate of 1: what AdamW's usually have.
-MUON_RMS = 0.2
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -71,25 +52,6 @@ def trained(params: Params) -> Params:
     return {TRAINED: params[TRAINED]}
 
 
-def matrix_axes(params: Params) -> Params:
-    """For each param its axes as a matrix, see `MATRICES`; None for what is no matrix.
-
-    Tables of embeddings, biases, norms and adapters are none, nor are the convolutions that pixels
-    enter or leave by, whose input or output axes are no features.
-    """
-
-    def axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
-        names = [key.key for key in path]
-        layers = int(STACKED in names)
-        for name in ("/".join(names[-2:]), names[-1]):
-            found = MATRICES.get((name, leaf.ndim - layers))
-            if found is not None:
-                return MuonDimensionNumbers(*(tuple(a + layers for a in part) for part in found))
-        return None
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) or Muon, after clipping the gradient's global norm.
 
@@ -109,27 +71,15 @@ def _adam(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: TrainConfig) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for matrices, and Adam for everything else.
-
-    A matrix steps along its averaged gradient with all singular values brought to about 1 by five
-    Newton-Schulz iterations. The step is scaled as by Liu et al. 2025 (arXiv 2502.16982), so that
-    one learning rate serves both.
-    """
+    """Muon for matrices, and Adam for everything else."""
 
     def labels(params: Params) -> Params:
         found = matrix_axes(params)
         return jax.tree.map(lambda _, axes: "adam" if axes is None else "muon", params, found)
 
-    def scaled(step: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
-        inputs = math.prod(step.shape[a] for a in axes.reduction_axis)
-        outputs = math.prod(step.shape[a] for a in axes.output_axis)
-        return step * (MUON_RMS * math.sqrt(max(inputs, outputs)))
-
-    muon = optax.chain(
-        scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=matrix_axes),
-        optax.stateless(lambda steps, _: jax.tree.map(scaled, steps, matrix_axes(steps))),
+    return optax.partition(
+        {"muon": scale_by_muon(config.muon_momentum), "adam": _adam(config)}, labels
     )
-    return optax.partition({"muon": muon, "adam": _adam(config)}, labels)
 
 
 def stored(key: jax.Array, tree: Any, dtype: str) -> Any:
