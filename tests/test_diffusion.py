@@ -263,6 +263,8 @@ def test_noise_of_an_example_depends_on_its_key_alone():
         ({"likelihood": "uniform"}, "8bit, gaussian"),
         ({"min_snr_gamma": -1.0}, "min_snr_gamma=-1.0"),
         ({"min_snr_gamma": float("nan")}, "min_snr_gamma=nan"),
+        ({"timestep_shift": 0.0}, "timestep_shift=0.0"),
+        ({"timestep_shift": float("inf")}, "timestep_shift=inf"),
         ({"schedule": "linear", "steps": 20}, "more than 20 steps"),
         ({"loss": "hybrid"}, 'variance="learned_range"'),
     ],

@@ -1,6 +1,7 @@
 """What the stages promise: frozen CLIP in, dropped conditions, guidance, independence."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.pipeline import example_keys
 from unclip_jax.stages import embedding
 from unclip_jax.stages.clip import contrastive_loss
-from unclip_jax.stages.conditioning import text_mask
+from unclip_jax.stages.conditioning import random_timesteps, text_mask
 from unclip_jax.stages.images import resize, to_float, to_uint8
 from unclip_jax.stages.upsampler import random_crops
 
@@ -89,6 +90,25 @@ def test_clip_embeddings_are_unit_and_take_any_image_size():
     np.testing.assert_allclose(embedding.unit(z_raw), z_i, atol=1e-6)
 
 
+@pytest.mark.parametrize("shift", [0.4, 1.0, 3.0])
+def test_timesteps_are_drawn_as_often_as_the_diffusion_says(shift):
+    diffusion = Diffusion(steps=20, timestep_shift=shift)
+    drawn = random_timesteps(jax.random.key(0), 400_000, diffusion)
+    assert drawn.dtype == jnp.int32 and drawn.shape == (400_000,)
+    often = np.bincount(drawn, minlength=20) / 400_000
+    np.testing.assert_allclose(often, diffusion.timestep_probabilities(), atol=3e-3)
+    assert diffusion.timestep_probabilities().sum() == pytest.approx(1.0)
+
+
+def test_a_shift_lowers_the_log_snr_of_what_is_trained_on():
+    """Of the cosine schedule, by its own formula -2 log tan(pi t / 2), at the quartiles of t."""
+    drawn = random_timesteps(jax.random.key(0), 100_000, Diffusion(timestep_shift=3.0))
+    found = np.quantile(Diffusion().process().log_snr[drawn], [0.75, 0.5, 0.25])
+    unmoved = -2 * np.log(np.tan(np.pi * np.asarray([0.25, 0.5, 0.75]) / 2))
+    fall = (unmoved - found) / math.log(3)
+    assert (fall > 1.5).all() and (fall < 2.0).all()
+
+
 def test_text_mask_ends_with_the_first_end_token():
     tokens = jnp.asarray([[8, 1, 9, 9, 9], [8, 9, 0, 0, 0], [8, 1, 2, 3, 4]])
     expected = [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
@@ -109,7 +129,7 @@ def test_whitening_refuses_a_collapsed_clip():
         embedding.whitening([jnp.ones((10, 4))])
 
 
-def test_the_paper_scale_gives_unit_variance_to_unit_embeddings():
+def test_the_paper_scale_multiplies_unit_embeddings_by_17_2():
     z = embedding.unit(jax.random.normal(jax.random.key(0), (200, 1024)))
     scaled = embedding.normalise(embedding.scaling(1024), z)
     assert abs(float(scaled.std()) - 0.54) < 0.01  # 17.2 / sqrt(1024)

@@ -77,6 +77,10 @@ class Diffusion:
         loss: "simple" (mean squared error of the prediction) or "hybrid" (plus 1e-3 of the
             bound, which trains only the learned variance).
         min_snr_gamma: gamma of min-SNR weighting (arXiv 2303.09556), usually 5; 0 turns it off.
+        timestep_shift: s moves the timesteps t / steps that are trained on from u, uniform in
+            [0, 1), to s u / (1 + (s - 1) u) (arXiv 2403.03206, eq. 23): above 1 more of the
+            loss is of noisy examples. Of the cosine schedule the log signal-to-noise ratio falls
+            by between 1.5 and 2 times log s. Sampling does not know of it.
         likelihood: L_0 of the bound: "8bit" for images of 256 levels in [-1, 1], "gaussian" for
             the plain density of continuous data such as embeddings.
 
@@ -90,6 +94,7 @@ class Diffusion:
     variance: str = "fixed_small"
     loss: str = "simple"
     min_snr_gamma: float = 0.0
+    timestep_shift: float = 1.0
     likelihood: str = "8bit"
 
     def __post_init__(self) -> None:
@@ -106,6 +111,11 @@ class Diffusion:
                 f"Diffusion.min_snr_gamma={self.min_snr_gamma!r}: expected 0 (off) or a positive "
                 "number; 5 is usual"
             )
+        if not (math.isfinite(self.timestep_shift) and self.timestep_shift > 0):
+            raise UserError(
+                f"Diffusion.timestep_shift={self.timestep_shift!r}: expected a positive number; "
+                "1 trains on all timesteps alike"
+            )
         if self.schedule == "linear" and self.steps <= 20:
             raise UserError(
                 f"Diffusion.steps={self.steps}: the linear schedule needs more than 20 steps for "
@@ -121,6 +131,11 @@ class Diffusion:
     def learned_variance(self) -> bool:
         """Whether the network's last axis is doubled: the prediction, then the variance."""
         return self.variance == "learned_range"
+
+    def timestep_probabilities(self) -> np.ndarray:
+        """How often training draws each timestep: float64 [steps], 1 together."""
+        edges = np.linspace(0.0, 1.0, self.steps + 1)
+        return np.diff(edges / (self.timestep_shift - (self.timestep_shift - 1.0) * edges))
 
     def process(self, spacing: str = "") -> Process:
         """The process at the kept timesteps; computed once per schedule and spacing.

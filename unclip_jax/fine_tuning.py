@@ -27,8 +27,8 @@ Params = dict[str, Any]
 FREE = frozenset({
     "sampling", "guidance_scale", "draws", "dtype", "remat", "dropout", "z_i_drop", "caption_drop",
     "label_drop",
-    "loss", "min_snr_gamma", "crop", "corruption", "blur_probability", "blur_sigma", "bsr",
-    "noise_level",
+    "loss", "min_snr_gamma", "timestep_shift", "crop", "corruption", "blur_probability",
+    "blur_sigma", "bsr", "noise_level",
 })  # fmt: skip
 
 # Settings that a fine-tuned stage may raise from 0: what they add begins as nothing.

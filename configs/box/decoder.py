@@ -45,7 +45,7 @@ def get_config(variant=""):
             ),
             embed_dim=base.EMBED_DIM,
         ),
-        diffusion=Diffusion(prediction="x_0", variance="fixed_small"),
+        diffusion=Diffusion(prediction="x_0", variance="fixed_small", timestep_shift=2.5),
         sampling=Sampling(method="dpm++", spacing="12", clip_x_0=1.0),
         guidance_scale=2.0,
     )

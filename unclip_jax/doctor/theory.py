@@ -84,18 +84,19 @@ def data_power(run: Workdir) -> float | None:
 
 
 def ignorant(diffusion: dm.Diffusion, power: float) -> float:
-    """Mean squared error, over uniform t, of the answer 0."""
+    """Mean squared error, over the timesteps of training, of the answer 0."""
     signal, noise = signal_and_noise(diffusion)
     errors = {"eps": np.ones_like(signal), "x_0": np.full_like(signal, power)}
-    return float(np.mean(errors.get(diffusion.prediction, signal + noise * power)))
+    error = errors.get(diffusion.prediction, signal + noise * power)
+    return float(error @ diffusion.timestep_probabilities())
 
 
 def linear(diffusion: dm.Diffusion, power: float) -> float:
-    """Mean squared error, over uniform t, of the best linear denoiser."""
+    """Mean squared error, over the timesteps of training, of the best linear denoiser."""
     signal, noise = signal_and_noise(diffusion)
     total = signal * power + noise
     errors = {"eps": power * signal / total, "x_0": noise * power / total, "v": power / total}
-    return float(np.mean(errors[diffusion.prediction]))
+    return float(errors[diffusion.prediction] @ diffusion.timestep_probabilities())
 
 
 def signal_and_noise(diffusion: dm.Diffusion) -> tuple[np.ndarray, np.ndarray]:

@@ -92,7 +92,7 @@ class ClassifierStage:
         """
         t_key, noise_key, dropout_key = jax.random.split(key, 3)
         x_0, label = to_float(batch["image"]), batch["label"]
-        t = random_timesteps(t_key, len(x_0), self.diffusion.steps)
+        t = random_timesteps(t_key, len(x_0), self.diffusion)
         noise = jax.random.normal(noise_key, x_0.shape)
         x_t = dm.q_sample(self.diffusion.process(), x_0, t, noise)
         log_p = jax.nn.log_softmax(self.logits(params, x_t, t, dropout_key))

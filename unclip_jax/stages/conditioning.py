@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax import samplers
+from unclip_jax.diffusion import Diffusion
 from unclip_jax.errors import UserError
 
 Condition = dict[str, jax.Array]
@@ -73,9 +74,14 @@ def check_analytic(sampling: samplers.Sampling, analytic: bool) -> None:
         )
 
 
-def random_timesteps(key: jax.Array, batch: int, steps: int) -> jax.Array:
-    """Uniform timesteps [b] int32 in 0..steps-1."""
-    return jax.random.randint(key, (batch,), 0, steps)
+def random_timesteps(key: jax.Array, batch: int, diffusion: Diffusion) -> jax.Array:
+    """Timesteps [b] int32 in 0..steps-1 to train on: uniform, or moved by `timestep_shift`."""
+    shift = diffusion.timestep_shift
+    if shift == 1.0:
+        return jax.random.randint(key, (batch,), 0, diffusion.steps)
+    part = jax.random.uniform(key, (batch,))
+    part = shift * part / (1.0 + (shift - 1.0) * part)
+    return jnp.minimum((diffusion.steps * part).astype(jnp.int32), diffusion.steps - 1)
 
 
 def initial_noise(

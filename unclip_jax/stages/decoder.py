@@ -236,7 +236,7 @@ class DecoderStage:
         """
         t_key, noise_key, z_i_key, caption_key, dropout_key = jax.random.split(key, 5)
         x_0, cond = self.data(params, batch)
-        t = random_timesteps(t_key, len(x_0), self.diffusion.steps)
+        t = random_timesteps(t_key, len(x_0), self.diffusion)
         noise = jax.random.normal(noise_key, x_0.shape)
         if self.model.embed_dim:
             cond["z_i_mask"] = keep(z_i_key, len(x_0), self.z_i_drop)

@@ -167,7 +167,7 @@ class PriorStage:
         """
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         x_0, cond = self.data(params, batch)
-        t = random_timesteps(t_key, len(x_0), self.diffusion.steps)
+        t = random_timesteps(t_key, len(x_0), self.diffusion)
         noise = jax.random.normal(noise_key, x_0.shape)
         kept = keep(drop_key, len(x_0), self.caption_drop)
         cond = drop_caption(cond, kept, params.get("null_caption"))

@@ -218,7 +218,7 @@ class UpsamplerStage:
             self.diffusion,
             lambda x_t, t: self.denoise(params, x_t, t, low, level, dropout_key),
             x_0,
-            random_timesteps(t_key, len(x_0), self.diffusion.steps),
+            random_timesteps(t_key, len(x_0), self.diffusion),
             jax.random.normal(noise_key, x_0.shape),
         )
         metrics = {name: jnp.mean(value) for name, value in terms.items() if name != "loss"}
