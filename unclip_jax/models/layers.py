@@ -155,8 +155,9 @@ def layer_norm(name: str) -> nn.LayerNorm:
 class GroupNorm(nn.Module):
     """GroupNorm of images in float32, eps 1e-5, its variance taken about the mean.
 
-    Pixels are reduced before channels are grouped, so that the images are never reshaped: on a
-    CPU the forward pass takes half the time of Linen's own.
+    Channels are averaged over their group, and groups handed back to their channels, by products
+    with a small matrix, after pixels are reduced. The images are never reshaped, and in what XLA
+    computes pixel by pixel each channel has its own mean and gain.
     """
 
     groups: int
@@ -167,11 +168,12 @@ class GroupNorm(nn.Module):
         b, _, _, c = x.shape
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
+        member = jnp.repeat(jnp.eye(self.groups), c // self.groups, axis=0)  # [c, groups]
+        dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
         def group_mean(y: jax.Array) -> jax.Array:
-            per_group = y.mean((1, 2)).reshape(b, self.groups, -1).mean(-1, keepdims=True)
-            per_channel = jnp.broadcast_to(per_group, (b, self.groups, c // self.groups))
-            return per_channel.reshape(b, 1, 1, c)
+            per_group = dot(y.mean((1, 2)), member) / (c // self.groups)
+            return dot(per_group, member.T).reshape(b, 1, 1, c)
 
         centred = x.astype(jnp.float32)
         centred = centred - group_mean(centred)
