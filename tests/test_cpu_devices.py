@@ -170,6 +170,25 @@ def test_devices_that_share_cores_draw_the_same_pictures():
     assert ran(SPREAD + DRAWN) == ["equal"]
 
 
+HELD = """
+images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+from unclip_jax import sharding
+def where(part, rows):
+    return spread.lay(part, jax.numpy.zeros((rows, 2)), rows)[2].size
+print(where(spread.decoder, 1), where(spread.upsamplers[0], 1), where(spread.decoder, 4))
+sharding.LEAST_SPLIT = 16 * 16 * 16
+print(where(spread.decoder, 1), where(spread.prior, 1))
+ours, theirs = (model.variations(key, images[:1], upsample=False) for model in (spread, alone))
+apart = np.abs(ours.astype(int) - theirs)
+assert len(np.unique(theirs)) > 50 and apart.max() <= 3 and apart.mean() < 0.05, apart.max()
+"""
+
+
+@pytest.mark.slow
+def test_a_large_picture_is_split_and_a_small_one_is_not():
+    assert ran(SPREAD + HELD) == ["1", "1", "4", "4", "1"]
+
+
 TRAINED = """
 import sys
 import train

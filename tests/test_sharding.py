@@ -239,6 +239,46 @@ def test_a_model_on_eight_devices_draws_the_same_pictures():
     assert run_on_eight("-c", GENERATED).strip() == "equal"
 
 
+ONE_IMAGE = """
+import jax, jax.numpy as jnp, numpy as np, re
+from tests import networks
+from unclip_jax import axes, sharding
+from unclip_jax.models.unet import UNet, UNetConfig
+net = UNet(UNetConfig(image_size=32, channels=16, channel_mults=(1, 2, 2), res_blocks=1, groups=4,
+                      attention_sizes=(16, 8), head_channels=8, context_dim=12))
+rng = np.random.default_rng(0)
+x, context = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 32, 32, 3), (1, 5, 12)))
+params = networks.random(networks.shapes(net, x, jnp.zeros(1), None, context))
+def loss(params, x, mesh):
+    with axes.on(mesh):
+        y = net.apply({"params": params}, x, jnp.full(1, 7.0), None, context)
+    return jnp.mean(y**2), y
+step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
+(_, y), grads = step(params, x, None)
+for data, fsdp, tensor in ((4, 1, 1), (2, 2, 1), (8, 1, 1), (2, 1, 2)):
+    config = sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(config, jax.devices()[: data * fsdp * tensor])
+    given = jax.device_put((params, x), sharding.replicated(mesh))
+    (_, ours), ours_grads = step(*given, mesh)
+    np.testing.assert_allclose(ours, y, atol=2e-4, rtol=2e-4)
+    for a, b in zip(jax.tree.leaves(ours_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3)
+    text = step.lower(*given, mesh).compile().as_text()
+    heights = {int(h) for h in re.findall(r"f32\\[1,(\\d+),32,16\\]\\S* convolution", text)}
+    print(*sorted(heights), "collective-permute" in text)
+"""
+
+
+def test_one_image_is_split_by_its_height():
+    """As one device computes it, gradients too; its neighbours' rows are fetched.
+
+    Beside tensor parallelism it is whole.
+    """
+    said = run_on_eight("-c", ONE_IMAGE).split("\n")
+    assert said[:3] == ["8 True", "8 True", "4 True"]
+    assert said[3].startswith("32 ")
+
+
 # The compiled programs
 
 

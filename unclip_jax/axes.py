@@ -8,6 +8,8 @@ name the axes of their activations where blocks meet, with `constrain`, and know
 The logical axes:
 
     batch   examples
+    height  rows of pixels: split where the examples are not, so that every device has a part of a
+            single picture, and a few rows of its neighbours' for each convolution
     embed   features of the residual stream, as params hold them: split, each device keeps its part
             and gathers the rest when a block needs it (FSDP: Zhao et al. 2023, arXiv 2304.11277)
     heads   attention heads, and
@@ -32,6 +34,7 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 
 MESH_AXES = {
     "batch": (DATA, FSDP),
+    "height": (DATA, FSDP),
     "embed": (FSDP,),
     "heads": (TENSOR,),
     "mlp": (TENSOR,),
@@ -140,14 +143,18 @@ def current() -> Mesh | None:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, its axes split over the mesh as their logical names say; None stands for whole.
 
-    An axis whose length the mesh does not divide stays whole. Outside `on(mesh)`, or on one
-    device, this is `x` itself.
+    An axis whose length the mesh does not divide stays whole, and so does one whose part of the
+    mesh splits an axis before it. Beside tensor parallelism the height stays whole: XLA (jaxlib
+    0.10.2) computes a convolution of doubled images wrongly where both it and features are split.
+    Outside `on(mesh)`, or on one device, this is `x` itself.
     """
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
         return x
-    fits = (
-        name if name is not None and size % split(mesh, name) == 0 else None
-        for name, size in zip(names, x.shape, strict=True)
-    )
+    fits: list[str | None] = []
+    for name, size in zip(names, x.shape, strict=True):
+        taken = {axis for other in fits if other for axis in MESH_AXES[other]}
+        free = name is not None and not taken.intersection(MESH_AXES[name])
+        free = free and (name != "height" or mesh.shape[TENSOR] == 1)
+        fits.append(name if free and size % split(mesh, name) == 0 else None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(tuple(fits))))

@@ -135,8 +135,9 @@ class UnCLIP:
 
         Args:
             mesh: `sharding.make_mesh()` gives every device a copy of the weights and its share of
-                each batch, MeshConfig(fsdp=-1) a share of the weights as well. A batch that they
-                do not divide is drawn whole by all of them, or by one where they are a CPU's.
+                each batch, MeshConfig(fsdp=-1) a share of the weights as well. Of a batch that they
+                do not divide each computes a part of every picture, where U-Nets draw it, and all
+                of it otherwise; devices of a CPU leave all but large U-Nets to one of them.
 
         Raises:
             UserError: the weights do not split so.
@@ -342,7 +343,8 @@ class UnCLIP:
         """
         if self.mesh is None:
             return part.params, given, None
-        params, mesh = sharding.for_rows(part.params, rows, self.mesh)
+        features = getattr(part.stage, "features", 0)
+        params, mesh = sharding.for_rows(part.params, rows, self.mesh, features=features)
         return params, sharding.spread(given, rows, mesh), mesh
 
     def generate(

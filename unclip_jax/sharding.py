@@ -29,6 +29,10 @@ Tree = TypeVar("Tree")
 
 REST = -1
 
+# Numbers in a U-Net's features of one image from which on devices of a CPU split it: 64 features at
+# 64 px, where that takes a tenth of the time off (docs/performance.md), and two seconds to compile.
+LEAST_SPLIT = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -260,16 +264,18 @@ def spread(tree: Tree, rows: int, mesh: Mesh) -> Tree:
     return jax.tree.map(spread_one, tree)
 
 
-def for_rows(tree: Tree, rows: int, mesh: Mesh) -> tuple[Tree, Mesh]:
+def for_rows(tree: Tree, rows: int, mesh: Mesh, *, features: int = 0) -> tuple[Tree, Mesh]:
     """Where params on `mesh` compute a batch of so many rows: there, or on its first device.
 
     Devices of a CPU share its cores. Where rows do not split over them, each would compute the
-    whole batch, in the others' way; one of them has every core, and a copy already.
+    whole batch, in the others' way; one of them has every core, and a copy already. Only large
+    images, whose height is split then (`axes.constrain`), are worth the longer compilation.
 
     Args:
         tree: arrays on `mesh`.
         rows: of the batch; 1 where nothing spreads batches.
         mesh: where they lie.
+        features: numbers in the features of an image that the params compute; 0: it is no image.
 
     Returns:
         The arrays, and the mesh that they are on.
@@ -277,6 +283,8 @@ def for_rows(tree: Tree, rows: int, mesh: Mesh) -> tuple[Tree, Mesh]:
     first = mesh.devices.flat[0]
     whole = mesh.shape[FSDP] == mesh.shape[TENSOR] == 1
     if first.platform != "cpu" or rows % axes.split(mesh, "batch") == 0 or not whole:
+        return tree, mesh
+    if features >= LEAST_SPLIT:
         return tree, mesh
 
     def as_first_has(x: jax.Array) -> jax.Array:

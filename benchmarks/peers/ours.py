@@ -62,10 +62,10 @@ class Ours:
 
         return self._compiled(mesh, sample, params, *given)
 
-    def _decoder(self, x, prompts) -> tuple[Any, dict[str, jax.Array], Mesh]:
+    def _decoder(self, x, prompts, lay) -> tuple[Any, dict[str, jax.Array], Mesh]:
         """The decoder's params, its inputs with what is encoded once a picture, and where."""
         stage = self.model.decoder.stage
-        params, x, mesh = self.model.lay(self.model.decoder, x, len(prompts))
+        params, x, mesh = lay(self.model.decoder, x, len(prompts))
 
         def encode(params, x):
             return stage.encode(params, stage.condition(x["states"], x["z_i"], x["z_t"], x["mask"]))
@@ -74,12 +74,12 @@ class Ours:
 
     def _decoder_forward(self, x, prompts) -> Work:
         stage = self.model.decoder.stage
-        params, x, mesh = self._decoder(x, prompts)
+        params, x, mesh = self._decoder(x, prompts, self.model.lay)
         return self._compiled(mesh, stage.denoise, params, x["x_t"], x["t"], x["encoded"])
 
     def _decoder_train(self, x, prompts) -> Work:
         stage = self.model.decoder.stage
-        params, x, mesh = self._decoder(x, prompts)
+        params, x, mesh = self._decoder(x, prompts, self._lay_as_train)
 
         def predict(network, x):
             return stage.denoise(params | {"network": network}, x["x_t"], x["t"], x["encoded"])
@@ -91,8 +91,13 @@ class Ours:
         return self._compiled(mesh, self._super_res, params["network"], x)
 
     def _super_res_train(self, x, prompts) -> Work:
-        params, x, mesh = self.model.lay(self.model.upsamplers[0], x, len(prompts))
+        params, x, mesh = self._lay_as_train(self.model.upsamplers[0], x, len(prompts))
         return self._trained(mesh, self._super_res, params["network"], x, x["high_target"])
+
+    def _lay_as_train(self, part, given, rows: int) -> tuple[Any, Any, Mesh]:
+        """As `UnCLIP.lay`, but train.py splits no picture."""
+        params, mesh = sharding.for_rows(part.params, rows, self.model.mesh)
+        return params, sharding.spread(given, rows, mesh), mesh
 
     def _super_res(self, network, x) -> jax.Array:
         stage = self.model.upsamplers[0].stage

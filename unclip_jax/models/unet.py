@@ -120,6 +120,11 @@ class UNetConfig:
         """Features of the time embedding, and of the `emb` added to it."""
         return self.emb_dim or 4 * self.channels
 
+    @property
+    def features(self) -> int:
+        """Numbers in the first level's features of one image."""
+        return self.feature_size(0) ** 2 * self.channels
+
     def feature_size(self, level: int) -> int:
         """Side of the features at a level, 0 being the first."""
         return self.image_size // self.patch // 2**level
@@ -162,14 +167,14 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         """`[b, h, w, c]` and an activated embedding `[b, emb_dim]` to `[b, h', w', features]`."""
-        x = constrain(x, "batch", None, None, None)
+        x = constrain(x, "batch", "height", None, None)
         h = nn.silu(GroupNorm(self.groups, name="norm_1")(x)).astype(self.dtype)
         if self.resample == "double":
             h, x = DoublingConv(self.features, self.dtype, name="conv_1")(h), double(x)
         else:
             h, x = (halve(h), halve(x)) if self.resample == "halve" else (h, x)
             h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(h)
-        h = constrain(h, "batch", None, None, "mlp")
+        h = constrain(h, "batch", "height", None, "mlp")
         width = (1 + self.scale_shift) * self.features
         emb = nn.Dense(width, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
         norm_2 = GroupNorm(self.groups, name="norm_2")
@@ -183,7 +188,7 @@ class ResBlock(nn.Module):
         h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
-        return constrain(x + h, "batch", None, None, None)
+        return constrain(x + h, "batch", "height", None, None)
 
 
 class AttentionBlock(nn.Module):
@@ -207,6 +212,7 @@ class AttentionBlock(nn.Module):
         h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
         qkv = nn.DenseGeneral((3, *heads), dtype=self.dtype, name="qkv")(h.astype(self.dtype))
         q, k, v = split_heads(qkv)
+        q = constrain(q, "batch", "heads", "height", None)
         mask = None
         if context is not None:
             kv = nn.DenseGeneral((2, *heads), dtype=self.dtype, name="context_kv")(context)
@@ -219,7 +225,7 @@ class AttentionBlock(nn.Module):
         h = jnp.moveaxis(attention(q, k, v, mask), 1, 2)
         zeros = nn.initializers.zeros
         h = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=zeros, name="out")(h)
-        return constrain(x + h.reshape(b, height, width, c), "batch", None, None, None)
+        return constrain(x + h.reshape(b, height, width, c), "batch", "height", None, None)
 
 
 class PixelHead(nn.Module):

@@ -104,6 +104,11 @@ class DecoderStage:
         return self.model.unet.image_size
 
     @property
+    def features(self) -> int:
+        """Numbers in the U-Net's first features of one image."""
+        return self.model.unet.features
+
+    @property
     def num_classes(self) -> int:
         """How many classes it draws; 0 where it reads none."""
         return self.model.num_classes

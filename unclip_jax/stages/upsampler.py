@@ -128,6 +128,11 @@ class UpsamplerStage:
         return self.model.image_size
 
     @property
+    def features(self) -> int:
+        """Numbers in the U-Net's first features of one image."""
+        return self.model.features
+
+    @property
     def crop_size(self) -> int:
         """Side, in pixels, of the crops that training sees."""
         return int(self.crop * self.image_size)
