@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from unclip_jax import config as settings
-from unclip_jax import runs, stages
+from unclip_jax import runs, sharding, stages
 from unclip_jax.errors import UserError
 from unclip_jax.parts import in_dtype
 
@@ -91,6 +91,18 @@ def test_the_box_model_fits_its_box_and_its_stages_fit_each_other():
         on_gpu = load(f"box/{name}", "gpu")
         assert in_dtype(built[name], "bfloat16") == stages.build(on_gpu.stage)
         assert on_gpu.train.batch_size > load(f"box/{name}").train.batch_size
+
+
+def test_cpu_cores_share_single_pictures_of_the_papers_networks_and_not_of_the_boxes():
+    """For the box's the longer compilation is not earned back, see docs/performance.md."""
+    assert all(
+        stages.build(load(f"paper/{name}").stage).work >= sharding.LEAST_SPLIT
+        for name in ("decoder", "upsampler_256", "upsampler_1024")
+    )
+    assert all(
+        stages.build(load(f"box/{name}").stage).work < sharding.LEAST_SPLIT
+        for name in ("decoder", "upsampler")
+    )
 
 
 def test_an_unknown_variant_is_named():

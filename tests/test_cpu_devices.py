@@ -176,7 +176,7 @@ from unclip_jax import sharding
 def where(part, rows):
     return spread.lay(part, jax.numpy.zeros((rows, 2)), rows)[2].size
 print(where(spread.decoder, 1), where(spread.upsamplers[0], 1), where(spread.decoder, 4))
-sharding.LEAST_SPLIT = 16 * 16 * 16
+sharding.LEAST_SPLIT = spread.decoder.stage.work
 print(where(spread.decoder, 1), where(spread.prior, 1))
 ours, theirs = (model.variations(key, images[:1], upsample=False) for model in (spread, alone))
 apart = np.abs(ours.astype(int) - theirs)

@@ -343,8 +343,8 @@ class UnCLIP:
         """
         if self.mesh is None:
             return part.params, given, None
-        features = getattr(part.stage, "features", 0)
-        params, mesh = sharding.for_rows(part.params, rows, self.mesh, features=features)
+        work = getattr(part.stage, "work", 0)
+        params, mesh = sharding.for_rows(part.params, rows, self.mesh, work=work)
         return params, sharding.spread(given, rows, mesh), mesh
 
     def generate(

@@ -29,9 +29,9 @@ Tree = TypeVar("Tree")
 
 REST = -1
 
-# Numbers in a U-Net's features of one image from which on devices of a CPU split it: 64 features at
-# 64 px, where that takes a tenth of the time off (docs/performance.md), and two seconds to compile.
-LEAST_SPLIT = 2**18
+# The `UNetConfig.work` from which on devices of a CPU split one image: that of 64 channels at 64 px
+# and four levels is above, the box's upsampler is below (docs/performance.md).
+LEAST_SPLIT = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +264,7 @@ def spread(tree: Tree, rows: int, mesh: Mesh) -> Tree:
     return jax.tree.map(spread_one, tree)
 
 
-def for_rows(tree: Tree, rows: int, mesh: Mesh, *, features: int = 0) -> tuple[Tree, Mesh]:
+def for_rows(tree: Tree, rows: int, mesh: Mesh, *, work: int = 0) -> tuple[Tree, Mesh]:
     """Where params on `mesh` compute a batch of so many rows: there, or on its first device.
 
     Devices of a CPU share its cores. Where rows do not split over them, each would compute the
@@ -275,7 +275,7 @@ def for_rows(tree: Tree, rows: int, mesh: Mesh, *, features: int = 0) -> tuple[T
         tree: arrays on `mesh`.
         rows: of the batch; 1 where nothing spreads batches.
         mesh: where they lie.
-        features: numbers in the features of an image that the params compute; 0: it is no image.
+        work: of the U-Net for one image; 0: it is none.
 
     Returns:
         The arrays, and the mesh that they are on.
@@ -284,7 +284,7 @@ def for_rows(tree: Tree, rows: int, mesh: Mesh, *, features: int = 0) -> tuple[T
     whole = mesh.shape[FSDP] == mesh.shape[TENSOR] == 1
     if first.platform != "cpu" or rows % axes.split(mesh, "batch") == 0 or not whole:
         return tree, mesh
-    if features >= LEAST_SPLIT:
+    if work >= LEAST_SPLIT:
         return tree, mesh
 
     def as_first_has(x: jax.Array) -> jax.Array:

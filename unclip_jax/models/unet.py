@@ -121,9 +121,12 @@ class UNetConfig:
         return self.emb_dim or 4 * self.channels
 
     @property
-    def features(self) -> int:
-        """Numbers in the first level's features of one image."""
-        return self.feature_size(0) ** 2 * self.channels
+    def work(self) -> int:
+        """Measures its FLOPs for one image: positions times channels squared, of each level's
+        residual blocks on the way down."""
+        sizes = [self.feature_size(level) for level in range(len(self.channel_mults))]
+        sides = zip(sizes, self.channel_mults, strict=True)
+        return self.res_blocks * sum((s * self.channels * mult) ** 2 for s, mult in sides)
 
     def feature_size(self, level: int) -> int:
         """Side of the features at a level, 0 being the first."""

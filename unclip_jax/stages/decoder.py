@@ -104,9 +104,9 @@ class DecoderStage:
         return self.model.unet.image_size
 
     @property
-    def features(self) -> int:
-        """Numbers in the U-Net's first features of one image."""
-        return self.model.unet.features
+    def work(self) -> int:
+        """A measure of the U-Net's FLOPs for one image."""
+        return self.model.unet.work
 
     @property
     def num_classes(self) -> int:

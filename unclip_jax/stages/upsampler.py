@@ -128,9 +128,9 @@ class UpsamplerStage:
         return self.model.image_size
 
     @property
-    def features(self) -> int:
-        """Numbers in the U-Net's first features of one image."""
-        return self.model.features
+    def work(self) -> int:
+        """A measure of the U-Net's FLOPs for one image."""
+        return self.model.work
 
     @property
     def crop_size(self) -> int:
