@@ -78,7 +78,7 @@ class Diffusion:
             bound, which trains only the learned variance).
         min_snr_gamma: gamma of min-SNR weighting (arXiv 2303.09556), usually 5; 0 turns it off.
         timestep_shift: s moves the timesteps t / steps that are trained on from u, uniform in
-            [0, 1), to s u / (1 + (s - 1) u) (arXiv 2403.03206, eq. 23): above 1 more of the
+            [0, 1), to s u / (1 + (s - 1) u) (as arXiv 2403.03206 does): above 1 more of the
             loss is of noisy examples. Of the cosine schedule the log signal-to-noise ratio falls
             by between 1.5 and 2 times log s. Sampling does not know of it.
         likelihood: L_0 of the bound: "8bit" for images of 256 levels in [-1, 1], "gaussian" for
