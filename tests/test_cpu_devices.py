@@ -87,7 +87,7 @@ import jax
 from unclip_jax import cpu_devices
 from unclip_jax.sharding import MeshConfig
 cpu_devices._cores = lambda: 4
-cpu_devices._memory = lambda: 4000
+cpu_devices.host_memory.total_bytes = lambda: 4000
 cpu_devices.use()
 def shape(config=MeshConfig(), rows=0, held=1):
     mesh = cpu_devices.make_mesh(config, rows=rows, held_bytes=lambda: held)

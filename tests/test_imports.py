@@ -43,7 +43,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "preemption": {"distributed"},
     "sharding": {"errors", "axes", "checkpoint"},
-    "cpu_devices": {"errors", "sharding"},
+    "cpu_devices": {"errors", "host_memory", "sharding"},
     "feed": {"errors", "distributed", "sharding", "train_config"},
     "muon": {"axes"},
     "optim": {"checkpoint", "muon", "train_config"},

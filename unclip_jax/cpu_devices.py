@@ -16,10 +16,9 @@ from collections.abc import Callable
 
 import jax
 import jaxlib.version
-import numpy as np
 from jax.sharding import Mesh
 
-from unclip_jax import sharding
+from unclip_jax import host_memory, sharding
 from unclip_jax.errors import UserError
 from unclip_jax.sharding import MeshConfig
 
@@ -80,7 +79,7 @@ def make_mesh(
     devices = jax.devices()
     if devices[0].platform != "cpu" or not _made:
         return sharding.make_mesh(config, devices)
-    copies = max(1, _memory() // MEMORY_PART // max(held_bytes(), 1))
+    copies = max(1, host_memory.total_bytes() // MEMORY_PART // max(held_bytes(), 1))
     counts = [2**i for i in reversed(range(len(devices).bit_length()))]
     serving = [count for count in counts if _serves(config, count, rows, copies)]
     return sharding.make_mesh(config, devices[: serving[0]] if serving else devices)
@@ -101,11 +100,3 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
-
-
-def _memory() -> int:
-    """Bytes of the machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not POSIX: as if there were enough
-        return np.iinfo(np.int64).max
