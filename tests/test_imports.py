@@ -101,7 +101,7 @@ ALLOWED = {
     },
     "tasks": {
         "errors", "compile_cache", "cpu_devices", "data", "figures", "files", "grids",
-        "host_memory", "manipulate", "pca", "pipeline", "stages",
+        "manipulate", "pca", "pipeline", "stages",
     },
     "doctor": {
         "errors", "checkpoint", "config", "data", "diffusion", "files", "lock", "needs", "parts",
@@ -109,8 +109,8 @@ ALLOWED = {
         "train_config",
     },
     "app": {
-        "errors", "compile_cache", "cpu_devices", "data", "files", "host_memory", "manipulate",
-        "pipeline", "tasks",
+        "errors", "compile_cache", "cpu_devices", "data", "files", "manipulate", "pipeline",
+        "tasks",
     },
 }  # fmt: skip
 

@@ -109,12 +109,6 @@ def test_a_shift_lowers_the_log_snr_of_what_is_trained_on():
     assert (fall > 1.5).all() and (fall < 2.0).all()
 
 
-def test_text_mask_ends_with_the_first_end_token():
-    tokens = jnp.asarray([[8, 1, 9, 9, 9], [8, 9, 0, 0, 0], [8, 1, 2, 3, 4]])
-    expected = [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
-    np.testing.assert_array_equal(text_mask(tokens, 10), np.asarray(expected, bool))
-
-
 def test_whitening_is_exact_and_invertible():
     z = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (500, 4)), jnp.float32)
     stats = embedding.whitening([z[:7], z[7:]])

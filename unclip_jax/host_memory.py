@@ -2,9 +2,10 @@
 
 XLA's CPU programs allocate their temporaries anew at every call, gigabytes of them for a U-Net's
 training step. From glibc they come as blocks of the system's own, in pages of 4 KiB, each zeroed at
-its first touch, and go back at once. Kept, and in pages of 2 MiB, they take a tenth to a sixth off
-such a step (docs/performance.md). Commands that compute ask for this; the library itself leaves the
-process as it finds it.
+its first touch, and go back at once. Keeping them, in pages of 2 MiB, saves a tenth to a quarter of
+such a step (docs/performance.md). XLA then takes longer to compile, for its threads wait for each
+other at the one heap. So what computes for long asks for this, `train.py` above all; the library
+itself leaves the process as it finds it.
 """
 
 from __future__ import annotations

@@ -5,15 +5,17 @@
     python -m benchmarks.peers --device gpu --dtype bfloat16
 
 Networks have Karlo's shape, on a CPU scaled down (`sizes.karlo`), on a GPU as they were published.
-Each side runs in a process of its own and waits while another is measured; within a round all
-sides are asked one after the other, so what else the machine does falls on all of them alike. A
-ratio is of one round; the table has the median and the range of rounds. Below 1 ours is faster.
-Before anything is timed, all sides must have computed the same.
+Each side runs in a process of its own, and in another for the rows of training, which come last;
+it waits while another is measured. Within a round all sides are asked one after the other, so what
+else the machine does falls on all of them alike. A ratio is of one round; the table has the median
+and the range of rounds. Below 1 ours is faster. Before anything is timed, all sides must have
+computed the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -31,6 +33,7 @@ from benchmarks.peers import sizes
 SIDES = ("ours", "eager", "compiled")
 DRAWN = ("prior_sample", "text_to_image")  # from noise of each side's own
 ENOUGH_SECONDS = 1.0  # of one measurement
+WARM_CALLS = 3  # memory that is kept is found in the first ones
 GIB = 2**30
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -42,10 +45,13 @@ QUIET = {
 class Side:
     """A worker process."""
 
-    def __init__(self, name: str, folders: list[Path], device: str, dtype: str) -> None:
+    def __init__(
+        self, name: str, folders: list[Path], device: str, dtype: str, training: bool
+    ) -> None:
         """Start it; it loads the networks."""
         command = [sys.executable, "-m", "benchmarks.peers.worker", name, *map(str, folders)]
         command += [f"--device={device}", f"--dtype={dtype}"]
+        command += ["--training"] if training else []
         environment = os.environ | QUIET | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu"}
@@ -100,7 +106,7 @@ def measure(sides: list[Side], row: str, batch: int, rounds: int, tolerance: flo
     check_same(row, first, tolerance)
     calls = {}
     for side in sides:
-        warm = side.ask(calls=1)["seconds"]
+        warm = side.ask(calls=WARM_CALLS)["seconds"]
         calls[side.name] = max(1, min(50, round(ENOUGH_SECONDS / warm)))
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     peaks = {}
@@ -141,9 +147,9 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 
-def head(sides: list[Side]) -> str:
+def head(sides: list[str]) -> str:
     """The table's head."""
-    names = " / ".join(side.name for side in sides)
+    names = " / ".join(sides)
     titles = ["row", "batch", "ours", "GFLOP/s", "ours / eager", "ours / compiled"]
     titles += [f"peak GiB, {names}", f"first call s, {names}"]
     return f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
@@ -168,16 +174,18 @@ def main(argv: list[str]) -> None:
     print(machine, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folders = make_weights(Path(folder), args.device)
-        sides = [Side(name, folders, args.device, dtype) for name in args.sides]
-        table, found = [head(sides)], []
+        table, found = [head(args.sides)], []
         print(table[0], flush=True)
-        for row in args.rows:
-            for batch in args.batches:
+        for training in (False, True):
+            rows = [row for row in args.rows if (row in sizes.TRAINING) is training]
+            made = args.sides if rows else ()
+            sides = [Side(name, folders, args.device, dtype, training) for name in made]
+            for row, batch in itertools.product(rows, args.batches):
                 found.append(measure(sides, row, batch, args.rounds, tolerance))
                 table.append(line(found[-1]))
                 print(table[-1], flush=True)
-        for side in sides:
-            side.close()
+            for side in sides:
+                side.close()
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "peers.json").write_text(json.dumps(found, indent=1) + "\n")

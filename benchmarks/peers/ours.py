@@ -24,10 +24,11 @@ Work = Callable[[], Any]
 class Ours:
     """A model folder's networks, doing one row after the other, where the commands would."""
 
-    def __init__(self, folders: list[Path], dtype: str) -> None:
-        """Load them; `dtype` is "" for float32."""
+    def __init__(self, folders: list[Path], dtype: str, *, training: bool) -> None:
+        """Load them; `dtype` is "" for float32, and `training` keeps memory as train.py does."""
         cpu_devices.use()
-        host_memory.keep_freed()
+        if training:
+            host_memory.keep_freed()
         model = UnCLIP(**karlo.load(folders, dtype))
         mesh = cpu_devices.make_mesh(held_bytes=lambda: model.nbytes)
         self.model = model.on(mesh)

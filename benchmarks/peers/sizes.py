@@ -14,6 +14,7 @@ ROWS = (
     "clip_text", "clip_image", "prior_sample", "decoder_forward", "decoder_train",
     "super_res_forward", "super_res_train", "text_to_image",
 )  # fmt: skip
+TRAINING = ("decoder_train", "super_res_train")
 LEARNING_RATE = 1e-4
 STEPS = {"prior": 25, "decoder": 25, "super_res": 7}  # Karlo's own
 GUIDANCE = {"prior": 4.0, "decoder": 8.0}

@@ -51,13 +51,14 @@ def main() -> None:
     parser.add_argument("folders", nargs=2, type=Path)
     parser.add_argument("--device", choices=("cpu", "gpu"), required=True)
     parser.add_argument("--dtype", default="")
+    parser.add_argument("--training", action="store_true", help="the rows are of training")
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if args.side == "ours":
         from benchmarks.peers.ours import Ours
 
-        engine = Ours(args.folders, args.dtype)
+        engine = Ours(args.folders, args.dtype, training=args.training)
     else:
         from benchmarks.peers.theirs import Theirs
 

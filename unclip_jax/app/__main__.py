@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UserError(f"--port: got {args.port}, expected 1 to 65535")
 
-    from unclip_jax import compile_cache, cpu_devices, host_memory
+    from unclip_jax import compile_cache, cpu_devices
     from unclip_jax.app.serve import serving
     from unclip_jax.app.tasks import Served
     from unclip_jax.pipeline import check_count
@@ -57,7 +57,6 @@ def main(argv: list[str]) -> None:
     check_count("--batch_size", args.batch_size)
     cpu_devices.use()
     compile_cache.use()
-    host_memory.keep_freed()
     served = Served(load(args), args.model, args.dtype, args.t5, args.batch_size)
     with serving(served, host=args.host, port=args.port, share=args.share) as address:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the files go, too

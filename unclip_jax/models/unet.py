@@ -313,14 +313,14 @@ class UNet(nn.Module):
         h = nn.Conv(c.channels, (3, 3), dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
         skips = [h]
         last = len(c.channel_mults) - 1
-        for level, mult in enumerate(c.channel_mults):
+        for scale, mult in enumerate(c.channel_mults):
             for i in range(c.res_blocks):
-                h = res(h, f"down_{level}_res_{i}", mult)
-                if c.attends(c.feature_size(level)):
-                    h = attend(h, f"down_{level}_attention_{i}")
+                h = res(h, f"down_{scale}_res_{i}", mult)
+                if c.attends(c.feature_size(scale)):
+                    h = attend(h, f"down_{scale}_attention_{i}")
                 skips.append(h)
-            if level < last:
-                h = res(h, f"down_{level}_halve", mult, "halve")
+            if scale < last:
+                h = res(h, f"down_{scale}_halve", mult, "halve")
                 skips.append(h)
 
         h = res(h, "middle_res_0", c.channel_mults[-1])
@@ -328,15 +328,15 @@ class UNet(nn.Module):
             h = attend(h, "middle_attention")
         h = res(h, "middle_res_1", c.channel_mults[-1])
 
-        for level in range(last, -1, -1):
-            mult = c.channel_mults[level]
+        for scale in range(last, -1, -1):
+            mult = c.channel_mults[scale]
             for i in range(c.res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = res(h, f"up_{level}_res_{i}", mult)
-                if c.attends(c.feature_size(level)):
-                    h = attend(h, f"up_{level}_attention_{i}")
-            if level > 0:
-                h = res(h, f"up_{level}_double", mult, "double")
+                h = res(h, f"up_{scale}_res_{i}", mult)
+                if c.attends(c.feature_size(scale)):
+                    h = attend(h, f"up_{scale}_attention_{i}")
+            if scale > 0:
+                h = res(h, f"up_{scale}_double", mult, "double")
 
         h = nn.silu(GroupNorm(c.groups, name="norm_out")(h))
         out = c.out_channels * c.patch**2

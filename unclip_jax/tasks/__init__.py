@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from unclip_jax import compile_cache, cpu_devices, host_memory
+from unclip_jax import compile_cache, cpu_devices
 from unclip_jax.tasks import edits, probes
 from unclip_jax.tasks.outputs import StageBars, check_out
 
@@ -31,6 +31,5 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out)
     cpu_devices.use()
     compile_cache.use()
-    host_memory.keep_freed()
     with StageBars() as bars:
         task(args, bars)
