@@ -2,6 +2,7 @@
 
 Programs are compiled without most of the compiler's optimisations: the networks are tiny, compiling
 them is most of the work, and test_manipulate.py takes half its time. `make test-all` optimises.
+Commands leave malloc as it is, since what makes computing faster makes compiling slower.
 """
 
 import os
@@ -11,6 +12,7 @@ from tests.xla_flags import xla_flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # subprocesses inherit it
 os.environ.setdefault("XLA_FLAGS", xla_flags())
+os.environ.setdefault("GLIBC_TUNABLES", "")  # see unclip_jax.host_memory
 
 import jax
 import pytest

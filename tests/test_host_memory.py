@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from unclip_jax import host_memory
-
 # A program with temporaries of some 150 MB, on one of JAX's threads. Of the pages that the process
 # gets at a call after the first ones, those are counted that were not there.
 SCRIPT = """
 import resource
+import jax, jax.numpy as jnp
 from unclip_jax import host_memory
 
 done = host_memory.keep_freed()
-
-import jax, jax.numpy as jnp
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -34,11 +31,16 @@ print(done, faults() - before, any("hg" in names for names in flags))
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "[always] madvise never"
 
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="the C library is not glibc"
+)
 
-def ran(**environment):
+
+def ran(script: str = SCRIPT, **environment: str) -> tuple[bool, int, bool]:
+    """Whether memory is kept, how many pages were new, whether some are to be large."""
     told = ("MALLOC_", "GLIBC_TUNABLES")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         env={k: v for k, v in os.environ.items() if not k.startswith(told)} | environment,
         capture_output=True,
         text=True,
@@ -48,24 +50,24 @@ def ran(**environment):
     return kept == "True", int(faults), advised == "True"
 
 
-glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def assert_as_found(kept: bool, faults: int, advised: bool) -> None:
+    """Nothing is kept, and nothing asks for large pages."""
+    assert not kept and not advised
+    if LARGE_PAGES.exists() and "[always]" not in LARGE_PAGES.read_text():
+        assert faults > 10_000
 
 
-@glibc
 def test_a_programs_temporaries_are_memory_that_was_there_before():
     kept, faults, advised = ran()
     assert kept and faults < 1000
     assert advised or not LARGE_PAGES.exists()
 
 
-@glibc
-def test_what_the_environment_says_of_malloc_is_left():
-    kept, faults, advised = ran(MALLOC_ARENA_MAX="4")
-    assert not kept and not advised
-    if LARGE_PAGES.exists() and "[always]" not in LARGE_PAGES.read_text():
-        assert faults > 10_000  # which is what the test above is about
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_of_malloc_is_left(name):
+    assert_as_found(*ran(**{name: "" if name == "GLIBC_TUNABLES" else "4"}))
 
 
-def test_other_devices_are_left(monkeypatch):
-    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
-    assert not host_memory.keep_freed()
+def test_other_devices_are_left():
+    on_tpu = SCRIPT.replace("done =", "jax.default_backend = lambda: 'tpu'\ndone =")
+    assert_as_found(*ran(on_tpu))
