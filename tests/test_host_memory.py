@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# A program with temporaries of some 150 MB, on one of JAX's threads. Of the pages that the process
-# gets at a call after the first ones, those are counted that were not there.
+# A program with temporaries of some 150 MB, on one of JAX's threads. Pages that were not there before
+# are counted at each call; the first calls, which find the memory, are not the least of them.
 SCRIPT = """
 import resource
 import jax, jax.numpy as jnp
@@ -22,11 +22,13 @@ def faults():
 
 program = jax.jit(lambda x: jnp.sort(jnp.sin(jnp.sort(x * 2.0))).sum())
 x = jnp.arange(12_000_000.0)
-for _ in range(4):
+found = []
+for _ in range(6):
     before = faults()
     program(x).block_until_ready()
+    found.append(faults() - before)
 flags = [line.split() for line in open("/proc/self/smaps") if line.startswith("VmFlags")]
-print(done, faults() - before, any("hg" in names for names in flags))
+print(done, min(found), any("hg" in names for names in flags))
 """
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "[always] madvise never"
