@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# A program with temporaries of some 150 MB, on one of JAX's threads. Pages that were not there before
-# are counted at each call; the first calls, which find the memory, are not the least of them.
+# A program with temporaries of some 150 MB, on one of JAX's threads. Pages that were not there
+# before are counted at each call; the first calls, which find the memory, are not the least.
 SCRIPT = """
 import resource
 import jax, jax.numpy as jnp
