@@ -17,7 +17,8 @@ config.init           folder of a trained stage to start from, "" for random par
                       then says only what differs, and the normalisation is the folder's
 config.mesh           how many devices lie along each axis (unclip_jax.sharding.MeshConfig): copies
                       of the model ("data", -1: as many as are left), devices among which a copy
-                      is split ("fsdp"), and those that compute one block together ("tensor")
+                      is split ("fsdp"), those among which images are ("spatial"), and those that
+                      compute one block together ("tensor")
 config.lora           low-rank adapters on what config.init holds (unclip_jax.lora.Lora); rank 0
                       trains it whole
 

@@ -133,7 +133,7 @@ def fits():
 
 def main():
     assert jax.device_count() == 8
-    mesh = sharding.make_mesh(MeshConfig(1, 8, 1))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
     found = {
         "scan": collectives_in_a_scan(mesh),
         "bytes": bytes_of_a_scan(mesh),

@@ -25,6 +25,7 @@ STEPS, BATCH = 5, 16
 MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(data=1, fsdp=8),
+    "spatial": MeshConfig(data=2, fsdp=2, spatial=2),
     "tensor": MeshConfig(data=4, tensor=2),
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
 }

@@ -198,17 +198,18 @@ def test_this_machine_has_no_kernel():
 def on_four_devices():
     """Values, gradients and the choice on a mesh of four devices; runs in a process of its own."""
     arguments, mask = arrays(2, 2, 128, 128, 8), by_key(prefix_mask((128, 40), 128))
-    mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 2))
-
-    def on_mesh(q, k, v, mask, *, scale):
-        with axes.on(mesh):
-            return fused_attention.tpu_attention(q, k, v, mask, scale=scale)
-
     expected = value_and_gradients(reference, arguments, mask)
-    with interpreted():
-        found = value_and_gradients(on_mesh, arguments, mask)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert relative_error(ours, theirs) < 1e-5
+    for config in (sharding.MeshConfig(fsdp=2, spatial=2), sharding.MeshConfig(fsdp=2, tensor=2)):
+        mesh = sharding.make_mesh(config)
+
+        def on_mesh(q, k, v, mask, *, scale, mesh=mesh):
+            with axes.on(mesh):
+                return fused_attention.tpu_attention(q, k, v, mask, scale=scale)
+
+        with interpreted():
+            found = value_and_gradients(on_mesh, arguments, mask)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-5
 
     with axes.on(mesh):
         assert fused_attention.fits("tpu", shape(*LONG), shape(*KEYS))
@@ -232,13 +233,17 @@ def test_every_device_calls_the_kernel_for_its_own_part():
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-def test_libtpu_compiles_both_passes_for_four_chips():
-    """On a machine without TPUs, as the planner does; each chip has one example of one head."""
+@pytest.mark.parametrize(("axis", "queries"), [("tensor", (1, 1024)), ("spatial", (2, 512))])
+def test_libtpu_compiles_both_passes_for_four_chips(axis, queries):
+    """On a machine without TPUs, as the planner does; each chip has one example of one head.
+
+    Or half the queries of both, for which it sums the gradients of keys and values with another.
+    """
     try:
         devices = chips.Topology.parse("v5e:2x2").devices()
     except UserError as error:
         pytest.skip(str(error))
-    mesh = sharding.make_mesh(sharding.MeshConfig(2, 1, 2), devices)
+    mesh = sharding.make_mesh(sharding.MeshConfig(**{axis: 2}), devices)
     where = jax.sharding.NamedSharding(mesh, axes.spec(("batch", "heads", None, None)))
     q, k = shape(*LONG, sharding=where), shape(2, 2, 1040, 64, sharding=where)
 
@@ -249,8 +254,9 @@ def test_libtpu_compiles_both_passes_for_four_chips():
     program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile()
     text = program.as_text()
     assert text.count(f'custom_call_target="{KERNEL}"') == 2
-    assert "bf16[1,1,1024,64]" in text, "queries of one example and one head"
-    assert "all-gather" not in text and "all-reduce" not in text
+    heads, length = queries
+    assert f"bf16[1,{heads},{length},64]" in text, "queries of one example"
+    assert "all-gather" not in text and ("all-reduce" in text) == (axis == "spatial")
 
 
 def test_cudnn_is_handed_what_attention_means(monkeypatch):

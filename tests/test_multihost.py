@@ -89,7 +89,7 @@ def whole(tmp_path_factory):
     """A run of two processes that nothing disturbs."""
     workdir = tmp_path_factory.mktemp("pod") / "whole"
     said = finish(start_pod(workdir, **SETTINGS))
-    assert "on 8 x cpu (data 2, fsdp 2, tensor 2)" in said[0]
+    assert "on 8 x cpu (data 2, fsdp 2, spatial 1, tensor 2)" in said[0]
     assert "parameters" not in said[1]  # the lead alone speaks
     return workdir
 

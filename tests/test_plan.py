@@ -277,7 +277,8 @@ def test_a_small_plan_by_the_real_compiler(tmp_path):
     assert done.returncode == 0, done.stderr
     plan = json.loads(file.read_text())
     train = plan["train"]
-    assert plan["mesh"] == "data 2, fsdp 2, tensor 1" and train["fits"] and plan["sample"]["fits"]
+    assert plan["mesh"] == "data 2, fsdp 2, spatial 1, tensor 1"
+    assert train["fits"] and plan["sample"]["fits"]
     kept = train["bytes"]
     assert 1.9 < kept["optimizer"] / kept["ema"] < 2.1, "two moments for one average"
     assert kept["peak"] >= kept["params"] + kept["ema"] + kept["optimizer"]

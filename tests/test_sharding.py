@@ -31,7 +31,7 @@ NEED_INIT = ("configs.karlo.upsampler",)  # their sizes come from the weights th
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    return AbstractMesh((data, fsdp, 1, tensor), ("data", "fsdp", "spatial", "tensor"))
 
 
 # What the axes of params are
@@ -102,8 +102,9 @@ def test_constants_adapters_and_scalars_stay_whole():
 
 
 def test_meshes_take_what_is_left():
-    assert MeshConfig().shape(8) == (8, 1, 1)
-    assert MeshConfig(data=2, fsdp=-1, tensor=2).shape(32) == (2, 8, 2)
+    assert MeshConfig().shape(8) == (8, 1, 1, 1)
+    assert MeshConfig(data=2, fsdp=-1, tensor=2).shape(32) == (2, 8, 1, 2)
+    assert MeshConfig(fsdp=2, spatial=4).shape(32) == (4, 2, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,9 @@ def test_meshes_take_what_is_left():
     [
         ({"fsdp": 0}, r"mesh\.fsdp: got 0, expected a number of devices, or -1"),
         ({"tensor": 2.0}, r"mesh\.tensor: got 2\.0"),
-        ({"fsdp": -1}, r"mesh: got data -1, fsdp -1, tensor 1, expected -1 for one axis"),
+        ({"fsdp": -1}, r"mesh: got data -1, fsdp -1, .*, expected -1 for one axis"),
+        ({"spatial": 2, "tensor": 2}, r"mesh: got .* expected spatial or tensor to be 1"),
+        ({"data": 1, "spatial": -1, "tensor": 2}, r"expected spatial or tensor to be 1"),
     ],
 )
 def test_bad_meshes_are_named(fields, message):
@@ -132,13 +135,13 @@ class Device:
         self.process_index = process
 
 
-def shares(per_process: int, processes: int, tensor: int) -> list:
+def shares(per_process: int, processes: int, tensor: int = 1, spatial: int = 1) -> list:
     """The share of each process, on a mesh whose devices come process by process."""
     devices = np.array([Device(i // per_process) for i in range(per_process * processes)])
-
+    devices = devices.reshape(-1, 1, spatial, tensor)
     mesh = types.SimpleNamespace(
-        devices=devices.reshape(-1, 1, tensor),
-        shape={"data": devices.size // tensor, "fsdp": 1, "tensor": tensor},
+        devices=devices,
+        shape=dict(zip(("data", "fsdp", "spatial", "tensor"), devices.shape, strict=True)),
         local_devices=[None] * per_process,
     )
     found = [sharding.data_shard(mesh, process) for process in range(processes)]
@@ -149,8 +152,22 @@ def test_processes_that_compute_one_block_read_the_same_share():
     assert shares(4, 2, tensor=1) == shares(4, 2, tensor=4) == [(0, 2), (1, 2)]
     assert shares(4, 2, tensor=8) == [(0, 1), (0, 1)]
     assert shares(2, 4, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    with pytest.raises(UserError, match=r"mesh\.tensor: got 4, expected a divisor or a multiple"):
-        shares(6, 2, tensor=4)
+    assert shares(4, 2, spatial=4) == [(0, 2), (1, 2)]
+    assert shares(2, 4, spatial=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    for axis in ("tensor", "spatial"):
+        said = rf"mesh\.{axis}: got 4, expected a divisor or a multiple"
+        with pytest.raises(UserError, match=said):
+            shares(6, 2, **{axis: 4})
+
+
+def test_images_are_split_only_where_there_are_any_and_evenly():
+    mesh = types.SimpleNamespace(shape={"spatial": 4})
+    sharding.check_spatial(mesh, 8)
+    with pytest.raises(UserError, match=r"mesh\.spatial: got 4, expected a divisor of the 6 rows"):
+        sharding.check_spatial(mesh, 6)
+    with pytest.raises(UserError, match=r"mesh\.spatial: got 4, expected 1, as this stage has no"):
+        sharding.check_spatial(mesh, 0)
+    sharding.check_spatial(types.SimpleNamespace(shape={"spatial": 1}), 0)
 
 
 # 8 devices equal 1
@@ -176,7 +193,7 @@ def check_equal(stage: str, *meshes: str) -> None:
     assert report["moved"] > 1e-3
     assert set(report["meshes"]) == set(meshes)
     for mesh, figures in report["meshes"].items():
-        parts = {"data": 1, "fsdp": 8, "tensor": 2, "all": 4}[mesh]
+        parts = {"data": 1, "fsdp": 8, "spatial": 2, "tensor": 2, "all": 4}[mesh]
         assert figures["loss"] < 1e-5 and figures["params"] < 1e-6 and figures["ema"] < 1e-6, mesh
         assert figures.get("sample", 0.0) < 2e-5, mesh
         # Small params stay whole, and these networks have little else.
@@ -191,7 +208,8 @@ def test_a_mesh_with_every_axis_trains_and_samples_as_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [*sharded_run.STAGES, "prior:muon", "decoder:muon"])
 def test_eight_devices_train_and_sample_as_one_in_every_arrangement(stage):
-    check_equal(stage, *sharded_run.MESHES)
+    no_images = stages.unet(sharded_run.STAGES[stage.partition(":")[0]]) is None
+    check_equal(stage, *(m for m in sharded_run.MESHES if m != "spatial" or not no_images))
 
 
 EMBEDDED = """
@@ -255,9 +273,9 @@ def loss(params, x, mesh):
     return jnp.mean(y**2), y
 step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
 (_, y), grads = step(params, x, None)
-for data, fsdp, tensor in ((4, 1, 1), (2, 2, 1), (8, 1, 1), (2, 1, 2)):
-    config = sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    mesh = sharding.make_mesh(config, jax.devices()[: data * fsdp * tensor])
+for sides in ((4, 1, 1, 1), (2, 2, 1, 1), (8, 1, 1, 1), (2, 1, 1, 2), (1, 1, 4, 1), (2, 1, 4, 1)):
+    config = sharding.MeshConfig(*sides)
+    mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sides)])
     given = jax.device_put((params, x), sharding.replicated(mesh))
     (_, ours), ours_grads = step(*given, mesh)
     np.testing.assert_allclose(ours, y, atol=2e-4, rtol=2e-4)
@@ -277,6 +295,7 @@ def test_one_image_is_split_by_its_height():
     said = run_on_eight("-c", ONE_IMAGE).split("\n")
     assert said[:3] == ["8 True", "8 True", "4 True"]
     assert said[3].startswith("32 ")
+    assert said[4:6] == ["8 True", "4 True"]
 
 
 # The compiled programs

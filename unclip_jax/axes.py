@@ -8,8 +8,8 @@ name the axes of their activations where blocks meet, with `constrain`, and know
 The logical axes:
 
     batch   examples
-    height  rows of pixels: split where the examples are not, so that every device has a part of a
-            single picture, and a few rows of its neighbours' for each convolution
+    height  rows of pixels, of which every device has a band, and a few rows of its neighbours' for
+            each convolution; also over devices between which the examples are not split
     embed   features of the residual stream, as params hold them: split, each device keeps its part
             and gathers the rest when a block needs it (FSDP: Zhao et al. 2023, arXiv 2304.11277)
     heads   attention heads, and
@@ -30,11 +30,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.errors import UserError
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+DATA, FSDP, SPATIAL, TENSOR = "data", "fsdp", "spatial", "tensor"
 
 MESH_AXES = {
     "batch": (DATA, FSDP),
-    "height": (DATA, FSDP),
+    "height": (DATA, FSDP, SPATIAL),
     "embed": (FSDP,),
     "heads": (TENSOR,),
     "mlp": (TENSOR,),
@@ -140,21 +140,33 @@ def current() -> Mesh | None:
     return _mesh.get()
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, its axes split over the mesh as their logical names say; None stands for whole.
+def fitting(mesh: Mesh, shape: tuple[int, ...], names: Names) -> PartitionSpec:
+    """Where `mesh` splits an activation of this shape, whose axes have these logical names.
 
-    An axis whose length the mesh does not divide stays whole, and so does one whose part of the
-    mesh splits an axis before it. Beside tensor parallelism the height stays whole: XLA (jaxlib
-    0.10.2) computes a convolution of doubled images wrongly where both it and features are split.
+    An axis of the mesh splits one axis of the array at most, the first that names it. An axis whose
+    length the mesh does not divide stays whole. Beside tensor parallelism the height stays whole:
+    XLA (jaxlib 0.10.2) computes a convolution of doubled images wrongly where both it and features
+    are split.
+    """
+    taken: set[str] = set()
+    places: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        free = tuple(axis for axis in MESH_AXES.get(name, ()) if axis not in taken)
+        whole = name == "height" and mesh.shape[TENSOR] > 1
+        if not free or whole or size % math.prod(mesh.shape[axis] for axis in free):
+            places.append(None)
+            continue
+        taken.update(free)
+        places.append(free)
+    return PartitionSpec(*places)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, its axes split over the mesh in force as `fitting` says; None stands for whole.
+
     Outside `on(mesh)`, or on one device, this is `x` itself.
     """
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
         return x
-    fits: list[str | None] = []
-    for name, size in zip(names, x.shape, strict=True):
-        taken = {axis for other in fits if other for axis in MESH_AXES[other]}
-        free = name is not None and not taken.intersection(MESH_AXES[name])
-        free = free and (name != "height" or mesh.shape[TENSOR] == 1)
-        fits.append(name if free and size % split(mesh, name) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(tuple(fits))))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(mesh, x.shape, names)))

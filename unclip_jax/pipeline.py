@@ -343,7 +343,8 @@ class UnCLIP:
         """
         if self.mesh is None:
             return part.params, given, None
-        work = getattr(part.stage, "work", 0)
+        unet = stages.unet(part.stage)
+        work = 0 if unet is None else unet.work
         params, mesh = sharding.for_rows(part.params, rows, self.mesh, work=work)
         return params, sharding.spread(given, rows, mesh), mesh
 

@@ -168,7 +168,7 @@ def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
     """The mesh that the config asks for; on a CPU, of as many devices as a microbatch has use for.
 
     Raises:
-        UserError: it does not fit the number of devices.
+        UserError: it does not fit the number of devices, or the stage.
     """
 
     def state_bytes() -> int:
@@ -176,7 +176,9 @@ def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
         return STATE_COPIES * sum(x.size * x.dtype.itemsize for x in shapes)
 
     rows = given.train.batch_size // given.train.grad_accum
-    return cpu_devices.make_mesh(given.mesh, rows=rows, held_bytes=state_bytes)
+    mesh = cpu_devices.make_mesh(given.mesh, rows=rows, held_bytes=state_bytes)
+    sharding.check_spatial(mesh, stages.feature_rows(stage))
+    return mesh
 
 
 def describe(

@@ -1,11 +1,12 @@
 """The device mesh and what lies where on it.
 
-The mesh has three axes. Examples are split over "data" and "fsdp" together; the features of params,
-of their averages and of the optimizer's state over "fsdp"; what is inside a block over "tensor".
-So 8 devices as (8, 1, 1) train data parallel, (1, 8, 1) with everything sharded, (1, 1, 8) tensor
-parallel, and (2, 2, 2) all at once: `axes` says which axis of which array goes where. The compiler
-inserts every collective. Nothing in a stage knows how many devices there are, and none of this
-changes what is computed.
+The mesh has four axes. Examples are split over "data" and "fsdp" together; the features of params,
+of their averages and of the optimizer's state over "fsdp"; an image's rows of pixels over
+"spatial"; what is inside a block over "tensor". So 8 devices as (8, 1, 1, 1) train data parallel,
+(1, 8, 1, 1) with everything sharded, (1, 1, 8, 1) on parts of the same images, (1, 1, 1, 8) tensor
+parallel, and (2, 2, 2, 1) in three ways at once: `axes` says which axis of which array goes where.
+The compiler inserts every collective. Nothing in a stage knows how many devices there are, and
+none of this changes what is computed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax import axes
-from unclip_jax.axes import DATA, FSDP, TENSOR
+from unclip_jax.axes import DATA, FSDP, SPATIAL, TENSOR
 from unclip_jax.checkpoint import is_weights
 from unclip_jax.errors import UserError
 
@@ -42,11 +43,14 @@ class MeshConfig:
         data: copies of the model, each with its own share of the batch.
         fsdp: devices among which a copy's params, averages and optimizer state are split, each
             again with its own share of the batch.
+        spatial: devices that share the examples' images among them, each with a band of every one:
+            for U-Nets of more devices than examples, or of images that one has no memory for.
         tensor: devices that compute the parts of one block together.
     """
 
     data: int = REST
     fsdp: int = 1
+    spatial: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -56,14 +60,19 @@ class MeshConfig:
                 raise UserError(f"mesh.{name}: got {value!r}, expected a number of devices, or -1")
         if list(dataclasses.astuple(self)).count(REST) > 1:
             raise UserError(f"mesh: got {self.text}, expected -1 for one axis at most")
+        if self.spatial != 1 and self.tensor != 1:
+            raise UserError(
+                f"mesh: got {self.text}, expected spatial or tensor to be 1: images are not split"
+                " beside features; set one of them to 1"
+            )
 
     @property
     def text(self) -> str:
         """The axes in words."""
         return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
 
-    def shape(self, devices: int) -> tuple[int, int, int]:
-        """The mesh's shape (data, fsdp, tensor) on so many devices.
+    def shape(self, devices: int) -> tuple[int, int, int, int]:
+        """The mesh's shape (data, fsdp, spatial, tensor) on so many devices.
 
         Raises:
             UserError: the axes' product is not the number of devices.
@@ -85,8 +94,8 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of all `devices` (every device of every process by default).
 
-    Neighbours along "tensor" are nearest to each other, then those along "fsdp": that is where the
-    traffic is. The axes are Auto: the compiler propagates shardings, as Linen expects.
+    Neighbours along "tensor" or "spatial" are nearest to each other, then those along "fsdp": that
+    is where the traffic is. The axes are Auto: the compiler propagates shardings, as Linen expects.
 
     Raises:
         UserError: the config does not fit the number of devices.
@@ -95,7 +104,7 @@ def make_mesh(
     shape = config.shape(len(devices))
     # A pod's own axes may have to be split: 8 along "fsdp" is half a side of 16 x 16 chips.
     grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    return Mesh(grid, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(grid, (DATA, FSDP, SPATIAL, TENSOR), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
@@ -103,7 +112,7 @@ def local_mesh(mesh: Mesh) -> Mesh:
     devices = list(mesh.local_devices)
     tensor = min(mesh.shape[TENSOR], len(devices))
     fsdp = min(mesh.shape[FSDP], len(devices) // tensor)
-    return make_mesh(MeshConfig(REST, fsdp, tensor), devices)
+    return make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), devices)
 
 
 def host_device() -> jax.Device:
@@ -189,6 +198,23 @@ def check_batch_size(batch_size: int, mesh: Mesh, grad_accum: int = 1) -> None:
         )
 
 
+def check_spatial(mesh: Mesh, rows: int) -> None:
+    """Raise UserError unless the mesh leaves images whole, or splits them evenly.
+
+    Args:
+        mesh: what a stage is to train on.
+        rows: of the first feature map of its U-Net; 0 where it has none.
+    """
+    spatial = mesh.shape[SPATIAL]
+    if spatial > 1 and (rows == 0 or rows % spatial):
+        expected = f"a divisor of the {rows} rows that its U-Net has of an image" if rows else "1"
+        reason = "" if rows else ", as this stage has no U-Net"
+        raise UserError(
+            f"mesh.spatial: got {spatial}, expected {expected}{reason}; change it, and let"
+            " mesh.data take the rest"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataShard:
     """Which share of every batch a process reads: share `index` of `count`."""
@@ -200,14 +226,16 @@ class DataShard:
 def data_shard(mesh: Mesh, process: int | None = None) -> DataShard:
     """The share of the batch whose rows lie on this process's devices (or another's).
 
-    Processes that hold the parts of the same blocks hold the same rows, and read the same share.
+    Processes that hold the parts of the same blocks or of the same images hold the same rows, and
+    read the same share.
 
     Raises:
         UserError: the processes' rows overlap without being the same, so that no shares fit.
     """
     process = jax.process_index() if process is None else process
     rows: dict[int, set[int]] = {}
-    grid = mesh.devices.reshape(-1, mesh.shape[TENSOR])
+    together = mesh.shape[SPATIAL] * mesh.shape[TENSOR]
+    grid = mesh.devices.reshape(-1, together)
     for row, devices in enumerate(grid):
         for device in devices:
             rows.setdefault(device.process_index, set()).add(row)
@@ -216,8 +244,9 @@ def data_shard(mesh: Mesh, process: int | None = None) -> DataShard:
         sorted(row for share in shares for row in share) != list(range(len(grid)))
         or len({len(share) for share in shares}) != 1
     ):
+        axis = TENSOR if mesh.shape[TENSOR] > 1 else SPATIAL
         raise UserError(
-            f"mesh.tensor: got {mesh.shape[TENSOR]}, expected a divisor or a multiple of the"
+            f"mesh.{axis}: got {together}, expected a divisor or a multiple of the"
             f" devices of a process ({len(mesh.local_devices)}), so that each one reads whole"
             " shares of the batch"
         )

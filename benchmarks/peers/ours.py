@@ -92,12 +92,18 @@ class Ours:
         return self._compiled(mesh, self._super_res, params["network"], x)
 
     def _super_res_train(self, x, prompts) -> Work:
-        params, x, mesh = self._lay_as_train(self.model.upsamplers[0], x, len(prompts))
+        part = self.model.upsamplers[0]
+        params, x, mesh = self._lay_as_train(part, x, len(prompts), spatial=True)
         return self._trained(mesh, self._super_res, params["network"], x, x["high_target"])
 
-    def _lay_as_train(self, part, given, rows: int) -> tuple[Any, Any, Mesh]:
-        """As `UnCLIP.lay`, but train.py splits no picture."""
-        params, mesh = sharding.for_rows(part.params, rows, self.model.mesh)
+    def _lay_as_train(self, part, given, rows: int, *, spatial=False) -> tuple[Any, Any, Mesh]:
+        """As train.py does; with --config.mesh.spatial where devices do not divide rows, if so."""
+        mesh = self.model.mesh
+        if spatial and rows % mesh.size:
+            mesh = sharding.make_mesh(sharding.MeshConfig(spatial=-1, data=1), mesh.devices.flat)
+            params = sharding.place(part.params, sharding.tree_shardings(part.params, mesh))
+        else:
+            params, mesh = sharding.for_rows(part.params, rows, mesh)
         return params, sharding.spread(given, rows, mesh), mesh
 
     def _super_res(self, network, x) -> jax.Array:

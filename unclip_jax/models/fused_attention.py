@@ -4,7 +4,8 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135): keys are read in blocks, the
 a running maximum and sum, and the backward pass computes the scores again. The kernels are JAX's
 own: splash attention in Pallas for TPUs, and cuDNN's for GPUs. Here are their conditions, and what
 lies between them and `attention`: padding to blocks, masks, fully masked rows, and the mesh, whose
-devices each call the kernel for their own examples and heads, as XLA cannot split a kernel.
+devices each call the kernel for their own examples, heads and rows of pixels, as XLA cannot split
+a kernel.
 
 The kernel for TPUs is tested in Pallas's interpreter and compiled by libtpu. The one for GPUs has
 been run on none by us: its conditions are those that JAX's source states.
@@ -18,6 +19,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax import axes
 
@@ -53,6 +55,8 @@ def fits(platform: str, q: jax.Array, k: jax.Array) -> bool:
     mesh, (b, n, length, dim) = axes.current(), q.shape
     if mesh is not None and (b % axes.split(mesh, "batch") or n % axes.split(mesh, "heads")):
         return False
+    if mesh is not None:
+        length = NamedSharding(mesh, _queries(mesh, q)).shard_shape(q.shape)[2]
     if jax.config.jax_default_matmul_precision not in (None, "default"):
         return False
     if platform == "cuda":
@@ -111,21 +115,27 @@ def _seen(k: jax.Array, mask: jax.Array | None) -> jax.Array | None:
 def _on_each_device(
     kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None
 ) -> jax.Array:
-    """`kernel(q, k, v, seen)`, on a mesh by each device for its own examples and heads.
+    """`kernel(q, k, v, seen)`, on a mesh by each device for its own examples, heads and queries.
 
     Where an example sees no key, the result is zero.
     """
     mesh = axes.current()
     if mesh is not None and mesh.size > 1:
+        queries = _queries(mesh, q)
         heads, rows = axes.spec(("batch", "heads", None, None)), axes.spec(("batch", None))
         kernel = jax.shard_map(
-            kernel, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads,
+            kernel, mesh=mesh, in_specs=(queries, heads, heads, rows), out_specs=queries,
             check_vma=False,
         )  # fmt: skip
     out = kernel(q, k, v, seen)
     if seen is None:
         return out
     return jnp.where(seen.any(-1)[:, None, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _queries(mesh: Mesh, q: jax.Array) -> PartitionSpec:
+    """Where the mesh splits queries, which are an image's rows of pixels one after the other."""
+    return axes.fitting(mesh, q.shape, ("batch", "heads", "height", None))
 
 
 def _padded(x: jax.Array, size: int, axis: int) -> jax.Array:

@@ -10,6 +10,7 @@ Any field of the config can be set, as in train.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -49,6 +50,8 @@ SAMPLE = flags.DEFINE_integer(
 FIT = _boolean("fit", help="Search for the mesh, accumulation and remat that fit; compile those.")
 TABLE = _string("table", None, "Print the plans in this folder as a Markdown table, and stop.")
 
+MESH_AXES = tuple(field.name for field in dataclasses.fields(sharding.MeshConfig))
+
 
 def parse(argv: list[str]) -> None:
     """Read the command line into the flags.
@@ -79,10 +82,9 @@ def parse_mesh(text: str) -> sharding.MeshConfig:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if name not in ("data", "fsdp", "tensor") or not re.fullmatch(r"-?[0-9]{1,6}", size):
-            raise UserError(
-                f"--mesh={text}: {part!r} is not of the form data=N, fsdp=N or tensor=N"
-            )
+        if name not in MESH_AXES or not re.fullmatch(r"-?[0-9]{1,6}", size):
+            forms = " or ".join(f"{axis}=N" for axis in MESH_AXES)
+            raise UserError(f"--mesh={text}: {part!r} is not of the form {forms}")
         sizes[name] = int(size)
     return sharding.MeshConfig(**sizes)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unclip_jax import sharding
+from unclip_jax import axes
 from unclip_jax.errors import UserError
 from unclip_jax.plan.flops import sub_jaxprs
 
@@ -124,7 +124,8 @@ class Split:
     def place(self, aval: Any, spec: PartitionSpec | None) -> NamedSharding:
         """Where an input of a block lies."""
         if spec is None and aval.shape and aval.shape[0] == self.rows:
-            return sharding.batch_sharding(self.mesh)
+            names = ("batch", "height", None, None) if aval.ndim == 4 else ("batch",)
+            spec = axes.fitting(self.mesh, aval.shape[: len(names)], names)
         return NamedSharding(self.mesh, PartitionSpec() if spec is None else spec)
 
     def lowered(self, block: Block, *, backward: bool) -> jax.stages.Lowered:

@@ -81,7 +81,7 @@ def search(config: Mapping[str, Any], topology: Topology, devices: list[jax.Devi
             continue
         try:
             plan = dataclasses.replace(
-                first, mesh=sharding.make_mesh(sharding.MeshConfig(-1, fsdp, 1), devices)
+                first, mesh=sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp), devices)
             )
             held, gradients = device_bytes(plan.state()), device_bytes(trained(plan.params()))
         except UserError:  # it divides not every param

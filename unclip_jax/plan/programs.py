@@ -62,6 +62,7 @@ class Plan:
             mesh = settings.build(sharding.MeshConfig, config["mesh"], "config.mesh")
         made = sharding.make_mesh(mesh, devices)
         sharding.check_batch_size(train.batch_size, made, train.grad_accum)
+        sharding.check_spatial(made, stages.feature_rows(stage))
         return cls(stage, train, made)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 from unclip_jax import config
 from unclip_jax.errors import UserError
+from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages.ar_prior import ARPriorStage
 from unclip_jax.stages.classifier import ClassifierStage
 from unclip_jax.stages.clip import ClipStage
@@ -31,6 +32,8 @@ __all__ = [
     "UpsamplerStage",
     "build",
     "describe",
+    "feature_rows",
+    "unet",
 ]
 
 
@@ -51,3 +54,14 @@ def build(settings: Mapping[str, Any], path: str = "config.stage") -> Stage:
 def describe(stage: Stage) -> dict[str, Any]:
     """Plain settings from which `build` makes an equal stage."""
     return {"kind": stage.kind} | config.to_dict(stage)
+
+
+def unet(stage: Stage) -> UNetConfig | None:
+    """The config of the stage's U-Net; None where it has none."""
+    return getattr(stage, "unet", None)
+
+
+def feature_rows(stage: Stage) -> int:
+    """Rows of the first feature map of the stage's U-Net; 0 where it has none."""
+    network = unet(stage)
+    return 0 if network is None else network.feature_size(0)

@@ -48,6 +48,11 @@ class ClassifierStage:
         return Classifier(self.model)
 
     @property
+    def unet(self) -> UNetConfig:
+        """The config of the U-Net whose encoder it is."""
+        return self.model
+
+    @property
     def image_size(self) -> int:
         """Side, in pixels, of the images that it classifies."""
         return self.model.image_size

@@ -21,6 +21,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.loops import Loop, whole
 from unclip_jax.losses import losses
 from unclip_jax.models.decoder import Decoder, DecoderConfig
+from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages import embedding
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -104,9 +105,9 @@ class DecoderStage:
         return self.model.unet.image_size
 
     @property
-    def work(self) -> int:
-        """A measure of the U-Net's FLOPs for one image."""
-        return self.model.unet.work
+    def unet(self) -> UNetConfig:
+        """The config of its U-Net."""
+        return self.model.unet
 
     @property
     def num_classes(self) -> int:

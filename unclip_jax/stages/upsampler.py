@@ -128,9 +128,9 @@ class UpsamplerStage:
         return self.model.image_size
 
     @property
-    def work(self) -> int:
-        """A measure of the U-Net's FLOPs for one image."""
-        return self.model.work
+    def unet(self) -> UNetConfig:
+        """The config of its U-Net."""
+        return self.model
 
     @property
     def crop_size(self) -> int:
