@@ -200,7 +200,8 @@ import train
 from unclip_jax import cpu_devices
 cpu_devices._cores = lambda: {cores}
 sys.argv[1:] = ["--config=configs/emoji/upsampler.py:smoke", "--workdir={workdir}",
-                "--config.stage.model.channel_mults=(1,)", "--config.train.steps={steps}"]
+                "--config.stage.model.channel_mults=(1,)", "--config.train.steps={steps}",
+                "--config.train.eval_every=0", "--config.train.preview_every=0"]
 train.main(sys.argv[1:])
 """
 

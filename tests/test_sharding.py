@@ -273,15 +273,16 @@ def loss(params, x, mesh):
     return jnp.mean(y**2), y
 step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
 (_, y), grads = step(params, x, None)
-for sides in ((4, 1, 1, 1), (2, 2, 1, 1), (8, 1, 1, 1), (2, 1, 1, 2), (1, 1, 4, 1), (2, 1, 4, 1)):
+for sides in ((4, 1, 1, 1), (2, 2, 1, 1), (8, 1, 1, 1), (2, 1, 1, 2), (2, 1, 4, 1)):
     config = sharding.MeshConfig(*sides)
     mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sides)])
     given = jax.device_put((params, x), sharding.replicated(mesh))
-    (_, ours), ours_grads = step(*given, mesh)
+    program = step.lower(*given, mesh).compile()
+    (_, ours), ours_grads = program(*given)
     np.testing.assert_allclose(ours, y, atol=2e-4, rtol=2e-4)
     for a, b in zip(jax.tree.leaves(ours_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3)
-    text = step.lower(*given, mesh).compile().as_text()
+    text = program.as_text()
     heights = {int(h) for h in re.findall(r"f32\\[1,(\\d+),32,16\\]\\S* convolution", text)}
     print(*sorted(heights), "collective-permute" in text)
 """
@@ -295,7 +296,7 @@ def test_one_image_is_split_by_its_height():
     said = run_on_eight("-c", ONE_IMAGE).split("\n")
     assert said[:3] == ["8 True", "8 True", "4 True"]
     assert said[3].startswith("32 ")
-    assert said[4:6] == ["8 True", "4 True"]
+    assert said[4] == "4 True"
 
 
 # The compiled programs
