@@ -206,6 +206,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_training_splits_its_batches_over_the_cores_and_goes_on_over_fewer(tmp_path):
     def trained(cores: int, steps: int) -> str:
         return " ".join(ran(TRAINED.format(cores=cores, steps=steps, workdir=tmp_path / "run")))
