@@ -112,7 +112,7 @@ def test_meshes_take_what_is_left():
     [
         ({"fsdp": 0}, r"mesh\.fsdp: got 0, expected a number of devices, or -1"),
         ({"tensor": 2.0}, r"mesh\.tensor: got 2\.0"),
-        ({"fsdp": -1}, r"mesh: got data -1, fsdp -1, .*, expected -1 for one axis"),
+        ({"fsdp": -1}, r"mesh: got data -1, fsdp -1, spatial 1, tensor 1, expected -1 for one"),
         ({"spatial": 2, "tensor": 2}, r"mesh: got .* expected spatial or tensor to be 1"),
         ({"data": 1, "spatial": -1, "tensor": 2}, r"expected spatial or tensor to be 1"),
     ],

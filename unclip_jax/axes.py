@@ -151,7 +151,8 @@ def fitting(mesh: Mesh, shape: tuple[int, ...], names: Names) -> PartitionSpec:
     taken: set[str] = set()
     places: list[tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
-        free = tuple(axis for axis in MESH_AXES.get(name, ()) if axis not in taken)
+        own = () if name is None else MESH_AXES[name]
+        free = tuple(axis for axis in own if axis not in taken)
         whole = name == "height" and mesh.shape[TENSOR] > 1
         if not free or whole or size % math.prod(mesh.shape[axis] for axis in free):
             places.append(None)

@@ -97,7 +97,7 @@ class Ours:
         return self._trained(mesh, self._super_res, params["network"], x, x["high_target"])
 
     def _lay_as_train(self, part, given, rows: int, *, spatial=False) -> tuple[Any, Any, Mesh]:
-        """As train.py does; with --config.mesh.spatial where devices do not divide rows, if so."""
+        """As train.py does; `spatial`: with mesh.spatial where the devices do not divide rows."""
         mesh = self.model.mesh
         if spatial and rows % mesh.size:
             mesh = sharding.make_mesh(sharding.MeshConfig(spatial=-1, data=1), mesh.devices.flat)
