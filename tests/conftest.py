@@ -2,9 +2,12 @@
 
 Programs are compiled without most of the compiler's optimisations: the networks are tiny, compiling
 them is most of the work, and test_manipulate.py takes half its time. `make test-all` optimises.
-Commands leave malloc as it is, since what makes computing faster makes compiling slower.
+Commands leave malloc as it is, since what makes computing faster makes compiling slower. Workers
+share the cores, so PyTorch has one thread in each. Tracing makes garbage by the million and little
+of it in cycles: it is looked for less often.
 """
 
+import gc
 import os
 
 from tests.xla_flags import xla_flags
@@ -13,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # subprocesses inherit it
 os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ.setdefault("GLIBC_TUNABLES", "")  # see unclip_jax.host_memory
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest
@@ -20,6 +24,7 @@ import pytest
 from tests import compiling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(20_000, 20, 20)
 
 # Files that take a minute or more go first, so that no worker is left alone with one at the end.
 LONG = (
