@@ -90,7 +90,7 @@ def _after_compiling(event: str, seconds: float, **_: object) -> None:
 
 
 def _set_holes_aside(libc: ctypes.CDLL) -> None:
-    """Allocate the heap's holes, and give back the pages that lie within them."""
+    """Allocate the heap's holes, the largest first, and give back the pages within them."""
     for size, count in reversed(_holes(libc)):
         for _ in range(count):
             block = libc.malloc(size)
@@ -99,7 +99,7 @@ def _set_holes_aside(libc: ctypes.CDLL) -> None:
 
 
 def _holes(libc: ctypes.CDLL) -> list[tuple[int, int]]:
-    """Of each list of free blocks in the first heap, the size that all have, and how many."""
+    """Of each list of free blocks in the first heap, the bytes that all have, and how many."""
     text, length = ctypes.c_void_p(), ctypes.c_size_t()
     stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(length))
     if not stream:
