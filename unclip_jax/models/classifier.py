@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.attention import attention
+from unclip_jax.axes import constrain
+from unclip_jax.models.attention import attention, split_heads
 from unclip_jax.models.layers import GroupNorm, TimeEmbedding, check, remat
 from unclip_jax.models.resample import space_to_depth
 from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig
@@ -47,11 +48,11 @@ class AttentionPool(nn.Module):
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
         init = nn.initializers.normal(c**-0.5)
         x += self.param("positions", init, (1 + height * width, c))[None]
-        x = x.astype(self.dtype)
+        x = constrain(x.astype(self.dtype), "batch", None, None)
         q = nn.DenseGeneral(heads, dtype=self.dtype, name="query")(x[:, :1])
         kv = nn.DenseGeneral((2, *heads), dtype=self.dtype, name="key_value")(x)
-        k, v = jnp.moveaxis(kv, (2, 3), (0, 2))
-        pooled = attention(jnp.moveaxis(q, 1, 2), k, v).reshape(b, c)
+        q = constrain(jnp.moveaxis(q, 1, 2), "batch", "heads", None, None)
+        pooled = constrain(attention(q, *split_heads(kv)).reshape(b, c), "batch", None)
         return nn.Dense(self.out, name="out")(pooled.astype(jnp.float32))
 
 
