@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from unclip_jax.axes import constrain
 from unclip_jax.models.attention import attention, split_heads
+from unclip_jax.models.convolution import Conv
 from unclip_jax.models.layers import GroupNorm, TimeEmbedding, check, remat
 from unclip_jax.models.resample import space_to_depth
 from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig
@@ -91,7 +92,7 @@ class Classifier(nn.Module):
         def attend(h: jax.Array, name: str) -> jax.Array:
             return attention_block(c.head_channels, c.groups, c.dtype, name=name)(h, None, None)
 
-        h = nn.Conv(c.channels, (3, 3), dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
+        h = Conv(c.channels, dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
         last = len(c.channel_mults) - 1
         for level, mult in enumerate(c.channel_mults):
             for i in range(c.res_blocks):

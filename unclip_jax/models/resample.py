@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from unclip_jax.models.convolution import Conv, convolve
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
@@ -60,29 +61,15 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     def phase(down: int, right: int) -> jax.Array:
         taps = _fold(_fold(kernel, 0, down), 1, right).astype(x.dtype)
         pads = ((1 - down, down), (1 - right, right))
-        dims = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, taps, (1, 1), pads, dimension_numbers=dims)
+        return convolve(x, taps, pads)
 
     rows = [jnp.stack([phase(down, 0), phase(down, 1)], axis=3) for down in (0, 1)]
     return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, kernel.shape[-1])
 
 
-class DoublingConv(nn.Module):
-    """A 3x3 convolution of the doubled image; params as `flax.linen.Conv`'s.
+class DoublingConv(Conv):
+    """A 3x3 convolution of the doubled image; attributes and params as those of `Conv`."""
 
-    Attributes:
-      features: output channels.
-      dtype: compute dtype.
-    """
-
-    features: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """`[b, h, w, c]` to `[b, 2 * h, 2 * w, features]`."""
-        shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        bias = bias.astype(self.dtype).reshape(1, 1, 1, -1)
-        return convolve_doubled(x.astype(self.dtype), kernel) + bias
+        return convolve_doubled(x, kernel)

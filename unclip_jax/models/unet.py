@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
 from unclip_jax.models.attention import attention, split_heads
+from unclip_jax.models.convolution import Conv
 from unclip_jax.models.layers import (
     GroupNorm,
     TimeEmbedding,
@@ -176,7 +177,7 @@ class ResBlock(nn.Module):
             h, x = DoublingConv(self.features, self.dtype, name="conv_1")(h), double(x)
         else:
             h, x = (halve(h), halve(x)) if self.resample == "halve" else (h, x)
-            h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(h)
+            h = Conv(self.features, dtype=self.dtype, name="conv_1")(h)
         h = constrain(h, "batch", "height", None, "mlp")
         width = (1 + self.scale_shift) * self.features
         emb = nn.Dense(width, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
@@ -188,7 +189,7 @@ class ResBlock(nn.Module):
             h = norm_2(h + emb)
         h = nn.Dropout(self.dropout, deterministic=False)(nn.silu(h).astype(self.dtype))
         zeros = nn.initializers.zeros
-        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
+        h = Conv(self.features, dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
         return constrain(x + h, "batch", "height", None, None)
@@ -250,12 +251,12 @@ class PixelHead(nn.Module):
     def __call__(self, x: jax.Array, y: jax.Array, emb: jax.Array) -> jax.Array:
         """Input `[b, h, w, i]`, output `[b, h, w, o]`, active embedding `[b, d]`: a new output."""
         h = jnp.concatenate([x, y], axis=-1).astype(self.dtype)
-        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_in")(h)
+        h = Conv(self.features, dtype=self.dtype, name="conv_in")(h)
         emb = nn.Dense(2 * self.features, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
         scale, shift = jnp.split(emb, 2, axis=-1)
         h = nn.silu(h * (1 + scale) + shift)
         zeros = nn.initializers.zeros
-        return y + nn.Conv(y.shape[-1], (3, 3), kernel_init=zeros, name="conv_out")(h)
+        return y + Conv(y.shape[-1], kernel_init=zeros, name="conv_out")(h)
 
 
 class UNet(nn.Module):
@@ -310,7 +311,7 @@ class UNet(nn.Module):
             block = attention_block(c.head_channels, c.groups, c.dtype, name=name)
             return block(h, context, context_mask)
 
-        h = nn.Conv(c.channels, (3, 3), dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
+        h = Conv(c.channels, dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
         skips = [h]
         last = len(c.channel_mults) - 1
         for scale, mult in enumerate(c.channel_mults):
@@ -340,7 +341,7 @@ class UNet(nn.Module):
 
         h = nn.silu(GroupNorm(c.groups, name="norm_out")(h))
         out = c.out_channels * c.patch**2
-        h = nn.Conv(out, (3, 3), kernel_init=nn.initializers.zeros, name="conv_out")(h)
+        h = Conv(out, kernel_init=nn.initializers.zeros, name="conv_out")(h)
         h = depth_to_space(h, c.patch)
         if not c.pixel_channels:
             return h

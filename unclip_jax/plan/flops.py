@@ -51,6 +51,9 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     inner = [of_jaxpr(jaxpr) for jaxpr in sub_jaxprs(equation)]
     if name == "scan":
         return equation.params["length"] * sum(inner)
+    if name == "shard_map":  # its shapes are one device's
+        sizes = equation.params["mesh"].shape
+        return sum(inner) * math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
     if name == "cond":
         return max(inner)
     if name == "while" and sum(inner):
