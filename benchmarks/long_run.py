@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs.emoji import clip
-from unclip_jax import runs, training
+from unclip_jax import host_memory, runs, training
 
 MIB = 2**20
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -204,6 +204,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True)
+    host_memory.keep_freed()  # as train.py does
     with Watch(args.out / "run") as watch:
         train(args.steps, watch)
     (args.out / "long_run.json").write_text(json.dumps([watch.notes, watch.compiled]))
