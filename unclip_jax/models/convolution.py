@@ -1,9 +1,9 @@
 """The convolution of U-Nets and, on CPUs, a gradient of its kernel that is summed over strips.
 
 XLA takes the gradient of a kernel as a convolution whose kernel is the whole image, at a third to
-two thirds of the speed at which its CPU kernels convolve. Here images are cut into strips of rows
-that stay in a core's cache. Only rows are then convolved: of every row, pixels are what a matrix
-product sums over, and the columns of the kernel are as many products.
+three quarters of the speed of its other convolutions on a CPU. Here images are cut into strips of
+rows that stay in a core's cache. Only rows are then convolved: of every row, pixels are what a
+matrix product sums over, and the columns of the kernel are as many products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Pads = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left an
 
 SAME: Pads = ((1, 1), (1, 1))
 NONE: Pads = ((0, 0), (0, 0))
-LEAST_FLOPS = 2**25  # of a kernel's gradient on one device; below, XLA's own is as fast
+LEAST_FLOPS = 2**25  # of a kernel's gradient on one device; less is left to XLA
 STRIP_BYTES = 2**20  # of both inputs of a strip, at most: about a core's cache
 
 
@@ -83,9 +83,9 @@ def _convolve(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
 
 
 def strips_pay(mesh: Mesh, x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `kernel_gradient` is the faster one for these arguments of `convolve`.
+    """Whether `kernel_gradient` is taken for these arguments of `convolve`.
 
-    It is on CPUs, in float32, for all but small images. It does not split features over a mesh.
+    On CPUs, in float32, for all but small images. It does not split features over a mesh.
     """
     cpu = mesh.devices.flat[0].platform == "cpu"
     flops = 2 * x.size * math.prod(kernel.shape) // x.shape[-1] // mesh.size
