@@ -75,12 +75,13 @@ def test_matrices_step_along_the_polar_factor_of_their_gradient():
 @pytest.mark.parametrize("decades", [0, 3, 6])
 @pytest.mark.parametrize("shape", [(90, 10), (12, 12), (5, 40), (1, 7)])
 def test_iterating_on_gram_matrices_gives_what_iterating_on_matrices_does(shape, decades):
-    """optax iterates on the matrix itself. Singular values fall by so many decades."""
+    """optax iterates on the matrix itself. Singular values fall by so many decades, which costs no
+    digit beyond those that it loses as well."""
     u, s, vt = np.linalg.svd(np.random.default_rng(3).normal(size=shape), full_matrices=False)
     matrix = jnp.asarray((u * s * np.logspace(0, -decades, len(s))) @ vt, jnp.float32)
     witness = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
     expected, _ = witness.update(matrix, witness.init(matrix))
-    np.testing.assert_allclose(polar_factor(matrix), expected, atol=1e-3)
+    np.testing.assert_allclose(polar_factor(matrix), expected, atol=3e-5)
 
 
 def test_a_gradient_of_nothing_is_no_step():
