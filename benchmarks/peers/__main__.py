@@ -10,6 +10,9 @@ it waits while another is measured. Within a round all sides are asked one after
 else the machine does falls on all of them alike. A ratio is of one round; the table has the median
 and the range of rounds. Below 1 ours is faster. Before anything is timed, all sides must have
 computed the same.
+
+MFU is ours: the FLOPs of our program, counted before compilation, a second, over what the fastest
+of the sides reaches in a product of two large matrices of the same dtype, measured first.
 """
 
 from __future__ import annotations
@@ -125,12 +128,18 @@ def measure(sides: list[Side], row: str, batch: int, rounds: int, tolerance: flo
     }
 
 
-def line(found: dict) -> str:
-    """A row of the table."""
+def ceiling_of(found: dict, device: str) -> dict[str, float]:
+    """FLOP/s of each side in `sizes.CEILING`."""
+    flops = 2 * sizes.MATRIX_SIDE[device] ** 3
+    return {name: flops / statistics.median(taken) for name, taken in found["seconds"].items()}
+
+
+def line(found: dict, ceiling: float) -> str:
+    """A row of the table; `ceiling` is in FLOP/s."""
     ours = found["seconds"]["ours"]
     cells = [found["row"], str(found["batch"]), _seconds(statistics.median(ours))]
     rate = found["flops"] / statistics.median(ours)
-    cells.append(f"{rate / 1e9:,.0f}" if rate else "–")
+    cells += [f"{rate / 1e9:,.0f}", f"{rate / ceiling:.0%}"] if rate else ["–", "–"]
     for name in SIDES[1:]:
         if name in found["seconds"]:
             ratios = sorted(a / b for a, b in zip(ours, found["seconds"][name], strict=True))
@@ -150,7 +159,7 @@ def _seconds(value: float) -> str:
 def head(sides: list[str]) -> str:
     """The table's head."""
     names = " / ".join(sides)
-    titles = ["row", "batch", "ours", "GFLOP/s", "ours / eager", "ours / compiled"]
+    titles = ["row", "batch", "ours", "GFLOP/s", "MFU", "ours / eager", "ours / compiled"]
     titles += [f"peak GiB, {names}", f"first call s, {names}"]
     return f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
 
@@ -167,22 +176,29 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write table and figures there")
     args = parser.parse_args(argv)
+    if SIDES[0] not in args.sides:
+        parser.error(f"--sides: got {' '.join(args.sides)}, expected {SIDES[0]} among them")
 
     dtype = "" if args.dtype == "float32" else args.dtype
     tolerance = 1e-3 if args.dtype == "float32" else 0.1
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, {args.dtype}"
-    print(machine, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folders = make_weights(Path(folder), args.device)
-        table, found = [head(args.sides)], []
-        print(table[0], flush=True)
+        table, found, ceiling = [head(args.sides)], [], None
         for training in (False, True):
             rows = [row for row in args.rows if (row in sizes.TRAINING) is training]
             made = args.sides if rows else ()
             sides = [Side(name, folders, args.device, dtype, training) for name in made]
+            if sides and ceiling is None:
+                found.append(measure(sides, sizes.CEILING, 1, args.rounds, tolerance))
+                reached = ceiling_of(found[0], args.device)
+                ceiling = max(reached.values())
+                said = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in reached.items())
+                machine += f"; matrix products at {said} GFLOP/s"
+                print(f"{machine}\n\n{table[0]}", flush=True)
             for row, batch in itertools.product(rows, args.batches):
                 found.append(measure(sides, row, batch, args.rounds, tolerance))
-                table.append(line(found[-1]))
+                table.append(line(found[-1], ceiling))
                 print(table[-1], flush=True)
             for side in sides:
                 side.close()

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from benchmarks.peers import sizes
 from benchmarks.peers.sizes import GUIDANCE, LEARNING_RATE, Inputs
 from unclip_jax import axes, cpu_devices, host_memory, sharding
 from unclip_jax.convert import karlo
@@ -32,7 +33,7 @@ class Ours:
         model = UnCLIP(**karlo.load(folders, dtype))
         mesh = cpu_devices.make_mesh(held_bytes=lambda: model.nbytes)
         self.model = model.on(mesh)
-        self.flops = 0
+        self.dtype, self.flops = dtype or "float32", 0
 
     def work(self, row: str, given: Inputs) -> Work:
         """What the row does, compiled at its first call; `flops` are then those of a call."""
@@ -41,6 +42,13 @@ class Ours:
         }
         self.flops = 0
         return getattr(self, f"_{row}")(arrays, given.prompts)
+
+    def _matmul(self, x, prompts) -> Work:
+        backend = "cpu" if jax.default_backend() == "cpu" else "gpu"
+        a, b = (jnp.asarray(m, self.dtype) for m in sizes.matrices(backend))
+        mesh = self.model.mesh
+        a = jax.device_put(a, sharding.batch_sharding(mesh))
+        return self._compiled(mesh, jnp.matmul, a, jax.device_put(b, sharding.replicated(mesh)))
 
     def _clip_text(self, x, prompts) -> Work:
         stage = self.model.clip.stage

@@ -15,6 +15,8 @@ ROWS = (
     "super_res_forward", "super_res_train", "text_to_image",
 )  # fmt: skip
 TRAINING = ("decoder_train", "super_res_train")
+CEILING = "matmul"  # a product of two large matrices: what the machine can do
+MATRIX_SIDE = {"cpu": 4096, "gpu": 8192}
 LEARNING_RATE = 1e-4
 STEPS = {"prior": 25, "decoder": 25, "super_res": 7}  # Karlo's own
 GUIDANCE = {"prior": 4.0, "decoder": 8.0}
@@ -77,6 +79,13 @@ def karlo(scale: str) -> Tiny:
             groups=8 if small else 32,
         ),
     )
+
+
+def matrices(scale: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two float32 matrices for `CEILING`, whose product has entries of about 1."""
+    side = MATRIX_SIDE[scale]
+    both = np.random.default_rng(0).standard_normal((2, side, side), np.float32)
+    return tuple(both / np.float32(side**0.25))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from diffusers.pipelines.unclip import UnCLIPPipeline
 
+from benchmarks.peers import sizes
 from benchmarks.peers.sizes import GUIDANCE, LEARNING_RATE, STEPS, Inputs
 from unclip_jax.models import ClipConfig
 
@@ -64,6 +65,11 @@ class Theirs:
         if self.device != "cpu":
             torch.cuda.synchronize()
         return value
+
+    def _matmul(self, x, prompts) -> Work:
+        a, b = map(self._tensor, sizes.matrices("cpu" if self.device == "cpu" else "gpu"))
+        product = self._compiled(torch.matmul)
+        return self._forward(lambda: product(a, b))
 
     def _clip_text(self, x, prompts) -> Work:
         encoder = self._compiled(self.pipeline.text_encoder)
