@@ -32,12 +32,12 @@ ALLOWED = {
     "data": {"errors", "files"},
     "checkpoint": {"errors"},
     "hub": {"errors"},
-    "parts": {"errors", "checkpoint", "stages"},
+    "parts": {"errors", "checkpoint", "sharding", "stages"},
     "data/embed": {"errors", "data", "distributed", "parts", "stages"},
     "clip_text": {"data", "parts", "stages"},
     "convert": {
         "errors", "checkpoint", "clip_text", "data", "diffusion", "hub", "models", "parts",
-        "presets", "samplers", "stages",
+        "presets", "samplers", "sharding", "stages",
     },
     "train_config": {"errors"},
     "distributed": {"errors"},
@@ -62,6 +62,7 @@ ALLOWED = {
         "errors", "axes", "box", "checkpoint", "clip_text", "convert", "data", "hub", "loops",
         "parts", "sharding", "stages", "t5",
     },
+    "on_all_devices": {"cpu_devices", "pipeline", "sharding"},
     "text_states": {"data"},
     "lora": {"errors", "checkpoint"},
     "fine_tuning": {"errors", "checkpoint", "lora", "parts", "stages"},
@@ -76,7 +77,8 @@ ALLOWED = {
     "evaluation": {"errors", "pca"},
     "evaluate": {
         "errors", "compile_cache", "convert", "cpu_devices", "data", "evaluation", "files", "grids",
-        "host_memory", "models", "parts", "pca", "pipeline", "sharding", "stages",
+        "host_memory", "models", "on_all_devices", "parts", "pca", "pipeline", "sharding",
+        "stages",
     },
     "export": {"errors", "box", "checkpoint", "models", "parts", "stages"},
     "figures": {"data", "evaluation", "pca", "pipeline", "stages", "text_states"},
@@ -101,7 +103,7 @@ ALLOWED = {
     },
     "tasks": {
         "errors", "compile_cache", "cpu_devices", "data", "figures", "files", "grids",
-        "manipulate", "pca", "pipeline", "stages",
+        "manipulate", "on_all_devices", "pca", "pipeline", "stages",
     },
     "doctor": {
         "errors", "checkpoint", "config", "data", "diffusion", "files", "lock", "needs", "parts",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from unclip_jax import checkpoint
 from unclip_jax.errors import UserError
 from unclip_jax.parts import load_part
 from unclip_jax.pipeline import UnCLIP, _sample
@@ -193,6 +194,15 @@ def test_a_narrow_copy_is_still_its_clip(folder, tmp_path):
     assert small.prior.params["network"]["query"].dtype == "bfloat16"
     assert small.prior.params["normalisation"]["mean"].dtype == "float32"
     assert small.decoder.stage.model.unet.dtype == "bfloat16"
+
+
+def test_a_clip_as_train_writes_it_is_still_itself_when_rounded_in_memory(model, folder):
+    """Its description has no fingerprint, unlike one that `save` wrote."""
+    checkpoint.save_stage(
+        folder / "clip", params=model.clip.params, description=model.clip.description
+    )
+    small = UnCLIP.load(folder, dtype="bfloat16")
+    assert small.clip.params["network"]["text_projection"]["kernel"].dtype == "bfloat16"
 
 
 def test_a_stage_of_another_config_is_refused_with_the_arrays_named(folder):

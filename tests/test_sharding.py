@@ -257,6 +257,30 @@ def test_a_model_on_eight_devices_draws_the_same_pictures():
     assert run_on_eight("-c", GENERATED).strip() == "equal"
 
 
+LOADED = """
+import jax, numpy as np, sys
+from tests import tiny
+from unclip_jax import sharding
+from unclip_jax.pipeline import UnCLIP
+model = tiny.model()
+model.save(sys.argv[1])
+mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+spread = model.on(mesh).parts()
+found = UnCLIP.load(sys.argv[1], mesh=mesh)
+assert found.mesh == mesh and set(found.parts()) == set(spread)
+for name, part in found.parts().items():
+    def check(a, b):
+        assert a.sharding == b.sharding and a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    jax.tree.map(check, part.params, spread[name].params)
+print("equal")
+"""
+
+
+def test_a_model_is_loaded_straight_to_where_it_lies_on_eight_devices(tmp_path):
+    assert run_on_eight("-c", LOADED, str(tmp_path / "model")).strip() == "equal"
+
+
 ONE_IMAGE = """
 import jax, jax.numpy as jnp, numpy as np, re
 from tests import networks

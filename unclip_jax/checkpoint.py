@@ -296,9 +296,12 @@ def _what_is(folder: Path) -> str:
 
 
 def load_stage(
-    folder: str | Path, expected_shapes: Params | None = None, dtype: str = ""
+    folder: str | Path,
+    expected_shapes: Params | None = None,
+    dtype: str = "",
+    place: Callable[[str, np.ndarray], jax.Array] = lambda _, array: jnp.asarray(array),
 ) -> tuple[Params, dict[str, Any]]:
-    """Read a model folder; the weights are mapped into memory and copied one by one.
+    """Read a model folder; the weights are mapped into memory and placed one by one.
 
     They are compared with the fingerprint they were written with, so a changed byte is told. That
     costs the time of a SHA-256: 0.6 s per GiB where the processor has instructions for it.
@@ -310,9 +313,10 @@ def load_stage(
             come back in the expected one. With None, whatever is there is taken.
         dtype: of the floating-point weights in memory, whatever is expected; constants keep
             theirs. "" stands for the expected one.
+        place: puts an array of a name, joined by "/", on its devices; else the default device.
 
     Returns:
-        params on the default device, and the description.
+        params as they were placed, and the description.
 
     Raises:
         UserError: not a model folder, a damaged file, another schema version, or weights that
@@ -340,7 +344,7 @@ def load_stage(
             for name, in_memory in dtypes.items():
                 array = file.get_tensor(name)
                 mark.add(name, array)
-                flat[name] = jnp.asarray(array, dtype=in_memory)
+                flat[name] = place(name, array.astype(in_memory or array.dtype, copy=False))
     except SafetensorError as error:
         raise UserError(
             f"{path}: damaged or cut short ({error}); {path.stat().st_size} bytes found; copy or"

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from unclip_jax import checkpoint, stages
+from unclip_jax import checkpoint, sharding, stages
 from unclip_jax.errors import UserError
 
 
@@ -23,8 +24,8 @@ class Part(NamedTuple):
 def clip_fingerprint(clip: Part) -> str:
     """What names a CLIP: the fingerprint of its weights as they were trained.
 
-    A CLIP that was stored in a narrower dtype, or converted, keeps its first fingerprint in its
-    description; the stages that stand on it name that one.
+    A CLIP that came from a file, stored in a narrower dtype perhaps, or converted, has its first
+    fingerprint in its description; the stages that stand on it name that one.
     """
     return clip.description.get("fingerprint") or checkpoint.fingerprint(clip.params)
 
@@ -61,16 +62,20 @@ def stage_folder(path: str | Path) -> Path:
     return path
 
 
-def load_part(path: str | Path, kind: str | None = None, dtype: str = "") -> Part:
+def load_part(
+    path: str | Path, kind: str | None = None, dtype: str = "", mesh: Mesh | None = None
+) -> Part:
     """Load one stage folder, or the `model` folder in a training workdir.
 
     Args:
         path: the folder.
         kind: what it must hold, or None for anything.
         dtype: of the weights in memory; "" stands for float32. Constants stay as they are.
+        mesh: devices that the weights go to, see `sharding.tree_shardings`; else the default one.
 
     Raises:
-        UserError: not a stage folder, of another kind than asked for, or damaged.
+        UserError: not a stage folder, of another kind than asked for, or damaged; or the mesh does
+            not divide its weights.
     """
     path = stage_folder(path)
     description = checkpoint.read_description(path)
@@ -78,7 +83,15 @@ def load_part(path: str | Path, kind: str | None = None, dtype: str = "") -> Par
     if kind is not None and stage.kind != kind:
         raise UserError(f"{str(path)!r}: holds a {stage.kind}, expected a {kind}")
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    params, description = checkpoint.load_stage(path, shapes, dtype)
+    if mesh is None:
+        params, description = checkpoint.load_stage(path, shapes, dtype)
+    else:
+        where = checkpoint.flatten(sharding.tree_shardings(shapes, mesh))
+        params, description = checkpoint.load_stage(
+            path, shapes, dtype, lambda name, array: sharding.place(array, where[name])
+        )
+    if stage.kind == "clip":  # in whatever dtype it is in memory, it stays this CLIP
+        description.setdefault("fingerprint", checkpoint.read_fingerprint(path))
     return Part(stage, params, description)
 
 
@@ -94,8 +107,13 @@ def in_dtype(config: Any, dtype: str) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def load_parts(folder: Path, dtype: str = "") -> dict[str, Any]:
-    """The parts of a model folder by the fields of `pipeline.UnCLIP`; `dtype` as for `load_part`.
+def load_parts(folder: Path, dtype: str = "", mesh: Mesh | None = None) -> dict[str, Any]:
+    """The parts of a model folder by the fields of `pipeline.UnCLIP`.
+
+    Args:
+        folder: of one sub-folder for each stage.
+        dtype: as for `load_part`.
+        mesh: as for `load_part`.
 
     Raises:
         UserError: no decoder, more than one of a kind that there is one of, or a damaged part.
@@ -112,7 +130,8 @@ def load_parts(folder: Path, dtype: str = "") -> dict[str, Any]:
                 " prior and decoder (and any upsamplers), as train.py writes them"
             )
     parts = {
-        kind: load_part(paths[0], dtype=dtype) if paths else None for kind, paths in counts.items()
+        kind: load_part(paths[0], dtype=dtype, mesh=mesh) if paths else None
+        for kind, paths in counts.items()
     }
-    upsamplers = [load_part(path, dtype=dtype) for path in found.get("upsampler", [])]
+    upsamplers = [load_part(path, dtype=dtype, mesh=mesh) for path in found.get("upsampler", [])]
     return parts | {"upsamplers": tuple(sorted(upsamplers, key=lambda p: p.stage.low_size))}

@@ -95,7 +95,11 @@ class UnCLIP:
 
     @classmethod
     def load(
-        cls, model: str | Path | None = None, dtype: str = "", t5: str | Path | None = None
+        cls,
+        model: str | Path | None = None,
+        dtype: str = "",
+        t5: str | Path | None = None,
+        mesh: Mesh | None = None,
     ) -> UnCLIP:
         """Load a model.
 
@@ -108,16 +112,18 @@ class UnCLIP:
                 computes as each stage's config says, with the weights of a model folder in
                 float32 and Karlo's as they are in its files.
             t5: folder of the T5 that the decoder was trained with, where it reads T5's states.
+            mesh: devices to lie on, as for `on`. Each weight goes from its file to where it
+                belongs, so no device need hold the whole model.
 
         Raises:
-            UserError: no stage or not every stage is there, a file is damaged, or the stages do
-                not belong together.
+            UserError: no stage or not every stage is there, a file is damaged, the stages do not
+                belong together, or the weights do not split over the mesh.
         """
         if dtype not in ("", "float32", "bfloat16"):
             raise UserError(f"dtype: got {dtype!r}, expected float32 or bfloat16")
         folder = box.folder() if model is None else hub.local_folder(model)
         is_karlo = karlo.is_karlo(folder)
-        parts = karlo.load([folder], dtype) if is_karlo else load_parts(folder, dtype)
+        parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
         if dtype:
             parts = jax.tree.map(
                 lambda part: part._replace(stage=in_dtype(part.stage, dtype)),
@@ -126,7 +132,7 @@ class UnCLIP:
             )
         decoder = parts["decoder"]
         about, length = decoder.description.get("t5"), decoder.stage.context[0]
-        loaded = cls(**parts, t5=load_described(t5, about, length))
+        loaded = cls(**parts, t5=load_described(t5, about, length), mesh=mesh)
         loaded.check()
         return loaded
 
@@ -135,7 +141,7 @@ class UnCLIP:
 
         Args:
             mesh: `sharding.make_mesh()` gives every device a copy of the weights and its share of
-                each batch, MeshConfig(fsdp=-1) a share of the weights as well. Of a batch that they
+                each batch, MeshConfig(data=1, fsdp=-1) of the weights as well. Of a batch that they
                 do not divide each computes a part of every picture, where U-Nets draw it, and all
                 of it otherwise; devices of a CPU leave all but large U-Nets to one of them.
 

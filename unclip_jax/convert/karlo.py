@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from unclip_jax import presets, stages
+from unclip_jax import presets, sharding, stages
 from unclip_jax.clip_text import ClipText
 from unclip_jax.convert import clip, karlo_configs, karlo_names
 from unclip_jax.convert.folders import read_json, weights_in
@@ -58,17 +59,20 @@ def is_karlo(folder: Path) -> bool:
     )
 
 
-def load(folders: Sequence[str | Path], dtype: str = "") -> dict[str, Any]:
-    """Karlo in memory, as the fields of `UnCLIP`: its params are on the default device.
+def load(
+    folders: Sequence[str | Path], dtype: str = "", mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Karlo in memory, as the fields of `UnCLIP`.
 
     Args:
         folders: as for `read`.
         dtype: as for `read`.
+        mesh: devices that the weights go to, see `sharding.tree_shardings`; else the default one.
 
     Raises:
-        UserError: as for `read`.
+        UserError: as for `read`; or the mesh does not divide the weights.
     """
-    found = {name: _on_device(part) for name, part in read(folders, dtype)}
+    found = {name: _on_devices(part, mesh) for name, part in read(folders, dtype)}
     upsamplers = tuple(part for name, part in found.items() if name.startswith("upsampler"))
     return {
         "clip": found["clip"],
@@ -78,17 +82,18 @@ def load(folders: Sequence[str | Path], dtype: str = "") -> dict[str, Any]:
     }
 
 
-def _on_device(part: Part) -> Part:
+def _on_devices(part: Part, mesh: Mesh | None) -> Part:
     """The same part; its arrays are replaced one by one, so that no two copies of all exist."""
 
-    def place(tree: dict[str, Any]) -> None:
+    def place(tree: dict[str, Any], where: dict[str, Any] | None) -> None:
         for name, value in tree.items():
+            there = where and where[name]
             if isinstance(value, dict):
-                place(value)
+                place(value, there)
             else:
-                tree[name] = jnp.asarray(value)
+                tree[name] = sharding.place(value, there) if there else jnp.asarray(value)
 
-    place(part.params)
+    place(part.params, mesh and sharding.tree_shardings(part.params, mesh))
     return part
 
 

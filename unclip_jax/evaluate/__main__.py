@@ -20,13 +20,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from unclip_jax import compile_cache, cpu_devices, host_memory
+from unclip_jax import compile_cache, cpu_devices, host_memory, on_all_devices
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.evaluate.measure import Settings, evaluate
 from unclip_jax.evaluate.page import PAGE, as_table, write
 from unclip_jax.parts import load_part
-from unclip_jax.pipeline import UnCLIP
 
 _KEYS = ("image_key", "caption_key", "label_key")
 
@@ -88,10 +87,7 @@ def main(argv: list[str]) -> None:
     cpu_devices.use()
     compile_cache.use()
     host_memory.keep_freed()
-    model = UnCLIP.load(args.model, args.dtype, args.t5)
-    mesh = cpu_devices.make_mesh(held_bytes=lambda: model.nbytes)
-    if mesh.size > 1:
-        model = model.on(mesh)
+    model = on_all_devices.load(args.model, args.dtype, args.t5)
     judge = load_part(args.clip, "clip") if args.clip else None
     report = evaluate(model, data, args.heldout_split, settings, judge)
     report.about["model"] = "the box model" if args.model is None else args.model

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from unclip_jax import cpu_devices
+from unclip_jax import on_all_devices
 from unclip_jax.data.images import open_rgb
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
@@ -60,17 +60,12 @@ def read_images(args: argparse.Namespace) -> list[np.ndarray]:
 
 
 def load(args: argparse.Namespace) -> UnCLIP:
-    """The model, with the numbers of sampling steps that the command line asks for.
-
-    It lies on every device, or on as many of the CPU's as its weights fit in memory for.
+    """The model, on all devices, with the numbers of sampling steps that are asked for.
 
     Raises:
         UserError: no such model, or a number of steps that it cannot do.
     """
-    model = UnCLIP.load(args.model, args.dtype, args.t5)
-    mesh = cpu_devices.make_mesh(held_bytes=lambda: model.nbytes)
-    if mesh.size > 1:
-        model = model.on(mesh)
+    model = on_all_devices.load(args.model, args.dtype, args.t5)
 
     def respace(part, name: str):
         spacing = getattr(args, name, None)
