@@ -74,6 +74,23 @@ def test_a_function_without_a_loop_is_named():
         nothing(jnp.ones(2), progress=lambda *_: None)
 
 
+def test_what_comes_before_the_loop_is_computed_once():
+    @functools.partial(Watchable, static=("steps",))
+    def walk(matrix, x, *, steps, loop=whole):
+        square, table = matrix @ matrix, np.arange(float(steps))
+        return loop(lambda n, c: jnp.tanh(square * c) + matrix + jnp.asarray(table)[n], x, steps)
+
+    given = {"matrix": jnp.full((3, 3), 0.1), "x": jnp.ones((3, 3)), "steps": 4}
+    carry, beside, _ = walk._start(**given)
+    np.testing.assert_allclose(beside, [np.full((3, 3), 0.03)], rtol=1e-6)  # and no copy of matrix
+    ends = {"first": jnp.int32(0), "last": jnp.int32(2)}
+    stretch = walk._stretch.lower(**given, carry=carry, beside=beside, **ends)
+    assert " dot(" in walk._start.lower(**given).compile().as_text()
+    assert " dot(" not in stretch.compile().as_text()
+    watched = walk(**given, progress=lambda *_: None)
+    np.testing.assert_allclose(watched, walk(**given), rtol=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_sampler_is_the_same_watched(monkeypatch, method):
     monkeypatch.setattr(loops, "SECONDS", 0.0)
@@ -108,8 +125,8 @@ def test_inversion_is_the_same_watched(monkeypatch):
 
 def test_watching_calls_nothing_on_the_host():
     """A program that calls back is never kept in the compilation cache."""
-    text = logistic._stretch.lower(
-        x=jnp.ones(2), rate=jnp.float32(1), steps=5, carry=jnp.ones(2),
-        first=jnp.int32(0), last=jnp.int32(2),
-    ).as_text()  # fmt: skip
+    given = {"x": jnp.ones(2), "rate": jnp.float32(1), "steps": 5}
+    carry, beside, _ = logistic._start(**given)
+    ends = {"first": jnp.int32(0), "last": jnp.int32(2)}
+    text = logistic._stretch.lower(**given, carry=carry, beside=beside, **ends).as_text()
     assert "while" in text and "callback" not in text
