@@ -81,7 +81,7 @@ def test_scanned_transformer_equals_its_blocks_one_after_another():
     stack = layers.Transformer(layers=3, heads=2, mlp_ratio=2.5)
     params = random_params(stack, x, mask)
     block = layers.TransformerBlock(
-        heads=2, mlp_width=30, depth=3, activation="gelu", dtype="float32"
+        heads=2, mlp_ratio=2.5, depth=3, activation="gelu", dtype="float32"
     )
     expected = x
     for i in range(3):

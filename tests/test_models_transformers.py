@@ -1,6 +1,7 @@
 """CLIP, the caption encoder and the prior: shapes, and what may depend on what."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -155,6 +156,25 @@ def test_prior_shapes_and_dependence(changes):
     if config.width > 2:  # a LayerNorm of two features gives signs only
         assert not (apply(other[0], t, z_t, text, mask) == out).all(-1).any()
         assert not (apply(z_noised, t[::-1] + 7, z_t, text, mask) == out).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"vocab_size": 11, "text_width": 0}, {"context_length": 1}, {"layers": 1}]
+)
+def test_a_prior_that_encoded_its_caption_predicts_the_same_at_every_step(changes):
+    """The caption and z_t see nothing of what comes after them."""
+    config = dataclasses.replace(PRIOR, **changes)
+    network, args = Prior(config), prior_args(config)
+    params = random_params(network, *args)
+    encode = jax.jit(functools.partial(network.apply, method=network.encode))
+    denoise = jax.jit(functools.partial(network.apply, method=network.denoise))
+    encoded = encode({"params": params}, *args[2:])
+    assert encoded["past"][0].shape[3] == config.context_length + 1
+    for seed in (0, 7):
+        z_noised, t = prior_args(config, seed)[:2]
+        whole = jax.jit(network.apply)({"params": params}, z_noised, t + seed, *args[2:])
+        found = denoise({"params": params}, z_noised, t + seed, encoded)
+        assert found.dtype == jnp.float32 and relative_error(found, whole) < 1e-6
 
 
 def test_prior_treats_each_example_alone():

@@ -419,6 +419,25 @@ def test_guidance_asks_the_network_once_per_step_for_both():
     assert len(calls) == 5
 
 
+def test_guidance_encodes_both_conditions_once_and_in_any_layout():
+    encoded = []
+
+    def encode(cond):
+        encoded.append(cond["y"].shape)
+        return cond["y"].T
+
+    def network(x_t, t, transposed):
+        return linear_network(x_t, t, {"y": transposed.T})
+
+    x_t, t = noise_like(3, 4), jnp.array([1, 50, 900])
+    for scale, rows in ((1, 3), (jnp.float32(2.5), 6)):
+        expected = classifier_free(linear_network, COND, NULL, scale)(x_t, t)
+        denoise = classifier_free(network, COND, NULL, scale, encode=encode)
+        np.testing.assert_array_equal(denoise(x_t, t), expected)
+        denoise(x_t, t)
+        assert encoded.pop() == (rows, 8) and not encoded
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guidance_means_the_same_for_every_prediction(prediction):
     """Of experts N(m, s^2) with one s, guidance makes N(m_null + scale (m_cond - m_null), s^2)."""

@@ -155,8 +155,12 @@ def test_prior_ignores_a_dropped_caption():
     x_t, t = batch["z_i"], jnp.asarray([3, 700])
     conds = [tiny.PRIOR.condition(b["tokens"], b["z_t"]) for b in (batch, other)]
     nulls = [tiny.PRIOR.null({}, cond) for cond in conds]
-    kept = [tiny.call(tiny.PRIOR, "denoise", params, x_t, t, cond) for cond in conds]
-    dropped = [tiny.call(tiny.PRIOR, "denoise", params, x_t, t, null) for null in nulls]
+
+    def predicted(cond):
+        encoded = tiny.call(tiny.PRIOR, "encode", params, cond)
+        return tiny.call(tiny.PRIOR, "denoise", params, x_t, t, encoded)
+
+    kept, dropped = ([predicted(cond) for cond in some] for some in (conds, nulls))
     assert not np.allclose(kept[0], kept[1], atol=1e-4)
     np.testing.assert_allclose(dropped[0], dropped[1], atol=1e-6)
 

@@ -24,6 +24,7 @@ def classifier_free(
     null: Any,
     scale: float | jax.Array,
     learned_variance: bool = False,
+    encode: Callable[[Any], Any] = lambda condition: condition,
 ) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): one network call per step.
 
@@ -38,6 +39,7 @@ def classifier_free(
         null: what to lead away from; the same tree and shapes.
         scale: scalar or `[b]`, may be traced. A plain 1 evaluates the condition alone.
         learned_variance: whether the output's last axis holds variance channels in its second half.
+        encode: of a condition, what `network` takes in its place; called once, not once a step.
 
     Returns:
         a `denoise` whose output is float32.
@@ -47,8 +49,9 @@ def classifier_free(
     """
     _check_same_shapes(cond, null)
     if isinstance(scale, int | float) and scale == 1:
-        return lambda x_t, t: network(x_t, t, cond).astype(jnp.float32)
-    pairs = jax.tree.map(_interleave, cond, null)
+        encoded = encode(cond)
+        return lambda x_t, t: network(x_t, t, encoded).astype(jnp.float32)
+    pairs = encode(jax.tree.map(_interleave, cond, null))
 
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
         output = network(_interleave(x_t, x_t), _interleave(t, t), pairs).astype(jnp.float32)

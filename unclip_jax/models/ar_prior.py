@@ -16,14 +16,13 @@ from unclip_jax.models.attention import causal_mask
 from unclip_jax.models.layers import (
     Cache,
     Embed,
-    TransformerBlock,
     check,
     check_compute,
     check_counts,
     check_heads,
     check_shape,
     layer_norm,
-    remat,
+    transformer_blocks,
 )
 
 
@@ -89,13 +88,8 @@ class ARPrior(nn.Module):
         self.z_t_in = nn.Dense(c.width, dtype=c.dtype)
         length = c.context_length + 1 + c.code_dims
         self.positions = self.param("positions", normal, (length, c.width))
-        self.blocks = nn.scan(
-            remat(TransformerBlock, c.remat, scanned=True),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=c.layers,
-        )(c.heads, 4 * c.width, depth=c.layers, activation="gelu", dtype=c.dtype, caches=True)
+        settings = {"heads": c.heads, "mlp_ratio": 4.0, "activation": "gelu", "dtype": c.dtype}
+        self.blocks = transformer_blocks(c.layers, c.remat, **settings, caches=True)
         self.norm_out = layer_norm("norm_out")
         self.out = nn.Dense(c.buckets, dtype=c.dtype)
 

@@ -210,7 +210,7 @@ class TransformerBlock(nn.Module):
 
     Attributes:
       heads: attention heads; they divide the width.
-      mlp_width: hidden width of the perceptron.
+      mlp_ratio: hidden width of the perceptron over the width.
       depth: blocks in the whole stack; the projections into the residual stream start
         1/sqrt(2 * depth) as large, so that the stream's variance does not grow with depth.
       activation: a name in `ACTIVATIONS`.
@@ -219,7 +219,7 @@ class TransformerBlock(nn.Module):
     """
 
     heads: int
-    mlp_width: int
+    mlp_ratio: float
     depth: int
     activation: str
     dtype: str
@@ -255,14 +255,34 @@ class TransformerBlock(nn.Module):
             width, axis=(-2, -1), dtype=self.dtype, kernel_init=into_stream, name="out"
         )(h)
         h = layer_norm("norm_2")(x).astype(self.dtype)
-        h = ACTIVATIONS[self.activation](nn.Dense(self.mlp_width, dtype=self.dtype, name="up")(h))
+        hidden = int(width * self.mlp_ratio)
+        h = ACTIVATIONS[self.activation](nn.Dense(hidden, dtype=self.dtype, name="up")(h))
         h = constrain(h, "batch", None, "mlp")
         x = x + nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="down")(h)
         return constrain(x, "batch", None, None), own
 
 
-class Transformer(nn.Module):
+def transformer_blocks(layers: int, remat_policy: str, **settings: Any) -> nn.Module:
     """A stack of `TransformerBlock`s under one `nn.scan`: every parameter has a layer axis first.
+
+    It is called like one block; `past` and the cache that comes out have a layer axis first, too.
+
+    Args:
+      layers: number of blocks.
+      remat_policy: what the backward pass recomputes, see `remat`.
+      settings: of each block but its depth.
+    """
+    return nn.scan(
+        remat(TransformerBlock, remat_policy, scanned=True),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        length=layers,
+    )(depth=layers, **settings)
+
+
+class Transformer(nn.Module):
+    """A stack of `transformer_blocks`.
 
     Attributes:
       layers: number of blocks.
@@ -271,6 +291,7 @@ class Transformer(nn.Module):
       activation: a name in `ACTIVATIONS`.
       dtype: compute dtype, also that of the residual stream.
       remat: what the backward pass recomputes, see `remat`.
+      caches: whether `extend` gives keys and values.
     """
 
     layers: int
@@ -279,23 +300,26 @@ class Transformer(nn.Module):
     activation: str = "gelu"
     dtype: str = "float32"
     remat: str = "none"
+    caches: bool = False
 
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`[b, l, d]` to `[b, l, d]` in `dtype`; `mask` as in `attention`."""
-        blocks = nn.scan(
-            remat(TransformerBlock, self.remat, scanned=True),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.layers,
-        )
-        x, _ = blocks(
+    def setup(self) -> None:
+        """Name the blocks."""
+        self.blocks = transformer_blocks(
+            self.layers,
+            self.remat,
             heads=self.heads,
-            mlp_width=int(x.shape[-1] * self.mlp_ratio),
-            depth=self.layers,
+            mlp_ratio=self.mlp_ratio,
             activation=self.activation,
             dtype=self.dtype,
-            name="blocks",
-        )(x.astype(self.dtype), mask)
-        return x
+            caches=self.caches,
+        )
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`[b, l, d]` to `[b, l, d]` in `dtype`; `mask` as in `attention`."""
+        return self.extend(x, mask)[0]
+
+    def extend(
+        self, x: jax.Array, mask: jax.Array | None, past: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Likewise, with what came before x, and the keys and values of x; as for one block."""
+        return self.blocks(x.astype(self.dtype), mask, past)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -65,12 +67,30 @@ class Prior(nn.Module):
     """Predicts a vector, the clean z_i in the paper, from a noised z_i and a caption.
 
     The sequence is: the caption's tokens, z_t, the timestep, the noised z_i, and a learned query
-    whose output is the prediction. Attention is causal and skips the caption's padding.
+    whose output is the prediction. Attention is causal and skips the caption's padding. So the
+    caption and z_t see neither the timestep nor the noised z_i: a sampler has their keys and values
+    from `encode`, once, and `denoise` computes the last three tokens alone at each step.
     """
 
     config: PriorConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        """Name the parts."""
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        if c.vocab_size:
+            self.tokens = Embed(c.vocab_size, c.width)
+        else:
+            self.text_in = nn.Dense(c.width, dtype=c.dtype)
+        self.z_t_in = nn.Dense(c.width, dtype=c.dtype)
+        self.time = TimeEmbedding(c.width, c.width)
+        self.z_i_in = nn.Dense(c.width, dtype=c.dtype)
+        self.query = self.param("query", normal, (c.width,))
+        self.positions = self.param("positions", normal, (c.context_length + 4, c.width))
+        self.transformer = Transformer(c.layers, c.heads, dtype=c.dtype, remat=c.remat, caches=True)
+        self.norm_out = layer_norm("norm_out")
+        self.out = nn.Dense(c.embed_dim, dtype=c.dtype)
+
     def __call__(
         self,
         z_noised: jax.Array,
@@ -95,33 +115,57 @@ class Prior(nn.Module):
         Returns:
           `[b, e]` float32.
         """
+        x = jnp.concatenate([self._prefix(z_t, text, text_mask), self._last(z_noised, t)], axis=1)
+        mask = causal_mask(x.shape[1]) & _attended(text_mask, 4)
+        return self._prediction(self.transformer(x, mask))
+
+    def encode(self, z_t: jax.Array, text: jax.Array, text_mask: jax.Array) -> dict[str, Any]:
+        """All that depends on neither z_noised nor t; arguments as for `__call__`.
+
+        Returns:
+          What `denoise` takes: "past", keys and values of the caption and z_t, and "text_mask".
+        """
+        x = self._prefix(z_t, text, text_mask)
+        mask = causal_mask(x.shape[1]) & _attended(text_mask, 1)
+        _, past = self.transformer.extend(x, mask)
+        return {"past": past, "text_mask": text_mask}
+
+    def denoise(self, z_noised: jax.Array, t: jax.Array, encoded: Mapping[str, Any]) -> jax.Array:
+        """What `__call__` computes, given what `encode` returned."""
+        x = self._last(z_noised, t)
+        seen = causal_mask(self.config.context_length + 4)[:, :, -x.shape[1] :]
+        mask = seen & _attended(encoded["text_mask"], 4)
+        return self._prediction(self.transformer.extend(x, mask, encoded["past"])[0])
+
+    def _prefix(self, z_t: jax.Array, text: jax.Array, text_mask: jax.Array) -> jax.Array:
+        """Embeddings `[b, l + 1, width]` of the caption and z_t, at their positions."""
         c = self.config
-        b = z_noised.shape[0]
-        check_shape("z_noised", z_noised, (b, c.embed_dim))
-        check_shape("z_t", z_t, (b, c.embed_dim))
+        b = z_t.shape[0]
+        check_shape("z_t", z_t, (None, c.embed_dim))
         check_shape("text_mask", text_mask, (b, c.context_length))
-        normal = nn.initializers.normal(0.02)
         if c.vocab_size:
             check_shape("text (tokens)", text, (b, c.context_length))
-            caption = Embed(c.vocab_size, c.width, name="tokens")(text).astype(c.dtype)
+            caption = self.tokens(text).astype(c.dtype)
         else:
             check_shape("text (states)", text, (b, c.context_length, c.text_width))
-            caption = nn.Dense(c.width, dtype=c.dtype, name="text_in")(text)
+            caption = self.text_in(text)
         z_t = jnp.where(text_mask.any(-1, keepdims=True), z_t, 0.0)
-        query = self.param("query", normal, (c.width,))
-        last_four = [
-            nn.Dense(c.width, dtype=c.dtype, name="z_t_in")(z_t),
-            TimeEmbedding(c.width, c.width, name="time")(t).astype(c.dtype),
-            nn.Dense(c.width, dtype=c.dtype, name="z_i_in")(z_noised),
-            jnp.broadcast_to(query.astype(c.dtype), (b, c.width)),
-        ]
-        x = jnp.concatenate([caption, jnp.stack(last_four, axis=1)], axis=1)
-        length = c.context_length + 4
-        x = x + self.param("positions", normal, (length, c.width)).astype(c.dtype)[None]
-        attended = jnp.pad(text_mask, ((0, 0), (0, 4)), constant_values=True)
-        mask = causal_mask(length) & attended[:, None, None, :]
-        x = Transformer(c.layers, c.heads, dtype=c.dtype, remat=c.remat, name="transformer")(
-            x, mask
-        )
-        x = layer_norm("norm_out")(x[:, -1])
-        return nn.Dense(c.embed_dim, dtype=c.dtype, name="out")(x).astype(jnp.float32)
+        x = jnp.concatenate([caption, self.z_t_in(z_t)[:, None]], axis=1)
+        return x + self.positions[: c.context_length + 1].astype(c.dtype)[None]
+
+    def _last(self, z_noised: jax.Array, t: jax.Array) -> jax.Array:
+        """Embeddings `[b, 3, width]` of the timestep, z_noised and the query, likewise."""
+        c = self.config
+        b = t.shape[0]
+        check_shape("z_noised", z_noised, (b, c.embed_dim))
+        query = jnp.broadcast_to(self.query.astype(c.dtype), (b, c.width))
+        x = jnp.stack([self.time(t).astype(c.dtype), self.z_i_in(z_noised), query], axis=1)
+        return x + self.positions[c.context_length + 1 :].astype(c.dtype)[None]
+
+    def _prediction(self, x: jax.Array) -> jax.Array:
+        return self.out(self.norm_out(x[:, -1])).astype(jnp.float32)
+
+
+def _attended(text_mask: jax.Array, after: int) -> jax.Array:
+    """`[b, 1, 1, l + after]` booleans, False on the caption's padding alone."""
+    return jnp.pad(text_mask, ((0, 0), (0, after)), constant_values=True)[:, None, None, :]

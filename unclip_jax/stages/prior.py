@@ -8,7 +8,7 @@ with z_t.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -140,15 +140,23 @@ class PriorStage:
         none = jnp.zeros(cond["z_t"].shape[0], bool)
         return drop_caption(cond, none, params.get("null_caption"))
 
-    def denoise(self, params: Params, x_t: jax.Array, t: jax.Array, cond: Condition) -> jax.Array:
+    def encode(self, params: Params, cond: Condition) -> dict[str, Any]:
+        """All of the conditioning that depends on neither x_t nor t, computed once."""
+        text = cond["z_t"], cond["text"], cond["text_mask"]
+        return self.network.apply({"params": params["network"]}, *text, method=self.network.encode)
+
+    def denoise(
+        self, params: Params, x_t: jax.Array, t: jax.Array, encoded: dict[str, Any]
+    ) -> jax.Array:
         """The network's output for noised, normalised embeddings x_t [b, e] at t [b]."""
         return self.network.apply(
-            {"params": params["network"]}, x_t, t, cond["z_t"], cond["text"], cond["text_mask"]
+            {"params": params["network"]}, x_t, t, encoded, method=self.network.denoise
         )
 
     def denoiser(self, params: Params, cond: Condition) -> dm.Denoise:
-        """`denoise(x_t, t)` under a condition, without guidance."""
-        return lambda x_t, t: self.denoise(params, x_t, t, cond)
+        """`denoise(x_t, t)` under a condition, which is encoded once, without guidance."""
+        encoded = self.encode(params, cond)
+        return lambda x_t, t: self.denoise(params, x_t, t, encoded)
 
     def data(self, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
         """x_0 [b, e] and the whole condition of a batch, see `loss`."""
@@ -171,7 +179,12 @@ class PriorStage:
         noise = jax.random.normal(noise_key, x_0.shape)
         kept = keep(drop_key, len(x_0), self.caption_drop)
         cond = drop_caption(cond, kept, params.get("null_caption"))
-        terms = losses(self.diffusion, self.denoiser(params, cond), x_0, t, noise)
+        text = cond["z_t"], cond["text"], cond["text_mask"]
+
+        def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:  # all tokens at once
+            return self.network.apply({"params": params["network"]}, x_t, t, *text)
+
+        terms = losses(self.diffusion, denoise, x_0, t, noise)
         return jnp.mean(terms["loss"]), {"mse": jnp.mean(terms["mse"])}
 
     def draw(
@@ -192,11 +205,12 @@ class PriorStage:
         """
         null = self.null(params, cond) if null is None else null
         denoise = guidance.classifier_free(
-            lambda x_t, t, c: self.denoise(params, x_t, t, c),
+            lambda x_t, t, encoded: self.denoise(params, x_t, t, encoded),
             cond,
             null,
             guidance_scale,
             learned_variance=self.diffusion.learned_variance,
+            encode=lambda condition: self.encode(params, condition),
         )
         x_T, keys = initial_noise(keys, (self.model.embed_dim,), noise)
         x_0 = samplers.sample(
