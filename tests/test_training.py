@@ -179,6 +179,16 @@ def test_constants_stay_bit_for_bit():
     assert set(state.ema_params) == set(optim.trained(state.params)) == {"network"}
 
 
+def test_a_step_writes_its_state_over_the_one_before():
+    config = TrainConfig(batch_size=16, ema_decay=0.9)
+    step, state, batch = step_fn(config), fresh(config), next(Batches())
+    memory = step.lower(state, batch).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+    params = state.params["network"]
+    step(state, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
     config = TrainConfig(batch_size=16)
     step, batches = step_fn(config), Batches(poison=1)

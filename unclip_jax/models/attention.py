@@ -67,7 +67,8 @@ def attention(
     """Softmax attention; the softmax is in float32.
 
     A query whose mask is False everywhere gets zeros, never NaN and never a masked value. Where a
-    kernel computes it, only its first derivative in reverse mode is there.
+    kernel computes it, only its first derivative in reverse mode is there, and in bfloat16 none in
+    forward mode.
 
     Args:
       q: `[b, n, l, k]` queries.
@@ -130,7 +131,7 @@ def reference_attention(
 
     The division by the softmax's sum comes after the second product, where there is less to divide.
     """
-    scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32) * scale
+    scores = _product("bnlk,bnmk->bnlm", q, k) * scale
     if bias is not None:
         scores = scores + bias
     lowest = jnp.finfo(jnp.float32).min
@@ -140,10 +141,43 @@ def reference_attention(
     peak = jnp.maximum(jax.lax.stop_gradient(scores).max(-1, keepdims=True), lowest / 2)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    mixed = jnp.einsum(
-        "bnlm,bnmk->bnlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    mixed = _product("bnlm,bnmk->bnlk", weights.astype(v.dtype), v)
     return (mixed / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum of two with a float32 result."""
+    if a.dtype == b.dtype == jnp.float32:
+        return _summed(subscripts, a, b)
+    return _narrow_product(subscripts, a, b)
+
+
+def _summed(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`_product` whose gradients are products of the same narrow dtype.
+
+    JAX would widen both sides of them, since the result's gradient is float32.
+    """
+    return _summed(subscripts, a, b)
+
+
+def _narrow_forward(subscripts, a, b):
+    return _summed(subscripts, a, b), (a, b)
+
+
+def _narrow_backward(subscripts, operands, gradient):
+    a, b = operands
+    left, right, out = subscripts.replace("->", ",").split(",")
+    of_a = _summed(f"{out},{right}->{left}", gradient.astype(b.dtype), b)
+    of_b = _summed(f"{left},{out}->{right}", a, gradient.astype(a.dtype))
+    return of_a.astype(a.dtype), of_b.astype(b.dtype)
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def split_heads(stacked: jax.Array) -> jax.Array:
