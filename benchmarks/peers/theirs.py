@@ -52,7 +52,8 @@ class Theirs:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _compiled(self, module: Any) -> Any:
-        return torch.compile(module) if self.is_compiled else module
+        """The module through torch.compile, also where an earlier row compiled it."""
+        return torch.compile(getattr(module, "_orig_mod", module)) if self.is_compiled else module
 
     def _forward(self, function: Callable[[], torch.Tensor]) -> Work:
         def work() -> torch.Tensor:
@@ -179,7 +180,7 @@ class Theirs:
     def _text_to_image(self, x, prompts) -> Work:
         if self.is_compiled:
             for name in ("prior", "decoder", "super_res_first", "super_res_last", "text_encoder"):
-                setattr(self.pipeline, name, torch.compile(getattr(self.pipeline, name)))
+                setattr(self.pipeline, name, self._compiled(getattr(self.pipeline, name)))
 
         def draw() -> np.ndarray:
             return self.pipeline(
