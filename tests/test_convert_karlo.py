@@ -1,6 +1,7 @@
 """Karlo converted and run, against diffusers' own pipelines on the same random weights."""
 
 import copy
+import functools
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import karlo_folders
-from unclip_jax import checkpoint
+from unclip_jax import checkpoint, sharding
 from unclip_jax.convert import karlo
 from unclip_jax.convert.__main__ import main as convert
 from unclip_jax.errors import UserError
@@ -135,6 +136,17 @@ def test_both_repositories_make_one_model(reference):
     assert parts["prior"] is not None and parts["clip"].stage.model.towers == "both"
     alone = karlo.load([base / "text2im"])["clip"]
     assert alone.stage.model.towers == "text"
+
+
+def test_karlo_is_loaded_straight_to_a_mesh(reference):
+    base, mesh = reference[3], sharding.make_mesh(devices=jax.devices()[:1])
+    expected, found = UnCLIP.load(base / "text2im"), UnCLIP.load(base / "text2im", mesh=mesh)
+    assert found.mesh == mesh
+    for name, part in expected.parts().items():
+        there = found.parts()[name].params
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), there, part.params)
+        wanted = sharding.tree_shardings(there, mesh)
+        assert jax.tree.map(lambda x: x.sharding, there) == wanted
 
 
 # ---------------------------------------------------------------- there and back
