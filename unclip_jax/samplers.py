@@ -1,4 +1,4 @@
-"""Samplers: pure functions of `denoise(x_t, t)`, each compiled as one `lax.scan`.
+"""Samplers: pure functions of `denoise(x_t, t)`, each compiled as one loop.
 
 A sampler walks a `Process` from its noisiest step to x_0. At step i it asks the network once,
 reads the answer as (x_0, eps, variance), and forms x_{i-1}:
@@ -321,9 +321,6 @@ def _dpm_solver(process: Process) -> _Advance:
         return at(shrink, i, x_t) * x_t + at(gain, i, x_t) * data, x_0
 
     return advance
-
-
-# -------------------------------------------------------------------------------- guidance
 
 
 # ------------------------------------------------------------------------ analytic variance

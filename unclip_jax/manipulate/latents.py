@@ -273,14 +273,13 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *
 
     Eta, the scale, captions and pictures are traced.
     """
-    encoded = stage.encode(params, cond)
-    null = stage.encode(params, stage.null(params, cond))
     denoise = guidance.classifier_free(
         lambda x_t, t, encoded: stage.denoise(params, x_t, t, encoded),
-        encoded,
-        null,
+        cond,
+        stage.null(params, cond),
         1 if scale is None else scale,
         learned_variance=stage.diffusion.learned_variance,
+        encode=lambda condition: stage.encode(params, condition),
     )
     if known is not None:
         denoise = knowing(denoise, *known, stage.diffusion)

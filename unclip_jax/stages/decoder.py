@@ -288,10 +288,11 @@ class DecoderStage:
         size = self.image_size
         denoise = guidance.classifier_free(
             lambda x_t, t, encoded: self.denoise(params, x_t, t, encoded),
-            self.encode(params, cond),
-            self.encode(params, null),
+            cond,
+            null,
             guidance_scale,
             learned_variance=self.diffusion.learned_variance,
+            encode=lambda condition: self.encode(params, condition),
         )
         x_T, keys = initial_noise(keys, (size, size, 3), noise)
         return samplers.sample(
