@@ -38,6 +38,7 @@ DRAWN = ("prior_sample", "text_to_image")  # from noise of each side's own
 ENOUGH_SECONDS = 1.0  # of one measurement
 WARM_CALLS = 3  # memory that is kept is found in the first ones
 GIB = 2**30
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # of JAX, which then fails where the first is missing
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
@@ -56,8 +57,7 @@ class Side:
         command += [f"--device={device}", f"--dtype={dtype}"]
         command += ["--training"] if training else []
         environment = os.environ | QUIET | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        if device == "cpu":
-            environment |= {"JAX_PLATFORMS": "cpu"}
+        environment |= {"JAX_PLATFORMS": PLATFORMS[device]}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=None, env=environment, text=True
@@ -77,6 +77,19 @@ class Side:
         """End it."""
         self._process.stdin.close()
         self._process.wait()
+
+
+def check_gpu() -> str:
+    """What is missing for `--device gpu`, in words; "" where nothing is."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device; run it on a machine with one, or with --device cpu"
+    environment = os.environ | {"JAX_PLATFORMS": PLATFORMS["gpu"]}
+    asked = [sys.executable, "-c", "import jax; jax.devices()"]
+    if subprocess.run(asked, env=environment, stderr=subprocess.DEVNULL).returncode:
+        return "JAX finds no CUDA device, though PyTorch does; pip install --editable '.[gpu]'"
+    return ""
 
 
 def make_weights(folder: Path, device: str) -> list[Path]:
@@ -173,11 +186,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", nargs="+", choices=sizes.ROWS, default=sizes.ROWS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write table and figures there")
     args = parser.parse_args(argv)
     if SIDES[0] not in args.sides:
         parser.error(f"--sides: got {' '.join(args.sides)}, expected {SIDES[0]} among them")
+    if args.device == "gpu" and (missing := check_gpu()):
+        parser.error(f"--device gpu: {missing}")
 
     dtype = "" if args.dtype == "float32" else args.dtype
     tolerance = 1e-3 if args.dtype == "float32" else 0.1
