@@ -57,6 +57,9 @@ class Side:
         command += [f"--device={device}", f"--dtype={dtype}"]
         command += ["--training"] if training else []
         environment = os.environ | QUIET | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # A first call shows what compiling takes, also in a second run of this benchmark.
+        environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folders[0].with_name("inductor"))}
         environment |= {"JAX_PLATFORMS": PLATFORMS[device]}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
