@@ -43,7 +43,12 @@ html_theme_options = {
 }
 
 # Pages that are, or begin with, a file from outside of docs.
-OUTSIDE = {"index": "README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+OUTSIDE = {
+    "index": "README.md",
+    "changelog": "CHANGELOG.md",
+    "contributing": "CONTRIBUTING.md",
+    "security": "SECURITY.md",
+}
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 MODULE = re.compile(r"^#+ (unclip_jax[\w.]*)$", re.MULTILINE)
 SECTION = re.compile(r"^ *(Args|Attributes|Raises|Returns|Yields):$")
