@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -50,6 +52,24 @@ def saved(tmp_path):
 
 
 # Model folders
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_others_may_read_weights_where_they_may_read_any_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        checkpoint.save_stage(tmp_path / "model", params=make_params(), description=DESCRIPTION)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "model").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+
+
+def test_nothing_else_writes_weights():
+    """By safetensors' own function others could not read them."""
+    package = Path(checkpoint.__file__).parent
+    using = [path for path in package.rglob("*.py") if "save_file" in path.read_text()]
+    assert using == [package / "checkpoint.py"]
 
 
 def test_a_model_folder_gives_back_what_was_saved(saved):

@@ -331,10 +331,10 @@ def test_platforms_are_checked(text):
 
 
 def test_nothing_is_left_where_writing_fails(folder, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left"):
         export.write(tmp_path / "out", export.find(folder, "clip_text"), "clip_text", ("cpu",))
     assert not list(tmp_path.iterdir())

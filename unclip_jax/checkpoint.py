@@ -133,9 +133,27 @@ def save_stage(
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with _replacing_folder(folder) as temporary:
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-        save_file(flat, temporary / PARAMS_FILE, metadata={"fingerprint": mark})
+        save_tensors(flat, temporary / PARAMS_FILE, metadata={"fingerprint": mark})
         for name in (CONFIG_FILE, PARAMS_FILE):
             _flush_to_disk(temporary / name)
+
+
+def save_tensors(
+    arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that others may read where they may read any new file.
+
+    The library by itself leaves its files to their owner alone (0.8), whatever the umask.
+
+    Args:
+        arrays: contiguous ones, by name.
+        path: of the file, in a folder that is there.
+        metadata: strings that the file's header has beside the tensors.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(arrays, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _cast(params: Params, dtype: str) -> Params:

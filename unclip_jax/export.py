@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
-from safetensors.numpy import save_file
 
 from unclip_jax import box, checkpoint, stages
 from unclip_jax.errors import UserError, run_command
@@ -295,7 +294,7 @@ def write(
     with _new_folder(out) as folder:
         (folder / PROGRAM_FILE).write_bytes(exported.serialize())
         flat = {key: np.asarray(value, order="C") for key, value in params.items()}
-        save_file(flat, folder / PARAMS_FILE)
+        checkpoint.save_tensors(flat, folder / PARAMS_FILE)
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         (folder / CALL_FILE).write_text(text, encoding="utf-8")
     return exported

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from unclip_jax import checkpoint, stages
 from unclip_jax.convert import clip_names, karlo_configs, karlo_names
@@ -224,7 +223,7 @@ def _within(tensors: Tensors, prefix: str) -> Tensors:
 def _write(folder: Path, name: str, tensors: Tensors) -> None:
     folder.mkdir(parents=True)
     arrays: dict[str, np.ndarray] = {key: tensors.read(key) for key in tensors.shapes}
-    save_file(arrays, folder / name, metadata={"format": "pt"})
+    checkpoint.save_tensors(arrays, folder / name, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, settings: Settings) -> None:
