@@ -122,11 +122,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model folder (default: the box model)")
     args = parser.parse_args(argv)
 
-    from unclip_jax import tasks
+    from unclip_jax import hub, tasks
     from unclip_jax.data.emoji_styles import ATTRIBUTION
     from unclip_jax.files import replacing
 
     out = Path(args.out)
+    if args.model is not None:
+        hub.local_folder(args.model)
     tasks.check_out(str(out / "text2im.png"))
     inputs = draw_inputs(out / "inputs")
     model = [] if args.model is None else [f"--model={args.model}"]

@@ -297,6 +297,16 @@ ROWS = [
     (EXPORT + "--stage clip_text --steps 9", 1, "--steps: got 9"),
     (EXPORT + "--stage prior --model {pictures}", 1, "no trained stage"),
     (EXPORT + "--stage clip_image --model {model}/prior", 1, "holds a prior, expected a clip"),
+
+    # python -m unclip_jax.data.styles
+    ("unclip_jax.data.styles raze", 2, "raze"),
+    ("unclip_jax.data.styles build --size 0 --cache_dir {new}", 1, "image_size: 0"),
+    ("unclip_jax.data.styles build --cache_dir {picture}/art", 1, "cache_dir"),
+
+    # demo.py
+    ("demo surplus --out {new}", 2, "surplus"),
+    ("demo --out {picture}/out", 1, "--out"),
+    ("demo --out {new} --model {new}/none", 1, "is no folder"),
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pathlib
 import sys
 
 from unclip_jax.data import emoji_art, emoji_styles
+from unclip_jax.data.emoji import EmojiConfig
 from unclip_jax.errors import run_command
 from unclip_jax.files import default_cache_dir
 
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> None:
     add("--skin_tones", action="store_true", help="the variants with a skin tone too")
     args = parser.parse_args(argv)
 
+    for size in args.size:
+        EmojiConfig(image_size=size)  # a wrong size is an error now, not after the download
     cache = pathlib.Path(args.cache_dir) if args.cache_dir else default_cache_dir()
     for package in emoji_styles.PACKAGES.values():
         print(f"art: {emoji_art.fetch(package, emoji_styles.art_folder(cache))}", file=sys.stderr)
