@@ -12,7 +12,6 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-import sample
 from unclip_jax.errors import run_command
 
 PAGE = "index.html"
@@ -85,8 +84,8 @@ small { color: #666; }
 
 def draw_inputs(folder: Path) -> dict[str, Path]:
     """The emoji of `INPUTS` as PNG files of 256 px, by their keys."""
-    from unclip_jax.data.emoji import rasterise
-    from unclip_jax.data.emoji_catalogue import catalogue
+    from unclip_jax.data.emoji.builder import rasterise
+    from unclip_jax.data.emoji.catalogue import catalogue
 
     art = {emoji.captions[0]: emoji.art for emoji in catalogue()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,14 +121,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model folder (default: the box model)")
     args = parser.parse_args(argv)
 
-    from unclip_jax import hub, tasks
-    from unclip_jax.data.emoji_styles import ATTRIBUTION
-    from unclip_jax.files import replacing
+    from unclip_jax.common.files import replacing
+    from unclip_jax.data.emoji.styles import ATTRIBUTION
+    from unclip_jax.pipeline.tasks import command
+    from unclip_jax.pipeline.tasks.outputs import check_out
+    from unclip_jax.pipeline.tasks.run import run
+    from unclip_jax.weights import hub
 
     out = Path(args.out)
     if args.model is not None:
         hub.local_folder(args.model)
-    tasks.check_out(str(out / "text2im.png"))
+    check_out(str(out / "text2im.png"))
     inputs = draw_inputs(out / "inputs")
     model = [] if args.model is None else [f"--model={args.model}"]
     commands = {}
@@ -137,7 +139,7 @@ def main(argv: list[str]) -> None:
         flags = [flag.format(**inputs) for flag in show.flags]
         commands[show.name] = [*flags, *model, f"--out={out / show.name}.png"]
         print(f"== {show.title}", flush=True)
-        tasks.run(sample.parse(commands[show.name]))
+        run(command.parse(commands[show.name]))
     with replacing(out / PAGE) as path:
         path.write_text(page(commands, ATTRIBUTION), encoding="utf-8")
     print(f"Open {(out / PAGE).absolute()} in a browser.")

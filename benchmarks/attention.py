@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from configs.paper import decoder
-from unclip_jax import axes, sharding, stages
+from unclip_jax import stages
 from unclip_jax.models import attention, fused_attention
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.unet import AttentionBlock
+from unclip_jax.parallel import axes, sharding
 from unclip_jax.plan import flops
 from unclip_jax.plan.chips import Topology
 from unclip_jax.plan.measure import compiled

@@ -10,7 +10,7 @@ Draws a picture for captions of both splits of emoji_styles, at 64 px, and asks 
 - how far the set is from the other real training pictures (Fréchet distance of the CLIP's
   embeddings), beside as many real ones.
 
-Writes figures.json and a grid for each split. unclip_jax/box/MODEL_CARD.md states the figures.
+Writes figures.json and a grid for each split; unclip_jax/weights/box/MODEL_CARD.md states them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from unclip_jax import compile_cache, host_memory
+from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import run_command
 from unclip_jax.evaluate.features import load, of_clip
 from unclip_jax.evaluate.measure import choose
 from unclip_jax.evaluate.pictures import Measurer, Real
-from unclip_jax.evaluation.consistency import own_caption
-from unclip_jax.evaluation.frechet import frechet, moments
-from unclip_jax.grids import captioned_grid, save_png
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.metrics.consistency import own_caption
+from unclip_jax.metrics.frechet import frechet, moments
+from unclip_jax.parallel import compile_cache
+from unclip_jax.parallel.cpu import memory as host_memory
+from unclip_jax.pipeline.unclip import UnCLIP
 
 STYLES = ("twemoji", "noto", "fluent")
 FITTED = 1500  # real pictures, to which the classifier is fitted

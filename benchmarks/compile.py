@@ -23,9 +23,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import optim, sharding, stages, train_step
+from unclip_jax import stages
 from unclip_jax.models.prior import PriorConfig
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.parallel import sharding
+from unclip_jax.training import optimizers
+from unclip_jax.training import step as train_step
+from unclip_jax.training.config import TrainConfig
 
 DEPTHS, ROUNDS = (6, 12, 24), 5
 E, LENGTH, BATCH = 64, 32, 8
@@ -38,7 +41,7 @@ def seconds(layers: int) -> float:
         text_width=0, remat="full",
     )  # fmt: skip
     stage, config, mesh = stages.PriorStage(model=model), TrainConfig(), sharding.make_mesh()
-    optimizer = optim.make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     state = jax.eval_shape(lambda p: train_step.init_state(p, optimizer), params)
     batch = {

@@ -29,9 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from unclip_jax.data import parquet
 from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig, load
+from unclip_jax.data.shards import parquet
 from unclip_jax.data.tokenizer import Tokenizer
 
 BATCHES = {  # per step, in configs/paper

@@ -1,7 +1,7 @@
 """Karlo at full size with random weights: convert it, and take every stage through a step.
 
     python benchmarks/karlo.py make WORK      # 7.2 GB of random bfloat16 weights in WORK/theirs
-    python benchmarks/karlo.py convert WORK   # to WORK/ours, as python -m unclip_jax.convert does
+    python benchmarks/karlo.py convert WORK   # to WORK/ours, as python -m unclip_jax convert does
     python benchmarks/karlo.py step WORK      # one picture, the fewest steps of each stage
 
 Each prints seconds and the peak of its process's memory. What it measured is in docs/karlo.md.
@@ -22,15 +22,15 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from unclip_jax import presets
-from unclip_jax.convert import clip_names, export, karlo, karlo_configs, karlo_names
-from unclip_jax.convert.__main__ import main as convert
-from unclip_jax.convert.tables import their_shapes
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.diffusion import Diffusion
-from unclip_jax.pipeline import UnCLIP
-from unclip_jax.samplers import Sampling
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.models import presets
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages import ClipStage, DecoderStage, PriorStage, UpsamplerStage
+from unclip_jax.weights.convert import clip_names, karlo, karlo_configs, karlo_names, to_diffusers
+from unclip_jax.weights.convert.__main__ import main as convert
+from unclip_jax.weights.convert.tables import their_shapes
 
 FEWEST = {"prior": "1", "decoder": "1", "upsampler": "2"}  # two, so that both networks run
 
@@ -56,14 +56,14 @@ def write(folder: Path, file: str, table, tree, settings, rng) -> None:
 def make(work: Path) -> None:
     """A text-to-image Karlo in diffusers' layout."""
     rng, out = np.random.default_rng(0), work / "theirs"
-    network = export.NETWORK_FILE
+    network = to_diffusers.NETWORK_FILE
 
     def shapes(stage):
         return jax.eval_shape(stage.init, jax.random.key(0))
 
     clip = dataclasses.replace(presets.CLIP_VIT_L14, towers="text")
     tree = shapes(ClipStage(clip))["network"]
-    settings = {"model_type": "clip_text_model"} | export.text_settings(clip)
+    settings = {"model_type": "clip_text_model"} | to_diffusers.text_settings(clip)
     write(
         out / "text_encoder",
         "model.safetensors",

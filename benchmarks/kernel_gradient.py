@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import host_memory, sharding
 from unclip_jax.models.convolution import SAME, Pads, convolve, kernel_gradient
+from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import memory as host_memory
 
 DOUBLING: Pads = ((1, 0), (0, 1))  # one of the four 2x2 kernels of a doubled image
 # Images, height, width, channels, features.

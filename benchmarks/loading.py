@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unclip_jax import checkpoint
+from unclip_jax.weights import folder as model_folder
 
 KINDS = ("read", "sha256", "load_stage")
 BLOCK = 2**24
@@ -36,18 +36,18 @@ def write(folder: Path, gib: float) -> None:
         f"layer_{i}": {"kernel": rng.standard_normal((4096, LAYER // 4096 // 4), np.float32)}
         for i in range(max(1, round(gib * 2**30 / LAYER)))
     }
-    checkpoint.save_stage(folder, params={"network": kernels}, description={"stage": {}})
+    model_folder.save_stage(folder, params={"network": kernels}, description={"stage": {}})
 
 
 def seconds_of(kind: str, folder: Path) -> float:
     """One measurement, in this process."""
-    path = folder / checkpoint.PARAMS_FILE
+    path = folder / model_folder.PARAMS_FILE
     if kind == "load_stage":
         import jax
 
         jax.devices()
         since = time.perf_counter()
-        jax.block_until_ready(checkpoint.load_stage(folder)[0])
+        jax.block_until_ready(model_folder.load_stage(folder)[0])
         return time.perf_counter() - since
     digest, block = hashlib.sha256(), bytearray(BLOCK)
     since = time.perf_counter()
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         model = Path(folder) / "model"
         write(model, args.gib)
-        path = model / checkpoint.PARAMS_FILE
+        path = model / model_folder.PARAMS_FILE
         size = path.stat().st_size / 2**30
         print(f"{size:.2f} GiB\n\n| from | {' | '.join(f'{k}, s' for k in KINDS)} | GiB/s |")
         print("|---|---|---|---|---|")

@@ -25,7 +25,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs.emoji import clip
-from unclip_jax import host_memory, runs, training
+from unclip_jax.parallel.cpu import memory as host_memory
+from unclip_jax.training import loop, prepare
 
 MIB = 2**20
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -102,7 +103,7 @@ def train(steps: int, watch: Watch) -> None:
     config.stage.model.update(NETWORK)
     config.train.update(steps=steps, log_every=100, checkpoint_every=steps // 10)
     config.train.update(eval_every=steps // 10, preview_every=steps // 10)
-    run = runs.prepare(config)
+    run = prepare.prepare(config)
     batches = run.batches()
 
     class Counted:
@@ -115,7 +116,7 @@ def train(steps: int, watch: Watch) -> None:
         def __getattr__(self, name: str):
             return getattr(batches, name)
 
-    training.train(
+    loop.train(
         loss_fn=run.loss,
         init_params=run.init_params,
         batches=Counted(),

@@ -31,15 +31,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from unclip_jax.diffusion import Denoise, Diffusion, at
-from unclip_jax.losses import (
+from unclip_jax.diffusion.gaussian import Denoise, Diffusion, at
+from unclip_jax.diffusion.losses import (
     analytic_init,
     analytic_statistic,
     analytic_update,
     vlb_bits_per_dim,
 )
-from unclip_jax.samplers import Sampling, analytic_variance, sample
-from unclip_jax.schedules import Process
+from unclip_jax.diffusion.samplers import Sampling, analytic_variance, sample
+from unclip_jax.diffusion.schedules import Process
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- benchmarks/samplers.py writes this table -->\n", "<!-- end of the table -->\n"

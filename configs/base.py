@@ -3,11 +3,11 @@
 config.stage          the network, its diffusion and its sampling (unclip_jax.stages)
 config.data           the data set (unclip_jax.data.datasets.DataConfig); image size,
                       vocabulary and whether it has labels follow from the stage
-config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.TrainConfig)
+config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.loop.TrainConfig)
 config.heldout_split  the data set's split that figures are measured on
 config.clip           folder of the trained CLIP that the prior and the decoder stand on
 config.embeddings     folder or URL of the training set's CLIP embeddings, as
-                      python -m unclip_jax.data.embed stores them; "" to compute and cache them
+                      python -m unclip_jax embed stores them; "" to compute and cache them
 config.t5             folder of the T5 whose text states the decoder reads, where it reads any
 config.t5_dtype       in which that T5 computes: "float32" or "bfloat16"
 config.normalisation  of CLIP's image embeddings: "whiten" (from the data), "scale" (the paper's
@@ -15,11 +15,11 @@ config.normalisation  of CLIP's image embeddings: "whiten" (from the data), "sca
 config.previews       how many captions the preview grid shows
 config.init           folder of a trained stage to start from, "" for random params; config.stage
                       then says only what differs, and the normalisation is the folder's
-config.mesh           how many devices lie along each axis (unclip_jax.sharding.MeshConfig): copies
+config.mesh           how many devices lie along each axis (parallel.sharding.MeshConfig): copies
                       of the model ("data", -1: as many as are left), devices among which a copy
                       is split ("fsdp"), those among which images are ("spatial"), and those that
                       compute one block together ("tensor")
-config.lora           low-rank adapters on what config.init holds (unclip_jax.lora.Lora); rank 0
+config.lora           low-rank adapters on what config.init holds (training.lora.Lora); rank 0
                       trains it whole
 
 Everything can be set on the command line: --config.train.learning_rate=1e-4.
@@ -27,12 +27,12 @@ Everything can be set on the command line: --config.train.learning_rate=1e-4.
 
 import ml_collections
 
-from unclip_jax import config as settings
 from unclip_jax import stages
+from unclip_jax.common import config as settings
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.lora import Lora
-from unclip_jax.sharding import MeshConfig
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.parallel.sharding import MeshConfig
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.lora import Lora
 
 FOLLOWS_FROM_STAGE = ("image_size", "context_length", "vocab_size", "labels")
 

@@ -26,10 +26,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from unclip_jax.app.serve import serving
 from unclip_jax.app.tasks import Served
-from unclip_jax.data.emoji import rasterise
-from unclip_jax.data.emoji_catalogue import catalogue
+from unclip_jax.data.emoji.builder import rasterise
+from unclip_jax.data.emoji.catalogue import catalogue
 from unclip_jax.errors import UserError, run_command
-from unclip_jax.tasks.inputs import load
+from unclip_jax.pipeline.tasks.inputs import load
 
 WIDE, NARROW = (1160, 900), (400, 900)
 PATIENCE = 600  # seconds for one drawing, with its compilation

@@ -15,7 +15,7 @@ from tests.xla_flags import xla_flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # subprocesses inherit it
 os.environ.setdefault("XLA_FLAGS", xla_flags())
-os.environ.setdefault("GLIBC_TUNABLES", "")  # see unclip_jax.host_memory
+os.environ.setdefault("GLIBC_TUNABLES", "")  # see unclip_jax.parallel.cpu.memory
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
@@ -50,7 +50,7 @@ def forget_programs():
 def no_curves():
     """Leave out the plots of runs of a few steps, which take longer than the steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unclip_jax.report.plot_metrics", lambda workdir: None)
+        patch.setattr("unclip_jax.training.writers.plot_metrics", lambda workdir: None)
         yield
 
 

@@ -11,8 +11,8 @@ import resource
 import jax.numpy as jnp
 
 from tests import toy_run
-from unclip_jax import training
 from unclip_jax.errors import run_command
+from unclip_jax.training import loop
 
 WIDE = 60_000
 
@@ -32,8 +32,8 @@ def main(argv):
     workdir, settings, *limit = argv
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit[0]), resource.RLIM_INFINITY))
-    config = training.TrainConfig(**{"batch_size": toy_run.BATCH} | json.loads(settings))
-    training.train(
+    config = loop.TrainConfig(**{"batch_size": toy_run.BATCH} | json.loads(settings))
+    loop.train(
         loss_fn=loss_fn,
         init_params=init_params,
         batches=toy_run.Batches(),

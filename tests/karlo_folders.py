@@ -9,9 +9,9 @@ import warnings
 import numpy as np
 import pytest
 
-from unclip_jax.convert import karlo_configs
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.models import ClipConfig, DecoderConfig, PriorConfig, UNetConfig
+from unclip_jax.weights.convert import karlo_configs
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import tiny
-from unclip_jax import sharding, stages
+from unclip_jax import stages
 from unclip_jax.errors import UserError
-from unclip_jax.optim import make_optimizer
-from unclip_jax.plan import analysis, chips, fit, flops
+from unclip_jax.parallel import sharding
+from unclip_jax.parallel.sharding import MeshConfig
+from unclip_jax.plan import analysis, chips, flops, search
 from unclip_jax.plan.hlo import Program
 from unclip_jax.plan.measure import compiled
 from unclip_jax.plan.programs import Plan, device_bytes
-from unclip_jax.sharding import MeshConfig
-from unclip_jax.train_config import TrainConfig
-from unclip_jax.train_step import sharded_state
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.optimizers import make_optimizer
+from unclip_jax.training.step import sharded_state
 
 LAYERS, WIDTH, ROWS = 7, 64, 16
 
@@ -123,8 +124,8 @@ def fits():
     for memory in (2**30, 350_000, 230_000, 10_000):
         chips.CHIPS["v5e"] = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=memory)
         try:
-            plan = fit.search(config, chips.Topology("v5e", (2, 4)), jax.devices()).plan
-            remat = fit.remat_of(plan.stage)
+            plan = search.search(config, chips.Topology("v5e", (2, 4)), jax.devices()).plan
+            remat = search.remat_of(plan.stage)
             found.append([plan.mesh.shape["fsdp"], plan.train.grad_accum, remat])
         except UserError as error:
             found.append(str(error))

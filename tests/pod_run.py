@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import distributed, sharding, training
 from unclip_jax.data import batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import run_command
+from unclip_jax.parallel import distributed, sharding
+from unclip_jax.training import loop
 
 PICTURES, SIDE = 50, 4
 
@@ -101,7 +102,7 @@ def main(arguments: list[str]) -> None:
     mesh = sharding.make_mesh(sharding.MeshConfig(**settings.pop("mesh", {})))
     slow, bad = settings.pop("slow", 0.0), settings.pop("bad", ())
     pause = settings.pop("pause", 0.0)
-    config = training.TrainConfig(**{"learning_rate": 0.01, "ema_decay": 0.9} | settings)
+    config = loop.TrainConfig(**{"learning_rate": 0.01, "ema_decay": 0.9} | settings)
     share = sharding.data_shard(mesh)
     stream = batches.batches(
         Pictures(bad),
@@ -123,7 +124,7 @@ def main(arguments: list[str]) -> None:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
         np.savez(folder / "exported.npz", *leaves)
 
-    state = training.train(
+    state = loop.train(
         loss_fn=loss_fn,
         init_params=init_params,
         batches=Watched(stream, folder / f"seen-{jax.process_index()}.jsonl", slow),

@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import tiny
-from unclip_jax import axes, optim, sharding, stages, train_step
+from unclip_jax import stages
 from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.sharding import MeshConfig
+from unclip_jax.parallel import axes, sharding
+from unclip_jax.parallel.sharding import MeshConfig
 from unclip_jax.stages import ar_prior
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training import optimizers
+from unclip_jax.training import step as train_step
+from unclip_jax.training.config import TrainConfig
 
 STEPS, BATCH = 5, 16
 MESHES = {
@@ -82,7 +85,7 @@ def first_params(stage):
 
 def train(stage, mesh, config: TrainConfig):
     """Losses, and the averaged and trained params after `STEPS` steps."""
-    optimizer = optim.make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config)
     state = train_step.sharded_state(first_params(stage), optimizer, config, mesh)
     step = train_step.make_train_step(stage.loss, optimizer, config, mesh)
     losses = []

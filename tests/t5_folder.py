@@ -10,9 +10,9 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from tests.networks import random_params
-from unclip_jax.convert.t5 import t5_table
-from unclip_jax.convert.tables import to_theirs
 from unclip_jax.models.t5 import T5Config, T5Encoder
+from unclip_jax.weights.convert.t5 import t5_table
+from unclip_jax.weights.convert.tables import to_theirs
 
 WORDS = ["a", "red", "green", "blue", "black", "square", "disc", "dog", "cat", "face", "of"]
 SPECIAL = ["<pad>", "</s>", "<unk>"]

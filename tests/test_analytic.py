@@ -11,15 +11,18 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from unclip_jax import analytic, checkpoint, runs, stages
-from unclip_jax.diffusion import Diffusion
+from unclip_jax import stages
+from unclip_jax.common.params import fingerprint
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.parts import load_part
-from unclip_jax.pipeline import example_keys
-from unclip_jax.samplers import Sampling
-from unclip_jax.stages.embedding import identity
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.stages.normalisation import identity
+from unclip_jax.training import analytic, prepare
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import load_part
 
 STEPS = 40
 DIFFUSION = Diffusion(steps=STEPS, prediction="x_0", variance="fixed_small_log")
@@ -79,10 +82,10 @@ def trained(pictures, params, tmp_path_factory):
     clip = params[tiny.CLIP]
     about = {
         "data": {"name": str(pictures), "split": "all"},
-        "clip_fingerprint": checkpoint.fingerprint(clip),
+        "clip_fingerprint": fingerprint(clip),
     }
     for stage in (tiny.CLIP, PRIOR, DECODER):
-        checkpoint.save_stage(
+        model_folder.save_stage(
             folder / stage.kind / "model",
             params=clip if stage is tiny.CLIP else constant(stage, params),
             description=about | {"stage": stages.describe(stage)},
@@ -164,7 +167,7 @@ def test_training_from_the_beginning_cannot_have_it():
     assert jax.eval_shape(stage.init, jax.random.key(0))["analytic"].shape == (STEPS,)
     config = {"stage": stages.describe(stage), "data": {}, "train": {}}
     with pytest.raises(UserError, match=r"config\.stage\.analytic: got True.*unclip_jax\.analytic"):
-        runs.prepare(config)
+        prepare.prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +189,8 @@ def test_what_cannot_be_guessed_is_asked_for(workdirs, params):
     (workdirs / "clip").rename(workdirs.parent / "elsewhere")
     with pytest.raises(UserError, match=r"--clip: 0 CLIPs beside .*prior"):
         analytic.main(["--stage", str(workdirs / "prior")])
-    description = checkpoint.read_description(workdirs / "decoder" / "model")
+    description = model_folder.read_description(workdirs / "decoder" / "model")
     del description["data"]
-    checkpoint.save_stage(workdirs / "converted", params=params[DECODER], description=description)
+    model_folder.save_stage(workdirs / "converted", params=params[DECODER], description=description)
     with pytest.raises(UserError, match=r"--data: .*does not say what it was trained on"):
         analytic.main(["--stage", str(workdirs / "converted")])

@@ -24,18 +24,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample
 from tests import tiny
-from unclip_jax import checkpoint, stages
+from unclip_jax import stages
 from unclip_jax.app import __main__ as command
 from unclip_jax.app import gate, inputs, look, results, tasks
 from unclip_jax.app.store import Store
 from unclip_jax.app.tasks import Served
 from unclip_jax.app.worker import Worker
+from unclip_jax.common.grids import read_png_metadata
+from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError
-from unclip_jax.grids import read_png_metadata
-from unclip_jax.parts import Part
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.pipeline.tasks import command as sample
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights.trained import Part
 
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -53,7 +54,7 @@ def model():
     unet = dataclasses.replace(tiny.DECODER.model.unet, channel_mults=(1,), attention_sizes=(16,))
     reads = dataclasses.replace(tiny.DECODER.model, unet=unet)
     enlarges = dataclasses.replace(tiny.UPSAMPLER.model, channel_mults=(1,))
-    about = {"clip_fingerprint": checkpoint.fingerprint(tiny.params(tiny.CLIP))}
+    about = {"clip_fingerprint": fingerprint(tiny.params(tiny.CLIP))}
 
     def part(stage):
         return Part(stage, tiny.params(stage), {"stage": stages.describe(stage)} | about)

@@ -14,15 +14,19 @@ import pytest
 
 from tests import tiny
 from tests.networks import random_params, shapes, size
-from unclip_jax import checkpoint, presets, runs, stages
-from unclip_jax import config as settings
+from unclip_jax import stages
+from unclip_jax.common import config as settings
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation.prior import prior_cosines
+from unclip_jax.metrics.pca import Moments, fit
+from unclip_jax.metrics.prior_cosines import prior_cosines
+from unclip_jax.models import presets
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
-from unclip_jax.parts import Part, load_part
-from unclip_jax.pca import Moments, fit
-from unclip_jax.pipeline import UnCLIP, _sample, example_keys
-from unclip_jax.stages import ar_prior, embedding
+from unclip_jax.pipeline.unclip import UnCLIP, _sample
+from unclip_jax.stages import ar_prior, normalisation
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.training import prepare
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import Part, load_part
 
 MODEL = ARPriorConfig(
     embed_dim=tiny.DIM, width=16, layers=2, heads=2, context_length=tiny.CONTEXT,
@@ -245,7 +249,7 @@ def test_it_learns_what_the_caption_says():
     """Sixteen captions, eight noisy pictures of each: samples lie where the caption's do."""
     rng = np.random.default_rng(0)
     z_t, centres = rng.normal(size=(2, 16, tiny.DIM)).astype(np.float32)
-    z_t, centres = (np.asarray(embedding.unit(jnp.asarray(z))) for z in (z_t, centres))
+    z_t, centres = (np.asarray(normalisation.unit(jnp.asarray(z))) for z in (z_t, centres))
     z_i = np.repeat(centres, 8, axis=0) + 0.1 * rng.normal(size=(128, tiny.DIM))
     pairs = z_i.astype(np.float32), np.repeat(z_t, 8, axis=0)
     model = dataclasses.replace(MODEL, width=32, layers=1, code_dims=7, buckets=12)
@@ -302,7 +306,7 @@ def test_samples_are_unit_vectors_that_the_codes_say(params):
     np.testing.assert_allclose(jnp.linalg.norm(z_i, axis=1), 1.0, rtol=1e-5)
     codes = jnp.asarray(codes_of(params, keys, cond))
     said = ar_prior.dequantise(params["normalisation"], codes)
-    np.testing.assert_allclose(z_i, embedding.unit(said), atol=1e-6)
+    np.testing.assert_allclose(z_i, normalisation.unit(said), atol=1e-6)
     raw = dataclasses.replace(STAGE, unit_embeddings=False)
     np.testing.assert_allclose(call(raw, "sample", params, keys, cond), said, atol=1e-6)
 
@@ -401,7 +405,7 @@ def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy(params):
 def test_a_model_may_have_it_in_place_of_the_diffusion_prior(params, tmp_path):
     """Saved, found by its kind, loaded, and drawn from; a sample hangs on seed and caption."""
     about = {"stage": stages.describe(STAGE)}
-    checkpoint.save_stage(tmp_path / "prior", params=params, description=about)
+    model_folder.save_stage(tmp_path / "prior", params=params, description=about)
     prior = load_part(tmp_path / "prior", kind="ar_prior")
     assert prior.stage == STAGE
     images, tokens = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, tiny.CONTEXT), jnp.int32)
@@ -438,8 +442,8 @@ def test_describe_and_build_are_inverse():
         (lambda: dataclasses.replace(MODEL, code_dims=9), "code_dims = 9: .*at most embed_dim = 8"),
         (lambda: dataclasses.replace(MODEL, dot_buckets=5), "dot_buckets = 5: .*even"),
         (lambda: dataclasses.replace(MODEL, heads=3), "width = 16: .*multiple of heads = 3"),
-        (lambda: runs.check_normalisation("whiten", STAGE), "'whiten', expected codes"),
-        (lambda: runs.check_normalisation("codes", tiny.PRIOR), "'codes', expected whiten"),
+        (lambda: prepare.check_normalisation("whiten", STAGE), "'whiten', expected codes"),
+        (lambda: prepare.check_normalisation("codes", tiny.PRIOR), "'codes', expected whiten"),
     ],
 )
 def test_wrong_settings_are_named(change, message):
@@ -450,7 +454,7 @@ def test_wrong_settings_are_named(change, message):
 def load(monkeypatch, name):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
     config = importlib.import_module("configs." + name.replace("/", ".")).get_config()
-    given = settings.build(runs.Settings, config)
+    given = settings.build(prepare.Settings, config)
     return given, stages.build(given.stage)
 
 

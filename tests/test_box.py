@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from tests import compiling
-from unclip_jax import box, checkpoint, manipulate
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.pipeline import manipulate
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights import box
+from unclip_jax.weights import folder as model_folder
 
 MOST_BYTES = 40_000_000
 
@@ -22,7 +24,7 @@ def test_it_is_small_and_says_where_it_comes_from():
     folder = box.folder()
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
     for stage in ("clip", "prior", "decoder", "upsampler_256"):
-        description = checkpoint.read_description(folder / stage)
+        description = model_folder.read_description(folder / stage)
         assert description["data"]["name"] == "emoji_styles" and description["step"] > 0
     card = (folder.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
     for owner in ("CC-BY 4.0", "Apache-2.0", "MIT"):

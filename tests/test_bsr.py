@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from unclip_jax.degrade import BSR, BSRGAN, bsr
-from unclip_jax.degrade.bsr import BLUR, JPEG, NOISE, SHRINK, STEPS, noise_mixing, plan
-from unclip_jax.degrade.resample import (
+from unclip_jax.errors import UserError
+from unclip_jax.stages.degrade import BSR, BSRGAN, bsr
+from unclip_jax.stages.degrade.bsr import BLUR, JPEG, NOISE, SHRINK, STEPS, noise_mixing, plan
+from unclip_jax.stages.degrade.resample import (
     AREA,
     BICUBIC,
     BILINEAR,
@@ -16,7 +17,6 @@ from unclip_jax.degrade.resample import (
     resize_corner,
     resize_matrix,
 )
-from unclip_jax.errors import UserError
 
 degrade = jax.jit(bsr, static_argnums=(2, 3))
 matrix = jax.jit(resize_matrix, static_argnums=4)

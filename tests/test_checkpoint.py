@@ -15,8 +15,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests import toy_run
-from unclip_jax import checkpoint, config, report, training
+from unclip_jax.common import config
+from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError
+from unclip_jax.training import loop, writers
+from unclip_jax.weights import folder as model_folder
 
 DESCRIPTION = {"stage": {"kind": "toy", "sizes": [1, 2]}, "step": 7, "note": "ä 日本"}
 
@@ -47,7 +50,7 @@ def assert_equal(first, second):
 @pytest.fixture
 def saved(tmp_path):
     params = make_params()
-    checkpoint.save_stage(tmp_path / "model", params=params, description=DESCRIPTION)
+    model_folder.save_stage(tmp_path / "model", params=params, description=DESCRIPTION)
     return tmp_path / "model", params
 
 
@@ -58,7 +61,7 @@ def saved(tmp_path):
 def test_others_may_read_weights_where_they_may_read_any_new_file(tmp_path, umask):
     before = os.umask(umask)
     try:
-        checkpoint.save_stage(tmp_path / "model", params=make_params(), description=DESCRIPTION)
+        model_folder.save_stage(tmp_path / "model", params=make_params(), description=DESCRIPTION)
     finally:
         os.umask(before)
     for path in (tmp_path / "model").iterdir():
@@ -67,32 +70,32 @@ def test_others_may_read_weights_where_they_may_read_any_new_file(tmp_path, umas
 
 def test_nothing_else_writes_weights():
     """By safetensors' own function others could not read them."""
-    package = Path(checkpoint.__file__).parent
+    package = Path(model_folder.__file__).parent.parent
     using = [path for path in package.rglob("*.py") if "save_file" in path.read_text()]
-    assert using == [package / "checkpoint.py"]
+    assert using == [package / "weights" / "folder.py"]
 
 
 def test_a_model_folder_gives_back_what_was_saved(saved):
     folder, params = saved
-    loaded, description = checkpoint.load_stage(folder, shapes(params))
+    loaded, description = model_folder.load_stage(folder, shapes(params))
     assert_equal(loaded, params)
-    assert description == checkpoint.read_description(folder) == DESCRIPTION
-    assert_equal(checkpoint.load_stage(folder)[0], params)
+    assert description == model_folder.read_description(folder) == DESCRIPTION
+    assert_equal(model_folder.load_stage(folder)[0], params)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
 
 
 def test_the_file_is_plain_safetensors(saved):
     folder, params = saved
-    arrays = load_file(folder / checkpoint.PARAMS_FILE)
+    arrays = load_file(folder / model_folder.PARAMS_FILE)
     assert set(arrays) == {"network/kernel", "network/scale", "network/table", "normalisation/mean"}
     np.testing.assert_array_equal(arrays["network/kernel"], params["network"]["kernel"])
 
 
 def test_numpy_views_are_saved_as_they_read(tmp_path):
     params = {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}
-    checkpoint.save_stage(tmp_path / "m", params=params, description={})
+    model_folder.save_stage(tmp_path / "m", params=params, description={})
     np.testing.assert_array_equal(
-        checkpoint.load_stage(tmp_path / "m")[0]["kernel"], params["kernel"]
+        model_folder.load_stage(tmp_path / "m")[0]["kernel"], params["kernel"]
     )
 
 
@@ -100,28 +103,28 @@ def test_bfloat16_halves_the_weights_but_not_the_constants(tmp_path):
     params = make_params()
     params["last_network"] = {"kernel": params["network"]["kernel"] + 1.0}
     params["null_caption"] = {"z_t": jnp.float32(0.1)}
-    checkpoint.save_stage(tmp_path / "m", params=params, description={}, dtype="bfloat16")
-    arrays = load_file(tmp_path / "m" / checkpoint.PARAMS_FILE)
+    model_folder.save_stage(tmp_path / "m", params=params, description={}, dtype="bfloat16")
+    arrays = load_file(tmp_path / "m" / model_folder.PARAMS_FILE)
     assert arrays["network/kernel"].dtype == arrays["last_network/kernel"].dtype == jnp.bfloat16
     assert arrays["network/table"].dtype == np.int32
-    loaded, _ = checkpoint.load_stage(tmp_path / "m", shapes(params))
+    loaded, _ = model_folder.load_stage(tmp_path / "m", shapes(params))
     for name in ("normalisation", "null_caption"):
         assert_equal(loaded[name], params[name])
     assert loaded["network"]["kernel"].dtype == jnp.float32
     np.testing.assert_allclose(loaded["network"]["kernel"], params["network"]["kernel"], rtol=2**-8)
-    narrow, _ = checkpoint.load_stage(tmp_path / "m", shapes(params), "bfloat16")
+    narrow, _ = model_folder.load_stage(tmp_path / "m", shapes(params), "bfloat16")
     assert narrow["network"]["kernel"].dtype == narrow["last_network"]["kernel"].dtype
     assert narrow["network"]["kernel"].dtype == jnp.bfloat16
     assert_equal(narrow["null_caption"], params["null_caption"])
     with pytest.raises(UserError, match="dtype: got 'int8'"):
-        checkpoint.save_stage(tmp_path / "m", params=params, description={}, dtype="int8")
+        model_folder.save_stage(tmp_path / "m", params=params, description={}, dtype="int8")
 
 
 def test_saving_again_replaces_the_model(saved):
     folder, params = saved
     params["network"]["scale"] = jnp.float32(-1.0)
-    checkpoint.save_stage(folder, params=params, description={"step": 8})
-    loaded, description = checkpoint.load_stage(folder)
+    model_folder.save_stage(folder, params=params, description={"step": 8})
+    loaded, description = model_folder.load_stage(folder)
     assert float(loaded["network"]["scale"]) == -1.0 and description == {"step": 8}
 
 
@@ -131,10 +134,10 @@ def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(model_folder, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save_stage(folder, params=params, description={"step": 8})
-    assert_equal(checkpoint.load_stage(folder)[0], params)
+        model_folder.save_stage(folder, params=params, description={"step": 8})
+    assert_equal(model_folder.load_stage(folder)[0], params)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
 
 
@@ -143,22 +146,22 @@ def test_a_save_cut_short_between_its_two_moves_loses_nothing(saved):
     aside = folder.with_name(".model.old")
     folder.rename(aside)
     with pytest.raises(UserError, match=r"a save was cut short .*rename .*\.model\.old back"):
-        checkpoint.load_stage(folder)
+        model_folder.load_stage(folder)
     with pytest.raises(ValueError, match="slash"):
-        checkpoint.save_stage(folder, params={"a/b": params["network"]["scale"]}, description={})
-    checkpoint.save_stage(folder, params=params, description={"step": 9})
-    assert checkpoint.read_description(folder) == {"step": 9} and not aside.exists()
+        model_folder.save_stage(folder, params={"a/b": params["network"]["scale"]}, description={})
+    model_folder.save_stage(folder, params=params, description={"step": 9})
+    assert model_folder.read_description(folder) == {"step": 9} and not aside.exists()
 
 
 def test_nothing_but_a_model_is_overwritten(saved):
     folder, params = saved
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"also holds thesis\.tex"):
-        checkpoint.save_stage(folder, params=params, description={})
+        model_folder.save_stage(folder, params=params, description={})
     assert (folder / "thesis.tex").read_text() == "years of work"
     (folder.parent / "file").write_text("")
     with pytest.raises(UserError, match="a file of that name"):
-        checkpoint.save_stage(folder.parent / "file", params=params, description={})
+        model_folder.save_stage(folder.parent / "file", params=params, description={})
 
 
 def test_weights_of_another_model_are_refused_in_words(saved):
@@ -169,7 +172,7 @@ def test_weights_of_another_model_are_refused_in_words(saved):
     expected["network"]["extra"] = jax.ShapeDtypeStruct((1,), jnp.float32)
     del expected["normalisation"]
     with pytest.raises(UserError) as error:
-        checkpoint.load_stage(folder, expected)
+        model_folder.load_stage(folder, expected)
     for words in (
         "1 missing (network/extra)",
         "1 unexpected (normalisation/mean)",
@@ -180,37 +183,37 @@ def test_weights_of_another_model_are_refused_in_words(saved):
         assert words in str(error.value)
     many = {f"layer_{i}": jax.ShapeDtypeStruct((1,), jnp.float32) for i in range(9)}
     with pytest.raises(UserError, match=r"9 missing \(layer_0, layer_1, layer_2 and 6 more\)"):
-        checkpoint.load_stage(folder, many)
+        model_folder.load_stage(folder, many)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])
 def test_weights_cut_short_are_refused(saved, keep):
     folder, _ = saved
-    path = folder / checkpoint.PARAMS_FILE
+    path = folder / model_folder.PARAMS_FILE
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="damaged or cut short"):
-        checkpoint.load_stage(folder)
+        model_folder.load_stage(folder)
 
 
 def test_what_is_not_a_model_folder_is_refused(saved, tmp_path):
     folder, _ = saved
     with pytest.raises(UserError, match="no such folder"):
-        checkpoint.load_stage(tmp_path / "absent")
+        model_folder.load_stage(tmp_path / "absent")
     with pytest.raises(UserError, match="that is a file"):
-        checkpoint.load_stage(folder / checkpoint.CONFIG_FILE)
+        model_folder.load_stage(folder / model_folder.CONFIG_FILE)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder is empty"):
-        checkpoint.load_stage(tmp_path / "empty")
+        model_folder.load_stage(tmp_path / "empty")
     with pytest.raises(UserError, match="found empty, model there"):
-        checkpoint.load_stage(tmp_path)
-    (folder / checkpoint.PARAMS_FILE).unlink()
+        model_folder.load_stage(tmp_path)
+    (folder / model_folder.PARAMS_FILE).unlink()
     with pytest.raises(UserError, match=r"params\.safetensors: missing"):
-        checkpoint.load_stage(folder)
+        model_folder.load_stage(folder)
 
 
 def test_another_config_file_is_refused(saved, tmp_path):
     folder, params = saved
-    path = folder / checkpoint.CONFIG_FILE
+    path = folder / model_folder.CONFIG_FILE
     written = json.loads(path.read_text())
     for text, words in (
         ("{", "damaged, not JSON"),
@@ -222,17 +225,17 @@ def test_another_config_file_is_refused(saved, tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
-            checkpoint.load_stage(folder)
+            model_folder.load_stage(folder)
     other = jax.tree.map(lambda x: x + 1, params)
-    checkpoint.save_stage(tmp_path / "other", params=other, description=DESCRIPTION)
-    shutil.copy(tmp_path / "other" / checkpoint.CONFIG_FILE, path)
+    model_folder.save_stage(tmp_path / "other", params=other, description=DESCRIPTION)
+    shutil.copy(tmp_path / "other" / model_folder.CONFIG_FILE, path)
     with pytest.raises(UserError, match="belongs to another"):
-        checkpoint.load_stage(folder)
+        model_folder.load_stage(folder)
 
 
 def test_a_fingerprint_sees_every_change():
     params = make_params()
-    marks = {checkpoint.fingerprint(params)}
+    marks = {fingerprint(params)}
     for change in (
         lambda p: p["network"].update(scale=jnp.nextafter(p["network"]["scale"], jnp.float32(9))),
         lambda p: p["network"].update(kernel=p["network"]["kernel"].reshape(3, 4)),
@@ -242,11 +245,11 @@ def test_a_fingerprint_sees_every_change():
     ):
         changed = make_params()
         change(changed)
-        marks.add(checkpoint.fingerprint(changed))
+        marks.add(fingerprint(changed))
     assert len(marks) == 6 and all(len(mark) == 16 for mark in marks)
     reordered = dict(reversed(make_params().items()))
-    assert checkpoint.fingerprint(reordered) == checkpoint.fingerprint(params)
-    assert checkpoint.fingerprint(jax.tree.map(np.asarray, params)) in marks
+    assert fingerprint(reordered) == fingerprint(params)
+    assert fingerprint(jax.tree.map(np.asarray, params)) in marks
 
 
 # Training checkpoints
@@ -254,7 +257,7 @@ def test_a_fingerprint_sees_every_change():
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+    monkeypatch.setattr(writers, "plot_metrics", lambda workdir: None)
     toy_run.run(tmp_path, steps=6, checkpoint_every=3)
     return tmp_path
 
@@ -366,5 +369,5 @@ def test_a_required_placeholder_must_be_filled():
 
 
 def test_numpy_numbers_become_plain_ones():
-    built = config.build(training.TrainConfig, {"steps": np.int64(5), "b1": np.float32(0.5)})
+    built = config.build(loop.TrainConfig, {"steps": np.int64(5), "b1": np.float32(0.5)})
     assert type(built.steps) is int and type(built.b1) is float

@@ -15,16 +15,21 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests.networks import integers, normal, random_params
-from unclip_jax import checkpoint, class_conditional, classes, runs, stages
+from unclip_jax import stages
+from unclip_jax.common.params import flatten
 from unclip_jax.data.datasets import DataConfig, load
-from unclip_jax.data.emoji_catalogue import catalogue, groups
+from unclip_jax.data.emoji.catalogue import catalogue, groups
 from unclip_jax.data.records import BadRecord
-from unclip_jax.diffusion import Diffusion
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.parts import Part
-from unclip_jax.samplers import Sampling
+from unclip_jax.pipeline import class_conditional
+from unclip_jax.training import prepare
+from unclip_jax.weights import classes
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import Part
 
 SIDE, COUNT = 8, 3
 NAMES = ["black", "blue", "white"]
@@ -194,7 +199,7 @@ def test_every_weight_of_the_classifier_learns():
     x_t, t = normal(0, 6, SIDE, SIDE, 3), integers(1, 100, 6)
     params = random_params(CLASSIFIER.network, x_t, t)
     loss = lambda p: -CLASSIFIER.log_prob({"network": p}, x_t, t, integers(2, COUNT, 6)).mean()  # noqa: E731
-    grads = checkpoint.flatten(jax.jit(jax.grad(loss))(params))
+    grads = flatten(jax.jit(jax.grad(loss))(params))
     zero = [name for name, grad in grads.items() if np.abs(grad).max() < 1e-7]
     # A bias of the keys moves every score alike, which softmax does not see.
     assert {name.split("/")[-1] for name in zero} <= {"bias"}
@@ -333,12 +338,12 @@ def smoke(name, pictures, cache):
 
 def test_both_configs_train_and_their_folders_draw(pictures, tmp_path, capsys):
     for name in ("class_decoder", "classifier"):
-        run = runs.prepare(smoke(name, pictures, tmp_path))
+        run = prepare.prepare(smoke(name, pictures, tmp_path))
         assert run.description["classes"] == NAMES
         params = run.init_params()
         loss, _ = jax.jit(run.loss)(params, next(run.batches()), jax.random.key(0))
         assert jnp.isfinite(loss)
-        checkpoint.save_stage(tmp_path / name, params=params, description=run.description)
+        model_folder.save_stage(tmp_path / name, params=params, description=run.description)
     assert 0 <= run.evaluate(params, 0)["clean_accuracy"] <= 1
     assert all(text.split(" → ")[1] in NAMES for _, text in run.preview(params, 0))
 
@@ -353,14 +358,16 @@ def test_both_configs_train_and_their_folders_draw(pictures, tmp_path, capsys):
 
 def test_data_of_other_classes_is_refused(pictures, tmp_path):
     config = smoke("classifier", pictures, tmp_path)
-    run = runs.prepare(config)
-    checkpoint.save_stage(tmp_path / "model", params=run.init_params(), description=run.description)
+    run = prepare.prepare(config)
+    model_folder.save_stage(
+        tmp_path / "model", params=run.init_params(), description=run.description
+    )
     config.stage.model.out_channels = 5
     with pytest.raises(UserError, match=r"has 3 classes \(black, blue, white\); set .*=3"):
-        runs.prepare(config)
+        prepare.prepare(config)
     others = shutil.copytree(pictures, tmp_path / "others")
     (others / "white").rename(others / "zebra")
     config = smoke("classifier", others, tmp_path)
     config.init = str(tmp_path / "model")
     with pytest.raises(UserError, match=r"black, blue, zebra, but .* learned black, blue, white"):
-        runs.prepare(config)
+        prepare.prepare(config)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.grids import read_png_metadata
+from unclip_jax.common.grids import read_png_metadata
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "UNCLIP_JAX_CACHE": str(ROOT / ".cache" / "unclip_jax")}
@@ -120,7 +120,7 @@ def test_sample_writes_a_grid_that_says_how_it_was_made(trained, tmp_path):
 @pytest.mark.slow
 def test_evaluate_prints_and_writes_figures(trained, pictures, tmp_path):
     done = run(
-        "-m", "unclip_jax.evaluate", "--model", trained, "--data", pictures, "--split", "all",
+        "-m", "unclip_jax", "evaluate", "--model", trained, "--data", pictures, "--split", "all",
         "--heldout_split", "all", "--num", 4, "--out", tmp_path,
     )  # fmt: skip
     found = json.loads((tmp_path / "figures.json").read_text())
@@ -149,7 +149,7 @@ def test_resuming_with_another_network_is_refused(trained, pictures):
         (["train.py", "--config=configs/emoji/clip.py:smoke"], 1, "--workdir: missing"),
         (["sample.py", "text2im", "--model", "docs", "--prompt", "x"], 1, "no trained stage"),
         (["sample.py", "text2im", "--model", "d", "--num", "x"], 2, "error"),
-        (["-m", "unclip_jax.evaluate", "--model", "no_model"], 1, "is no folder"),
+        (["-m", "unclip_jax", "evaluate", "--model", "no_model"], 1, "is no folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

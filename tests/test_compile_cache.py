@@ -9,8 +9,8 @@ SAMPLE = """
 import json, sys
 import jax, jax.monitoring
 from unclip_jax import compile_cache, loops
-from unclip_jax.diffusion import Diffusion
-from unclip_jax.samplers import Sampling, sample
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling, sample
 
 found = {"hits": 0, "misses": 0}
 def count(event, **_):

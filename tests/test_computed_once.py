@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from tests import tiny
 from tests.compiling import optimised
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.plan import flops
-from unclip_jax.samplers import Sampling
 
 
 def loop_and_rest(text: str) -> tuple[str, str]:

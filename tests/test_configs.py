@@ -6,10 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from unclip_jax import config as settings
-from unclip_jax import runs, sharding, stages
+from unclip_jax import stages
+from unclip_jax.common import config as settings
 from unclip_jax.errors import UserError
-from unclip_jax.parts import in_dtype
+from unclip_jax.parallel import sharding
+from unclip_jax.training import prepare
+from unclip_jax.weights.trained import in_dtype
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(
@@ -31,7 +33,7 @@ TABLE = {
 
 def load(name, variant=""):
     module = importlib.import_module("configs." + name.replace("/", "."))
-    return settings.build(runs.Settings, module.get_config(variant))
+    return settings.build(prepare.Settings, module.get_config(variant))
 
 
 @pytest.fixture(autouse=True)
@@ -122,4 +124,4 @@ def test_settings_errors_name_the_field():
     config = importlib.import_module("configs.emoji.prior").get_config()
     config.normalisation = "whitten"
     with pytest.raises(UserError, match="normalisation"):
-        settings.build(runs.Settings, config)
+        settings.build(prepare.Settings, config)

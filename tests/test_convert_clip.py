@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.networks import normal, relative_error
-from unclip_jax.convert import clip
-from unclip_jax.convert.__main__ import main as convert
 from unclip_jax.errors import UserError
 from unclip_jax.models import ClipConfig
-from unclip_jax.parts import load_part
+from unclip_jax.weights.convert import clip
+from unclip_jax.weights.convert.__main__ import main as convert
+from unclip_jax.weights.trained import load_part
 
 karlo_folders = pytest.importorskip("tests.karlo_folders")
 torch, transformers = karlo_folders.torch, karlo_folders.transformers

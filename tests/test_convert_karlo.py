@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from tests import karlo_folders
-from unclip_jax import checkpoint, sharding
-from unclip_jax.convert import karlo
-from unclip_jax.convert.__main__ import main as convert
+from unclip_jax.common.params import flatten
 from unclip_jax.errors import UserError
 from unclip_jax.models import ClipConfig
-from unclip_jax.pipeline import UnCLIP
-from unclip_jax.stages.images import to_uint8
+from unclip_jax.parallel import sharding
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.stages.pixels import to_uint8
+from unclip_jax.weights.convert import karlo
+from unclip_jax.weights.convert.__main__ import main as convert
 
 torch = karlo_folders.torch
 PIXEL_MEAN, PIXEL_STD = ClipConfig().pixel_mean, ClipConfig().pixel_std
@@ -206,7 +207,7 @@ def test_variations_go_home_too(reference, tmp_path):
 
 
 def same_params(one, other):
-    one, other = checkpoint.flatten(one), checkpoint.flatten(other)
+    one, other = flatten(one), flatten(other)
     return set(one) == set(other) and all(np.array_equal(one[name], other[name]) for name in one)
 
 

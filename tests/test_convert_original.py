@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from tests.networks import size
-from unclip_jax import checkpoint, presets
-from unclip_jax.convert import karlo, karlo_names
-from unclip_jax.convert.tables import to_theirs
+from unclip_jax.common.params import flatten
 from unclip_jax.errors import UserError
-from unclip_jax.models import DecoderConfig, PriorConfig, UNetConfig
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.models import DecoderConfig, PriorConfig, UNetConfig, presets
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages import DecoderStage, PriorStage, UpsamplerStage
+from unclip_jax.weights.convert import karlo, karlo_names
+from unclip_jax.weights.convert.tables import to_theirs
 
 torch = pytest.importorskip("torch")
 clips = pytest.importorskip("tests.test_convert_clip")
@@ -105,11 +105,11 @@ def test_every_weight_arrives_and_it_runs(tiny_presets, folder, params):
     found = dict(karlo.read([folder]))
     assert found["clip"].stage.model == CLIP
     for name, key in (("prior", "network"), ("prior", "normalisation"), ("decoder", "network")):
-        ours = checkpoint.flatten(found[name].params[key])
-        expected = checkpoint.flatten(params[name][key])
+        ours = flatten(found[name].params[key])
+        expected = flatten(params[name][key])
         assert all(np.array_equal(ours[leaf], expected[leaf]) for leaf in expected), (name, key)
-    upsampler = checkpoint.flatten(found["upsampler_32"].params)
-    expected = checkpoint.flatten(params["upsampler"])
+    upsampler = flatten(found["upsampler_32"].params)
+    expected = flatten(params["upsampler"])
     assert all(np.array_equal(upsampler[leaf], expected[leaf]) for leaf in expected)
     # The original program's own settings: x_0 of the prior clipped at 10, not at diffusers' 5.
     assert found["prior"].stage.sampling.clip_x_0 == 10.0

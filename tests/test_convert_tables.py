@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax import presets
-from unclip_jax.convert import clip_names, karlo_names
-from unclip_jax.convert.tables import Tensors, row, their_shapes, to_ours, to_theirs
 from unclip_jax.errors import UserError
-from unclip_jax.models import ClipConfig, DecoderConfig, PriorConfig, UNetConfig
+from unclip_jax.models import ClipConfig, DecoderConfig, PriorConfig, UNetConfig, presets
 from unclip_jax.stages import ClipStage, DecoderStage, PriorStage, UpsamplerStage
+from unclip_jax.weights.convert import clip_names, karlo_names
+from unclip_jax.weights.convert.tables import Tensors, row, their_shapes, to_ours, to_theirs
 
 MANIFESTS = Path(__file__).parent / "karlo_manifests"
 ORIGINAL_UNETS = ("model_first_steps.", "model_last_step.")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from unclip_jax import cpu_devices
+from unclip_jax.parallel.cpu import devices as cpu_devices
 
 TELLING = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 
@@ -86,7 +86,7 @@ def test_a_device_waits_for_one_that_is_late():
 MESHES = """
 import jax
 from unclip_jax import cpu_devices
-from unclip_jax.sharding import MeshConfig
+from unclip_jax.parallel.sharding import MeshConfig
 cpu_devices._cores = lambda: 4
 cpu_devices.host_memory.total_bytes = lambda: 4000
 cpu_devices.use()
@@ -117,7 +117,7 @@ def test_a_mesh_has_as_many_devices_as_divide_the_rows_and_fit_in_memory():
 REFUSED = """
 from unclip_jax import cpu_devices
 from unclip_jax.errors import UserError
-from unclip_jax.sharding import MeshConfig
+from unclip_jax.parallel.sharding import MeshConfig
 cpu_devices._cores = lambda: 2
 cpu_devices.use()
 try:

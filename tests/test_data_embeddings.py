@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 
 from tests.test_data_batches import CACHED, READ_AGAIN, SIZE, Pictures, take
-from unclip_jax.data import embedding_folders, embedding_shards
 from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig, load
-from unclip_jax.data.embedding_shards import FIRST, VALID, Damaged, Meta, Pair, pack, unpack
-from unclip_jax.data.embedding_writer import (
-    compute,
-    compute_whole,
-    default_shards,
-    missing_shards,
-)
-from unclip_jax.data.embeddings import EmbeddingSource, EmbeddingStore, WithEmbeddings
+from unclip_jax.data.embeddings import folders
+from unclip_jax.data.embeddings import shards as embedding_shards
+from unclip_jax.data.embeddings.shards import FIRST, VALID, Damaged, Meta, Pair, pack, unpack
+from unclip_jax.data.embeddings.store import EmbeddingSource, EmbeddingStore, WithEmbeddings
+from unclip_jax.data.embeddings.writer import compute, compute_whole, default_shards, missing_shards
 from unclip_jax.data.records import BadRecord, is_heldout
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
@@ -169,7 +165,7 @@ def test_threads_share_a_store(tmp_path):
 
 
 def test_chunks_are_all_valid_pairs_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("unclip_jax.data.embeddings._READ_TOGETHER", 4)
+    monkeypatch.setattr("unclip_jax.data.embeddings.store._READ_TOGETHER", 4)
     store = make(tmp_path / "store")
     good = [i for i in range(20) if i not in BAD]
     for among in (None, np.arange(20) % 3 == 0, np.zeros(20, bool)):
@@ -426,7 +422,7 @@ def test_file_urls_are_paths_and_unknown_protocols_are_named(tmp_path):
         load(as_data(""), needs_images=False)
     for url in ("nonsense://x/y", "gs:/x://y"):
         with pytest.raises(UserError, match="can't be reached"):
-            embedding_folders.open_folder(url, tmp_path)
+            folders.open_folder(url, tmp_path)
 
 
 # ---------------------------------------------------------------- joined to pictures

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from unclip_jax.data.datasets import DataConfig, fingerprint, load
-from unclip_jax.data.emoji_catalogue import catalogue
+from unclip_jax.data.emoji.catalogue import catalogue
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord, is_heldout
 from unclip_jax.errors import UserError

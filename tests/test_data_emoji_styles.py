@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.data import emoji_art, emoji_styles, styles
 from unclip_jax.data.datasets import DataConfig, fingerprint, load
-from unclip_jax.data.emoji_catalogue import catalogue
-from unclip_jax.data.emoji_styles import STYLES, captions_of, with_article, withheld_style
+from unclip_jax.data.emoji import art, fetch
+from unclip_jax.data.emoji import styles as emoji_styles
+from unclip_jax.data.emoji.catalogue import catalogue
+from unclip_jax.data.emoji.styles import STYLES, captions_of, with_article, withheld_style
 from unclip_jax.errors import UserError
 
 GREEN, BLUE = "#00ff00", "#0000ff"
@@ -83,10 +84,10 @@ def cache(registry, tmp_path_factory):
         for style, package in list(emoji_styles.PACKAGES.items()):
             data = archive(*drawn[style])
             patch.setitem(emoji_styles.PACKAGES, style, release(package, data))
-            files[package.url.removeprefix(emoji_art.REGISTRY)] = data
-        patch.setattr(emoji_art, "REGISTRY", url)
+            files[package.url.removeprefix(art.REGISTRY)] = data
+        patch.setattr(art, "REGISTRY", url)
         patch.setattr(emoji_styles, "catalogue", lambda skin_tones=False: FEW)
-        styles.main(["build", "--cache_dir", str(folder), "--size", "16"])
+        fetch.main(["build", "--cache_dir", str(folder), "--size", "16"])
         yield str(folder)
 
 
@@ -155,7 +156,7 @@ def test_the_fingerprint_knows_the_pairs_and_not_the_size(cache):
 
 def test_the_command_says_what_there_is_and_fetches_nothing_twice(cache, registry, capsys):
     asked = len(registry[2])
-    styles.main(["build", "--cache_dir", cache, "--size", "16"])
+    fetch.main(["build", "--cache_dir", cache, "--size", "16"])
     printed = capsys.readouterr().out
     for split in ("train", "heldout"):
         assert f"{split} {emoji(cache, split=split).image_count}" in printed
@@ -223,18 +224,18 @@ def test_one_pair_in_ten_is_withheld_and_never_the_last_of_an_emoji():
 def test_an_icon_says_its_box_or_the_set_does():
     icons = {"width": 32, "height": 30, "icons": {"a": {"body": "<g/>"}, "b": {
         "body": "<g/>", "height": 33, "left": -1}}}  # fmt: skip
-    assert 'viewBox="0 0 32 30"><g/></svg>' in emoji_art._svg(icons, "a")
-    assert 'viewBox="-1 0 32 33"' in emoji_art._svg(icons, "b")
-    assert 'viewBox="0 0 16 16"' in emoji_art._svg({"icons": {"a": {"body": ""}}}, "a")
+    assert 'viewBox="0 0 32 30"><g/></svg>' in art._svg(icons, "a")
+    assert 'viewBox="-1 0 32 33"' in art._svg(icons, "b")
+    assert 'viewBox="0 0 16 16"' in art._svg({"icons": {"a": {"body": ""}}}, "a")
 
 
 @pytest.fixture
 def served(registry, monkeypatch):
     """A package, what the registry has for it, and a folder's worth of patience."""
     url, files, asked = registry
-    monkeypatch.setattr(emoji_art, "REGISTRY", url)
+    monkeypatch.setattr(art, "REGISTRY", url)
     data = archive(EVERYWHERE[:3], GREEN)
-    package = release(dataclasses.replace(emoji_art.NOTO, name="tiny"), data)
+    package = release(dataclasses.replace(art.NOTO, name="tiny"), data)
     path = package.url.removeprefix(url)
     files[path] = data
     yield package, files, path, asked
@@ -243,12 +244,12 @@ def served(registry, monkeypatch):
 
 def test_what_is_fetched_is_kept_as_it_came(served, tmp_path):
     package, files, path, asked = served
-    kept = emoji_art.fetch(package, tmp_path / "art")
+    kept = art.fetch(package, tmp_path / "art")
     assert kept.read_bytes() == files.pop(path)
     before = len(asked)
-    assert emoji_art.fetch(package, tmp_path / "art") == kept  # the registry is gone by now
+    assert art.fetch(package, tmp_path / "art") == kept  # the registry is gone by now
     assert len(asked) == before
-    drawn = emoji_art.read(package, tmp_path / "art")
+    drawn = art.read(package, tmp_path / "art")
     assert drawn.keys() == {e.codepoints for e in EVERYWHERE[:3]}
     assert [p.name for p in (tmp_path / "art").iterdir()] == [package.archive]
 
@@ -258,39 +259,39 @@ def test_another_file_is_refused_and_not_kept(served, tmp_path, change):
     package, files, path, _ = served
     files[path] = change(files[path])
     with pytest.raises(UserError, match=r"another SHA-512.*put that file there by hand"):
-        emoji_art.fetch(package, tmp_path)
+        art.fetch(package, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_endless_file_is_refused(served, tmp_path, monkeypatch):
     package, _, _, _ = served
-    monkeypatch.setattr(emoji_art, "MAX_ARCHIVE", 100)
+    monkeypatch.setattr(art, "MAX_ARCHIVE", 100)
     with pytest.raises(UserError, match="got 101 bytes"):
-        emoji_art.fetch(package, tmp_path)
+        art.fetch(package, tmp_path)
 
 
 def test_a_registry_that_has_it_not_or_is_not_there(served, tmp_path, monkeypatch):
     package, files, path, _ = served
     del files[path]
     with pytest.raises(UserError, match=r"tiny-1.2.9.tgz: can't be downloaded \(Not Found\)"):
-        emoji_art.fetch(package, tmp_path)
-    monkeypatch.setattr(emoji_art, "REGISTRY", "http://127.0.0.1:9")
+        art.fetch(package, tmp_path)
+    monkeypatch.setattr(art, "REGISTRY", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"refused.*check the network, or put"):
-        emoji_art.fetch(package, tmp_path)
+        art.fetch(package, tmp_path)
 
 
 def test_a_damaged_archive_is_named(served, tmp_path):
     package = served[0]
-    path = emoji_art.fetch(package, tmp_path)
+    path = art.fetch(package, tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    for use in (emoji_art.fetch, emoji_art.read):
+    for use in (art.fetch, art.read):
         with pytest.raises(UserError, match=r"tiny-1\.2\.9\.tgz: not release 1\.2\.9.*delete it"):
             use(package, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(served):
     with pytest.raises(UserError, match=r"cache_dir: /proc/nowhere"):
-        emoji_art.fetch(served[0], "/proc/nowhere")
+        art.fetch(served[0], "/proc/nowhere")
 
 
 def test_without_the_art_the_error_names_the_command(tmp_path):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.data import parquet, storage
 from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig, load
 from unclip_jax.data.records import BadRecord, is_heldout
+from unclip_jax.data.shards import parquet, storage
 from unclip_jax.errors import UserError
 
 pa = pytest.importorskip("pyarrow")

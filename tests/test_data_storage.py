@@ -9,8 +9,8 @@ import fsspec
 import pytest
 
 from tests.tar_shards import archive, fill, jpeg, shard, source
-from unclip_jax.data import storage, webdataset
 from unclip_jax.data.records import BadRecord
+from unclip_jax.data.shards import storage, webdataset
 from unclip_jax.errors import UserError
 
 

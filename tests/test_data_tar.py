@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.tar_shards import shard
-from unclip_jax.data import tar
+from unclip_jax.data.shards import tar
 
 
 def walk(content):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.tar_shards import archive, fill, jpeg, shard, source
-from unclip_jax.data import webdataset
 from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import is_heldout
+from unclip_jax.data.shards import webdataset
 from unclip_jax.errors import UserError
 
 

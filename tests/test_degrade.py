@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from unclip_jax.degrade import (
+from unclip_jax.errors import UserError
+from unclip_jax.stages.degrade import (
     correlate,
     gaussian_blur,
     gaussian_kernels,
     random_gaussian_blur,
 )
-from unclip_jax.degrade.blur import correlate_corner
-from unclip_jax.errors import UserError
+from unclip_jax.stages.degrade.blur import correlate_corner
 
 blur = jax.jit(gaussian_blur, static_argnums=2)
 random_blur = jax.jit(random_gaussian_blur, static_argnums=(2, 3, 4))

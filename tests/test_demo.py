@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 import demo
-import sample
 from tests import tiny
-from unclip_jax import box, tasks
 from unclip_jax.errors import UserError
+from unclip_jax.pipeline.tasks import command
+from unclip_jax.pipeline.tasks.run import run
+from unclip_jax.weights import box
 
 # The tiny model reads 12 tokens of a caption.
 pytestmark = pytest.mark.filterwarnings("ignore:.*are longer than 12 tokens")
@@ -41,7 +42,7 @@ def test_the_command_under_a_picture_makes_it_again(shown):
     commands = re.findall(r"<pre>python sample.py (.*?)</pre>", page)
     words = shlex.split(html.unescape(commands[1]))
     again = shown / "again.png"
-    tasks.run(sample.parse([w for w in words if not w.startswith("--out=")] + [f"--out={again}"]))
+    run(command.parse([w for w in words if not w.startswith("--out=")] + [f"--out={again}"]))
     first, second = (np.asarray(Image.open(p)) for p in (shown / "variations.png", again))
     np.testing.assert_array_equal(first, second)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion import (
+from unclip_jax.diffusion.gaussian import (
     PREDICTIONS,
     Diffusion,
     eps_from_x_0,

@@ -19,14 +19,17 @@ from PIL import Image
 
 from configs import base
 from tests import tiny
-from unclip_jax import checkpoint, lock, report, runs, stages, training
-from unclip_jax import diffusion as dm
+from unclip_jax import stages
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.doctor import asked, curves, theory, weights, workdir
-from unclip_jax.doctor.__main__ import examine, main
+from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.stages.conditioning import random_timesteps
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training import lock, loop, prepare, writers
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.doctor import curves, theory, weights, workdir
+from unclip_jax.training.doctor import settings as asked
+from unclip_jax.training.doctor.__main__ import examine, main
+from unclip_jax.weights import folder as model_folder
 
 COLOURS = {
     "red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "white": (250, 250, 250),
@@ -74,7 +77,7 @@ def home(tmp_path_factory):
             Image.fromarray(pixels.astype(np.uint8)).save(home / folder / f"{i}.png")
             (home / folder / f"{i}.txt").write_text(caption.format(name))
     description = {"stage": stages.describe(tiny.CLIP)}
-    checkpoint.save_stage(home / "clip", params=tiny.params(tiny.CLIP), description=description)
+    model_folder.save_stage(home / "clip", params=tiny.params(tiny.CLIP), description=description)
     return home
 
 
@@ -84,8 +87,8 @@ def trained(home, name, stage=tiny.PRIOR, train=HEALTHY, data="pictures", **rest
         name=str(home / data), split="all", cache_dir=str(home / "cache"), cache_bytes=0
     )
     defaults = {"heldout_split": "all", "clip": str(home / "clip")}
-    run = runs.prepare(base.make(stage, settings, train, **defaults | rest))
-    training.train(
+    run = prepare.prepare(base.make(stage, settings, train, **defaults | rest))
+    loop.train(
         loss_fn=run.loss,
         init_params=run.init_params,
         batches=Repeated(run.batches()),
@@ -208,7 +211,7 @@ def rewrite(workdir, **columns):
         for i, row in enumerate(rows):
             row[name] = column[i] if isinstance(column, list) else column
     lines = [json.dumps(row) for row in rows]
-    (workdir / report.METRICS_FILE).write_text("\n".join(lines) + "\n")
+    (workdir / writers.METRICS_FILE).write_text("\n".join(lines) + "\n")
 
 
 FALLING = [1.0 / (i + 1) for i in range(15)]
@@ -263,7 +266,7 @@ def test_a_loss_that_rises_in_the_warm_up(patient, init, then, expected):
     trained = dataclasses.replace(run.train, warmup_steps=200)
     losses = [1.0, 0.9, 0.8, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, *then]
     rewrite(patient, loss=losses)
-    records = report.read_metrics(patient / report.METRICS_FILE)
+    records = writers.read_metrics(patient / writers.METRICS_FILE)
     run = dataclasses.replace(run, train=trained, records=records, description=described)
     assert wrong(curves.warm_up(run)) == expected
 
@@ -295,14 +298,14 @@ def test_checkpoints_that_are_gone(patient):
 
 
 def test_metrics_that_are_gone(patient):
-    (patient / report.METRICS_FILE).unlink()
+    (patient / writers.METRICS_FILE).unlink()
     assert wrong(examine(patient, files_only=True)) == {"no_metrics"}
 
 
 def test_another_clip(patient, home, tmp_path):
     other = tmp_path / "other"
     description = {"stage": stages.describe(tiny.CLIP)}
-    checkpoint.save_stage(other, params=tiny.params(tiny.CLIP, 7), description=description)
+    model_folder.save_stage(other, params=tiny.params(tiny.CLIP, 7), description=description)
     assert wrong(examine(patient, str(other), files_only=True)) == {"clip_mismatch"}
     assert wrong(examine(patient, str(home / "clip"), files_only=True)) == set()
     shutil.copytree(patient, tmp_path / "run")
@@ -331,8 +334,8 @@ class Usage(NamedTuple):
 def test_a_full_disk(patient, monkeypatch):
     shutil.rmtree(patient / "checkpoints" / "300")
     rewrite(patient, loss=FALLING)
-    lines = (patient / report.METRICS_FILE).read_text().splitlines(keepends=True)
-    (patient / report.METRICS_FILE).write_text("".join(lines[:8]))
+    lines = (patient / writers.METRICS_FILE).read_text().splitlines(keepends=True)
+    (patient / writers.METRICS_FILE).write_text("".join(lines[:8]))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 10**4))
     found = examine(patient, files_only=True)
     assert wrong(found) == {"disk_nearly_full"}
@@ -367,14 +370,14 @@ def test_a_run_that_lives(patient):
 @pytest.mark.parametrize(("power", "shift"), [(1.0, 1.0), (0.3, 1.0), (0.3, 4.0)])
 def test_the_landmarks_are_those_of_gaussian_data(prediction, power, shift):
     """For Gaussian data the best denoiser is linear: its error, and that of 0, by simulation."""
-    diffusion = dm.Diffusion(steps=50, prediction=prediction, timestep_shift=shift)
+    diffusion = gaussian.Diffusion(steps=50, prediction=prediction, timestep_shift=shift)
     process = diffusion.process()
     x_key, noise_key = jax.random.split(jax.random.key(0))
     x_0 = math.sqrt(power) * jax.random.normal(x_key, (50, 20_000))
     noise = jax.random.normal(noise_key, x_0.shape)
     t = np.arange(50)
-    x_t = dm.q_sample(process, x_0, t, noise)
-    target = np.asarray(dm.target(diffusion, process, x_0, t, noise), np.float64)
+    x_t = gaussian.q_sample(process, x_0, t, noise)
+    target = np.asarray(gaussian.target(diffusion, process, x_0, t, noise), np.float64)
     x_t = np.asarray(x_t, np.float64)
     slope = np.sum(x_t * target, axis=1) / np.sum(x_t**2, axis=1)
     drawn = random_timesteps(jax.random.key(1), 200_000, diffusion)

@@ -18,14 +18,17 @@ from PIL import Image
 from configs import base
 from tests import tiny
 from tests.xla_flags import xla_flags
-from unclip_jax import checkpoint, grids, runs, stages
-from unclip_jax.data import embed
+from unclip_jax import stages
+from unclip_jax.common import grids
+from unclip_jax.common.params import fingerprint
 from unclip_jax.data.datasets import DataConfig, load
-from unclip_jax.data.embedding_shards import VALID
-from unclip_jax.data.embeddings import EmbeddingStore
+from unclip_jax.data.embeddings.shards import VALID
+from unclip_jax.data.embeddings.store import EmbeddingStore
 from unclip_jax.data.records import is_heldout
 from unclip_jax.errors import UserError
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training import embed, prepare
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.weights import folder as model_folder
 
 ROOT = Path(__file__).parent.parent
 COUNT, BROKEN = 60, 37
@@ -40,7 +43,7 @@ def clip(tmp_path_factory):
     for name, stage, scale in (("clip", tiny.CLIP, 1), ("other", tiny.CLIP, 1.01), ("raw", raw, 1)):
         scaled = jax.tree.map(lambda x, scale=scale: np.asarray(x) * np.float32(scale), params)
         about = {"stage": stages.describe(stage)}
-        checkpoint.save_stage(folder / name, params=scaled, description=about)
+        model_folder.save_stage(folder / name, params=scaled, description=about)
     return folder
 
 
@@ -86,7 +89,7 @@ def test_the_store_holds_what_the_stage_says_of_each_pair(store, pictures, clip,
     params = tiny.params(tiny.CLIP)
     context = dict(zip(("context_length", "vocab_size"), tiny.CLIP.context, strict=True))
     source = load(DataConfig(name=str(pictures), split="all", image_size=16, **context))
-    assert found.meta.clip_fingerprint == checkpoint.fingerprint(params)
+    assert found.meta.clip_fingerprint == fingerprint(params)
     assert len(found) == len(source) == 90
     broken = [i for i in range(90) if not found[i].flags & VALID]
     assert [found[i].name for i in broken] == [f"{BROKEN}.png"]
@@ -152,7 +155,7 @@ def test_killed_on_four_devices_and_run_again_by_two_processes_each_pair_is_ther
         together["coordinator_address"] = f"localhost:{free.getsockname()[1]}"
     processes = [
         start(
-            "-m", "unclip_jax.data.embed",
+            "-m", "unclip_jax", "embed",
             *command(clip / "clip", pictures, tmp_path / "cut", process_id=i, **together), devices=2
         )
         for i in range(2)
@@ -205,9 +208,7 @@ def test_another_clip_or_no_pictures_are_refused(store, pictures, clip, tmp_path
 
 
 def test_an_error_is_one_line(store, pictures, clip):
-    process = start(
-        "-m", "unclip_jax.data.embed", *command(clip / "clip", pictures, store, shards=3)
-    )
+    process = start("-m", "unclip_jax", "embed", *command(clip / "clip", pictures, store, shards=3))
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" not in errors
@@ -231,7 +232,7 @@ def data(pictures, tmp_path):
 def first_params(run):
     """Random ones, with the run's own normalisation."""
     return tiny.params(run.stage) | {
-        "normalisation": runs.normalisation("whiten", run.source, run.stage)
+        "normalisation": prepare.normalisation("whiten", run.source, run.stage)
     }
 
 
@@ -257,7 +258,7 @@ def losses(run):
 def test_a_prior_learns_the_same_from_stored_embeddings_as_from_pictures(store, clip, data):
     """A folder and a store of all of it have the same splits, pairs, order and tokens."""
     stored = dataclasses.replace(data, name=f"embeddings:{store}")
-    one, other = (runs.prepare(config_of(tiny.PRIOR, d, clip / "clip")) for d in (data, stored))
+    one, other = (prepare.prepare(config_of(tiny.PRIOR, d, clip / "clip")) for d in (data, stored))
     assert len(one.source) == len(other.source) < 90
     stats = [first_params(run)["normalisation"] for run in (one, other)]
     for name in ("mean", "std"):
@@ -269,7 +270,7 @@ def test_a_prior_learns_the_same_from_stored_embeddings_as_from_pictures(store, 
 
 def test_a_prior_without_pictures_shows_the_captions_it_finds(store, clip, data):
     stored = dataclasses.replace(data, name=f"embeddings:{store}")
-    run = runs.prepare(config_of(tiny.PRIOR, stored, clip / "clip"))
+    run = prepare.prepare(config_of(tiny.PRIOR, stored, clip / "clip"))
     params = first_params(run)
     assert np.isfinite(list(run.evaluate(params, 0).values())).all()
     images, captions = zip(*run.preview(params, 0), strict=True)
@@ -281,21 +282,21 @@ def test_embeddings_of_another_clip_stop_training(store, clip, data):
     stored = dataclasses.replace(data, name=f"embeddings:{store}")
     for name, message in (("other", "clip_fingerprint is"), ("raw", "unit_embeddings is True")):
         with pytest.raises(UserError, match=message):
-            runs.prepare(config_of(tiny.PRIOR, stored, clip / name))
+            prepare.prepare(config_of(tiny.PRIOR, stored, clip / name))
 
 
 @pytest.mark.parametrize("stage", [tiny.CLIP, tiny.DECODER, tiny.UPSAMPLER])
 def test_a_stage_that_needs_pictures_refuses_embeddings(stage, store, clip, data):
     stored = dataclasses.replace(data, name=f"embeddings:{store}")
     with pytest.raises(UserError, match="hold no pictures, which are needed here"):
-        runs.prepare(config_of(stage, stored, clip / "clip"))
+        prepare.prepare(config_of(stage, stored, clip / "clip"))
 
 
 def test_a_decoder_reads_stored_embeddings_beside_its_pictures(pictures, clip, data, tmp_path):
     embed.main(command(clip / "clip", pictures, tmp_path / "train", split="train", shards=2))
     config = config_of(tiny.DECODER, data, clip / "clip", embeddings=str(tmp_path / "train"))
-    run = runs.prepare(config)
-    cached = runs.prepare(config_of(tiny.DECODER, data, clip / "clip"))
+    run = prepare.prepare(config)
+    cached = prepare.prepare(config_of(tiny.DECODER, data, clip / "clip"))
     one, other = next(run.batches()), next(cached.batches())
     assert one["image"].shape == (8, 16, 16, 3)
     for name in one:
@@ -307,23 +308,23 @@ def test_a_decoder_reads_stored_embeddings_beside_its_pictures(pictures, clip, d
 def test_stored_embeddings_must_be_of_the_training_set(store, clip, data):
     config = config_of(tiny.DECODER, data, clip / "clip", embeddings=str(store))
     with pytest.raises(UserError, match="computed from other data"):
-        runs.prepare(config)
+        prepare.prepare(config)
     everything = dataclasses.replace(data, split="all")
     config = config_of(tiny.DECODER, everything, clip / "other", embeddings=str(store))
     with pytest.raises(UserError, match="clip_fingerprint is"):
-        runs.prepare(config)
+        prepare.prepare(config)
     with pytest.raises(UserError, match="this upsampler reads none"):
-        runs.prepare(config_of(tiny.UPSAMPLER, data, "", embeddings=str(store)))
+        prepare.prepare(config_of(tiny.UPSAMPLER, data, "", embeddings=str(store)))
     twice = dataclasses.replace(data, name=f"embeddings:{store}")
     with pytest.raises(UserError, match="give one of them"):
-        runs.prepare(config_of(tiny.PRIOR, twice, clip / "clip", embeddings=str(store)))
+        prepare.prepare(config_of(tiny.PRIOR, twice, clip / "clip", embeddings=str(store)))
 
 
 def test_a_cache_is_of_one_kind_of_embeddings(clip, data):
     """The same weights give unit embeddings or raw ones; neither is taken for the other."""
     lengths = []
     for name in ("clip", "raw"):
-        run = runs.prepare(config_of(tiny.PRIOR, data, clip / name))
+        run = prepare.prepare(config_of(tiny.PRIOR, data, clip / name))
         lengths.append(np.linalg.norm(next(run.batches())["z_i"], axis=1))
     np.testing.assert_allclose(lengths[0], 1.0, rtol=1e-5)
     assert abs(lengths[1] - 1.0).max() > 0.1
@@ -331,5 +332,5 @@ def test_a_cache_is_of_one_kind_of_embeddings(clip, data):
 
 def test_the_description_is_plain(store, clip, data):
     stored = dataclasses.replace(data, name=f"embeddings:{store}")
-    run = runs.prepare(config_of(tiny.PRIOR, stored, clip / "clip"))
+    run = prepare.prepare(config_of(tiny.PRIOR, stored, clip / "clip"))
     assert json.loads(json.dumps(run.description))["data"]["name"] == f"embeddings:{store}"

@@ -10,16 +10,17 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from unclip_jax import checkpoint, stages
+from unclip_jax import stages
+from unclip_jax.common.grids import read_png_metadata
+from unclip_jax.common.params import fingerprint
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError
 from unclip_jax.evaluate import features, page
 from unclip_jax.evaluate.__main__ import main, scales
 from unclip_jax.evaluate.measure import Settings, choose, evaluate
 from unclip_jax.evaluate.pictures import Measurer
-from unclip_jax.grids import read_png_metadata
-from unclip_jax.parts import Part
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights.trained import Part
 
 CLASSES = ("circle", "line", "ring", "square")
 SETTINGS = Settings(num=4, sweep=(1.0, 3.0), class_pictures=2, batch_size=8)
@@ -44,7 +45,7 @@ def random_part(stage, seed, **about):
 def model():
     """A model without upsamplers."""
     clip = random_part(tiny.CLIP, 0)
-    about = {"clip_fingerprint": checkpoint.fingerprint(clip.params)}
+    about = {"clip_fingerprint": fingerprint(clip.params)}
     return UnCLIP(clip, random_part(tiny.PRIOR, 1, **about), random_part(tiny.DECODER, 2, **about))
 
 

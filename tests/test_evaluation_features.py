@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.networks import relative_error, shapes, size
-from unclip_jax.convert import feature_networks
-from unclip_jax.convert.tables import their_shapes, to_theirs
 from unclip_jax.errors import UserError
-from unclip_jax.models import efficientnet, inception
-from unclip_jax.models.feature_layers import resize_bilinear
+from unclip_jax.models.features import efficientnet, inception
+from unclip_jax.models.features.layers import resize_bilinear
+from unclip_jax.weights.convert import feature_networks
+from unclip_jax.weights.convert.tables import their_shapes, to_theirs
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional

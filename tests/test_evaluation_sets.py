@@ -8,14 +8,14 @@ import scipy.linalg
 import scipy.stats
 
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import frechet as module
-from unclip_jax.evaluation import precision_recall as manifolds
-from unclip_jax.evaluation import zero_shot
-from unclip_jax.evaluation.clip_score import clip_score
-from unclip_jax.evaluation.cmmd import cmmd
-from unclip_jax.evaluation.frechet import frechet, moments
-from unclip_jax.evaluation.precision_recall import precision_recall
-from unclip_jax.pca import Moments
+from unclip_jax.metrics import frechet as module
+from unclip_jax.metrics import precision_recall as manifolds
+from unclip_jax.metrics import zero_shot
+from unclip_jax.metrics.clip_score import clip_score
+from unclip_jax.metrics.cmmd import cmmd
+from unclip_jax.metrics.frechet import frechet, moments
+from unclip_jax.metrics.pca import Moments
+from unclip_jax.metrics.precision_recall import precision_recall
 
 
 def normal(*shape, seed=0):
@@ -107,7 +107,7 @@ def by_loops(x, y):
 
 
 def test_cmmd_is_the_double_loop(monkeypatch):
-    monkeypatch.setattr("unclip_jax.evaluation.cmmd._BLOCK", 4)
+    monkeypatch.setattr("unclip_jax.metrics.cmmd._BLOCK", 4)
     x, y = normal(11, 5), 3.0 * normal(9, 5, seed=1) + 1.0
     assert cmmd(x, y) == pytest.approx(by_loops(x, y), rel=1e-9)
     assert cmmd(x, y) == pytest.approx(cmmd(y, x))

@@ -14,14 +14,17 @@ import pytest
 import safetensors.numpy
 
 from tests import tiny
-from unclip_jax import checkpoint, export, stages
+from unclip_jax import stages
+from unclip_jax.common.params import flatten, is_weights
 from unclip_jax.errors import UserError
 from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.models.decoder import DecoderConfig
-from unclip_jax.parts import Part
-from unclip_jax.pipeline import encode_image, encode_text
+from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import text_mask
-from unclip_jax.stages.images import to_float
+from unclip_jax.stages.pixels import to_float
+from unclip_jax.weights import export
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import Part
 
 AR_PRIOR = stages.ARPriorStage(
     model=ARPriorConfig(
@@ -91,7 +94,7 @@ def params_of(stage: stages.Stage, seed: int = 0) -> dict:
         noise = 0.2 * rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1].key == "scale":
             return 1 + noise
-        return noise if checkpoint.is_weights(path[0].key) else 0.1 + abs(noise)
+        return noise if is_weights(path[0].key) else 0.1 + abs(noise)
 
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -212,7 +215,7 @@ def test_weights_are_arguments_not_constants(exported):
     """The same program with other params is the other model."""
     program = jax.export.deserialize((exported / "clip_text" / "program.bin").read_bytes())
     other = params_of(tiny.CLIP, 11)
-    tower = {n: x for n, x in checkpoint.flatten(other).items() if n.startswith("network/text")}
+    tower = {n: x for n, x in flatten(other).items() if n.startswith("network/text")}
     batch = tiny.batch(2, 16)
     found = program.call(tower, {"tokens": batch["tokens"]})["z_t"]
     np.testing.assert_allclose(found, encode_text(tiny.CLIP, other, batch["tokens"]), atol=1e-6)
@@ -220,7 +223,7 @@ def test_weights_are_arguments_not_constants(exported):
 
 def test_a_tower_travels_without_the_other(exported):
     names = set(safetensors.numpy.load_file(exported / "clip_image" / "params.safetensors"))
-    whole = set(checkpoint.flatten(params_of(tiny.CLIP)))
+    whole = set(flatten(params_of(tiny.CLIP)))
     assert names < whole and not any("text" in name for name in names)
 
 
@@ -250,7 +253,7 @@ NOISED = dataclasses.replace(UPSAMPLER, noise_max=0.5, noise_level=0.1, last_ste
 def test_what_a_stage_reads_are_its_programs_inputs(name, stage, expected):
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     sampler = export._SAMPLERS[name](stage)
-    program = export.program(sampler, checkpoint.flatten(shapes), ("cpu",))
+    program = export.program(sampler, flatten(shapes), ("cpu",))
     assert set(sampler.inputs) == {"keys"} | expected
     size = stage.image_size
     assert [str(n) for n in program.out_avals[0].shape] == ["b", str(size), str(size), "3"]
@@ -269,7 +272,7 @@ def folder(tmp_path_factory):
     }
     for name, stage in parts.items():
         description = {"stage": stages.describe(stage)}
-        checkpoint.save_stage(folder / name, params=params_of(stage), description=description)
+        model_folder.save_stage(folder / name, params=params_of(stage), description=description)
     return folder
 
 
@@ -289,7 +292,7 @@ def test_the_command_finds_the_stage_and_writes_it(folder, tmp_path, capsys):
     assert about["platforms"] == ["cpu"]
     stage = about["description"]["stage"]
     assert stage["sampling"]["spacing"] == "2" and stage["model"]["dtype"] == "bfloat16"
-    expected = checkpoint.read_fingerprint(folder / "upsampler_32")
+    expected = model_folder.read_fingerprint(folder / "upsampler_32")
     assert about["description"]["fingerprint"] == expected
     params = safetensors.numpy.load_file(out / "params.safetensors")
     assert {value.dtype.name for value in params.values()} == {"bfloat16"}
@@ -334,7 +337,7 @@ def test_nothing_is_left_where_writing_fails(folder, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(model_folder, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left"):
         export.write(tmp_path / "out", export.find(folder, "clip_text"), "clip_text", ("cpu",))
     assert not list(tmp_path.iterdir())

@@ -15,15 +15,16 @@ import pytest
 
 from tests import tar_shards, toy_run
 from tests.toy_run import Batches, assert_same, environment, run
-from unclip_jax import checkpoint, checksums, report, resume, save
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
+from unclip_jax.training import checkpoints, checksums, save, writers
+from unclip_jax.weights import folder as model_folder
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Drawing the curves takes longer than a toy run."""
-    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+    monkeypatch.setattr(writers, "plot_metrics", lambda workdir: None)
 
 
 def flip(path, position, bit=0):
@@ -46,11 +47,11 @@ def model(tmp_path):
         "normalisation": {"std": np.ones(2, np.float32)},
     }
     description = {"stage": {"kind": "toy", "rate": 0.1}, "step": 3}
-    checkpoint.save_stage(tmp_path / "model", params=params, description=description)
+    model_folder.save_stage(tmp_path / "model", params=params, description=description)
     return tmp_path / "model", params, description
 
 
-@pytest.mark.parametrize("name", [checkpoint.CONFIG_FILE, checkpoint.PARAMS_FILE])
+@pytest.mark.parametrize("name", [model_folder.CONFIG_FILE, model_folder.PARAMS_FILE])
 @pytest.mark.parametrize("typed", [False, True])
 def test_every_changed_byte_of_a_model_folder_is_told(model, name, typed):
     """Each byte in turn. What still loads must be what was saved: blanks in JSON may change."""
@@ -62,7 +63,7 @@ def test_every_changed_byte_of_a_model_folder_is_told(model, name, typed):
     for position in range(len(whole)):
         flip(folder / name, position, bits.randrange(8))
         try:
-            loaded, described = checkpoint.load_stage(folder, expected)
+            loaded, described = model_folder.load_stage(folder, expected)
         except UserError as error:
             assert "\n" not in str(error)
         else:
@@ -75,13 +76,13 @@ def test_every_changed_byte_of_a_model_folder_is_told(model, name, typed):
 
 def test_a_changed_description_is_told_before_weights_are_read(model):
     folder, _, _ = model
-    path = folder / checkpoint.CONFIG_FILE
+    path = folder / model_folder.CONFIG_FILE
     path.write_text(path.read_text().replace('"rate": 0.1', '"rate": 0.2'))
     with pytest.raises(UserError, match=r'content has changed.*delete the line "checksum"'):
-        checkpoint.read_description(folder)
+        model_folder.read_description(folder)
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if '"checksum"' not in line))
-    assert checkpoint.read_description(folder)["stage"]["rate"] == 0.2
+    assert model_folder.read_description(folder)["stage"]["rate"] == 0.2
 
 
 # Changed bytes in training checkpoints
@@ -97,7 +98,7 @@ def trained(tmp_path):
 def test_every_changed_byte_of_a_training_checkpoint_is_told(trained):
     """Some bytes of every file of it, the checksums among them."""
     folder = trained / "checkpoints" / "6"
-    assert not resume.damage(folder)
+    assert not checkpoints.damage(folder)
     places = random.Random(0)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     assert len(paths) > 10
@@ -105,16 +106,16 @@ def test_every_changed_byte_of_a_training_checkpoint_is_told(trained):
         whole = path.read_bytes()
         for _ in range(10):
             flip(path, places.randrange(len(whole)), places.randrange(8))
-            problem = resume.damage(folder)
+            problem = checkpoints.damage(folder)
             same_table = path.name == checksums.CHECKSUMS_FILE and path.parent == folder
             assert problem or (same_table and json.loads(path.read_text()) == json.loads(whole))
             path.write_bytes(whole)
         path.unlink()
         if path != folder / checksums.CHECKSUMS_FILE:
-            assert "missing" in resume.damage(folder)
+            assert "missing" in checkpoints.damage(folder)
         path.write_bytes(whole)
     (folder / "state" / "d" / "more").write_text("")
-    assert "state/d/more is new" in resume.damage(folder)
+    assert "state/d/more is new" in checkpoints.damage(folder)
 
 
 def test_a_damaged_checkpoint_stops_the_run_and_the_one_before_is_used_if_asked(trained):
@@ -188,7 +189,7 @@ def test_a_write_that_fails_is_a_line_and_the_last_checkpoint_stays(tmp_path):
     (line,) = (line for line in broken.stderr.splitlines() if line.startswith("error: "))
     assert "could not be written" in line
     assert "File too large" in line and line.endswith("then run the same command again")
-    assert not resume.damage(tmp_path / "checkpoints" / "2")
+    assert not checkpoints.damage(tmp_path / "checkpoints" / "2")
     whole = fault_run(tmp_path, steps=6, **settings)
     assert whole.returncode == 0 and "resumed from step 2 of 6" in whole.stdout
     steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -211,7 +212,7 @@ def test_metrics_on_a_full_disk_are_a_line(tmp_path, monkeypatch):
     def full(self, step, scalars):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.JsonLinesWriter, "write_scalars", full)
+    monkeypatch.setattr(writers.JsonLinesWriter, "write_scalars", full)
     with pytest.raises(UserError, match=r"workdir .* cannot be written to .*No space left"):
         run(tmp_path, steps=6)
 
@@ -225,7 +226,7 @@ def test_a_nan_in_a_batch_stops_the_run_before_it_is_saved(tmp_path, bad):
     for _ in range(2):
         with pytest.raises(UserError, match=r"step 18: .*last good checkpoint is step 10"):
             run(tmp_path, Batches(poison=17, bad=bad))
-    assert not resume.damage(tmp_path / "checkpoints" / "10")
+    assert not checkpoints.damage(tmp_path / "checkpoints" / "10")
     with save.open_checkpoints(tmp_path) as manager:
         state = save.read_averaged(manager, 10)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
@@ -246,7 +247,7 @@ def test_a_clock_that_jumps_changes_no_speed(tmp_path, monkeypatch, jump):
     began = time.perf_counter()
     run(tmp_path, Jumping())
     seconds = time.perf_counter() - began
-    records = report.read_metrics(tmp_path / report.METRICS_FILE)
+    records = writers.read_metrics(tmp_path / writers.METRICS_FILE)
     speeds = [r["train/steps_per_second"] for r in records if "train/steps_per_second" in r]
     assert len(speeds) == 9 and all(speed > 1 / seconds for speed in speeds)
 
@@ -263,7 +264,7 @@ def test_a_clock_that_jumps_leaves_the_live_line_alive(monkeypatch, jump):
     moment = [1e9]
     monkeypatch.setattr("tqdm.std.time", lambda: moment[0])
     stream = Terminal()
-    progress = report.Progress(steps=40, start=0, batch_size=1, stream=stream)
+    progress = writers.Progress(steps=40, start=0, batch_size=1, stream=stream)
     for step in range(1, 41):
         moment[0] += jump if step == 20 else 1.0
         progress.update()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from unclip_jax import checkpoint, stages
+from unclip_jax import stages
 from unclip_jax.errors import UserError
-from unclip_jax.fine_tuning import Origin
+from unclip_jax.training.fine_tuning import Origin
+from unclip_jax.weights import folder as model_folder
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def folder(tmp_path_factory):
     """The tiny upsampler, saved."""
     out = tmp_path_factory.mktemp("fine_tuning") / "upsampler"
     about = {"stage": stages.describe(tiny.UPSAMPLER)}
-    checkpoint.save_stage(out, params=tiny.params(tiny.UPSAMPLER), description=about)
+    model_folder.save_stage(out, params=tiny.params(tiny.UPSAMPLER), description=about)
     return out
 
 
@@ -44,7 +45,7 @@ def test_a_new_head_over_pixels_changes_nothing_at_first(folder, dtype):
 def test_a_head_that_was_trained_stays_as_it_is(folder, tmp_path):
     grown = Origin.read(str(folder), {"model": {"pixel_channels": 4}})
     about = {"stage": stages.describe(grown.stage)}
-    checkpoint.save_stage(tmp_path / "grown", params=grown.params(), description=about)
+    model_folder.save_stage(tmp_path / "grown", params=grown.params(), description=about)
     for channels in (0, 8):
         with pytest.raises(
             UserError, match=rf"model\.pixel_channels is {channels}, but there 4; leave out"

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from tests.toy_run import environment
-from unclip_jax import hub
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights import hub
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from unclip_jax.degrade import jpeg
-from unclip_jax.degrade.jpeg import CHROMA_STEPS, LUMA_STEPS, jpeg_corner, quantiser_steps
 from unclip_jax.errors import UserError
+from unclip_jax.stages.degrade import jpeg
+from unclip_jax.stages.degrade.jpeg import CHROMA_STEPS, LUMA_STEPS, jpeg_corner, quantiser_steps
 
 QUALITIES = np.array([1, 10, 50, 75, 95, 100])
 TABLES = LUMA_STEPS, CHROMA_STEPS

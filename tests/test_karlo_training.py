@@ -9,11 +9,14 @@ import pytest
 from PIL import Image
 
 from tests import karlo_folders
-from unclip_jax import checkpoint, lora, runs, stages, training
-from unclip_jax.convert.__main__ import main as convert
+from unclip_jax import stages
+from unclip_jax.common.params import flatten
 from unclip_jax.errors import UserError
-from unclip_jax.parts import load_part
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.training import loop, lora, prepare
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.convert.__main__ import main as convert
+from unclip_jax.weights.trained import load_part
 
 # One level in each U-Net, and one block: the decoder makes 6 px, the upsampler 24.
 SIZES = karlo_folders.tiny(12, 3, 35, (1,), (6,), 6, 1, "quick_gelu")
@@ -74,14 +77,14 @@ def config_of(name, karlo, pictures, **changes):
 
 def train(config, workdir):
     """What train.py does; returns the run and the state at its end."""
-    run = runs.prepare(config)
+    run = prepare.prepare(config)
 
     def export(params, step):
-        checkpoint.save_stage(
+        model_folder.save_stage(
             workdir / "model", params=run.export(params), description=run.description
         )
 
-    state = training.train(
+    state = loop.train(
         loss_fn=run.loss, init_params=run.init_params, batches=run.batches(), config=run.train,
         workdir=workdir, description=run.description, evaluate=run.evaluate, preview=run.preview,
         export=export,
@@ -102,7 +105,7 @@ def mine(karlo, pictures, tmp_path_factory):
 
 
 def flat(params):
-    return {name: np.asarray(value) for name, value in checkpoint.flatten(params).items()}
+    return {name: np.asarray(value) for name, value in flatten(params).items()}
 
 
 def changed(before, after):
@@ -178,12 +181,14 @@ def test_a_stage_trained_whole(name, karlo, pictures, tmp_path):
 def test_merged_and_saved_it_predicts_what_it_did_in_training(karlo, pictures, tmp_path):
     """With a base of float32 the loss of the saved stage is that of the adapters beside it."""
     changes = {"lora.dtype": "float32", "stage.model.dtype": "float32"}
-    run = runs.prepare(config_of("prior", karlo, pictures, **changes))
+    run = prepare.prepare(config_of("prior", karlo, pictures, **changes))
     rng, params = np.random.default_rng(0), run.init_params()
     params["network"] = jax.tree.map(
         lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), params["network"]
     )
-    checkpoint.save_stage(tmp_path / "mine", params=run.export(params), description=run.description)
+    model_folder.save_stage(
+        tmp_path / "mine", params=run.export(params), description=run.description
+    )
     mine, published = load_part(tmp_path / "mine"), load_part(karlo / "prior")
     batch, key = dict(next(run.batches())), jax.random.key(4)
     during, after, before = (
@@ -198,7 +203,7 @@ def test_merged_and_saved_it_predicts_what_it_did_in_training(karlo, pictures, t
     assert abs(after - before) > 1e-3 * before
 
     again = config_of("prior", karlo, pictures, init=str(tmp_path / "mine"))
-    assert runs.prepare(again).description["init"] != run.description["init"]
+    assert prepare.prepare(again).description["init"] != run.description["init"]
 
 
 # ---------------------------------------------------------------- what is computed from CLIP
@@ -225,7 +230,7 @@ def test_a_karlo_from_the_beginning_takes_its_constants_from_data_and_clip(karlo
     with config.unlocked():
         config.stage = stages.describe(published.stage)
     config.lora.rank = 0
-    run = runs.prepare(config)
+    run = prepare.prepare(config)
     params = run.init_params()
     null = params["null_caption"]
     for name, value in published.params["null_caption"].items():
@@ -253,7 +258,7 @@ def test_a_karlo_from_the_beginning_takes_its_constants_from_data_and_clip(karlo
 def test_folders_that_do_not_fit_are_named(name, changes, message, karlo, pictures):
     changes = {k: v.replace("FOLDER", str(karlo)) for k, v in changes.items()}
     with pytest.raises(UserError, match=message):
-        runs.prepare(config_of(name, karlo, pictures, **changes))
+        prepare.prepare(config_of(name, karlo, pictures, **changes))
 
 
 @pytest.mark.parametrize(
@@ -270,19 +275,19 @@ def test_what_weights_mean_cannot_be_changed(change, message, karlo, pictures):
     with config.unlocked():
         config.stage = {"kind": "prior", **change}
     with pytest.raises(UserError, match=message):
-        runs.prepare(config)
+        prepare.prepare(config)
 
 
 def test_another_clip_is_refused(karlo, pictures, tmp_path):
     clip = load_part(karlo / "clip")
     params = jax.tree.map(lambda x: x * 1.01, clip.params)
     description = {k: v for k, v in clip.description.items() if k != "fingerprint"}
-    checkpoint.save_stage(tmp_path / "clip", params=params, description=description)
+    model_folder.save_stage(tmp_path / "clip", params=params, description=description)
     config = config_of("prior", karlo, pictures, clip=str(tmp_path / "clip"))
     with pytest.raises(
         UserError, match=r"config\.clip: .* holds CLIP \w+, but .*prior' was trained"
     ):
-        runs.prepare(config)
+        prepare.prepare(config)
 
 
 def test_what_needs_a_folder_to_start_from_says_so(karlo, pictures):
@@ -295,7 +300,7 @@ def test_what_needs_a_folder_to_start_from_says_so(karlo, pictures):
             config.stage = stages.describe(load_part(karlo / FOLDERS[name]).stage)
         config.lora.rank = rank
         with pytest.raises(UserError, match=message):
-            runs.prepare(config)
+            prepare.prepare(config)
 
 
 def test_a_folder_that_changes_while_training_is_named(mine, karlo, tmp_path):
@@ -303,7 +308,7 @@ def test_a_folder_that_changes_while_training_is_named(mine, karlo, tmp_path):
     origin = run.export.func.__self__
     _, params, description = load_part(karlo / FOLDERS["upsampler"])
     params |= {"network": params["last_network"]}
-    checkpoint.save_stage(tmp_path / "m", params=params, description=description)
+    model_folder.save_stage(tmp_path / "m", params=params, description=description)
     moved = dataclasses.replace(origin, folder=tmp_path / "m")
     with pytest.raises(UserError, match=r"config\.init: the weights in .* have changed"):
         moved.merged(lora.Lora(rank=4), state.averaged)
@@ -315,10 +320,10 @@ def test_every_variant_is_a_config(name, variant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(f"configs.karlo.{name}")
     config = module.get_config(variant)
-    given = runs.settings.build(runs.Settings, config)
+    given = prepare.settings.build(prepare.Settings, config)
     assert given.stage["kind"] == name and given.init.startswith(f"runs/karlo/{name}")
     with pytest.raises(UserError, match=r"runs/karlo/\w+'?: no such folder"):
-        runs.prepare(config)
+        prepare.prepare(config)
     assert bool(given.lora.rank) == (variant != "whole")
     assert given.train.batch_size % given.train.grad_accum == 0
     with pytest.raises(ValueError, match="'full'"):

@@ -14,14 +14,14 @@ from PIL import Image
 
 from tests import toy_run
 from tests.toy_run import assert_same, environment, run
-from unclip_jax import checksums, lock, report, resume, save
 from unclip_jax.errors import UserError
+from unclip_jax.training import checkpoints, checksums, lock, save, writers
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Drawing the curves takes longer than a toy run."""
-    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+    monkeypatch.setattr(writers, "plot_metrics", lambda workdir: None)
 
 
 # Two runs, and a lock that was left
@@ -56,7 +56,7 @@ def whole_checkpoints(workdir):
 def test_the_second_run_on_a_workdir_is_refused_and_a_killed_one_blocks_nothing(tmp_path):
     settings = {"steps": 100_000, "schedule": "constant", "checkpoint_every": 5000}
     with toy(tmp_path, **settings) as first:
-        waits_for(lambda: (tmp_path / report.METRICS_FILE).is_file(), first)
+        waits_for(lambda: (tmp_path / writers.METRICS_FILE).is_file(), first)
         before = first.pid
         with pytest.raises(UserError, match=f"in use by process {before} on"):
             run(tmp_path, **settings)
@@ -100,7 +100,7 @@ def killed_and_resumed(tmp_path):
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
     final = run(whole, **settings)
     expected = {
-        record["step"]: values(record) for record in report.read_metrics(whole / "metrics.jsonl")
+        record["step"]: values(record) for record in writers.read_metrics(whole / "metrics.jsonl")
     }
     delays = random.Random(0)
     reached, writing = 0, 0
@@ -122,13 +122,13 @@ def killed_and_resumed(tmp_path):
         reached = steps[-1]
         for step in steps[-3:]:  # an older one may have died while it was being deleted
             folder = workdir / "checkpoints" / str(step)
-            assert checksums.exist(folder) and not resume.damage(folder)
-        for record in report.read_metrics(workdir / "metrics.jsonl"):
+            assert checksums.exist(folder) and not checkpoints.damage(folder)
+        for record in writers.read_metrics(workdir / "metrics.jsonl"):
             assert values(record) == expected[record["step"]]
     assert reached < settings["steps"]
     assert_same(run(workdir, **settings), final)
     assert not unfinished(workdir)
-    logged = report.read_metrics(workdir / "metrics.jsonl")
+    logged = writers.read_metrics(workdir / "metrics.jsonl")
     assert {record["step"]: values(record) for record in logged} == expected
     return writing
 
@@ -207,7 +207,7 @@ def none_is_lost(workdir, before):
         assert sum(other > step for other in steps) >= KEEP
     for step in steps[-KEEP:]:  # an older one may have died while it was being deleted
         folder = workdir / "checkpoints" / str(step)
-        assert checksums.exist(folder) and not resume.damage(folder)
+        assert checksums.exist(folder) and not checkpoints.damage(folder)
     return steps
 
 
@@ -261,8 +261,8 @@ def test_train_killed_thirty_times_ends_as_if_it_had_not_been(tmp_path, pictures
     assert_same(state, expected)
     assert position == expected_position
     # The loss of every batch is that of the same batch, so the same examples were seen.
-    logged = [values(record) for record in report.read_metrics(workdir / "metrics.jsonl")]
-    assert logged == [values(record) for record in report.read_metrics(whole / "metrics.jsonl")]
+    logged = [values(record) for record in writers.read_metrics(workdir / "metrics.jsonl")]
+    assert logged == [values(record) for record in writers.read_metrics(whole / "metrics.jsonl")]
     assert {record["step"] for record in logged} == set(range(1, STEPS + 1))
     assert names(workdir) == names(whole)
     assert len(list((workdir / "checkpoints").iterdir())) == KEEP

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax import loops
-from unclip_jax.diffusion import Diffusion
-from unclip_jax.loops import Watchable, whole
-from unclip_jax.samplers import METHODS, Sampling, invert, sample
+from unclip_jax.diffusion import progress
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.progress import Watchable, whole
+from unclip_jax.diffusion.samplers import METHODS, Sampling, invert, sample
 
 
 @functools.partial(Watchable, static=("steps",))
@@ -30,7 +30,7 @@ def reference(x, steps, rate):
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-4, 1.0])  # of a stretch: steps by one, by some, all
 def test_watched_equals_whole(monkeypatch, seconds):
-    monkeypatch.setattr(loops, "SECONDS", seconds)
+    monkeypatch.setattr(progress, "SECONDS", seconds)
     x, seen = jnp.linspace(0.1, 0.8, 4), []
     expected = logistic(x, steps=25, rate=jnp.float32(2.9))["x"]
     np.testing.assert_allclose(expected, reference(np.asarray(x), 25, 2.9), rtol=1e-5)
@@ -45,7 +45,7 @@ def test_stretches_of_any_length_are_one_program(monkeypatch):
     logistic(x, steps=40, rate=jnp.float32(2.0), progress=lambda *_: None)
     before = logistic.programs()
     for seconds in (0.0, 1e-4, 1.0):
-        monkeypatch.setattr(loops, "SECONDS", seconds)
+        monkeypatch.setattr(progress, "SECONDS", seconds)
         logistic(x, steps=40, rate=jnp.float32(2.5), progress=lambda *_: None)
     assert logistic.programs() == before
     logistic(x, steps=41, rate=jnp.float32(2.5), progress=lambda *_: None)
@@ -93,7 +93,7 @@ def test_what_comes_before_the_loop_is_computed_once():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_sampler_is_the_same_watched(monkeypatch, method):
-    monkeypatch.setattr(loops, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     diffusion = Diffusion()
 
     @Watchable
@@ -111,7 +111,7 @@ def test_every_sampler_is_the_same_watched(monkeypatch, method):
 
 
 def test_inversion_is_the_same_watched(monkeypatch):
-    monkeypatch.setattr(loops, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
 
     @Watchable
     def walk(x_0, *, loop):

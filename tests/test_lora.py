@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from tests import tiny, toy_run
-from unclip_jax import checkpoint, lora, report, sharding, training
+from unclip_jax.common.params import flatten, unflatten
 from unclip_jax.errors import UserError
-from unclip_jax.lora import Lora
+from unclip_jax.parallel import sharding
+from unclip_jax.training import loop, lora, writers
+from unclip_jax.training.lora import Lora
 
 CONFIG = Lora(rank=3, alpha=6.0, dtype="float32")
 STAGES = {"prior": tiny.PRIOR, "decoder": tiny.DECODER, "upsampler": tiny.UPSAMPLER}
@@ -40,7 +42,7 @@ def noisy(adapters, seed=0):
 
 
 def assert_bits_equal(first, second):
-    first, second = checkpoint.flatten(first), checkpoint.flatten(second)
+    first, second = flatten(first), flatten(second)
     assert first.keys() == second.keys()
     for name in first:
         a, b = np.asarray(first[name]), np.asarray(second[name])
@@ -84,13 +86,13 @@ def test_a_convolution_is_a_matrix_of_its_whole_window():
 def test_every_kernel_has_adapters_but_the_convolutions(networks, name, convolutions):
     """A convolution is told by its window here: no other kernel begins with [3, 3]."""
     config = dataclasses.replace(CONFIG, convolutions=convolutions)
-    flat = checkpoint.flatten(networks[name])
+    flat = flatten(networks[name])
     kernels = {
         n.removesuffix("/kernel"): x for n, x in flat.items() if n.rsplit("/", 1)[-1] == "kernel"
     }
     expected = {n for n, x in kernels.items() if convolutions or x.shape[:2] != (3, 3)}
     init = functools.partial(lora.init, config, jax.random.key(0))
-    adapters = checkpoint.flatten(jax.eval_shape(init, networks[name]))
+    adapters = flatten(jax.eval_shape(init, networks[name]))
     assert {n.rsplit("/", 1)[0] for n in adapters} == expected
     for n in expected:
         a, b = adapters[f"{n}/lora_a"], adapters[f"{n}/lora_b"]
@@ -108,7 +110,7 @@ def test_a_is_normal_with_variance_one_over_its_inputs():
 
 def test_two_kernels_start_from_different_adapters(networks):
     adapters = lora.init(CONFIG, jax.random.key(0), networks["decoder"])
-    drawn = [x.ravel()[:3] for n, x in checkpoint.flatten(adapters).items() if n.endswith("lora_a")]
+    drawn = [x.ravel()[:3] for n, x in flatten(adapters).items() if n.endswith("lora_a")]
     assert len({x.tobytes() for x in map(np.asarray, drawn)}) == len(drawn)
 
 
@@ -135,12 +137,12 @@ def test_the_sum_has_its_closed_form():
         "conv_1": (3, 3, 4, 5),
         "skip": (4, 5),
     }
-    network = checkpoint.unflatten(
+    network = unflatten(
         {f"{n}/kernel": jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
     )
     config = dataclasses.replace(CONFIG, convolutions=True)
     adapters = noisy(lora.init(config, jax.random.key(0), network))
-    flat = {n: np.asarray(x, np.float64) for n, x in checkpoint.flatten(adapters).items()}
+    flat = {n: np.asarray(x, np.float64) for n, x in flatten(adapters).items()}
 
     def factors(name, inputs, outputs):
         """A [.., *inputs, r] and B [.., r, *outputs]."""
@@ -155,8 +157,8 @@ def test_the_sum_has_its_closed_form():
         "conv_1": ("hwir,ro->hwio", (3, 3, 4), (5,)),
         "skip": ("ir,ro->io", (4,), (5,)),
     }
-    merged = checkpoint.flatten(lora.merge(config, network, adapters))
-    base = checkpoint.flatten(network)
+    merged = flatten(lora.merge(config, network, adapters))
+    base = flatten(network)
     for name, (product, inputs, outputs) in change.items():
         expected = base[f"{name}/kernel"] + 2.0 * np.einsum(
             product, *factors(name, inputs, outputs)
@@ -216,10 +218,10 @@ def first_params():
 
 
 def train(workdir, **settings):
-    config = training.TrainConfig(
+    config = loop.TrainConfig(
         **{"batch_size": 16, "steps": 12, "learning_rate": 0.02, "ema_decay": 0.5} | settings
     )
-    return training.train(
+    return loop.train(
         loss_fn=adapted_loss,
         init_params=first_params,
         batches=toy_run.Batches(),
@@ -231,18 +233,18 @@ def train(workdir, **settings):
 
 @pytest.fixture
 def no_curves(monkeypatch):
-    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+    monkeypatch.setattr(writers, "plot_metrics", lambda workdir: None)
 
 
 def test_a_step_moves_the_adapters_alone():
-    config = training.TrainConfig(batch_size=16, learning_rate=0.1, weight_decay=0.5, grad_accum=2)
-    optimizer = training.make_optimizer(config)
-    state = training.init_state(first_params(), optimizer)
+    config = loop.TrainConfig(batch_size=16, learning_rate=0.1, weight_decay=0.5, grad_accum=2)
+    optimizer = loop.make_optimizer(config)
+    state = loop.init_state(first_params(), optimizer)
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     adapters = sum(x.size for x in jax.tree.leaves(state.params["network"]))
     assert moments == 2 * adapters
     assert set(state.ema_params) == {"network"}
-    step = training.make_train_step(adapted_loss, optimizer, config, sharding.make_mesh())
+    step = loop.make_train_step(adapted_loss, optimizer, config, sharding.make_mesh())
     batches, before = toy_run.Batches(), first_params()
     for _ in range(3):
         state, metrics = step(state, next(batches))

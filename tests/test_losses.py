@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from unclip_jax.diffusion import PREDICTIONS, Diffusion, q_posterior, q_sample, target
-from unclip_jax.errors import UserError
-from unclip_jax.losses import (
+from unclip_jax.diffusion.gaussian import PREDICTIONS, Diffusion, q_posterior, q_sample, target
+from unclip_jax.diffusion.losses import (
     VLB_WEIGHT,
     analytic_init,
     analytic_statistic,
     analytic_update,
     discretized_log_likelihood,
     gaussian_log_likelihood,
-    losses,
     normal_kl,
+    training_losses,
     vlb_bits_per_dim,
     vlb_terms,
 )
+from unclip_jax.errors import UserError
 
 
 def gaussians(*shape, seed=0):
@@ -44,8 +44,8 @@ def test_a_perfect_network_has_no_loss_and_a_null_one_the_power_of_its_target(pr
         jnp.array([0, 9, 500, 999]),
     )
     truth = target(diffusion, diffusion.process(), x_0, t, noise)
-    perfect = losses(diffusion, lambda x_t, t: truth, x_0, t, noise)
-    null = losses(diffusion, lambda x_t, t: jnp.zeros_like(x_t), x_0, t, noise)
+    perfect = training_losses(diffusion, lambda x_t, t: truth, x_0, t, noise)
+    null = training_losses(diffusion, lambda x_t, t: jnp.zeros_like(x_t), x_0, t, noise)
     assert set(perfect) == {"loss", "mse"}
     np.testing.assert_array_equal(perfect["loss"], np.zeros(4))
     np.testing.assert_allclose(null["loss"], np.mean(np.square(truth), axis=(1, 2, 3)), rtol=1e-5)
@@ -67,7 +67,7 @@ def test_min_snr_weighs_one_network_alike_whatever_it_calls_its_prediction():
         )
         eps = (x_t - signal * guess) / sigma
         output = {"x_0": guess, "eps": eps, "v": signal * eps - sigma * guess}[prediction]
-        found.append(losses(diffusion, lambda *_, o=output: o, x_0, t, noise)["loss"])
+        found.append(training_losses(diffusion, lambda *_, o=output: o, x_0, t, noise)["loss"])
     alpha_bar = process.alpha_bar[t].astype(np.float64)
     snr = alpha_bar / (1 - alpha_bar)
     expected = np.minimum(snr, 5) * np.mean((guess - x_0) ** 2, axis=1)
@@ -78,8 +78,8 @@ def test_min_snr_weighs_one_network_alike_whatever_it_calls_its_prediction():
 def test_losses_of_an_example_do_not_depend_on_its_neighbours():
     diffusion = Diffusion(min_snr_gamma=5.0)
     x_0, noise, t = gaussians(3, 5), gaussians(3, 5, seed=1), jnp.array([3, 30, 300])
-    batch = losses(diffusion, unit_gaussian_eps, x_0, t, noise)["loss"]
-    single = losses(diffusion, unit_gaussian_eps, x_0[1:2], t[1:2], noise[1:2])["loss"]
+    batch = training_losses(diffusion, unit_gaussian_eps, x_0, t, noise)["loss"]
+    single = training_losses(diffusion, unit_gaussian_eps, x_0[1:2], t[1:2], noise[1:2])["loss"]
     np.testing.assert_allclose(batch[1:2], single, rtol=1e-6)
 
 
@@ -192,16 +192,16 @@ def test_hybrid_adds_the_bound_and_trains_only_the_variance_with_it():
 
     def total(mean, fraction):
         output = jnp.concatenate([mean, fraction], axis=-1)
-        return losses(hybrid, lambda *_: output, x_0, t, noise)["loss"].sum()
+        return training_losses(hybrid, lambda *_: output, x_0, t, noise)["loss"].sum()
 
     def without(mean):
-        return losses(simple, lambda *_: mean, x_0, t, noise)["loss"].sum()
+        return training_losses(simple, lambda *_: mean, x_0, t, noise)["loss"].sum()
 
     by_mean, by_fraction = jax.grad(total, argnums=(0, 1))(mean, fraction)
     np.testing.assert_allclose(by_mean, jax.grad(without)(mean), rtol=1e-5, atol=1e-7)
     assert (jnp.abs(by_fraction) > 0).all()
     output = jnp.concatenate([mean, fraction], axis=-1)
-    terms = losses(hybrid, lambda *_: output.astype(jnp.bfloat16), x_0, t, noise)
+    terms = training_losses(hybrid, lambda *_: output.astype(jnp.bfloat16), x_0, t, noise)
     np.testing.assert_allclose(terms["loss"], terms["mse"] + VLB_WEIGHT * terms["vlb"], rtol=1e-6)
     assert {v.dtype for v in terms.values()} == {jnp.dtype("float32")}
 
@@ -211,7 +211,9 @@ def test_hybrid_vlb_estimates_the_bound_of_the_whole_trajectory():
     x_0, noise = gaussians(1, 20_000), gaussians(20, 20_000, seed=5)
     denoise = learned(0.5, steps=20)
     whole = vlb_bits_per_dim(diffusion, denoise, x_0, jax.random.split(jax.random.key(1), 1))
-    one_each = losses(diffusion, denoise, jnp.repeat(x_0, 20, axis=0), jnp.arange(20), noise)
+    one_each = training_losses(
+        diffusion, denoise, jnp.repeat(x_0, 20, axis=0), jnp.arange(20), noise
+    )
     expected = whole["total"][0] - whole["prior"][0]
     np.testing.assert_allclose(one_each["vlb"].mean(), expected, atol=0.05)
 
@@ -267,11 +269,11 @@ def test_a_useless_network_is_bounded_by_the_variance_of_the_data():
 def test_bad_input_is_named():
     noise, t = gaussians(2, 3), jnp.array([0, 1])
     with pytest.raises(UserError, match="uint8"):
-        losses(Diffusion(), lambda x, t: x, jnp.zeros((2, 3), jnp.uint8), t, noise)
+        training_losses(Diffusion(), lambda x, t: x, jnp.zeros((2, 3), jnp.uint8), t, noise)
     with pytest.raises(UserError, match='loss="hybrid"'):
-        losses(Diffusion(variance="learned_range"), lambda x, t: x, noise, t, noise)
+        training_losses(Diffusion(variance="learned_range"), lambda x, t: x, noise, t, noise)
     with pytest.raises(UserError, match="network output"):
-        losses(Diffusion(), lambda x, t: x[:, :1], noise, t, noise)
+        training_losses(Diffusion(), lambda x, t: x[:, :1], noise, t, noise)
     with pytest.raises(UserError, match="no observations"):
         analytic_statistic(analytic_init(Diffusion()))
     with pytest.raises(UserError, match="typed key"):

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from unclip_jax import diffusion as dm
-from unclip_jax import manipulate, pca, samplers
+from unclip_jax.diffusion import gaussian as dm
+from unclip_jax.diffusion import samplers
 from unclip_jax.errors import UserError
-from unclip_jax.manipulate import Latents, Walk, slerp
-from unclip_jax.manipulate.latents import knowing
+from unclip_jax.metrics import pca
+from unclip_jax.pipeline import manipulate
+from unclip_jax.pipeline.manipulate import Latents, Walk, slerp
+from unclip_jax.pipeline.manipulate.latents import knowing
 from unclip_jax.stages import DecoderStage
-from unclip_jax.stages.images import to_float, to_uint8
+from unclip_jax.stages.pixels import to_float, to_uint8
 
 STEPS = 4  # a stride of 250 timesteps
 TWO = 2  # pictures computed together, wherever possible, so that few programs are compiled

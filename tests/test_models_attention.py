@@ -19,11 +19,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from tests.networks import normal, prefix_mask, relative_error
 from tests.xla_flags import xla_flags
-from unclip_jax import axes, sharding
 from unclip_jax.errors import UserError
 from unclip_jax.models import attention as module
 from unclip_jax.models import fused_attention
 from unclip_jax.models.attention import attention, causal_mask, implementation
+from unclip_jax.parallel import axes, sharding
 from unclip_jax.plan import chips
 
 KERNEL = "tpu_custom_call"

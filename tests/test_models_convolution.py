@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests.networks import normal, relative_error
 from tests.test_sharding import run_on_eight
-from unclip_jax import axes, sharding
 from unclip_jax.models import convolution
 from unclip_jax.models.convolution import Conv, convolve, kernel_gradient, strip_size, strips_pay
+from unclip_jax.parallel import axes, sharding
 
 PADS = [((1, 1), (1, 1)), ((1, 0), (0, 1)), ((0, 1), (1, 0)), ((0, 0), (0, 0)), ((2, 1), (0, 0))]
 

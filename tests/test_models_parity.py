@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from tests.networks import normal, prefix_mask, relative_error, shapes
-from unclip_jax.convert import clip_names, karlo_configs, karlo_names
-from unclip_jax.convert.tables import Tensors, to_ours
 from unclip_jax.models import (
     Clip,
     ClipConfig,
@@ -20,6 +18,8 @@ from unclip_jax.models import (
     UNet,
     UNetConfig,
 )
+from unclip_jax.weights.convert import clip_names, karlo_configs, karlo_names
+from unclip_jax.weights.convert.tables import Tensors, to_ours
 
 karlo_folders = pytest.importorskip("tests.karlo_folders")
 torch, diffusers = karlo_folders.torch, karlo_folders.diffusers

@@ -15,11 +15,11 @@ from tests.networks import (
     shapes,
     size,
 )
-from unclip_jax.convert.t5 import t5_table
-from unclip_jax.convert.tables import Tensors, to_ours, to_theirs
 from unclip_jax.errors import UserError
 from unclip_jax.models import t5
 from unclip_jax.models.t5 import T5Config, T5Encoder, distance_buckets
+from unclip_jax.weights.convert.t5 import t5_table
+from unclip_jax.weights.convert.tables import Tensors, to_ours, to_theirs
 
 TINY = T5Config(
     vocab_size=50, width=24, layers=3, heads=3, head_dim=5, mlp_width=20, buckets=8, max_distance=12

@@ -16,8 +16,9 @@ import pytest
 
 from tests import pod_run
 from tests.xla_flags import xla_flags
-from unclip_jax import distributed, report
 from unclip_jax.errors import UserError
+from unclip_jax.parallel import distributed
+from unclip_jax.training import writers
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -80,7 +81,7 @@ def seen(workdir: Path) -> dict[int, list[int]]:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    records = report.read_metrics(workdir / report.METRICS_FILE)
+    records = writers.read_metrics(workdir / writers.METRICS_FILE)
     return [{k: v for k, v in r.items() if "per_second" not in k} for r in records]
 
 

@@ -9,10 +9,10 @@ import pytest
 from tests.sharded_run import STAGES
 from tests.tiny import params
 from tests.toy_run import Batches, assert_same, run
-from unclip_jax import optim
 from unclip_jax.errors import UserError
-from unclip_jax.muon import matrix_axes, polar_factor
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training import optimizers
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.muon import matrix_axes, polar_factor
 
 CONFIG = TrainConfig(optimizer="muon", learning_rate=1.0)
 KERNELS = {
@@ -35,7 +35,7 @@ def gradients(seed: int = 0) -> dict:
 
 def first_step(config: TrainConfig, grads: dict) -> dict:
     """What the first step adds to params of 0."""
-    optimizer, zeros = optim.make_optimizer(config), jax.tree.map(jnp.zeros_like, grads)
+    optimizer, zeros = optimizers.make_optimizer(config), jax.tree.map(jnp.zeros_like, grads)
     updates, _ = optimizer.update(grads, optimizer.init(zeros), zeros)
     return updates["network"]
 
@@ -105,7 +105,7 @@ def test_steps_are_of_adams_size():
 def test_decay_shrinks_matrices_too():
     config = TrainConfig(optimizer="muon", learning_rate=0.5, weight_decay=0.1)
     weights = {"network": {"kernel": jnp.full((4, 4), 3.0), "bias": jnp.full((4,), 3.0)}}
-    optimizer = optim.make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config)
     nothing = jax.tree.map(jnp.zeros_like, weights)
     updates, _ = optimizer.update(nothing, optimizer.init(weights), weights)
     np.testing.assert_allclose(updates["network"]["kernel"], -0.5 * 0.1 * 3.0, rtol=1e-6)
@@ -115,7 +115,7 @@ def test_decay_shrinks_matrices_too():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_kernel_but_those_at_pixels_is_a_matrix(stage):
     """So a new layer's kernel does not fall to Adam unseen."""
-    found = matrix_axes(optim.trained(params(STAGES[stage])))
+    found = matrix_axes(optimizers.trained(params(STAGES[stage])))
     none = {
         "/".join(key.key for key in path[-2:])
         for path, axes in jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda x: x is None)
@@ -131,7 +131,7 @@ def test_it_reaches_a_minimum_that_steep_and_flat_directions_share():
 
     start = {"network": {"kernel": jax.random.normal(jax.random.key(0), (16, 16))}}
     settings = {"learning_rate": 0.2, "steps": 200, "schedule": "cosine"}
-    optimizer = optim.make_optimizer(TrainConfig(optimizer="muon", **settings))
+    optimizer = optimizers.make_optimizer(TrainConfig(optimizer="muon", **settings))
 
     def loss(weights):
         return 0.5 * jnp.sum(curvature * weights["network"]["kernel"] ** 2)

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax import optim
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training import optimizers
+from unclip_jax.training.config import TrainConfig
 
 
 def test_rounding_is_to_a_neighbour_and_right_on_average():
     """bfloat16 has 8 bits: between 1 and 2 its steps are 1/128."""
     x = jnp.full((200_000,), 1.0 + 0.3 / 128, jnp.float32)
-    rounded = np.asarray(optim.round_stochastically(jax.random.key(0), x), np.float64)
+    rounded = np.asarray(optimizers.round_stochastically(jax.random.key(0), x), np.float64)
     assert set(np.unique(rounded)) == {1.0, 1.0 + 1 / 128}
     assert abs(np.mean(rounded > 1.0) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / x.size)
-    down = np.asarray(optim.round_stochastically(jax.random.key(0), -x), np.float64)
+    down = np.asarray(optimizers.round_stochastically(jax.random.key(0), -x), np.float64)
     np.testing.assert_array_equal(down, -rounded)
 
 
@@ -23,13 +23,13 @@ def test_what_bfloat16_holds_is_not_changed_and_infinities_stay():
     bits = np.arange(2**16, dtype=np.uint16)
     every = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)
     exact = every[~jnp.isnan(every)]
-    back = optim.round_stochastically(jax.random.key(1), exact.astype(jnp.float32))
+    back = optimizers.round_stochastically(jax.random.key(1), exact.astype(jnp.float32))
     np.testing.assert_array_equal(
         np.asarray(jax.lax.bitcast_convert_type(back, jnp.uint16)),
         np.asarray(jax.lax.bitcast_convert_type(exact, jnp.uint16)),
     )
     for value in (jnp.nan, -jnp.nan):
-        rounded = optim.round_stochastically(jax.random.key(2), jnp.full((1000,), value))
+        rounded = optimizers.round_stochastically(jax.random.key(2), jnp.full((1000,), value))
         assert bool(jnp.all(jnp.isnan(rounded)))
 
 
@@ -38,7 +38,7 @@ def average_after(steps: int, dtype: str) -> float:
 
     def step(average, key):
         moved = average.astype(jnp.float32) + 0.001 * (1.0 - average.astype(jnp.float32))
-        return optim.stored(key, {"a": moved}, dtype)["a"], None
+        return optimizers.stored(key, {"a": moved}, dtype)["a"], None
 
     keys = jax.random.split(jax.random.key(0), steps)
     average, _ = jax.lax.scan(step, jnp.zeros(512, dtype), keys)
@@ -55,7 +55,7 @@ def test_an_average_in_bfloat16_follows():
 def minimise(config: TrainConfig, steps: int = 400):
     """Adam on a sum of squares in 64 dimensions of very different curvature."""
     curvature = jnp.logspace(-2, 2, 64)
-    optimizer = optim.make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config)
     params = {"network": {"kernel": jnp.ones((1, 64))}}
 
     def step(carry, _):

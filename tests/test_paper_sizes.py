@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.networks import shapes, size
-from unclip_jax import presets
-from unclip_jax.models import Clip, Decoder, Prior, UNet
+from unclip_jax.models import Clip, Decoder, Prior, UNet, presets
 
 T = jnp.zeros((1,), jnp.int32)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.errors import UserError
-from unclip_jax.pca import Moments, fit, rank
+from unclip_jax.metrics.pca import Moments, fit, rank
 
 
 def spread_over_decades(n, e, seed=0):

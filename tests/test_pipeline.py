@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from unclip_jax import checkpoint
 from unclip_jax.errors import UserError
-from unclip_jax.parts import load_part
-from unclip_jax.pipeline import UnCLIP, _sample
+from unclip_jax.pipeline.unclip import UnCLIP, _sample
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import load_part
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_a_narrow_copy_is_still_its_clip(folder, tmp_path):
 
 def test_a_clip_as_train_writes_it_is_still_itself_when_rounded_in_memory(model, folder):
     """Its description has no fingerprint, unlike one that `save` wrote."""
-    checkpoint.save_stage(
+    model_folder.save_stage(
         folder / "clip", params=model.clip.params, description=model.clip.description
     )
     small = UnCLIP.load(folder, dtype="bfloat16")

@@ -271,7 +271,7 @@ def test_a_small_plan_by_the_real_compiler(tmp_path):
         pytest.skip(str(error))
     file = tmp_path / "plan.json"
     done = run_python(
-        "-m", "unclip_jax.plan", "--config=configs/paper/prior.py:smoke", "--topology=v5e:2x2",
+        "-m", "unclip_jax", "plan", "--config=configs/paper/prior.py:smoke", "--topology=v5e:2x2",
         "--mesh=fsdp=2", "--sample=4", f"--json={file}", UNCLIP_JAX_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

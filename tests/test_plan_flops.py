@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from unclip_jax import axes, sharding
 from unclip_jax.errors import UserError
 from unclip_jax.models import convolution
+from unclip_jax.parallel import axes, sharding
 from unclip_jax.plan import flops
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from tests import tiny
 from tests.sharded_run import STAGES, batches
-from unclip_jax import axes, sharding
 from unclip_jax.errors import UserError
-from unclip_jax.parts import in_dtype
+from unclip_jax.parallel import axes, sharding
 from unclip_jax.plan import chips
+from unclip_jax.weights.trained import in_dtype
 
 # Layers whose products are of float32, by a part of their name. None is large: each is of one
 # vector for an example, or has three or six features on one side.

@@ -18,14 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unclip_jax import checkpoint, grids
-from unclip_jax import diffusion as dm
+from unclip_jax.common import grids
+from unclip_jax.common.params import fingerprint, flatten
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
+from unclip_jax.diffusion import gaussian
+from unclip_jax.diffusion.guidance import classifier_free
+from unclip_jax.diffusion.samplers import Sampling, sample
 from unclip_jax.errors import UserError
-from unclip_jax.guidance import classifier_free
-from unclip_jax.samplers import Sampling, sample
+from unclip_jax.weights import folder as model_folder
 
 hypothesis.settings.register_profile(
     "repeatable",
@@ -46,13 +48,13 @@ def examples(number):
 
 @st.composite
 def diffusions(draw, most=400):
-    schedule = draw(st.sampled_from(dm.SCHEDULES))
+    schedule = draw(st.sampled_from(gaussian.SCHEDULES))
     steps = draw(st.integers(21 if schedule == "linear" else 1, most))
-    return dm.Diffusion(
+    return gaussian.Diffusion(
         steps=steps,
         schedule=schedule,
-        prediction=draw(st.sampled_from(dm.PREDICTIONS)),
-        variance=draw(st.sampled_from([v for v in dm.VARIANCES if v != "learned_range"])),
+        prediction=draw(st.sampled_from(gaussian.PREDICTIONS)),
+        variance=draw(st.sampled_from([v for v in gaussian.VARIANCES if v != "learned_range"])),
     )
 
 
@@ -105,8 +107,8 @@ def test_a_network_that_knows_the_answer_is_led_to_it(data):
 
     def network(x_t, t, condition):
         process = diffusion.process()
-        alpha = dm.at(process.sqrt_alpha_bar, t, x_t)
-        sigma = dm.at(process.sqrt_one_minus_alpha_bar, t, x_t)
+        alpha = gaussian.at(process.sqrt_alpha_bar, t, x_t)
+        sigma = gaussian.at(process.sqrt_one_minus_alpha_bar, t, x_t)
         eps = (x_t - alpha * condition) / sigma
         outputs = {"x_0": condition, "eps": eps, "v": alpha * eps - sigma * condition}
         return outputs[diffusion.prediction]
@@ -314,11 +316,11 @@ JSON = st.recursive(
 )
 def test_any_params_and_description_come_back(params, description):
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_stage(Path(folder) / "m", params=params, description=description)
-        loaded, described = checkpoint.load_stage(Path(folder) / "m")
-        assert checkpoint.read_fingerprint(Path(folder) / "m") == checkpoint.fingerprint(loaded)
+        model_folder.save_stage(Path(folder) / "m", params=params, description=description)
+        loaded, described = model_folder.load_stage(Path(folder) / "m")
+        assert model_folder.read_fingerprint(Path(folder) / "m") == fingerprint(loaded)
     assert described == description
-    found, given = checkpoint.flatten(loaded), checkpoint.flatten(params)
+    found, given = flatten(loaded), flatten(params)
     assert list(found) == list(given)
     for name, value in given.items():
         back = np.asarray(found[name])

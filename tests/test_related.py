@@ -12,15 +12,18 @@ from PIL import Image
 
 from tests import t5_folder, tiny
 from tests.networks import normal, prefix_mask, random_params
-from unclip_jax import checkpoint, needs, runs, stages, training
+from unclip_jax import stages
+from unclip_jax.common.params import flatten
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import DecoderConfig, masked_mean
-from unclip_jax.models.text import TextConfig
+from unclip_jax.models.text_encoder import TextConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.parts import load_part
-from unclip_jax.pipeline import example_keys
-from unclip_jax.samplers import Sampling
-from unclip_jax.t5 import T5
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.training import inputs, loop, prepare
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.t5 import T5
+from unclip_jax.weights.trained import load_part
 
 WIDTH, LENGTH, SIDE = 10, 7, 8
 UNET = UNetConfig(
@@ -79,7 +82,7 @@ def test_every_weight_learns_and_no_clip_is_needed(stage):
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params["network"])
     assert np.isfinite(value)
-    flat = checkpoint.flatten(grads)
+    flat = flatten(grads)
     assert not [name for name, grad in flat.items() if not np.any(grad)]
 
 
@@ -170,7 +173,7 @@ def smoke(name, pictures, cache):
 @pytest.mark.slow
 def test_glide_needs_no_other_model(pictures, tmp_path):
     """Its config reads pictures and captions alone; previews are drawn from captions."""
-    run = runs.prepare(smoke("glide", pictures, tmp_path))
+    run = prepare.prepare(smoke("glide", pictures, tmp_path))
     assert not {"clip_fingerprint", "t5"} & set(run.description)
     params, batch = run.init_params(), next(run.batches())
     assert set(batch) == {"image", "tokens", "index"}
@@ -185,12 +188,12 @@ def test_glide_needs_no_other_model(pictures, tmp_path):
 def test_imagen_trains_and_its_folder_samples_with_the_same_t5(pictures, t5, tmp_path):
     config = smoke("imagen", pictures, tmp_path)
     config.t5 = str(t5)
-    run = runs.prepare(config)
+    run = prepare.prepare(config)
 
     def export(params, step):
-        checkpoint.save_stage(tmp_path / "model", params=params, description=run.description)
+        model_folder.save_stage(tmp_path / "model", params=params, description=run.description)
 
-    training.train(
+    loop.train(
         loss_fn=run.stage.loss, init_params=run.init_params, batches=run.batches(),
         config=run.train, workdir=tmp_path / "run", description=run.description,
         evaluate=run.evaluate, export=export,
@@ -221,10 +224,10 @@ def test_a_t5_that_does_not_fit_is_named(name, t5_given, change, message, pictur
     config.t5 = str(t5) if t5_given else ""
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=message):
-        runs.prepare(config)
+        prepare.prepare(config)
 
 
 def test_the_stages_say_that_they_stand_on_no_clip():
-    assert not needs.reads_clip(GLIDE) and not needs.reads_clip(IMAGEN)
-    assert needs.reads_clip(tiny.DECODER) and needs.reads_clip(tiny.PRIOR)
+    assert not inputs.reads_clip(GLIDE) and not inputs.reads_clip(IMAGEN)
+    assert inputs.reads_clip(tiny.DECODER) and inputs.reads_clip(tiny.PRIOR)
     assert stages.build(stages.describe(IMAGEN)) == IMAGEN

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax import grids, report
+from unclip_jax.common import grids
 from unclip_jax.errors import UserError
+from unclip_jax.training import writers
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -49,19 +50,19 @@ class Terminal(io.StringIO):
 
 def test_metrics_are_cut_at_the_step_a_run_goes_on_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = report.JsonLinesWriter(path, start=0)
+    writer = writers.JsonLinesWriter(path, start=0)
     for step in (10, 20, 30):
         writer.write_scalars(step, {"train/loss": 1.0 / step})
     writer.write_scalars(30, {"eval/x": math.nan})
     writer.close()
     assert path.read_text().splitlines()[-1] == '{"step": 30, "eval/x": null}'
-    assert math.isnan(report.read_metrics(path)[-1]["eval/x"])
+    assert math.isnan(writers.read_metrics(path)[-1]["eval/x"])
     with path.open("a") as file:
         file.write('{"step": 40, "train/lo')  # the run is killed here
-    writer = report.JsonLinesWriter(path, start=20)
+    writer = writers.JsonLinesWriter(path, start=20)
     writer.write_scalars(30, {"train/loss": 5.0})
     writer.close()
-    assert report.read_metrics(path) == [
+    assert writers.read_metrics(path) == [
         {"step": 10, "train/loss": 0.1},
         {"step": 20, "train/loss": 0.05},
         {"step": 30, "train/loss": 5.0},
@@ -73,12 +74,12 @@ def test_a_damaged_line_is_named(tmp_path):
     for line in ("not json", "[]", '{"loss": 1}'):
         path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
         with pytest.raises(UserError, match="line 2: damaged"):
-            report.read_metrics(path)
-    assert report.read_metrics(tmp_path / "absent") == []
+            writers.read_metrics(path)
+    assert writers.read_metrics(tmp_path / "absent") == []
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):
-    writer = report.MultiWriter([report.TensorBoardWriter(tmp_path, start=0)])
+    writer = writers.MultiWriter([writers.TensorBoardWriter(tmp_path, start=0)])
     writer.write_scalars(3, {"train/loss": 0.25})
     writer.write_images(3, {"preview": picture(4, 6, RED)})
     writer.write_texts(3, {"description": "ä 日本"})
@@ -94,7 +95,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
     for start, steps in ((0, (10, 20, 30)), (20, (25,))):
-        writer = report.TensorBoardWriter(tmp_path, start)
+        writer = writers.TensorBoardWriter(tmp_path, start)
         for step in steps:
             writer.write_scalars(step, {"loss": 1.0})
         writer.close()
@@ -107,7 +108,7 @@ def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
 
 def test_a_log_gets_plain_lines():
     stream = io.StringIO()
-    progress = report.Progress(steps=100, start=0, batch_size=8, stream=stream)
+    progress = writers.Progress(steps=100, start=0, batch_size=8, stream=stream)
     progress.update()
     speeds = {"train/steps_per_second": 0.025, "train/examples_per_second": 0.2}
     progress.write_scalars(10, {"train/loss": 0.12345} | speeds)
@@ -124,7 +125,7 @@ def test_a_log_gets_plain_lines():
 
 def test_a_terminal_gets_one_live_line():
     stream = Terminal()
-    progress = report.Progress(steps=100, start=40, batch_size=8, stream=stream)
+    progress = writers.Progress(steps=100, start=40, batch_size=8, stream=stream)
     for _ in range(60):
         progress.update()
     speeds = {"train/steps_per_second": 2.0, "train/examples_per_second": 16.0}
@@ -141,15 +142,17 @@ def test_a_terminal_gets_one_live_line():
 
 
 def test_curves_are_drawn(tmp_path):
-    report.plot_metrics(tmp_path)
-    assert not (tmp_path / report.CURVES_FILE).exists()  # nothing to draw
+    writers.plot_metrics(tmp_path)
+    assert not (tmp_path / writers.CURVES_FILE).exists()  # nothing to draw
     records = [{"step": i, "train/loss": 1 / i, "train/grad_norm": math.nan} for i in range(1, 5)]
     records += [{"step": 4, "eval/loss": 0.3}]
     lines = [json.dumps(record).replace("NaN", "null") for record in records]
-    (tmp_path / report.METRICS_FILE).write_text("\n".join(lines) + "\n")
-    report.plot_metrics(tmp_path)
-    report.curve([1, 2, 3], {"a": [1, math.nan, 2]}, "title", tmp_path / "one.png", x_label="scale")
-    for name in (report.CURVES_FILE, "one.png"):
+    (tmp_path / writers.METRICS_FILE).write_text("\n".join(lines) + "\n")
+    writers.plot_metrics(tmp_path)
+    writers.curve(
+        [1, 2, 3], {"a": [1, math.nan, 2]}, "title", tmp_path / "one.png", x_label="scale"
+    )
+    for name in (writers.CURVES_FILE, "one.png"):
         with Image.open(tmp_path / name) as image:
             assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**20)) > 10
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample
 from tests import tiny
-from unclip_jax import tasks
+from unclip_jax.common.grids import read_png_metadata
 from unclip_jax.errors import UserError
-from unclip_jax.grids import read_png_metadata
-from unclip_jax.tasks.inputs import read_image
+from unclip_jax.pipeline.tasks import command as sample
+from unclip_jax.pipeline.tasks import run as tasks
+from unclip_jax.pipeline.tasks.inputs import read_image
 
 QUICK = ("--batch_size", "2")
 WALK = (*QUICK, "--steps", "4")

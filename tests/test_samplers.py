@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from unclip_jax.diffusion import PREDICTIONS, Diffusion, at, normal
+from unclip_jax.diffusion.gaussian import PREDICTIONS, Diffusion, at, normal
+from unclip_jax.diffusion.guidance import classifier_free, classifier_guided
+from unclip_jax.diffusion.samplers import METHODS, Sampling, analytic_variance, invert, sample
 from unclip_jax.errors import UserError
-from unclip_jax.guidance import classifier_free, classifier_guided
-from unclip_jax.samplers import (
-    METHODS,
-    Sampling,
-    analytic_variance,
-    invert,
-    sample,
-)
 
 KEY = jax.random.key(0)
 # A mixture of two Gaussians on the line.

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 
 from tests import tiny, toy_run
-from unclip_jax import checkpoint, parts, report, save, stages, training
+from unclip_jax import stages
+from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError
+from unclip_jax.training import loop, save, writers
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights import trained as parts
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+    monkeypatch.setattr(writers, "plot_metrics", lambda workdir: None)
 
 
 FIGURES = {4: 3.0, 8: 1.0, 12: 2.0, 16: float("nan"), 20: 1.5}
@@ -65,7 +69,7 @@ def test_a_figure_that_there_is_not_is_named(tmp_path):
     with pytest.raises(UserError, match=r"train\.best: got 'fid', expected one of .*figure, other"):
         run_with_figures(tmp_path, best="fid")
     with pytest.raises(UserError, match=r"train\.best: got 'loss', .* as train.eval_every is 0"):
-        training.TrainConfig(best="loss")
+        loop.TrainConfig(best="loss")
 
 
 class Noise:
@@ -90,13 +94,13 @@ def short_run(stage, workdir, ema_dtype="bfloat16", **about):
 
     def export(params, step):
         about_step = about | {"step": step}
-        checkpoint.save_stage(workdir / "model", params=params, description=about_step)
+        model_folder.save_stage(workdir / "model", params=params, description=about_step)
 
-    training.train(
+    loop.train(
         loss_fn=stage.loss,
         init_params=lambda: tiny.params(stage, 1),
         batches=Noise(),
-        config=training.TrainConfig(
+        config=loop.TrainConfig(
             batch_size=8, steps=6, checkpoint_every=3, learning_rate=1e-3, ema_dtype=ema_dtype
         ),
         workdir=workdir,
@@ -116,7 +120,7 @@ def test_a_rounded_clip_is_still_the_clip_that_others_stand_on(tmp_path):
     trained = parts.load_part(workdir, "clip")
     save.main(["--workdir", str(workdir), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"])
     rounded = parts.load_part(tmp_path / "half", "clip")
-    assert checkpoint.fingerprint(rounded.params) != checkpoint.fingerprint(trained.params)
+    assert fingerprint(rounded.params) != fingerprint(trained.params)
     assert parts.clip_fingerprint(rounded) == parts.clip_fingerprint(trained)
 
 
@@ -124,16 +128,16 @@ def test_a_saved_checkpoint_is_what_training_exports(prior_run, tmp_path, capsys
     save.main(["--workdir", str(prior_run), "--out", str(tmp_path / "last")])
     assert "the prior at step 6" in capsys.readouterr().out
     fingerprints = [
-        checkpoint.read_fingerprint(folder) for folder in (tmp_path / "last", prior_run / "model")
+        model_folder.read_fingerprint(folder) for folder in (tmp_path / "last", prior_run / "model")
     ]
     assert fingerprints[0] == fingerprints[1]
-    described = checkpoint.read_description(tmp_path / "last")
+    described = model_folder.read_description(tmp_path / "last")
     assert described["clip_fingerprint"] == "0" * 16 and described["step"] == 6
     save.main(["--workdir", str(prior_run), "--out", str(tmp_path / "early"), "--step", "3"])
-    assert checkpoint.read_fingerprint(tmp_path / "early") != fingerprints[0]
+    assert model_folder.read_fingerprint(tmp_path / "early") != fingerprints[0]
     # What is read back is a stage that samples.
     shapes = jax.eval_shape(tiny.PRIOR.init, jax.random.key(0))
-    params, _ = checkpoint.load_stage(tmp_path / "early", shapes)
+    params, _ = model_folder.load_stage(tmp_path / "early", shapes)
     batch = tiny.batch(2, 16)
     cond = tiny.PRIOR.condition(batch["tokens"], batch["z_t"], None)
     keys = jax.random.split(jax.random.key(0), 2)

@@ -16,9 +16,10 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import sharded_run
 from tests.xla_flags import xla_flags
-from unclip_jax import axes, sharding, stages
+from unclip_jax import stages
 from unclip_jax.errors import UserError
-from unclip_jax.sharding import MeshConfig
+from unclip_jax.parallel import axes, sharding
+from unclip_jax.parallel.sharding import MeshConfig
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -261,7 +262,7 @@ LOADED = """
 import jax, numpy as np, sys
 from tests import tiny
 from unclip_jax import sharding
-from unclip_jax.pipeline import UnCLIP
+from unclip_jax.pipeline.unclip import UnCLIP
 model = tiny.model()
 model.save(sys.argv[1])
 mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))

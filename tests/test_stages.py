@@ -10,14 +10,13 @@ import pytest
 
 from tests import tiny
 from unclip_jax import stages
-from unclip_jax.degrade import BSR
-from unclip_jax.diffusion import Diffusion
+from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import example_keys
-from unclip_jax.stages import embedding
+from unclip_jax.stages import normalisation
 from unclip_jax.stages.clip import contrastive_loss
-from unclip_jax.stages.conditioning import random_timesteps, text_mask
-from unclip_jax.stages.images import resize, to_float, to_uint8
+from unclip_jax.stages.conditioning import example_keys, random_timesteps, text_mask
+from unclip_jax.stages.degrade import BSR
+from unclip_jax.stages.pixels import resize, to_float, to_uint8
 from unclip_jax.stages.upsampler import random_crops
 
 ALL = [tiny.CLIP, tiny.PRIOR, tiny.DECODER, tiny.UPSAMPLER]
@@ -87,7 +86,7 @@ def test_clip_embeddings_are_unit_and_take_any_image_size():
         np.testing.assert_allclose(jnp.linalg.norm(z_i, axis=1), 1.0, rtol=1e-5)
     raw = dataclasses.replace(tiny.CLIP, unit_embeddings=False)
     z_raw = tiny.call(raw, "encode_image", params, to_float(tiny.batch(2, 23)["image"]))
-    np.testing.assert_allclose(embedding.unit(z_raw), z_i, atol=1e-6)
+    np.testing.assert_allclose(normalisation.unit(z_raw), z_i, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.4, 1.0, 3.0])
@@ -111,27 +110,27 @@ def test_a_shift_lowers_the_log_snr_of_what_is_trained_on():
 
 def test_whitening_is_exact_and_invertible():
     z = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (500, 4)), jnp.float32)
-    stats = embedding.whitening([z[:7], z[7:]])
-    white = embedding.normalise(stats, z)
+    stats = normalisation.whitening([z[:7], z[7:]])
+    white = normalisation.normalise(stats, z)
     np.testing.assert_allclose(white.mean(0), 0.0, atol=1e-5)
     np.testing.assert_allclose(white.std(0), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(embedding.denormalise(stats, white), z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(normalisation.denormalise(stats, white), z, rtol=1e-5, atol=1e-5)
 
 
 def test_whitening_refuses_a_collapsed_clip():
     with pytest.raises(UserError, match="collapsed"):
-        embedding.whitening([jnp.ones((10, 4))])
+        normalisation.whitening([jnp.ones((10, 4))])
 
 
 def test_the_paper_scale_multiplies_unit_embeddings_by_17_2():
-    z = embedding.unit(jax.random.normal(jax.random.key(0), (200, 1024)))
-    scaled = embedding.normalise(embedding.scaling(1024), z)
+    z = normalisation.unit(jax.random.normal(jax.random.key(0), (200, 1024)))
+    scaled = normalisation.normalise(normalisation.scaling(1024), z)
     assert abs(float(scaled.std()) - 0.54) < 0.01  # 17.2 / sqrt(1024)
 
 
 def test_prior_keeps_the_draw_nearest_to_the_caption():
     params, batch = tiny.params(tiny.PRIOR), tiny.batch(3, 16)
-    cond = tiny.PRIOR.condition(batch["tokens"], embedding.unit(batch["z_t"]))
+    cond = tiny.PRIOR.condition(batch["tokens"], normalisation.unit(batch["z_t"]))
     keys = example_keys(jax.random.key(5), 3)
     halves = jax.vmap(jax.random.split)(keys)
     draws = [tiny.call(tiny.PRIOR, "draw", params, halves[:, j], cond) for j in range(2)]

@@ -14,9 +14,9 @@ from tests import t5_folder
 from tests.networks import relative_error
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.text_states import BatchesWithStates
 from unclip_jax.errors import UserError
-from unclip_jax.t5 import T5
-from unclip_jax.text_states import BatchesWithStates
+from unclip_jax.weights.t5 import T5
 
 CAPTIONS = ["a red square", "", "cat face of a blue dog"]
 LENGTH = 9

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from unclip_jax.convert.tensor_files import open_tensors
 from unclip_jax.errors import UserError
+from unclip_jax.weights.convert.tensor_files import open_tensors
 
 torch = pytest.importorskip("torch")
 

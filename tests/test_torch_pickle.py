@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.test_tensor_files import FORMS, assert_same_bits, read_all, refused
-from unclip_jax.convert import torch_files
-from unclip_jax.convert.torch_layout import MAX_DEPTH, MAX_ENTRIES, MAX_NAME_LENGTH
+from unclip_jax.weights.convert.torch import files
+from unclip_jax.weights.convert.torch.layout import MAX_DEPTH, MAX_ENTRIES, MAX_NAME_LENGTH
 
 torch = pytest.importorskip("torch")
 
@@ -109,7 +109,7 @@ def test_a_negated_view_is_not_read_as_its_storage(tmp_path):
     [
         (b"\x80\x02cposix\nsystem\n(X\x02\x00\x00\x00lstR.", "'posix.system'"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "'os.system'"),
-        (b"\x80\x04\x8c\x10unclip_jax.files\x8c\x01f\x93.", "'unclip_jax.files.f'"),
+        (b"\x80\x04\x8c\x10unclip_jax.common.files\x8c\x01f\x93.", "'unclip_jax.common.files.f'"),
         (b"ios\nsystem\n.", "INST"),  # instances as protocol 0 makes them
         (b"(cos\nsystem\no.", "'os.system'"),
         (b"\x80\x02\x82\x01.", "EXT1"),
@@ -166,7 +166,7 @@ def test_containers_that_grow_without_end_are_refused(tmp_path):
 
 
 def test_pickles_beyond_the_limit_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_files, "MAX_PICKLE_BYTES", 5000)
+    monkeypatch.setattr(files, "MAX_PICKLE_BYTES", 5000)
     for form in ("zip", "legacy"):
         torch.save([torch.ones(2), *range(1000)], tmp_path / "w.pt", **FORMS[form])
         assert list(read_all(tmp_path / "w.pt")) == ["0"]

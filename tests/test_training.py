@@ -19,10 +19,12 @@ import pytest
 from tests import toy_run
 from tests.toy_run import Batches, assert_same, init_params, loss_fn, numpy_leaves, run
 from tests.xla_flags import xla_flags
-from unclip_jax import config as settings
-from unclip_jax import optim, report, resume, sharding, training
+from unclip_jax.common import config as settings
 from unclip_jax.errors import UserError
-from unclip_jax.training import TrainConfig
+from unclip_jax.parallel import sharding
+from unclip_jax.training import checkpoints as resume
+from unclip_jax.training import loop, optimizers, writers
+from unclip_jax.training.loop import TrainConfig
 
 SPEEDS = {"train/steps_per_second", "train/examples_per_second"}
 
@@ -31,24 +33,22 @@ SPEEDS = {"train/steps_per_second", "train/examples_per_second"}
 def quick(request, monkeypatch):
     """Drawing the curves takes longer than a toy run; one test looks at them."""
     if "draws_curves" not in request.node.name:
-        monkeypatch.setattr(report, "plot_metrics", lambda workdir: None)
+        monkeypatch.setattr(writers, "plot_metrics", lambda workdir: None)
 
 
 def metrics_of(workdir):
     return [
         {name: value for name, value in record.items() if name not in SPEEDS}
-        for record in report.read_metrics(Path(workdir) / report.METRICS_FILE)
+        for record in writers.read_metrics(Path(workdir) / writers.METRICS_FILE)
     ]
 
 
 def step_fn(config, loss=loss_fn):
-    return training.make_train_step(
-        loss, training.make_optimizer(config), config, sharding.make_mesh()
-    )
+    return loop.make_train_step(loss, loop.make_optimizer(config), config, sharding.make_mesh())
 
 
 def fresh(config):
-    return training.init_state(init_params(), training.make_optimizer(config))
+    return loop.init_state(init_params(), loop.make_optimizer(config))
 
 
 def command(workdir, save_to=None, **changes):
@@ -82,7 +82,7 @@ def test_adamw_agrees_with_numpy_and_decays_kernels_only():
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     gradients = [{n: rng.normal(size=s) for n, s in shapes.items()} for _ in range(4)]
 
-    optimizer = training.make_optimizer(config)
+    optimizer = loop.make_optimizer(config)
     tree = jax.tree.map(jnp.float32, params)
     state = optimizer.init(tree)
     for gradient in gradients:
@@ -102,12 +102,12 @@ def test_adamw_agrees_with_numpy_and_decays_kernels_only():
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
     config = TrainConfig(steps=100, learning_rate=2.0, warmup_steps=10, schedule="cosine")
-    rate = optim.learning_rate(config)
+    rate = optimizers.learning_rate(config)
     assert float(rate(0)) == pytest.approx(0.2)
     assert float(rate(9)) == pytest.approx(2.0)
     assert float(rate(55)) == pytest.approx(1.0)  # half way down
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-6)
-    constant = optim.learning_rate(TrainConfig(learning_rate=2.0))
+    constant = optimizers.learning_rate(TrainConfig(learning_rate=2.0))
     assert float(constant(0)) == float(constant(10**6)) == 2.0
 
 
@@ -176,7 +176,7 @@ def test_constants_stay_bit_for_bit():
         state, _ = step(state, next(batches))
     assert_same(state.params["normalisation"], init_params()["normalisation"])
     assert_same(state.averaged["normalisation"], init_params()["normalisation"])
-    assert set(state.ema_params) == set(optim.trained(state.params)) == {"network"}
+    assert set(state.ema_params) == set(optimizers.trained(state.params)) == {"network"}
 
 
 def test_a_step_writes_its_state_over_the_one_before():
@@ -511,12 +511,12 @@ def quadratic_step(start=START, **settings):
     """The state and metrics after a step of plain gradient descent at rate 1."""
     config = TrainConfig(batch_size=16, ema_decay=0.5, ema_warmup=False, **settings)
     mesh = sharding.make_mesh()
-    step = training.make_train_step(quadratic, optax.sgd(1.0), config, mesh)
+    step = loop.make_train_step(quadratic, optax.sgd(1.0), config, mesh)
     params = {
         "network": {"kernel": jnp.asarray(start, jnp.float32)},
         "normalisation": {"std": jnp.ones(2)},
     }
-    return step(training.init_state(params, optax.sgd(1.0)), {"x": np.ones((16, 1), np.float32)})
+    return step(loop.init_state(params, optax.sgd(1.0)), {"x": np.ones((16, 1), np.float32)})
 
 
 @pytest.mark.parametrize("grad_accum", [1, 4])
@@ -551,13 +551,13 @@ def test_sam_uses_the_same_noise_for_both_gradients():
         }
 
     config = TrainConfig(batch_size=16, sam_rho=0.3)
-    step = training.make_train_step(loss, optax.sgd(1.0), config, sharding.make_mesh())
+    step = loop.make_train_step(loss, optax.sgd(1.0), config, sharding.make_mesh())
     params = {
         "network": {"kernel": jnp.asarray(START, jnp.float32)},
         "normalisation": {"std": jnp.ones(2)},
     }
     batch = {"x": np.ones((16, 1), np.float32)}
-    state, _ = step(training.init_state(params, optax.sgd(1.0)), batch)
+    state, _ = step(loop.init_state(params, optax.sgd(1.0)), batch)
     slope = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (2,)))
     g = CURVATURE @ START + slope
     sharp = CURVATURE @ (START + 0.3 * g / np.linalg.norm(g)) + slope

@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from unclip_jax import checkpoint, stages
+from unclip_jax import stages
+from unclip_jax.common.params import fingerprint
 from unclip_jax.models.decoder import DecoderConfig
+from unclip_jax.weights import folder as model_folder
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -38,9 +40,10 @@ UPSAMPLER = dataclasses.replace(
 FORKS = """
 import importlib, json, os, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
-import unclip_jax.analytic, unclip_jax.class_conditional, unclip_jax.convert.__main__
-import unclip_jax.data.embed, unclip_jax.evaluate.__main__, unclip_jax.export, unclip_jax.save
-import unclip_jax.tasks, unclip_jax.training, sample
+import unclip_jax.evaluate.__main__, unclip_jax.weights.convert.__main__, unclip_jax.weights.export
+import unclip_jax.pipeline.class_conditional, unclip_jax.pipeline.tasks.run
+import unclip_jax.training.analytic, unclip_jax.training.embed, unclip_jax.training.save
+import unclip_jax.training.loop, sample
 from unclip_jax.errors import run_command
 
 def run(module, *argv):
@@ -78,10 +81,10 @@ TRAIN += "--config.data.split=all --config.heldout_split=all --config.train.batc
 TRAIN_CLIP, TRAIN_PRIOR, TRAIN_DECODER = (
     TRAIN.format(stage) for stage in ("clip", "prior", "decoder")
 )
-EMBED = "unclip_jax.data.embed --data {pictures} --split all --out {new} "
-ANALYTIC = "unclip_jax.analytic --stage {model}/prior --data {pictures} --split all "
-CLASSES = "unclip_jax.class_conditional --decoder {classes} --out {new}.png "
-EXPORT = "unclip_jax.export --model {model} --out {new} "
+EMBED = "unclip_jax.training.embed --data {pictures} --split all --out {new} "
+ANALYTIC = "unclip_jax.training.analytic --stage {model}/prior --data {pictures} --split all "
+CLASSES = "unclip_jax.pipeline.class_conditional --decoder {classes} --out {new}.png "
+EXPORT = "unclip_jax.weights.export --model {model} --out {new} "
 EVALUATE = "unclip_jax.evaluate --model {model} --data {pictures} --heldout_split all --split all "
 PLAN = "unclip_jax.plan --config=configs/paper/prior.py --topology=v5e:2x2 "
 
@@ -182,7 +185,7 @@ ROWS = [
     ("sample upscale --model {small} --image {picture} --out {new}.png", 1, "upsampler"),
     ("sample probe typographic --model {model} --image {picture} --label a --label b", 2, "--word"),
     ("sample probe binding --model {model} --prompt a --out {new}.png", 1, "label"),
-    # python -m unclip_jax.evaluate
+    # python -m unclip_jax evaluate
     ("unclip_jax.evaluate --model nowhere", 1, "nowhere"),
     ("unclip_jax.evaluate --model {model} --num many", 2, "--num"),
     ("unclip_jax.evaluate --model {model} --data no_data", 1, "no_data"),
@@ -201,7 +204,7 @@ ROWS = [
     (EVALUATE + "--split noon", 1, "noon"),
     (EVALUATE + "--clip nowhere", 1, "nowhere"),
     (EVALUATE + "--out {picture}", 1, "red.png"),
-    # python -m unclip_jax.plan
+    # python -m unclip_jax plan
     ("unclip_jax.plan --topology=v5e:2x2", 1, "--config"),
     ("unclip_jax.plan --config=configs/paper/prior.py", 1, "--topology"),
     ("unclip_jax.plan --config=nowhere.py --topology=v5e:2x2", 1, "nowhere.py"),
@@ -217,16 +220,16 @@ ROWS = [
     (PLAN + "--json={pictures}", 1, "--json"),
     (PLAN + "--config.train.steps=some", 1, "steps"),
     ("unclip_jax.plan --table=nowhere", 1, "--table=nowhere"),
-    # python -m unclip_jax.doctor, python -m unclip_jax.app
-    ("unclip_jax.doctor", 2, "--workdir"),
-    ("unclip_jax.doctor --workdir nowhere", 1, "nowhere"),
-    ("unclip_jax.doctor --workdir {pictures}", 1, "pictures"),
+    # python -m unclip_jax doctor, python -m unclip_jax app
+    ("unclip_jax.training.doctor", 2, "--workdir"),
+    ("unclip_jax.training.doctor --workdir nowhere", 1, "nowhere"),
+    ("unclip_jax.training.doctor --workdir {pictures}", 1, "pictures"),
     ("unclip_jax.app --model nowhere", 1, "nowhere"),
     ("unclip_jax.app --model {picture}", 1, "red.png"),
     ("unclip_jax.app --port=some", 2, "--port"),
     ("unclip_jax.app --port=99999999", 1, "--port"),
-    # python -m unclip_jax.analytic
-    ("unclip_jax.analytic", 2, "--stage"),
+    # python -m unclip_jax analytic
+    ("unclip_jax.training.analytic", 2, "--stage"),
     (ANALYTIC + "--method euler", 2, "--method"),
     (ANALYTIC + "--stage {model}/upsampler", 1, "holds a upsampler"),
     (ANALYTIC + "--stage nowhere", 1, "nowhere"),
@@ -235,10 +238,10 @@ ROWS = [
     (ANALYTIC + "--clip {model}/prior", 1, "holds a prior, expected a clip"),
     (ANALYTIC + "--data no_data", 1, "no_data"),
     (ANALYTIC + "--seed -1", 1, "seed: -1"),
-    ("unclip_jax.analytic --stage {model}/prior", 1, "--data"),
-    ("unclip_jax.analytic --stage {alone}/decoder --data {pictures} --split all", 1, "0 CLIPs"),
-    # python -m unclip_jax.class_conditional
-    ("unclip_jax.class_conditional --label red", 2, "--decoder"),
+    ("unclip_jax.training.analytic --stage {model}/prior", 1, "--data"),
+    (ANALYTIC.replace("{model}/prior", "{alone}/decoder"), 1, "0 CLIPs"),
+    # python -m unclip_jax class_conditional
+    ("unclip_jax.pipeline.class_conditional --label red", 2, "--decoder"),
     (CLASSES + "--label red --out out.gif", 1, ".png"),
     (CLASSES, 1, "label: none given"),
     (CLASSES + "--label mauve", 1, "'mauve' is no class"),
@@ -250,24 +253,24 @@ ROWS = [
     (CLASSES + "--label red --classifier {classes}", 1, "expected a classifier"),
     (CLASSES + "--label red --upsampler {model}/upsampler --decoder {model}/decoder", 1, "reads"),
     (CLASSES + "--label red --decoder {model}/clip", 1, "holds a clip, expected a decoder"),
-    # python -m unclip_jax.convert
-    ("unclip_jax.convert", 2, "KIND"),
-    ("unclip_jax.convert vae x --out {new}", 2, "vae"),
-    ("unclip_jax.convert clip {empty}", 2, "--out"),
-    ("unclip_jax.convert clip {empty} --out {new} --dtype int8", 2, "--dtype"),
-    ("unclip_jax.convert clip {empty} --out {new}", 1, "empty.txt"),
-    ("unclip_jax.convert clip {pictures} --out {new}", 1, "config.json"),
-    ("unclip_jax.convert clip nowhere --out {new}", 1, "'nowhere' is no folder"),
-    ("unclip_jax.convert karlo {pictures} --out {new}", 1, "Karlo"),
-    ("unclip_jax.convert karlo nowhere --out {new}", 1, "'nowhere' is no folder"),
-    ("unclip_jax.convert diffusers {model} --out {pictures}", 1, "exists"),
-    ("unclip_jax.convert diffusers {model} --out {new}", 1, "another form than Karlo's"),
-    # python -m unclip_jax.save
-    ("unclip_jax.save --out {new}", 2, "--workdir"),
-    ("unclip_jax.save --workdir {model} --out {new} --dtype int8", 2, "--dtype"),
-    ("unclip_jax.save --workdir {model} --out {new}", 1, "has no checkpoints"),
-    ("unclip_jax.save --workdir {unsaved} --out {new}", 1, "no whole checkpoint yet"),
-    # python -m unclip_jax.data.embed
+    # python -m unclip_jax convert
+    ("unclip_jax.weights.convert", 2, "KIND"),
+    ("unclip_jax.weights.convert vae x --out {new}", 2, "vae"),
+    ("unclip_jax.weights.convert clip {empty}", 2, "--out"),
+    ("unclip_jax.weights.convert clip {empty} --out {new} --dtype int8", 2, "--dtype"),
+    ("unclip_jax.weights.convert clip {empty} --out {new}", 1, "empty.txt"),
+    ("unclip_jax.weights.convert clip {pictures} --out {new}", 1, "config.json"),
+    ("unclip_jax.weights.convert clip nowhere --out {new}", 1, "'nowhere' is no folder"),
+    ("unclip_jax.weights.convert karlo {pictures} --out {new}", 1, "Karlo"),
+    ("unclip_jax.weights.convert karlo nowhere --out {new}", 1, "'nowhere' is no folder"),
+    ("unclip_jax.weights.convert diffusers {model} --out {pictures}", 1, "exists"),
+    ("unclip_jax.weights.convert diffusers {model} --out {new}", 1, "another form than Karlo's"),
+    # python -m unclip_jax save
+    ("unclip_jax.training.save --out {new}", 2, "--workdir"),
+    ("unclip_jax.training.save --workdir {model} --out {new} --dtype int8", 2, "--dtype"),
+    ("unclip_jax.training.save --workdir {model} --out {new}", 1, "has no checkpoints"),
+    ("unclip_jax.training.save --workdir {unsaved} --out {new}", 1, "no whole checkpoint yet"),
+    # python -m unclip_jax embed
     (EMBED, 2, "--clip"),
     (EMBED + "--clip {model}/clip --dtype int8", 2, "--dtype"),
     (EMBED + "--clip {model}/clip --captions some", 2, "--captions"),
@@ -282,8 +285,8 @@ ROWS = [
      "--coordinator_address: got 'here'"),
     (EMBED + "--clip {model}/clip --coordinator_address a:1 --num_processes 2 --process_id 2", 1,
      "--process_id: got 2"),
-    # python -m unclip_jax.export
-    ("unclip_jax.export --model {model} --out {new}", 2, "--stage"),
+    # python -m unclip_jax export
+    ("unclip_jax.weights.export --model {model} --out {new}", 2, "--stage"),
     (EXPORT + "--stage vae", 2, "--stage"),
     (EXPORT + "--stage prior --dtype float16", 2, "--dtype"),
     (EXPORT + "--stage upsampler --upsampler large", 2, "--upsampler"),
@@ -298,10 +301,10 @@ ROWS = [
     (EXPORT + "--stage prior --model {pictures}", 1, "no trained stage"),
     (EXPORT + "--stage clip_image --model {model}/prior", 1, "holds a prior, expected a clip"),
 
-    # python -m unclip_jax.data.styles
-    ("unclip_jax.data.styles raze", 2, "raze"),
-    ("unclip_jax.data.styles build --size 0 --cache_dir {new}", 1, "image_size: 0"),
-    ("unclip_jax.data.styles build --cache_dir {picture}/art", 1, "cache_dir"),
+    # python -m unclip_jax styles
+    ("unclip_jax.data.emoji.fetch raze", 2, "raze"),
+    ("unclip_jax.data.emoji.fetch build --size 0 --cache_dir {new}", 1, "image_size: 0"),
+    ("unclip_jax.data.emoji.fetch build --cache_dir {picture}/art", 1, "cache_dir"),
 
     # demo.py
     ("demo surplus --out {new}", 2, "surplus"),
@@ -324,7 +327,7 @@ def noise(stage: stages.Stage) -> dict:
 
 def save(folder: Path, stage: stages.Stage, **about) -> None:
     description = {"stage": stages.describe(stage)} | about
-    checkpoint.save_stage(folder, params=noise(stage), description=description)
+    model_folder.save_stage(folder, params=noise(stage), description=description)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +338,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
         name: here / name for name in ("model", "small", "alone", "halved", "classes", "pictures")
     }
     clip = noise(tiny.CLIP)
-    mark = {"clip_fingerprint": checkpoint.fingerprint(clip)}
+    mark = {"clip_fingerprint": fingerprint(clip)}
     for model in ("model", "halved"):
         save(places[model] / "clip", tiny.CLIP)
         save(places[model] / "prior", tiny.PRIOR, **mark)
@@ -398,8 +401,8 @@ def test_nothing_is_written(outcomes, places):
     [
         (["train.py"], TRAIN_CLIP + "surplus"),
         (["sample.py"], "sample interpolate"),
-        (["-m", "unclip_jax.export"], EXPORT + "--stage vae"),
-        (["-m", "unclip_jax.convert"], "unclip_jax.convert karlo nowhere"),
+        (["-m", "unclip_jax", "export"], EXPORT + "--stage vae"),
+        (["-m", "unclip_jax", "convert"], "unclip_jax.weights.convert karlo nowhere"),
     ],
 )
 def test_a_command_by_itself_says_the_same(arguments, start, outcomes, places):

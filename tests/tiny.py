@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import networks
-from unclip_jax import checkpoint, stages
+from unclip_jax import stages
+from unclip_jax.common.params import fingerprint
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.prior import PriorConfig
-from unclip_jax.models.text import TextConfig
+from unclip_jax.models.text_encoder import TextConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.parts import Part
-from unclip_jax.pipeline import UnCLIP
-from unclip_jax.samplers import Sampling
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights.trained import Part
 
 VOCAB, CONTEXT, DIM = 600, 12, 8
 
@@ -72,7 +73,7 @@ def params(stage, seed: int = 0):
 def model() -> UnCLIP:
     """A whole model whose parts belong together."""
     clip = params(CLIP)
-    about = {"clip_fingerprint": checkpoint.fingerprint(clip)}
+    about = {"clip_fingerprint": fingerprint(clip)}
 
     def part(stage, tree, **more) -> Part:
         return Part(stage, tree, {"stage": stages.describe(stage)} | more)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import training
+from unclip_jax.training import loop
 
 BATCH = 16
 WEIGHTS = np.linspace(-1.0, 1.0, 15, dtype=np.float32).reshape(5, 3)
@@ -84,8 +84,8 @@ def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings)
         "log_every": 4,
         "checkpoint_every": 10,
     }
-    config = training.TrainConfig(**defaults | settings)
-    return training.train(
+    config = loop.TrainConfig(**defaults | settings)
+    return loop.train(
         loss_fn=loss,
         init_params=init_params,
         batches=batches or Batches(config.batch_size),

@@ -15,6 +15,20 @@ class UserError(Exception):
     """
 
 
+def wrong(field: str, got: object, expected: str, do: str = "") -> UserError:
+    """The error for a value that is not what a field takes; to be raised by the caller.
+
+        raise wrong("train.steps", 0, "1 or more", "set --config.train.steps")
+
+    Args:
+        field: what the user knows the value by: a flag, a config field, a file.
+        got: the value.
+        expected: what would have been right.
+        do: what to do about it, where that does not follow.
+    """
+    return UserError(f"{field}: got {got!r}, expected {expected}" + (f"; {do}" if do else ""))
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 1.
 

@@ -14,7 +14,7 @@ import dataclasses
 
 from configs import base
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.parts import in_dtype
+from unclip_jax.weights.trained import in_dtype
 
 VARIANTS = ("", "gpu", "smoke")
 

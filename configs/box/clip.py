@@ -1,6 +1,6 @@
 """CLIP of the box model: emoji in three styles, captions that name the style. 3.5 M parameters.
 
-    python -m unclip_jax.data.styles build --size 48
+    python -m unclip_jax styles build --size 48
     python train.py --config=configs/box/clip.py --workdir=runs/box/clip
 
 After 1000 steps of 256, 69 minutes on two shared CPU cores, the own caption is nearest for 37 % of
@@ -12,7 +12,7 @@ import dataclasses
 from configs.box import base
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.stages import ClipStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

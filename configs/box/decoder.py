@@ -1,6 +1,6 @@
 """The decoder of the box model: z_i and caption to a 64 px picture. 10.0 M parameters.
 
-    python -m unclip_jax.data.styles build --size 48 64
+    python -m unclip_jax styles build --size 48 64
     python train.py --config=configs/box/decoder.py --workdir=runs/box/decoder \
         --config.clip=runs/box/clip
 
@@ -10,13 +10,13 @@ output. 2.0 GFLOP for each picture trained on (XLA's count), the optimizer's asi
 """
 
 from configs.box import base
-from unclip_jax.diffusion import Diffusion
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.decoder import DecoderConfig
-from unclip_jax.models.text import TextConfig
+from unclip_jax.models.text_encoder import TextConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.samplers import Sampling
 from unclip_jax.stages import DecoderStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

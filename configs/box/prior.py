@@ -1,15 +1,15 @@
 """The prior of the box model: caption to CLIP image embedding. 2.8 M parameters.
 
-    python -m unclip_jax.data.styles build --size 48
+    python -m unclip_jax styles build --size 48
     python train.py --config=configs/box/prior.py --workdir=runs/box/prior \
         --config.clip=runs/box/clip
 """
 
 from configs.box import base
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.prior import PriorConfig
-from unclip_jax.samplers import Sampling
 from unclip_jax.stages import PriorStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

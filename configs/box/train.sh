@@ -16,7 +16,7 @@ train() { # folder, config, flags
     [[ -d $out/$1/model ]] || exit 0 # stopped by SIGTERM: saved, and not finished
 }
 
-python -m unclip_jax.data.styles build --size 48 64 256
+python -m unclip_jax styles build --size 48 64 256
 train first/clip clip
 train clip clip --config.init="$out/first/clip" --config.data.augment=0.25 \
     --config.train.batch_size=512 --config.train.learning_rate=5e-4 --config.train.steps=400
@@ -25,6 +25,6 @@ train prior prior --config.clip="$out/clip"
 train upsampler upsampler
 
 echo "== evaluate"
-python -c "import sys; from unclip_jax.pipeline import UnCLIP
+python -c "import sys; from unclip_jax.pipeline.unclip import UnCLIP
 UnCLIP.load(sys.argv[1]).save(sys.argv[1] + '/model', 'bfloat16')" "$out"
-python -m unclip_jax.evaluate --model "$out/model" --data emoji_styles --num 500 --out "$out/evaluation"
+python -m unclip_jax evaluate --model "$out/model" --data emoji_styles --num 500 --out "$out/evaluation"

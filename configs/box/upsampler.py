@@ -1,17 +1,17 @@
 """The upsampler of the box model: 64 px to 256 px, trained on 64 px crops. 3.1 M parameters.
 
-python -m unclip_jax.data.styles build --size 256
+python -m unclip_jax styles build --size 256
 python train.py --config=configs/box/upsampler.py --workdir=runs/box/upsampler
 """
 
 import dataclasses
 
 from configs.box import base
-from unclip_jax.diffusion import Diffusion
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.samplers import Sampling
 from unclip_jax.stages import UpsamplerStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

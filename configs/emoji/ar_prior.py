@@ -13,7 +13,7 @@ from configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.stages import ARPriorStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

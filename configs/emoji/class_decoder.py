@@ -4,12 +4,12 @@
 
 It takes as long as configs/emoji/decoder.py and is the same, with a group's embedding in place of
 z_i and caption. Its cascade is configs/emoji/upsampler.py, its guide configs/emoji/classifier.py;
-python -m unclip_jax.class_conditional samples all three together. Training leaves the class out one
+python -m unclip_jax class_conditional samples all three together. Training leaves the class out one
 time in ten, so that it can also be guided without a classifier: ADM's was not trained so.
 """
 
 from configs.emoji import decoder
-from unclip_jax.data.emoji_catalogue import groups
+from unclip_jax.data.emoji.catalogue import groups
 
 
 def get_config(variant=""):

@@ -9,10 +9,10 @@ they are.
 
 from configs import base
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.emoji_catalogue import groups
+from unclip_jax.data.emoji.catalogue import groups
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages import ClassifierStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

@@ -9,7 +9,7 @@ from configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.stages import ClipStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 CONTEXT_LENGTH = 24
 VOCAB_SIZE = 4096

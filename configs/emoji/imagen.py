@@ -15,12 +15,12 @@ caption as well.
 
 from configs import base
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.diffusion import Diffusion
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.samplers import Sampling
 from unclip_jax.stages import DecoderStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

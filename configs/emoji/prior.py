@@ -9,10 +9,10 @@ Over a minute on two CPU cores. What it reaches: docs/training.md.
 from configs import base
 from configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.prior import PriorConfig
-from unclip_jax.samplers import Sampling
 from unclip_jax.stages import PriorStage
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 
 def get_config(variant=""):

@@ -18,6 +18,6 @@ for prompt in "${prompts[@]}"; do args+=(--prompt "$prompt"); done
 python sample.py text2im --model "$out" "${args[@]}" --num 4 --seed 0 --out "$out/grid.png"
 
 echo "== evaluate"
-python -m unclip_jax.evaluate --model "$out" --data emoji --num 100 --out "$out/evaluation"
+python -m unclip_jax evaluate --model "$out" --data emoji --num 100 --out "$out/evaluation"
 
 echo "Look at $out/grid.png; every stage's previews and curves are beside its checkpoints."

@@ -3,7 +3,7 @@
 First convert Karlo. Training needs CLIP's image tower, which only the repository for image
 variations has, so give both:
 
-    python -m unclip_jax.convert karlo kakaobrain/karlo-v1-alpha \
+    python -m unclip_jax convert karlo kakaobrain/karlo-v1-alpha \
         kakaobrain/karlo-v1-alpha-image-variations --out runs/karlo
 
 Then name your own pairs, a folder or a prepared TFDS data set, and train any stage:
@@ -31,7 +31,7 @@ what was found best. What any of it reaches on your data has not been measured.
 
 from configs import base
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 VARIANTS = ("", "lora", "whole", "smoke")
 IN_BFLOAT16 = {"dtype": "bfloat16", "remat": "full"}  # of a network: overrides of its config

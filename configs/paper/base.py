@@ -13,7 +13,7 @@ import dataclasses
 
 from configs import base
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.train_config import TrainConfig
+from unclip_jax.training.config import TrainConfig
 
 WARMUP_STEPS = 1000  # ours
 GRAD_CLIP = 1.0  # ours

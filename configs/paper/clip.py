@@ -8,7 +8,7 @@ lowers the rank of the embeddings; the other settings are those of Radford et al
 """
 
 from configs.paper import base
-from unclip_jax import presets
+from unclip_jax.models import presets
 from unclip_jax.stages import ClipStage
 
 

@@ -7,11 +7,11 @@
 import dataclasses
 
 from configs.paper import base
-from unclip_jax import presets
-from unclip_jax.diffusion import Diffusion
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.models import presets
 from unclip_jax.models.decoder import DecoderConfig
-from unclip_jax.models.text import TextConfig
-from unclip_jax.samplers import Sampling
+from unclip_jax.models.text_encoder import TextConfig
 from unclip_jax.stages import DecoderStage
 
 

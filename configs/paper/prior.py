@@ -6,15 +6,15 @@
 Sampling is DDPM with the fixed variance. The paper used the analytic one, which is measured on the
 trained prior, and stays in its folder:
 
-    python -m unclip_jax.analytic --stage runs/paper/prior --clip runs/paper/clip
+    python -m unclip_jax analytic --stage runs/paper/prior --clip runs/paper/clip
 """
 
 import dataclasses
 
 from configs.paper import base
-from unclip_jax import presets
-from unclip_jax.diffusion import Diffusion
-from unclip_jax.samplers import Sampling
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.models import presets
 from unclip_jax.stages import PriorStage
 
 

@@ -4,15 +4,15 @@
         --config.data.name=tfds:YOUR_DATA
 
 Trained on 256 px crops, the low-resolution image corrupted by BSR degradation, as in the paper. It
-does not say how strongly: here, the milder ranges of Rombach et al. (unclip_jax.degrade.BSR).
+does not say how strongly: here, the milder ranges of Rombach et al. (stages.degrade.BSR).
 """
 
 import dataclasses
 
 from configs.paper import base
-from unclip_jax import presets
-from unclip_jax.diffusion import Diffusion
-from unclip_jax.samplers import Sampling
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.models import presets
 from unclip_jax.stages import UpsamplerStage
 
 

@@ -9,9 +9,9 @@ Trained on 64 px crops; the low-resolution image is blurred by a random Gaussian
 import dataclasses
 
 from configs.paper import base
-from unclip_jax import presets
-from unclip_jax.diffusion import Diffusion
-from unclip_jax.samplers import Sampling
+from unclip_jax.diffusion.gaussian import Diffusion
+from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.models import presets
 from unclip_jax.stages import UpsamplerStage
 
 

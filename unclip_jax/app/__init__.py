@@ -1,4 +1,4 @@
-"""The web page: `python -m unclip_jax.app`. Needs the extra `app`, which installs gradio.
+"""The web page: `python -m unclip_jax app`. Needs the extra `app`, which installs gradio.
 
     worker   the one queue in front of the device
     inputs   what people type and upload, checked

@@ -1,4 +1,4 @@
-"""The web page: `python -m unclip_jax.app [--model runs/emoji]`, then open the address it prints.
+"""The web page: `python -m unclip_jax app [--model runs/emoji]`, then open the address it prints.
 
 Text to image, variations, interpolation, text diffs and probes, each with the settings and the
 command of sample.py that draws the same. docs/app.md says more.
@@ -17,7 +17,7 @@ from unclip_jax.errors import UserError, run_command
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax.app", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m unclip_jax app", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add(
@@ -48,11 +48,12 @@ def main(argv: list[str]) -> None:
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UserError(f"--port: got {args.port}, expected 1 to 65535")
 
-    from unclip_jax import compile_cache, cpu_devices
     from unclip_jax.app.serve import serving
     from unclip_jax.app.tasks import Served
-    from unclip_jax.pipeline import check_count
-    from unclip_jax.tasks.inputs import load
+    from unclip_jax.parallel import compile_cache
+    from unclip_jax.parallel.cpu import devices as cpu_devices
+    from unclip_jax.pipeline.tasks.inputs import load
+    from unclip_jax.pipeline.unclip import check_count
 
     check_count("--batch_size", args.batch_size)
     cpu_devices.use()

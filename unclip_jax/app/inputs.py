@@ -12,7 +12,7 @@ from PIL import Image
 
 from unclip_jax.data import images
 from unclip_jax.errors import UserError
-from unclip_jax.tasks.inputs import read_image
+from unclip_jax.pipeline.tasks.inputs import read_image
 
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 40_000_000

@@ -11,13 +11,13 @@ from typing import Any
 import gradio as gr
 
 from unclip_jax.app import inputs, look, tasks
-from unclip_jax.app.parts import Buttons, Output, guidance, seed, small, steps, upload
 from unclip_jax.app.results import Result, keep
 from unclip_jax.app.store import Store
 from unclip_jax.app.tasks import Request, Served
+from unclip_jax.app.widgets import Buttons, Output, guidance, seed, small, steps, upload
 from unclip_jax.app.worker import Job, Worker
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import Progress
+from unclip_jax.pipeline.unclip import Progress
 
 _POLL_SECONDS = 0.2
 

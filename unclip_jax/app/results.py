@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax.app.tasks import Drawn, Request
-from unclip_jax.files import replacing
-from unclip_jax.tasks.outputs import write
+from unclip_jax.common.files import replacing
+from unclip_jax.pipeline.tasks.outputs import write
 
 Shown = tuple[str, str]  # a picture's file, and its caption
 

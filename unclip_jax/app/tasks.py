@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from unclip_jax import manipulate
 from unclip_jax.app import inputs
 from unclip_jax.data.images import square
-from unclip_jax.manipulate import Latents
-from unclip_jax.pipeline import Progress, UnCLIP, example_keys
-from unclip_jax.tasks.inputs import seed_key, walk_of
-from unclip_jax.tasks.outputs import Picture, shares, sources
+from unclip_jax.pipeline import manipulate
+from unclip_jax.pipeline.manipulate import Latents
+from unclip_jax.pipeline.tasks.inputs import seed_key, walk_of
+from unclip_jax.pipeline.tasks.outputs import Picture, shares, sources
+from unclip_jax.pipeline.unclip import Progress, UnCLIP
+from unclip_jax.stages.conditioning import example_keys
 
 NUMS = (1, 4, 8)  # pictures
 FRAMES = (5, 9, 17)  # of an interpolation or a text diff

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import Progress
+from unclip_jax.pipeline.unclip import Progress
 
 Task = Callable[[Progress], Any]
 

@@ -27,7 +27,7 @@ from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import jitter, square
 from unclip_jax.data.positions import Layout, Positions, Share
 from unclip_jax.data.records import BadRecord, Source
-from unclip_jax.data.storage import is_remote
+from unclip_jax.data.shards.storage import is_remote
 from unclip_jax.data.tokenizer import Encoder, Tokenizer
 from unclip_jax.errors import UserError
 

@@ -7,22 +7,17 @@ import os
 
 from absl import logging
 
-from unclip_jax.data.embeddings import EmbeddingSource
+from unclip_jax.common.files import default_cache_dir
+from unclip_jax.data.embeddings.store import EmbeddingSource
 from unclip_jax.data.folder import FolderSource
-from unclip_jax.data.parquet import ParquetShards
 from unclip_jax.data.records import Source
-from unclip_jax.data.sharded import ShardedSource
-from unclip_jax.data.storage import find
-from unclip_jax.data.tfds_source import (
-    TfdsSource,
-    emoji_source,
-    emoji_styles_source,
-    prepared_builder,
-)
+from unclip_jax.data.shards.parquet import ParquetShards
+from unclip_jax.data.shards.source import ShardedSource
+from unclip_jax.data.shards.storage import find
+from unclip_jax.data.shards.webdataset import TarShards
+from unclip_jax.data.tfds import TfdsSource, emoji_source, emoji_styles_source, prepared_builder
 from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
-from unclip_jax.data.webdataset import TarShards
 from unclip_jax.errors import UserError
-from unclip_jax.files import default_cache_dir
 
 EMOJI = {"emoji": emoji_source, "emoji_styles": emoji_styles_source}
 
@@ -32,12 +27,12 @@ class DataConfig:
     """A data set and what is made of its pairs.
 
     Attributes:
-      name: "emoji"; "emoji_styles", whose art python -m unclip_jax.data.styles fetches; the
+      name: "emoji"; "emoji_styles", whose art python -m unclip_jax styles fetches; the
         path of a folder of images; "tfds:<name>", a TFDS data set;
         "wds:<pattern>", webdataset's tar shards; or "parquet:<pattern>", parquet files with
         images in them. A pattern is a path or address (gs://, s3://, http://) with
         `{00000..00123}` or `*`. Or "embeddings:<folder>", what
-        `python -m unclip_jax.data.embed` stored, without pictures.
+        `python -m unclip_jax embed` stored, without pictures.
       split: "train", "heldout" or "all"; for TFDS whatever it calls its splits.
       image_size: side of the square images, in pixels.
       captions: "all" pairs an image with each of its captions, "first" with one.

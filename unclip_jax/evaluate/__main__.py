@@ -1,4 +1,4 @@
-"""Measure a trained model: `python -m unclip_jax.evaluate --model runs/emoji --out report`.
+"""Measure a trained model: `python -m unclip_jax evaluate --model runs/emoji --out report`.
 
 Prints a table and, with --out, writes figures.json, plots, grids of pictures and index.html, which
 shows them all. Measured are:
@@ -20,19 +20,22 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from unclip_jax import compile_cache, cpu_devices, host_memory, on_all_devices
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.evaluate.measure import Settings, evaluate
 from unclip_jax.evaluate.page import PAGE, as_table, write
-from unclip_jax.parts import load_part
+from unclip_jax.parallel import compile_cache
+from unclip_jax.parallel.cpu import devices as cpu_devices
+from unclip_jax.parallel.cpu import memory as host_memory
+from unclip_jax.pipeline import on_all_devices
+from unclip_jax.weights.trained import load_part
 
 _KEYS = ("image_key", "caption_key", "label_key")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m unclip_jax evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, usual = parser.add_argument, Settings()
     add("--model", metavar="DIR", help="a model folder (default: the box model)")

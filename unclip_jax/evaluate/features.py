@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from unclip_jax import sharding
-from unclip_jax.convert.feature_networks import load_efficientnet_lite0, load_inception
 from unclip_jax.errors import UserError
-from unclip_jax.models.efficientnet import EfficientNetLite0
-from unclip_jax.models.inception import Inception
-from unclip_jax.parts import Part
-from unclip_jax.stages.images import to_float
+from unclip_jax.models.features.efficientnet import EfficientNetLite0
+from unclip_jax.models.features.inception import Inception
+from unclip_jax.parallel import sharding
+from unclip_jax.stages.pixels import to_float
+from unclip_jax.weights.convert.feature_networks import load_efficientnet_lite0, load_inception
+from unclip_jax.weights.trained import Part
 
 OWN_CLIP, LITE0, INCEPTION = "own-clip", "efficientnet-lite0", "inception"
 

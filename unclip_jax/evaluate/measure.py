@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from unclip_jax import pca, sharding
 from unclip_jax.data import datasets
 from unclip_jax.errors import UserError
 from unclip_jax.evaluate.features import FeatureNetwork, load, of_clip
 from unclip_jax.evaluate.pictures import Measurer, Real, Vectors
-from unclip_jax.evaluation import zero_shot
-from unclip_jax.evaluation.clip_score import clip_score
-from unclip_jax.evaluation.cmmd import cmmd
-from unclip_jax.evaluation.consistency import own_caption
-from unclip_jax.evaluation.frechet import frechet, moments
-from unclip_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
-from unclip_jax.evaluation.prior import prior_cosines
-from unclip_jax.evaluation.retrieval import image_text_retrieval
-from unclip_jax.parts import Part, clip_fingerprint
-from unclip_jax.pipeline import UnCLIP, check_count
+from unclip_jax.metrics import pca, zero_shot
+from unclip_jax.metrics.clip_score import clip_score
+from unclip_jax.metrics.cmmd import cmmd
+from unclip_jax.metrics.consistency import own_caption
+from unclip_jax.metrics.frechet import frechet, moments
+from unclip_jax.metrics.precision_recall import NEIGHBOURS, precision_recall
+from unclip_jax.metrics.prior_cosines import prior_cosines
+from unclip_jax.metrics.retrieval import image_text_retrieval
+from unclip_jax.parallel import sharding
+from unclip_jax.pipeline.unclip import UnCLIP, check_count
+from unclip_jax.weights.trained import Part, clip_fingerprint
 
 SHOWN = 16  # pictures in the grid of generated beside real
 SHOWN_CAPTIONS = 6  # rows in the grid of guidance scales

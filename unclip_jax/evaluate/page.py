@@ -8,10 +8,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from unclip_jax.common.files import replacing
+from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.evaluate.measure import Figures, Report
-from unclip_jax.evaluation.zero_shot import Subsets
-from unclip_jax.files import replacing
-from unclip_jax.grids import captioned_grid, save_png
+from unclip_jax.metrics.zero_shot import Subsets
 
 JSON, PAGE = "figures.json", "index.html"
 

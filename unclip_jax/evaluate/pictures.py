@@ -20,9 +20,11 @@ from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
 from unclip_jax.data.records import Source
 from unclip_jax.evaluate.features import OWN_CLIP, FeatureNetwork, of_clip
-from unclip_jax.parts import Part
-from unclip_jax.pipeline import UnCLIP, encode_text, example_keys
-from unclip_jax.stages.images import to_uint8
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.stages.clip import encode_text
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.stages.pixels import to_uint8
+from unclip_jax.weights.trained import Part
 
 
 class Vectors(NamedTuple):

@@ -5,7 +5,7 @@ from unclip_jax.models.clip import Clip, ClipConfig
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.models.prior import Prior, PriorConfig
 from unclip_jax.models.t5 import T5Config, T5Encoder
-from unclip_jax.models.text import TextConfig, TextEncoder
+from unclip_jax.models.text_encoder import TextConfig, TextEncoder
 from unclip_jax.models.unet import UNet, UNetConfig
 
 __all__ = [

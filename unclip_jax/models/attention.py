@@ -15,10 +15,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import axes
-from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
 from unclip_jax.models import fused_attention
+from unclip_jax.parallel import axes
+from unclip_jax.parallel.axes import constrain
 
 IMPLEMENTATIONS = ("auto", "reference", "fused")
 

@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.axes import constrain
 from unclip_jax.models.attention import attention, split_heads
 from unclip_jax.models.convolution import Conv
 from unclip_jax.models.layers import GroupNorm, TimeEmbedding, check, remat
 from unclip_jax.models.resample import space_to_depth
 from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig
+from unclip_jax.parallel.axes import constrain
 
 
 def check_classifier(config: UNetConfig) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax.sharding import Mesh, PartitionSpec
 
-from unclip_jax import axes
+from unclip_jax.parallel import axes
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from unclip_jax.errors import UserError
 from unclip_jax.models.layers import check, check_counts, check_shape, layer_norm
-from unclip_jax.models.text import TextConfig, TextEncoder
+from unclip_jax.models.text_encoder import TextConfig, TextEncoder
 from unclip_jax.models.unet import UNet, UNetConfig
 
 CONDITIONS = ("z_i", "z_i_mask", "tokens", "text_states", "text_mask", "z_t", "label")

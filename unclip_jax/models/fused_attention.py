@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unclip_jax import axes
+from unclip_jax.parallel import axes
 
 # Queries and keys from which on a kernel is taken: 32 x 32 positions of an image. By the bytes that
 # it saves (docs/performance.md) it would pay at 16 x 16, too, but they are few, and it is untimed.

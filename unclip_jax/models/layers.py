@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
 from unclip_jax.models.attention import attention, split_heads
+from unclip_jax.parallel.axes import constrain
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots")

@@ -6,7 +6,7 @@ biases elsewhere, norms by the root mean square alone, and no 1/sqrt(head dim) i
 Version 1.1, whose largest encoder Imagen uses (arXiv 2205.11487, section 2.1), has a gated
 perceptron; version 1.0 a plain one with ReLU.
 
-It is made to be loaded, with `unclip_jax.convert.t5`, and never trained here. Norms, softmax and
+It is made to be loaded, with `weights.convert.t5`, and never trained here. Norms, softmax and
 the residual stream are float32: the stream's values run to the tens of thousands, where half
 precision overflows and bfloat16 is left with three digits.
 """
@@ -23,13 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.models.attention import attention
-from unclip_jax.models.layers import (
-    check,
-    check_compute,
-    check_counts,
-    check_shape,
-    remat,
-)
+from unclip_jax.models.layers import check, check_compute, check_counts, check_shape, remat
 
 PERCEPTRONS = ("gated_gelu", "relu")
 NORM_EPS = 1e-6

@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.axes import constrain
 from unclip_jax.errors import UserError
 from unclip_jax.models.attention import attention, split_heads
 from unclip_jax.models.convolution import Conv
@@ -27,6 +26,7 @@ from unclip_jax.models.layers import (
     remat,
 )
 from unclip_jax.models.resample import DoublingConv, depth_to_space, double, halve, space_to_depth
+from unclip_jax.parallel.axes import constrain
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What a config needs of a TPU pod, with no TPU: memory, FLOPs, bytes, collectives, days.
 
-    python -m unclip_jax.plan --config=configs/paper/decoder.py --topology=v5p:4x4x8 \
+    python -m unclip_jax plan --config=configs/paper/decoder.py --topology=v5p:4x4x8 \
         --mesh=fsdp=8 --config.train.grad_accum=2 --json=docs/plans/decoder-v5p.json
-    python -m unclip_jax.plan --table=docs/plans
+    python -m unclip_jax plan --table=docs/plans
 
 Big U-Nets compile slowly: --blocks, their default, compiles each distinct block once and adds up.
 Any field of the config can be set, as in train.py.
@@ -22,15 +22,16 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from unclip_jax import command_line, sharding
+from unclip_jax.common import command_line
+from unclip_jax.common.files import check_place, replacing
 from unclip_jax.errors import UserError, run_command
-from unclip_jax.files import check_place, replacing
-from unclip_jax.plan import analysis, fit, report
+from unclip_jax.parallel import sharding
+from unclip_jax.plan import analysis, report, search
 from unclip_jax.plan.chips import GIB, Topology
 from unclip_jax.plan.measure import TooLarge
 from unclip_jax.plan.programs import Plan
 
-COMMAND = "python -m unclip_jax.plan"
+COMMAND = "python -m unclip_jax plan"
 SLOW = ("decoder", "upsampler", "classifier")  # U-Nets
 
 FLAGS = flags.FlagValues()
@@ -95,7 +96,7 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
     devices = topology.devices()
     found = None
     if FIT.value:
-        found = fit.search(config, topology, devices)
+        found = search.search(config, topology, devices)
         plan = found.plan
     else:
         plan = Plan.of(config, devices, mesh)
@@ -106,7 +107,7 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": ", ".join(f"{name} {size}" for name, size in plan.mesh.shape.items()),
-        "remat": fit.remat_of(plan.stage),
+        "remat": search.remat_of(plan.stage),
         "versions": analysis.versions(),
     }
     try:

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from unclip_jax import axes
-from unclip_jax.optim import trained
+from unclip_jax.parallel import axes
 from unclip_jax.plan import flops
 from unclip_jax.plan.blocks import Split, equations
 from unclip_jax.plan.chips import Topology
 from unclip_jax.plan.kept import compiled
 from unclip_jax.plan.measure import QUICK, Measured, Roofline, together
 from unclip_jax.plan.programs import Plan, device_bytes
+from unclip_jax.training.optimizers import trained
 
 DAY = 86400.0
 Say = Callable[[str], None]

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unclip_jax import axes
 from unclip_jax.errors import UserError
+from unclip_jax.parallel import axes
 from unclip_jax.plan.flops import sub_jaxprs
 
 BLOCKS = ("checkpoint", "remat", "remat2")  # the primitive's names, by version of jax

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from unclip_jax.files import check_place, default_cache_dir, replacing
+from unclip_jax.common.files import check_place, default_cache_dir, replacing
 from unclip_jax.plan import hlo, measure
 from unclip_jax.plan.hlo import Collective
 from unclip_jax.plan.measure import Measured

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unclip_jax import axes, sharding, stages
-from unclip_jax import config as settings
+from unclip_jax import stages
+from unclip_jax.common import config as settings
 from unclip_jax.errors import UserError
-from unclip_jax.optim import make_optimizer
-from unclip_jax.train_config import TrainConfig
-from unclip_jax.train_step import LossFn, TrainState, init_state, make_train_step
+from unclip_jax.parallel import axes, sharding
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.optimizers import make_optimizer
+from unclip_jax.training.step import LossFn, TrainState, init_state, make_train_step
 
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct
 

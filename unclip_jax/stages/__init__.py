@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from unclip_jax import config
+from unclip_jax.common import config
 from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages.ar_prior import ARPriorStage

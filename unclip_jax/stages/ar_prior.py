@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import pca
+from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
-from unclip_jax.loops import Loop, whole
+from unclip_jax.metrics import pca
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
-from unclip_jax.stages import embedding
+from unclip_jax.stages import normalisation
 from unclip_jax.stages.conditioning import Condition, Params, drop_caption, keep, text_mask
 
 Quantiser = dict[str, jax.Array]
@@ -253,7 +253,7 @@ class ARPriorStage:
             params, keys, cond, guidance_scale=guidance_scale, null=null, loop=loop
         )
         z_i = dequantise(params["normalisation"], codes)
-        return embedding.unit(z_i) if self.unit_embeddings else z_i
+        return normalisation.unit(z_i) if self.unit_embeddings else z_i
 
     def draw_codes(
         self,

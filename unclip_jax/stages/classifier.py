@@ -12,12 +12,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import diffusion as dm
+from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.models.classifier import Classifier, check_classifier
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages.conditioning import Params, random_timesteps
-from unclip_jax.stages.images import to_float
+from unclip_jax.stages.pixels import to_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ClassifierStage:
     kind: ClassVar[str] = "classifier"
 
     model: UNetConfig
-    diffusion: dm.Diffusion = dm.Diffusion()
+    diffusion: gaussian.Diffusion = gaussian.Diffusion()
 
     def __post_init__(self) -> None:
         """Check what makes a U-Net's encoder a classifier of images."""
@@ -99,7 +99,7 @@ class ClassifierStage:
         x_0, label = to_float(batch["image"]), batch["label"]
         t = random_timesteps(t_key, len(x_0), self.diffusion)
         noise = jax.random.normal(noise_key, x_0.shape)
-        x_t = dm.q_sample(self.diffusion.process(), x_0, t, noise)
+        x_t = gaussian.q_sample(self.diffusion.process(), x_0, t, noise)
         log_p = jax.nn.log_softmax(self.logits(params, x_t, t, dropout_key))
         accuracy = jnp.mean(jnp.argmax(log_p, axis=-1) == label)
         return -jnp.mean(_pick(log_p, label)), {"accuracy": accuracy}

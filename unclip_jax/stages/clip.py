@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.axes import constrain
 from unclip_jax.models.clip import Clip, ClipConfig
-from unclip_jax.stages.embedding import unit
-from unclip_jax.stages.images import resize, to_float
+from unclip_jax.parallel.axes import constrain
+from unclip_jax.stages.normalisation import unit
+from unclip_jax.stages.pixels import resize, to_float
 
 Params = dict[str, Any]
 
@@ -112,3 +113,15 @@ class ClipStage:
             {"params": params["network"]}, tokens, method=self.network.encode_text
         )
         return (unit(z_t) if self.unit_embeddings else z_t), states
+
+
+@functools.partial(jax.jit, static_argnames="stage")
+def encode_text(stage: ClipStage, params, tokens: jax.Array) -> jax.Array:
+    """Compiled `ClipStage.encode_text`, without the token states: [b, l] -> z_t [b, e]."""
+    return stage.encode_text(params, tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnames="stage")
+def encode_image(stage: ClipStage, params, images: jax.Array) -> jax.Array:
+    """Compiled `ClipStage.encode_image` of uint8 images [b, h, w, 3] -> z_i [b, e]."""
+    return stage.encode_image(params, to_float(images))

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import samplers
-from unclip_jax.diffusion import Diffusion
+from unclip_jax.diffusion import samplers
+from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.errors import UserError
 
 Condition = dict[str, jax.Array]
@@ -69,7 +69,7 @@ def check_analytic(sampling: samplers.Sampling, analytic: bool) -> None:
     if sampling.method == "analytic" and not analytic:
         raise UserError(
             'stage.sampling.method: got "analytic", but this stage has no analytic variance; use'
-            " another method, such as ddpm, until python -m unclip_jax.analytic --stage DIR has"
+            " another method, such as ddpm, until python -m unclip_jax analytic --stage DIR has"
             " measured it on the trained stage in DIR"
         )
 
@@ -109,3 +109,8 @@ def initial_noise(
         return noise[:, 0], noise[:, 1:]
     pairs = jax.vmap(jax.random.split)(keys)
     return samplers.normal(pairs[:, 0], shape), pairs[:, 1]
+
+
+def example_keys(key: jax.Array, num: int) -> jax.Array:
+    """One key per sample number [num]; a picture depends on the seed and its number alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num))

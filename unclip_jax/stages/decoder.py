@@ -15,14 +15,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import diffusion as dm
-from unclip_jax import guidance, samplers
+from unclip_jax.diffusion import gaussian, guidance, samplers
+from unclip_jax.diffusion.losses import training_losses
+from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
-from unclip_jax.loops import Loop, whole
-from unclip_jax.losses import losses
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.stages import embedding
+from unclip_jax.stages import normalisation
 from unclip_jax.stages.conditioning import (
     Condition,
     Params,
@@ -34,7 +33,7 @@ from unclip_jax.stages.conditioning import (
     random_timesteps,
     text_mask,
 )
-from unclip_jax.stages.images import to_float
+from unclip_jax.stages.pixels import to_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +52,13 @@ class DecoderStage:
             kept in the params under `null_caption`, rather than no caption at all.
         states_length: tokens of a caption where the decoder reads another network's text states.
         analytic: whether the statistic of the analytic variance is in the params, under
-            `analytic`; `python -m unclip_jax.analytic` measures it on a trained stage.
+            `analytic`; `python -m unclip_jax analytic` measures it on a trained stage.
     """
 
     kind: ClassVar[str] = "decoder"
 
     model: DecoderConfig
-    diffusion: dm.Diffusion = dm.Diffusion(variance="learned_range", loss="hybrid")
+    diffusion: gaussian.Diffusion = gaussian.Diffusion(variance="learned_range", loss="hybrid")
     sampling: samplers.Sampling = samplers.Sampling(method="ddpm", spacing="250", clip_x_0=1.0)
     z_i_drop: float = 0.1
     caption_drop: float = 0.5
@@ -125,7 +124,7 @@ class DecoderStage:
         )
         params = {"network": variables["params"]}
         if e:
-            params["normalisation"] = embedding.identity(e)
+            params["normalisation"] = normalisation.identity(e)
         if self.empty_null:
             params["null_caption"] = empty_caption(self.states_length, self.model.text_width, e)
         if self.analytic:
@@ -168,7 +167,7 @@ class DecoderStage:
             if label is None:
                 raise UserError(
                     "label: none given, but this decoder draws one of"
-                    f" {self.model.num_classes} classes; use python -m unclip_jax.class_conditional"
+                    f" {self.model.num_classes} classes; use python -m unclip_jax class_conditional"
                 )
             cond["label"] = label
         if self.model.has_text:
@@ -198,7 +197,7 @@ class DecoderStage:
     def encode(self, params: Params, cond: Condition) -> dict[str, jax.Array]:
         """All of the conditioning that depends on neither x_t nor t, computed once."""
         if self.model.embed_dim:
-            cond = cond | {"z_i": embedding.normalise(params["normalisation"], cond["z_i"])}
+            cond = cond | {"z_i": normalisation.normalise(params["normalisation"], cond["z_i"])}
         return self.network.apply({"params": params["network"]}, cond, method=self.network.encode)
 
     def denoise(
@@ -222,7 +221,7 @@ class DecoderStage:
 
     def denoiser(
         self, params: Params, cond: Condition, dropout_key: jax.Array | None = None
-    ) -> dm.Denoise:
+    ) -> gaussian.Denoise:
         """`denoise(x_t, t)` under a condition, which is encoded once, without guidance."""
         encoded = self.encode(params, cond)
         return lambda x_t, t: self.denoise(params, x_t, t, encoded, dropout_key)
@@ -253,7 +252,7 @@ class DecoderStage:
             kept = keep(jax.random.fold_in(caption_key, 1), len(x_0), self.label_drop)
             cond["label"] = jnp.where(kept, cond["label"], self.model.num_classes)
         denoise = self.denoiser(params, cond, dropout_key)
-        terms = losses(self.diffusion, denoise, x_0, t, noise)
+        terms = training_losses(self.diffusion, denoise, x_0, t, noise)
         metrics = {name: jnp.mean(value) for name, value in terms.items() if name != "loss"}
         return jnp.mean(terms["loss"]), metrics
 
@@ -267,7 +266,7 @@ class DecoderStage:
         null: Condition | None = None,
         eta: float | jax.Array = 0.0,
         noise: jax.Array | None = None,
-        guide: Callable[[dm.Denoise], dm.Denoise] | None = None,
+        guide: Callable[[gaussian.Denoise], gaussian.Denoise] | None = None,
         loop: Loop = whole,
     ) -> jax.Array:
         """Images [b, h, w, 3] in [-1, 1] for b conditions, one typed key each.
@@ -307,7 +306,7 @@ class DecoderStage:
         )
 
 
-def check_channels(out_channels: int, diffusion: dm.Diffusion, path: str) -> None:
+def check_channels(out_channels: int, diffusion: gaussian.Diffusion, path: str) -> None:
     """A learned variance needs a second set of output channels; a fixed one must not have it.
 
     Raises:

@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import diffusion as dm
-from unclip_jax import guidance, samplers
+from unclip_jax.diffusion import gaussian, guidance, samplers
+from unclip_jax.diffusion.losses import training_losses
+from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
-from unclip_jax.loops import Loop, whole
-from unclip_jax.losses import losses
 from unclip_jax.models.prior import Prior, PriorConfig
-from unclip_jax.stages import embedding
+from unclip_jax.stages import normalisation
 from unclip_jax.stages.conditioning import (
     Condition,
     Params,
@@ -48,13 +47,13 @@ class PriorStage:
         empty_null: whether a dropped caption is the empty caption as CLIP encodes it (Karlo),
             kept in the params under `null_caption`, rather than no caption at all.
         analytic: whether the statistic of the analytic variance is in the params, under
-            `analytic`; `python -m unclip_jax.analytic` measures it on a trained stage.
+            `analytic`; `python -m unclip_jax analytic` measures it on a trained stage.
     """
 
     kind: ClassVar[str] = "prior"
 
     model: PriorConfig
-    diffusion: dm.Diffusion = dm.Diffusion(prediction="x_0", variance="fixed_small_log")
+    diffusion: gaussian.Diffusion = gaussian.Diffusion(prediction="x_0", variance="fixed_small_log")
     sampling: samplers.Sampling = samplers.Sampling(method="ddpm", spacing="64")
     caption_drop: float = 0.1
     draws: int = 2
@@ -104,7 +103,7 @@ class PriorStage:
             cond["text"],
             cond["text_mask"],
         )
-        params = {"network": variables["params"], "normalisation": embedding.identity(e)}
+        params = {"network": variables["params"], "normalisation": normalisation.identity(e)}
         if self.empty_null:
             c = self.model
             params["null_caption"] = empty_caption(c.context_length, c.text_width, e)
@@ -153,14 +152,14 @@ class PriorStage:
             {"params": params["network"]}, x_t, t, encoded, method=self.network.denoise
         )
 
-    def denoiser(self, params: Params, cond: Condition) -> dm.Denoise:
+    def denoiser(self, params: Params, cond: Condition) -> gaussian.Denoise:
         """`denoise(x_t, t)` under a condition, which is encoded once, without guidance."""
         encoded = self.encode(params, cond)
         return lambda x_t, t: self.denoise(params, x_t, t, encoded)
 
     def data(self, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
         """x_0 [b, e] and the whole condition of a batch, see `loss`."""
-        x_0 = embedding.normalise(params["normalisation"], batch["z_i"])
+        x_0 = normalisation.normalise(params["normalisation"], batch["z_i"])
         if self.reads_states:
             return x_0, self.condition(batch["text_states"], batch["z_t"], batch["text_mask"])
         return x_0, self.condition(batch["tokens"], batch["z_t"])
@@ -184,7 +183,7 @@ class PriorStage:
         def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:  # all tokens at once
             return self.network.apply({"params": params["network"]}, x_t, t, *text)
 
-        terms = losses(self.diffusion, denoise, x_0, t, noise)
+        terms = training_losses(self.diffusion, denoise, x_0, t, noise)
         return jnp.mean(terms["loss"]), {"mse": jnp.mean(terms["mse"])}
 
     def draw(
@@ -223,8 +222,8 @@ class PriorStage:
             analytic=params.get("analytic"),
             loop=loop,
         )
-        z_i = embedding.denormalise(params["normalisation"], x_0)
-        return embedding.unit(z_i) if self.unit_embeddings else z_i
+        z_i = normalisation.denormalise(params["normalisation"], x_0)
+        return normalisation.unit(z_i) if self.unit_embeddings else z_i
 
     def sample(
         self,

@@ -19,15 +19,15 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import degrade, samplers
-from unclip_jax import diffusion as dm
+from unclip_jax.diffusion import gaussian, samplers
+from unclip_jax.diffusion.losses import training_losses
+from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
-from unclip_jax.loops import Loop, whole
-from unclip_jax.losses import losses
 from unclip_jax.models.unet import UNet, UNetConfig
+from unclip_jax.stages import degrade
 from unclip_jax.stages.conditioning import Params, initial_noise, random_timesteps
 from unclip_jax.stages.decoder import check_channels
-from unclip_jax.stages.images import resize, to_float
+from unclip_jax.stages.pixels import resize, to_float
 
 CORRUPTIONS = ("none", "gaussian", "bsr")
 
@@ -59,7 +59,7 @@ class UpsamplerStage:
 
     model: UNetConfig
     low_size: int
-    diffusion: dm.Diffusion = dm.Diffusion()
+    diffusion: gaussian.Diffusion = gaussian.Diffusion()
     sampling: samplers.Sampling = samplers.Sampling(method="ddim", spacing="27", clip_x_0=1.0)
     crop: float = 0.25
     corruption: str = "gaussian"
@@ -211,7 +211,7 @@ class UpsamplerStage:
         return jnp.round(level * (self.diffusion.steps - 1)).astype(jnp.int32)
 
     def _noised(self, low: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-        return dm.q_sample(self.diffusion.process(), low, t, noise)
+        return gaussian.q_sample(self.diffusion.process(), low, t, noise)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
@@ -219,7 +219,7 @@ class UpsamplerStage:
         """Loss of a batch {"image": uint8 [b, h, w, 3]} of full-size images, on random crops."""
         t_key, noise_key, corrupt_key, crop_key, dropout_key = jax.random.split(key, 5)
         x_0, low, level = self.pairs(corrupt_key, crop_key, to_float(batch["image"]))
-        terms = losses(
+        terms = training_losses(
             self.diffusion,
             lambda x_t, t: self.denoise(params, x_t, t, low, level, dropout_key),
             x_0,
@@ -289,7 +289,9 @@ class UpsamplerStage:
             loop=loop,
         )
 
-    def _denoiser(self, params: Params, low: jax.Array, level: jax.Array | None) -> dm.Denoise:
+    def _denoiser(
+        self, params: Params, low: jax.Array, level: jax.Array | None
+    ) -> gaussian.Denoise:
         """`denoise(x_t, t)`, with the second network where t is among the last steps."""
 
         def first(x_t: jax.Array, t: jax.Array) -> jax.Array:

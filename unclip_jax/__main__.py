@@ -1,0 +1,63 @@
+"""One door to every command: `python -m unclip_jax COMMAND`, or `unclip COMMAND` once installed.
+
+`unclip` alone lists the commands, `unclip COMMAND --help` says what one does and takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from unclip_jax.errors import UserError, run_command
+
+# Command -> the module whose main(argv) it is, and what it does.
+COMMANDS = {
+    "train": ("unclip_jax.training.command", "train one stage, or go on with its training"),
+    "sample": ("unclip_jax.pipeline.tasks.command", "draw from captions, and edit pictures"),
+    "app": ("unclip_jax.app.__main__", "the same with a mouse, as a web page"),
+    "evaluate": ("unclip_jax.evaluate.__main__", "measure a model"),
+    "doctor": ("unclip_jax.training.doctor.__main__", "say what is wrong with a run"),
+    "save": ("unclip_jax.training.save", "make a model folder of a training checkpoint"),
+    "analytic": ("unclip_jax.training.analytic", "estimate a stage's analytic variance"),
+    "embed": ("unclip_jax.training.embed", "store CLIP's embeddings of a data set"),
+    "styles": ("unclip_jax.data.emoji.fetch", "fetch the emoji art of several styles"),
+    "convert": ("unclip_jax.weights.convert.__main__", "public weights to model folders and back"),
+    "export": ("unclip_jax.weights.export", "write a stage's sampler as StableHLO"),
+    "plan": ("unclip_jax.plan.__main__", "what a run would cost on a pod that is not there"),
+    "class_conditional": (
+        "unclip_jax.pipeline.class_conditional",
+        "draw from a class-conditional decoder, guided by a classifier",
+    ),
+}
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: unclip COMMAND ...", "", *lines, "", "unclip COMMAND --help says more"]
+    )
+
+
+def dispatch(argv: list[str]) -> None:
+    """Run the command that the first argument names.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] not in COMMANDS:
+        raise UserError(f"command: got {argv[0]!r}, expected one of {', '.join(COMMANDS)}")
+    importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+def main() -> None:
+    """The console command `unclip`."""
+    run_command(dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""CLIP embeddings of a data set, computed once and stored."""

@@ -1,0 +1,284 @@
+"""CLIP embeddings of a data set, stored once and read by the number of their pair.
+
+A store is a folder, here or remote: see `embedding_shards` for what is in it and
+`embedding_writer` for how it comes to be. It serves in two ways: `WithEmbeddings` joins it to the
+pictures it was computed from, and `EmbeddingSource` is a data set of its own, without pictures.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from unclip_jax.data.embeddings.folders import Folder, open_folder
+from unclip_jax.data.embeddings.shards import (
+    FIRST,
+    HELDOUT,
+    META,
+    VALID,
+    Damaged,
+    Meta,
+    Pair,
+    ShardReader,
+)
+from unclip_jax.data.records import BadRecord, Source
+from unclip_jax.errors import UserError
+
+SPLITS = ("train", "heldout", "all")
+_READ_TOGETHER = 8192  # pairs of a chunk
+
+
+class EmbeddingStore:
+    """Stored embeddings of N pairs; shards are opened when first read. Safe to call from threads.
+
+    Attributes:
+      where: its path or URL.
+      meta: what it says of itself.
+    """
+
+    def __init__(self, folder: Folder, meta: Meta):
+        """Use `open`."""
+        self.where, self.meta = str(folder), meta
+        self._folder = folder
+        self._shards: dict[int, ShardReader] = {}
+        self._opening = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, where: str | os.PathLike, *, cache_dir: str | os.PathLike, **expected: Any
+    ) -> EmbeddingStore:
+        """Opens a store for reading.
+
+        Args:
+          where: its folder, a path or a URL of fsspec's.
+          cache_dir: where copies of a remote store's shards are kept.
+          **expected: what fields of its `meta` must be.
+
+        Raises:
+          UserError: if there is none, it is damaged or not complete, or a field is another.
+        """
+        folder = open_folder(where, cache_dir)
+        names = folder.names()
+        if META not in names:
+            raise UserError(
+                f"embeddings: {folder}: no stored embeddings; compute them with"
+                " python -m unclip_jax embed"
+            )
+        meta = Meta.from_json(folder.read_text(META), str(folder))
+        store = cls(folder, meta)
+        store.check(**expected)
+        missing = sum(meta.shard_name(s) not in names for s in range(meta.shards))
+        if missing:
+            raise UserError(
+                f"embeddings: {folder}: {missing} of {meta.shards} shards are missing; run the same"
+                " python -m unclip_jax embed again, which goes on where it stopped"
+            )
+        return store
+
+    def check(self, **expected: Any) -> None:
+        """Checks fields of `meta`; `UserError` names the first that is another."""
+        advice = "compute them again, into another folder, or give the CLIP and data they are of"
+        self.meta.check(self.where, advice, **expected)
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return self.meta.count
+
+    def __getitem__(self, index: int) -> Pair:
+        """The pair at `index`, valid or not; `records.BadRecord` if its record is damaged."""
+        shard = self.meta.shard_of(index)
+        try:
+            (pair,) = self._shard(shard).read(index, index + 1)
+        except Damaged as error:
+            raise BadRecord(f"pair {index} of {self._name(shard)}: damaged ({error})") from error
+        return pair
+
+    @functools.cached_property
+    def flags(self) -> np.ndarray:
+        """What `embedding_shards` says of each pair in a byte, uint8 `[N]`; opens every shard.
+
+        Raises:
+          UserError: if a shard is damaged.
+        """
+        parts = []
+        for shard in range(self.meta.shards):
+            try:
+                parts.append(self._shard(shard).flags())
+            except Damaged as error:
+                raise self._beyond_use(shard, error) from error
+        return np.concatenate(parts)
+
+    def chunks(self, among: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All valid (z_i, z_t), each float32 `[n, e]`, some thousands at a time, in order.
+
+        Args:
+          among: bool `[N]`, which pairs count; None for all.
+
+        Raises:
+          UserError: if a shard is damaged.
+        """
+        for shard in range(self.meta.shards):
+            pairs = self.meta.shard_pairs(shard)
+            for start in range(pairs.start, pairs.stop, _READ_TOGETHER):
+                stop = min(start + _READ_TOGETHER, pairs.stop)
+                try:
+                    read = self._shard(shard).read(start, stop)
+                except Damaged as error:
+                    raise self._beyond_use(shard, error) from error
+                counts = [p for p in read if p.flags & VALID and (among is None or among[p.index])]
+                if counts:
+                    yield np.stack([p.z_i for p in counts]), np.stack([p.z_t for p in counts])
+
+    def _shard(self, shard: int) -> ShardReader:
+        reader = self._shards.get(shard)
+        if reader is None:
+            with self._opening:
+                if shard not in self._shards:
+                    path = self._folder.file(self.meta.shard_name(shard))
+                    try:
+                        self._shards[shard] = ShardReader(path, self.meta, shard)
+                    except Damaged as error:
+                        raise self._beyond_use(shard, error) from error
+                reader = self._shards[shard]
+        return reader
+
+    def _name(self, shard: int) -> str:
+        return f"{self.where}/{self.meta.shard_name(shard)}"
+
+    def _beyond_use(self, shard: int, error: Damaged) -> UserError:
+        return UserError(
+            f"embeddings: {self._name(shard)}: damaged ({error}); delete that file and run the same"
+            " python -m unclip_jax embed again (or delete the folder, if it is a cache)"
+        )
+
+
+class WithEmbeddings:
+    """A source whose records also carry `z_i` and `z_t`, float32 `[e]`.
+
+    A pair without valid embeddings is a bad record. See `records.Source` for the
+    attributes; besides, `store` is the `EmbeddingStore`.
+    """
+
+    def __init__(self, source: Source, store: EmbeddingStore):
+        """Joins a source, at any image size, to its embeddings.
+
+        Raises:
+          UserError: if the store is of other data.
+        """
+        of = (store.meta.data_fingerprint, len(store))
+        if of != (source.fingerprint, len(source)):
+            raise UserError(
+                f"embeddings: {store.where}: computed from other data ({of[0]}, {of[1]} pairs) than"
+                f" {source.name} ({source.fingerprint}, {len(source)} pairs); compute them from"
+                " this data set, split and captions"
+            )
+        self.name, self.fingerprint = source.name, source.fingerprint
+        self.image_count, self.skipped = source.image_count, source.skipped
+        self.image_of = source.image_of
+        self._source, self.store = source, store
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the source's classes."""
+        return self._source.classes
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The pair at `index`, with its embeddings."""
+        pair = self.store[index]
+        record = self._source[index]
+        if not pair.flags & VALID:
+            raise BadRecord(f"{record['name']}: no embeddings, as it was bad when they were made")
+        return {**record, "z_i": pair.z_i, "z_t": pair.z_t}
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All valid (z_i, z_t), each float32 `[n, e]`, a part at a time."""
+        return self.store.chunks()
+
+
+class EmbeddingSource:
+    """Stored embeddings as a data set of their own: records hold no `image`.
+
+    They hold `caption`, `z_i`, `z_t` and, where those that are stored fit, `tokens`. Splits part
+    the images by the SHA-256 of their names, as `records.is_heldout` says: a store of a whole
+    folder has the folder's own splits. See `records.Source` for the attributes; besides, `store`
+    is the `EmbeddingStore`.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        where: str,
+        split: str,
+        captions: str,
+        *,
+        context: tuple[int, int],
+        cache_dir: str | os.PathLike,
+    ):
+        """Opens a store and reads which of its pairs are in a split, but no pair.
+
+        Args:
+          where: its path or URL.
+          split: "train", "heldout" or "all".
+          captions: "all", or "first" for one pair an image.
+          context: length and vocabulary of the tokens that are wanted.
+          cache_dir: where copies of a remote store's shards are kept.
+
+        Raises:
+          UserError: if there is no such store or split, nothing in the split, or the store isn't
+            complete.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split: {split!r}: stored embeddings have {', '.join(SPLITS)}")
+        self.name = f"embeddings:{where}"
+        self.store = EmbeddingStore.open(where, cache_dir=cache_dir)
+        self.skipped: dict[str, str] = {}
+        meta, flags = self.store.meta, self.store.flags
+        self._among = np.ones(len(flags), bool)
+        if split != "all":
+            self._among &= (flags & HELDOUT > 0) == (split == "heldout")
+        if captions == "first":
+            self._among &= flags & FIRST > 0
+        self._pairs = np.flatnonzero(self._among)
+        if not len(self._pairs):
+            raise UserError(
+                f"split: {split!r}: none of the {len(flags)} pairs of {self.name} falls in it; use"
+                " split 'all', or more data"
+            )
+        self._images = np.cumsum(flags & FIRST > 0)
+        self.image_count = len(np.unique(self._images[self._pairs]))
+        self._has_tokens = (meta.context_length, meta.vocab_size) == context
+        known = [meta.clip_fingerprint, meta.data_fingerprint, split, captions]
+        self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """The number of pairs in the split."""
+        return len(self._pairs)
+
+    def image_of(self, index: int) -> int:
+        """A number that the pairs of one image share."""
+        return int(self._images[self._pairs[index]])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The pair at `index`; `records.BadRecord` if it has no embeddings."""
+        pair = self.store[int(self._pairs[index])]
+        if not pair.flags & VALID:
+            raise BadRecord(f"{pair.name}: no embeddings, as it was bad when they were made")
+        record = {"caption": pair.caption, "index": index, "name": pair.name}
+        tokens = {"tokens": pair.tokens} if self._has_tokens else {}
+        return record | tokens | {"z_i": pair.z_i, "z_t": pair.z_t}
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All valid (z_i, z_t) of the split, each float32 `[n, e]`, a part at a time."""
+        return self.store.chunks(self._among)

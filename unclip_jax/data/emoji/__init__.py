@@ -1,0 +1,1 @@
+"""The emoji data sets: art, catalogue, captions and builders."""

@@ -1,0 +1,183 @@
+"""The emoji as a TensorFlow Datasets builder: real pictures, real captions, no download.
+
+`tfds.load`-style use needs no TensorFlow: the records are ArrayRecords with the
+images as PNG bytes. Importing this module registers the builder as `emoji`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import sys
+from typing import TypeVar
+
+import resvg_py
+import tensorflow_datasets as tfds
+from PIL import Image
+from tqdm import tqdm
+
+from unclip_jax.data.emoji.catalogue import ATTRIBUTION, Emoji, catalogue
+from unclip_jax.data.records import is_heldout
+from unclip_jax.errors import UserError
+
+MAX_IMAGE_SIZE = 4096
+
+Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
+
+
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+class EmojiConfig(tfds.core.BuilderConfig):
+    """Configuration of the emoji builder; its name follows from its options.
+
+    Attributes:
+      image_size: side of the square images, in pixels.
+      skin_tones: whether the variants with a skin tone are in it.
+    """
+
+    name: str = ""
+    image_size: int = 64
+    skin_tones: bool = False
+
+    def __post_init__(self):
+        """Names the configuration "64" or "64_skin_tones"."""
+        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise UserError(
+                f"image_size: {self.image_size}: emoji come at 1 to {MAX_IMAGE_SIZE} pixels"
+            )
+        self.name = f"{self.image_size}_skin_tones" if self.skin_tones else f"{self.image_size}"
+
+
+def rasterise(svg: str, size: int) -> bytes:
+    """A drawing as a PNG file: RGB, `size` x `size`, centred on white."""
+    drawing = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    drawn = Image.open(io.BytesIO(drawing)).convert("RGBA")
+    canvas = Image.new("RGBA", (size, size), "white")
+    canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    file = io.BytesIO()
+    canvas.convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+class EmojiBuilder(tfds.core.GeneratorBasedBuilder):
+    """Twemoji pictures with their names as captions.
+
+    Splits `train` and `heldout` (about 10 %) part the *concepts*: man, woman and
+    person firefighter, in every skin tone, are on one side.
+    """
+
+    name = "emoji"
+    # TFDS would look beside this file for checksums of downloads, of which there are
+    # none, and needs a package for it that it doesn't install (importlib_resources).
+    code_path = None
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Twemoji rendered on white, splits by concept."}  # noqa: RUF012
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        EmojiConfig(image_size=size, skin_tones=tones)
+        for tones in (False, True)
+        for size in (64, 32, 48, 128, 224, 256, 512, 1024)
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.image_size
+        return self.dataset_info_from_configs(
+            description=f"Emoji, {size} px on white, captioned by their names. {ATTRIBUTION}",
+            homepage="https://github.com/jdecked/twemoji",
+            license=ATTRIBUTION,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": tfds.features.Text(doc="the canonical caption"),
+                    "captions": tfds.features.Sequence(tfds.features.Text()),
+                    "category": tfds.features.Text(doc="Unicode's group"),
+                    "concept": tfds.features.Text(doc="code points of the neutral form"),
+                    "codepoints": tfds.features.Text(doc="hexadecimal, joined by hyphens"),
+                }
+            ),
+            supervised_keys=("caption", "image"),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # everything comes from installed packages
+        emoji = catalogue(self.builder_config.skin_tones)
+        return {
+            "train": self._generate_examples([e for e in emoji if not is_heldout(e.concept)]),
+            "heldout": self._generate_examples([e for e in emoji if is_heldout(e.concept)]),
+        }
+
+    def _generate_examples(self, chosen: list[Emoji]):
+        size = self.builder_config.image_size
+        for emoji in tqdm(chosen, desc="Rendering", unit="", disable=None):
+            yield (
+                emoji.codepoints,
+                {
+                    "image": io.BytesIO(rasterise(emoji.art.read_text(encoding="utf-8"), size)),
+                    "caption": emoji.captions[0],
+                    "captions": list(emoji.captions),
+                    "category": emoji.category,
+                    "concept": emoji.concept,
+                    "codepoints": emoji.codepoints,
+                },
+            )
+
+
+def prepare(image_size: int, skin_tones: bool, data_dir: str | os.PathLike) -> EmojiBuilder:
+    """The emoji builder, its data rendered into `data_dir` if they weren't before.
+
+    Args:
+      image_size: side of the images in pixels.
+      skin_tones: whether the variants with a skin tone are in it.
+      data_dir: TFDS's directory, made where it doesn't exist.
+
+    Raises:
+      UserError: if `data_dir` can't be written.
+    """
+    return prepared(EmojiBuilder, "the emoji", image_size, skin_tones, data_dir)
+
+
+def prepared(
+    builder_class: type[Builder],
+    what: str,
+    image_size: int,
+    skin_tones: bool,
+    data_dir: str | os.PathLike,
+) -> Builder:
+    """A builder configured by `EmojiConfig`, its data rendered if they weren't before.
+
+    The data appear under their final name in one rename, so processes that prepare
+    at once each render, one of them wins, and all read the same.
+
+    Args:
+      builder_class: the builder; `what` messages call its data.
+      what: "the emoji".
+      image_size: side of the images in pixels.
+      skin_tones: whether the variants with a skin tone are in it.
+      data_dir: TFDS's directory, made where it doesn't exist.
+
+    Raises:
+      UserError: if `data_dir` can't be written.
+    """
+    config = EmojiConfig(image_size=image_size, skin_tones=skin_tones)
+    known = config.name if config.name in builder_class.builder_configs else config
+
+    def build() -> Builder:
+        return builder_class(config=known, data_dir=data_dir, file_format="array_record")
+
+    builder = build()
+    final = pathlib.Path(builder.data_dir)
+    if final.exists():
+        return builder
+    tfds.disable_progress_bar()  # TFDS's bars for each shard; ours is per emoji
+    print(f"Rendering {what} at {image_size} px into {data_dir}", file=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints of a download
+            builder.download_and_prepare()
+    except OSError as error:
+        if not final.exists():  # else another process was first
+            raise UserError(
+                f"cache_dir: {data_dir}: {what} can't be prepared there ({error}); give another "
+                "cache_dir or set UNCLIP_JAX_CACHE"
+            ) from error
+    return build()

@@ -1,0 +1,214 @@
+"""Emoji in several styles as a TensorFlow Datasets builder: "red apple, noto style".
+
+The art of Noto and Fluent must have been fetched (data/styles.py is the command); Twemoji's is
+installed. Importing this module registers the builder as `emoji_styles`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from unclip_jax.data.emoji import art as emoji_art
+from unclip_jax.data.emoji.builder import EmojiBuilder, prepared, rasterise
+from unclip_jax.data.emoji.catalogue import ATTRIBUTION as TWEMOJI_ATTRIBUTION
+from unclip_jax.data.emoji.catalogue import Emoji, catalogue
+from unclip_jax.data.records import HELDOUT_FRACTION
+
+PACKAGES = {"noto": emoji_art.NOTO, "fluent": emoji_art.FLUENT}
+STYLES = ("twemoji", *PACKAGES)
+ATTRIBUTION = " ".join(
+    ["Emoji art:", TWEMOJI_ATTRIBUTION.removeprefix("Emoji graphics: ")]
+    + [package.attribution for package in PACKAGES.values()]
+)
+
+_NO_ARTICLE = frozenset({"men", "women", "people"})  # first words
+_NOT_SPOKEN_AS_VOWELS = ("uni", "one", "eu")  # "a unicorn", "a one-piece swimsuit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """One emoji in one style.
+
+    Attributes:
+      style: one of `STYLES`.
+      emoji: what it is of; its captions name no style.
+      captions: the canonical one first: "red apple, noto style".
+      svg: the drawing.
+      heldout: whether this concept in this style is kept from training.
+    """
+
+    style: str
+    emoji: Emoji
+    captions: tuple[str, ...]
+    svg: str
+    heldout: bool
+
+
+def with_article(name: str) -> str:
+    """A name as it stands in a sentence: "a red apple", "an anchor", "grapes", "ON! arrow"."""
+    words = name.split()
+    plural = words[-1].endswith("s") and not words[-1].endswith(("ss", "us", "is"))
+    counted = words[0] in _NO_ARTICLE or not words[0][0].islower()
+    if plural or counted:
+        return name
+    vowel = name[0] in "aeiou" and not name.startswith(_NOT_SPOKEN_AS_VOWELS)
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def captions_of(emoji: Emoji, style: str) -> tuple[str, ...]:
+    """What a drawing of an emoji in a style is called, the canonical caption first.
+
+    The last one names no style, so the drawings of one emoji share it, as they do in life.
+    """
+    name, *aliases = emoji.captions
+    captions = (
+        f"{name}, {style} style",
+        f"{with_article(name)}, {style} style",
+        f"{style} emoji of {with_article(name)}",
+        *(f"{alias}, {style} style" for alias in aliases),
+        name,
+    )
+    return tuple(dict.fromkeys(captions))
+
+
+def withheld_style(concept: str, drawn: dict[str, frozenset[str]]) -> str | None:
+    """The style in which a concept is kept from training, None for most concepts.
+
+    A style may be withheld only if every emoji of the concept that has it has another one too: so
+    each emoji is seen in some style. As many concepts are chosen as make about one pair in ten
+    held out. Decided by the SHA-256 of the concept: no new emoji ever moves an old one.
+
+    Args:
+      concept: code points of the neutral form.
+      drawn: each emoji of the concept -> the styles that draw it.
+    """
+    may = [
+        style
+        for style in STYLES
+        if any(style in styles for styles in drawn.values())
+        and all(styles != {style} for styles in drawn.values())
+    ]
+    digest = hashlib.sha256(f"style of {concept}".encode()).digest()
+    chance, choice = (int.from_bytes(part, "big") / 2**64 for part in (digest[:8], digest[8:16]))
+    # One of the styles is withheld, so of k styles a concept gives 1 / k of its pairs.
+    return may[int(choice * len(may))] if chance < HELDOUT_FRACTION * len(may) else None
+
+
+def drawings(art: str | os.PathLike, skin_tones: bool = False) -> tuple[Drawing, ...]:
+    """Every drawing there is, style by style, each ordered by code points.
+
+    Args:
+      art: folder with the fetched packages.
+      skin_tones: whether the variants with a skin tone are in it; they move no other.
+
+    Raises:
+      UserError: if the art hasn't been fetched.
+    """
+    svg = {style: emoji_art.read(package, art) for style, package in PACKAGES.items()}
+    drawn: dict[str, dict[str, frozenset[str]]] = collections.defaultdict(dict)
+    for emoji in catalogue(skin_tones=True):
+        others = {style for style in PACKAGES if emoji_art.bare(emoji.codepoints) in svg[style]}
+        drawn[emoji.concept][emoji.codepoints] = frozenset({"twemoji", *others})
+    withheld = {concept: withheld_style(concept, styles) for concept, styles in drawn.items()}
+    return tuple(
+        Drawing(
+            style=style,
+            emoji=emoji,
+            captions=captions_of(emoji, style),
+            svg=(
+                emoji.art.read_text(encoding="utf-8")
+                if style == "twemoji"
+                else svg[style][emoji_art.bare(emoji.codepoints)]
+            ),
+            heldout=withheld[emoji.concept] == style,
+        )
+        for style in STYLES
+        for emoji in catalogue(skin_tones)
+        if style in drawn[emoji.concept][emoji.codepoints]
+    )
+
+
+class EmojiStyles(tfds.core.GeneratorBasedBuilder):
+    """Emoji in the styles of Twemoji, Noto and Fluent, captioned by name and style.
+
+    Splits `train` and `heldout` (about 10 %) part pairs of concept and style: a held-out concept
+    is seen in training in its other styles.
+    """
+
+    name = "emoji_styles"
+    code_path = None  # as in data/emoji.py
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Three styles, splits by concept and style."}  # noqa: RUF012
+    BUILDER_CONFIGS = EmojiBuilder.BUILDER_CONFIGS
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.image_size
+        return self.dataset_info_from_configs(
+            description=f"Emoji in several styles, {size} px on white. {ATTRIBUTION}",
+            homepage="https://iconify.design",
+            license=ATTRIBUTION,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": tfds.features.Text(doc="the canonical caption"),
+                    "captions": tfds.features.Sequence(tfds.features.Text()),
+                    "style": tfds.features.ClassLabel(names=STYLES),
+                    "category": tfds.features.Text(doc="Unicode's group"),
+                    "concept": tfds.features.Text(doc="code points of the neutral form"),
+                    "name": tfds.features.Text(doc="style/code points"),
+                }
+            ),
+            supervised_keys=("caption", "image"),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # the art has been fetched: emoji_art
+        cache = pathlib.Path(self.data_dir).parents[2]  # above name, configuration and version
+        every = drawings(art_folder(cache), self.builder_config.skin_tones)
+        return {
+            "train": self._generate_examples([d for d in every if not d.heldout]),
+            "heldout": self._generate_examples([d for d in every if d.heldout]),
+        }
+
+    def _generate_examples(self, chosen: list[Drawing]):
+        for drawing in tqdm(chosen, desc="Rendering", unit="", disable=None):
+            name = f"{drawing.style}/{drawing.emoji.codepoints}"
+            yield (
+                name,
+                {
+                    "image": io.BytesIO(rasterise(drawing.svg, self.builder_config.image_size)),
+                    "caption": drawing.captions[0],
+                    "captions": list(drawing.captions),
+                    "style": drawing.style,
+                    "category": drawing.emoji.category,
+                    "concept": drawing.emoji.concept,
+                    "name": name,
+                },
+            )
+
+
+def art_folder(cache_dir: str | os.PathLike) -> pathlib.Path:
+    """Where the fetched packages are, inside a cache."""
+    return pathlib.Path(cache_dir) / "emoji_art"
+
+
+def prepare(image_size: int, skin_tones: bool, cache_dir: str | os.PathLike) -> EmojiStyles:
+    """The builder, its data rendered into `cache_dir` if they weren't before.
+
+    Args:
+      image_size: side of the images in pixels.
+      skin_tones: whether the variants with a skin tone are in it.
+      cache_dir: where data and art are.
+
+    Raises:
+      UserError: if the art hasn't been fetched, or `cache_dir` can't be written.
+    """
+    return prepared(EmojiStyles, "the emoji styles", image_size, skin_tones, cache_dir)

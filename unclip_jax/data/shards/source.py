@@ -1,0 +1,188 @@
+"""A data set of shards, each with its index, as one source."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from unclip_jax.data.folder import SPLITS
+from unclip_jax.data.records import BadRecord
+from unclip_jax.data.shards.index import Format, ShardIndex, indexed, shown
+from unclip_jax.data.shards.storage import StorageError, StoredFile
+from unclip_jax.errors import UserError
+
+MAX_CLASSES = 1_000_000
+_NAMED_IN_WARNINGS = 5
+_OPEN_INDICES = 512
+
+
+class ShardedSource:
+    """The pairs of shards, in the order of the shards and of the images in them.
+
+    Splits part the images by the SHA-256 of their key: `train` is about nine tenths,
+    `heldout` the rest, `all` everything. A shard more moves no other image.
+
+    See `records.Source` for the attributes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[StoredFile],
+        form: Format,
+        *,
+        split: str,
+        captions: str,
+        labels: bool,
+        cache_dir: str | os.PathLike,
+    ):
+        """Opens shards, indexing those that weren't before.
+
+        Args:
+          name: what to call them in messages.
+          files: the shards.
+          form: their format.
+          split: "train", "heldout" or "all".
+          captions: "all", or "first" for one pair an image.
+          labels: whether records carry `label`, the number of their class.
+          cache_dir: where indices are kept; many processes may share it.
+
+        Raises:
+          UserError: if a shard is none or can't be read, or there is no such split or
+            nothing in it.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split: {split!r}: shards have {', '.join(SPLITS)}")
+        self.name, self._files, self._form = name, files, form
+        self._split, self._first_only = split, captions == "first"
+        self._indices = indexed(name, files, form, cache_dir)
+        self._part = functools.lru_cache(_OPEN_INDICES)(self._open)
+        headers = [ShardIndex.open(path).header for path in self._indices]
+        self.skipped = self._named_skipped(headers)
+        self.classes = _all_classes(headers, name) if labels else ()
+        self._numbers = {label: number for number, label in enumerate(self.classes)}
+        counts = np.array([header["counts"][split] for header in headers]).reshape(-1, 2)
+        self._image_ends = np.cumsum(counts[:, 0])
+        self._pair_ends = np.cumsum(counts[:, 0 if self._first_only else 1])
+        self.image_count = int(self._image_ends[-1])
+        if not self.image_count:
+            there = sum(header["images"] for header in headers)
+            raise UserError(
+                f"split: {split!r}: none of the {there} captioned images of {name} is in it"
+                + self._why_none(there)
+            )
+        digests = [header["digest"] for header in headers]
+        known = json.dumps(["shards", split, captions, digests]).encode()
+        self.fingerprint = hashlib.sha256(known).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """The number of (image, caption) pairs."""
+        return int(self._pair_ends[-1])
+
+    def image_of(self, index: int) -> int:
+        """The number of the image of pair `index`, in the order of shards."""
+        shard, local = self._find(index)
+        before = int(self._image_ends[shard - 1]) if shard else 0
+        return before + self._part(shard).image_of(local)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The pair at `index`; `records.BadRecord` if its image can't be read."""
+        shard, local = self._find(index)
+        file, part = self._files[shard], self._part(shard)
+        number = part.image_of(local)
+        image = int(part.images[number])
+        first = int(part.pair_ends[number - 1]) if number else 0
+        name = f"{file.name}/{shown(part.index.key(image))}"
+        try:
+            encoded = self._form.image(file, *part.index.place(image))
+        except (StorageError, BadRecord) as error:
+            raise BadRecord(f"{name}: {error}") from error
+        record = {
+            "image": encoded,
+            "caption": part.index.caption(image, local - first),
+            "index": index,
+            "name": name,
+        }
+        if self.classes:
+            label = part.index.header["classes"][part.index.label(image)]
+            record["label"] = np.int32(self._numbers[label])
+        return record
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The shard of a pair, and its number among that shard's."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: pair {index} of {len(self)}")
+        shard = int(np.searchsorted(self._pair_ends, index, "right"))
+        return shard, index - (int(self._pair_ends[shard - 1]) if shard else 0)
+
+    def _open(self, shard: int) -> _Part:
+        try:
+            index = ShardIndex.open(self._indices[shard])
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cache_dir: {self._indices[shard]}: gone or damaged ({error}); run again to index "
+                f"{self._files[shard].url} anew"
+            ) from error
+        wanted = {
+            "train": ~index.heldout,
+            "heldout": index.heldout,
+            "all": np.ones(len(index.images), bool),
+        }
+        images = np.flatnonzero(wanted[self._split])
+        captions = np.ones(len(images), int) if self._first_only else index.captions_of[images]
+        return _Part(index, images, np.cumsum(captions))
+
+    def _named_skipped(self, headers: Sequence[dict[str, Any]]) -> dict[str, str]:
+        """What the indices left out, some of it named in warnings."""
+        skipped = {
+            f"{file.url}: {name}": reason
+            for file, header in zip(self._files, headers, strict=True)
+            for name, reason in header["skipped"].items()
+        }
+        for name, reason in list(skipped.items())[:_NAMED_IN_WARNINGS]:
+            logging.warning("%s: skipped %s: %s", self.name, name, reason)
+        if len(skipped) > _NAMED_IN_WARNINGS:
+            logging.warning("%s: skipped %d in all", self.name, len(skipped))
+        return skipped
+
+    def _why_none(self, there: int) -> str:
+        if there:
+            return "; use split 'all', or more data"
+        first = next(iter(self.skipped.items()), None)
+        return f"; {first[0]}: {first[1]}, and so on" if first else "; the shards are empty"
+
+
+class _Part(NamedTuple):
+    """What a split has of a shard.
+
+    Attributes:
+      index: of the whole shard.
+      images: which of its images, int64 `[n]`.
+      pair_ends: int64 `[n]`: how many pairs the images have up to and with this one.
+    """
+
+    index: ShardIndex
+    images: np.ndarray
+    pair_ends: np.ndarray
+
+    def image_of(self, pair: int) -> int:
+        """The place in `images` of a pair of this part."""
+        return int(np.searchsorted(self.pair_ends, pair, "right"))
+
+
+def _all_classes(headers: Sequence[dict[str, Any]], name: str) -> tuple[str, ...]:
+    """The classes of all shards: the numbers up to the largest, or names in order."""
+    met = {label for header in headers for label in header["classes"]}
+    if not all(label.isascii() and label.isdigit() for label in met):
+        return tuple(sorted(met))
+    largest = max((int(label[:20]) for label in met), default=-1)
+    if largest >= MAX_CLASSES:
+        raise UserError(f"labels: {name}: class {largest}: expected numbers below {MAX_CLASSES}")
+    return tuple(str(number) for number in range(largest + 1))

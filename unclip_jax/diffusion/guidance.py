@@ -1,0 +1,137 @@
+"""Guidance: a network and a condition, made into a `denoise` that leads further towards it.
+
+What comes out is again a `denoise(x_t, t)`, which samplers and inversion take like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.gaussian import Denoise, Diffusion, at, split_variance
+from unclip_jax.errors import UserError
+
+Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
+"""`network(x_t [b, ...], t int32 [b], condition) -> output`, condition a pytree of `[b, ...]`."""
+
+
+def classifier_free(
+    network: Network,
+    cond: Any,
+    null: Any,
+    scale: float | jax.Array,
+    learned_variance: bool = False,
+    encode: Callable[[Any], Any] = lambda condition: condition,
+) -> Denoise:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): one network call per step.
+
+    The guided prediction is cond + (scale - 1) (cond - null): scale 1 is exactly the conditional
+    model. It holds for eps, x_0 and v alike, which differ by affine maps at given x_t. A learned
+    variance is the conditional one, never guided. Each example's two conditions lie side by side
+    on the batch axis, so that a batch spread over devices stays where it is.
+
+    Args:
+        network: evaluates each row on its own.
+        cond: pytree of `[b, ...]` arrays.
+        null: what to lead away from; the same tree and shapes.
+        scale: scalar or `[b]`, may be traced. A plain 1 evaluates the condition alone.
+        learned_variance: whether the output's last axis holds variance channels in its second half.
+        encode: of a condition, what `network` takes in its place; called once, not once a step.
+
+    Returns:
+        a `denoise` whose output is float32.
+
+    Raises:
+        UserError: `cond` and `null` differ in structure or shape, or the scale's shape is wrong.
+    """
+    _check_same_shapes(cond, null)
+    if isinstance(scale, int | float) and scale == 1:
+        encoded = encode(cond)
+        return lambda x_t, t: network(x_t, t, encoded).astype(jnp.float32)
+    pairs = encode(jax.tree.map(_interleave, cond, null))
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        output = network(_interleave(x_t, x_t), _interleave(t, t), pairs).astype(jnp.float32)
+        output = output.reshape(x_t.shape[0], 2, *output.shape[1:])
+        conditional, unconditional = output[:, 0], output[:, 1]
+        variance = []
+        if learned_variance:
+            conditional, fraction = jnp.split(conditional, 2, axis=-1)
+            unconditional, _ = jnp.split(unconditional, 2, axis=-1)
+            variance = [fraction]
+        extra = _per_example("guidance scale", scale, x_t) - 1.0
+        guided = conditional + extra * (conditional - unconditional)
+        return jnp.concatenate([guided, *variance], axis=-1)
+
+    return denoise
+
+
+def classifier_guided(
+    denoise: Denoise,
+    log_prob: Callable[[jax.Array, jax.Array], jax.Array],
+    scale: float | jax.Array,
+    diffusion: Diffusion,
+) -> Denoise:
+    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2).
+
+    Bayes' rule adds the classifier's gradient g = grad log p(y | x_t) to the score
+    -eps / sqrt(1 - alpha_bar), so eps moves by -sqrt(1 - alpha_bar) scale g, and with it, at the
+    same x_t, x_0 by (1 - alpha_bar) / sqrt(alpha_bar) scale g and v by
+    -sqrt((1 - alpha_bar) / alpha_bar) scale g.
+
+    Args:
+        denoise: the network to guide.
+        log_prob: `log_prob(x_t [b, ...], t int32 [b]) -> log p(y | x_t) [b]`, differentiable.
+        scale: scalar or `[b]`, may be traced; 1 is Bayes' rule.
+        diffusion: what the network predicts. A learned variance is left alone.
+
+    Returns:
+        a `denoise` whose output is float32.
+
+    Raises:
+        UserError: the scale's shape is wrong.
+    """
+    full = diffusion.process()
+
+    def guided(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        prediction, fraction = split_variance(diffusion, denoise(x_t, t), x_t)
+        gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x_t).astype(jnp.float32)
+        sigma = at(full.sqrt_one_minus_alpha_bar, t, x_t)
+        alpha = at(full.sqrt_alpha_bar, t, x_t)
+        size = {"eps": -sigma, "x_0": sigma**2 / alpha, "v": -sigma / alpha}[diffusion.prediction]
+        prediction += _per_example("guidance scale", scale, x_t) * size * gradient
+        variance = [] if fraction is None else [fraction]
+        return jnp.concatenate([prediction, *variance], axis=-1)
+
+    return guided
+
+
+def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Two `[b, ...]` -> `[2b, ...]`: first[0], second[0], first[1], ..."""
+    pairs = jnp.stack([first, second], axis=1)
+    return pairs.reshape(-1, *pairs.shape[2:])
+
+
+def _per_example(name: str, value: float | jax.Array, x: jax.Array) -> jax.Array:
+    """A scalar or `[b]` as float32, shaped to multiply `x`."""
+    value = jnp.asarray(value, jnp.float32)
+    if value.shape not in ((), x.shape[:1]):
+        raise UserError(
+            f"{name} of shape {value.shape}: expected a scalar or one per example {x.shape[:1]}"
+        )
+    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
+
+
+def _check_same_shapes(cond: Any, null: Any) -> None:
+    one, other = (jax.tree_util.tree_flatten_with_path(tree) for tree in (cond, null))
+    if one[1] != other[1]:
+        raise UserError(f"null condition: expected the structure {one[1]}, got {other[1]}")
+    for (path, a), (_, b) in zip(one[0], other[0], strict=True):
+        if jnp.shape(a) != jnp.shape(b):
+            raise UserError(
+                f"null condition{jax.tree_util.keystr(path)} of shape {jnp.shape(b)}: expected "
+                f"the condition's {jnp.shape(a)}; broadcast the null over the batch"
+            )

@@ -1,0 +1,1 @@
+"""Feature networks that figures are measured with."""

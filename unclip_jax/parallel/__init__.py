@@ -1,0 +1,1 @@
+"""Meshes of devices, processes, and compiled programs kept between runs."""

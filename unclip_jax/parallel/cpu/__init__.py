@@ -1,0 +1,1 @@
+"""All that is tuned for CPUs; the library behaves the same without it."""

@@ -1,0 +1,347 @@
+"""The device mesh and what lies where on it.
+
+The mesh has four axes. Examples are split over "data" and "fsdp" together; the features of params,
+of their averages and of the optimizer's state over "fsdp"; an image's rows of pixels over
+"spatial"; what is inside a block over "tensor". So 8 devices as (8, 1, 1, 1) train data parallel,
+(1, 8, 1, 1) with everything sharded, (1, 1, 8, 1) on parts of the same images, (1, 1, 1, 8) tensor
+parallel, and (2, 2, 2, 1) in three ways at once: `axes` says which axis of which array goes where.
+The compiler inserts every collective. Nothing in a stage knows how many devices there are, and
+none of this changes what is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from unclip_jax.common.params import is_weights
+from unclip_jax.errors import UserError
+from unclip_jax.parallel import axes
+from unclip_jax.parallel.axes import DATA, FSDP, SPATIAL, TENSOR
+
+Tree = TypeVar("Tree")
+
+REST = -1
+
+# The `UNetConfig.work` from which on devices of a CPU split one image: that of 64 channels at 64 px
+# and four levels is above, the box's upsampler is below (docs/performance.md).
+LEAST_SPLIT = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis of the mesh; -1, once, stands for all that are left.
+
+    Attributes:
+        data: copies of the model, each with its own share of the batch.
+        fsdp: devices among which a copy's params, averages and optimizer state are split, each
+            again with its own share of the batch.
+        spatial: devices that share the examples' images among them, each with a band of every one:
+            for U-Nets of more devices than examples, or of images that one has no memory for.
+        tensor: devices that compute the parts of one block together.
+    """
+
+    data: int = REST
+    fsdp: int = 1
+    spatial: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int) or (value != REST and value < 1):
+                raise UserError(f"mesh.{name}: got {value!r}, expected a number of devices, or -1")
+        if list(dataclasses.astuple(self)).count(REST) > 1:
+            raise UserError(f"mesh: got {self.text}, expected -1 for one axis at most")
+        if self.spatial != 1 and self.tensor != 1:
+            raise UserError(
+                f"mesh: got {self.text}, expected spatial or tensor to be 1: images are not split"
+                " beside features; set one of them to 1"
+            )
+
+    @property
+    def text(self) -> str:
+        """The axes in words."""
+        return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
+
+    def shape(self, devices: int) -> tuple[int, int, int, int]:
+        """The mesh's shape (data, fsdp, spatial, tensor) on so many devices.
+
+        Raises:
+            UserError: the axes' product is not the number of devices.
+        """
+        sizes = dataclasses.astuple(self)
+        fixed = int(np.prod([size for size in sizes if size != REST]))
+        whole = tuple(devices // fixed if size == REST else size for size in sizes)
+        if int(np.prod(whole)) != devices:
+            raise UserError(
+                f"mesh: got {self.text}, whose product does not make the {devices} devices there"
+                " are; change one of them, or set one to -1"
+            )
+        return whole
+
+
+def make_mesh(
+    config: MeshConfig = MeshConfig(),
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The mesh of all `devices` (every device of every process by default).
+
+    Neighbours along "tensor" or "spatial" are nearest to each other, then those along "fsdp": that
+    is where the traffic is. The axes are Auto: the compiler propagates shardings, as Linen expects.
+
+    Raises:
+        UserError: the config does not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = config.shape(len(devices))
+    # A pod's own axes may have to be split: 8 along "fsdp" is half a side of 16 x 16 chips.
+    grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return Mesh(grid, (DATA, FSDP, SPATIAL, TENSOR), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """A mesh of this process's devices alone, on which params are split as far as they go."""
+    devices = list(mesh.local_devices)
+    tensor = min(mesh.shape[TENSOR], len(devices))
+    fsdp = min(mesh.shape[FSDP], len(devices) // tensor)
+    return make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), devices)
+
+
+def host_device() -> jax.Device:
+    """The host itself as a device: for arrays that one accelerator may be too small to hold.
+
+    Raises:
+        UserError: JAX was told to do without it.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = jax.config.jax_platforms
+        raise UserError(
+            f"JAX_PLATFORMS: got {platforms!r}, expected cpu among them, where params are made"
+            f" before they are split; set JAX_PLATFORMS={platforms},cpu"
+        ) from error
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array [b, ...] whose rows are split over the devices."""
+    return NamedSharding(mesh, axes.spec(("batch",)))
+
+
+def microbatch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of [microbatches, b, ...]: every microbatch is split over the devices."""
+    return NamedSharding(mesh, axes.spec((None, "batch")))
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every array in a stage's params, or in anything made like them.
+
+    Averages and an optimizer's state go where the params of the same path go. Constants, which
+    stand beside networks, and scalars stay whole.
+
+    Args:
+        tree: arrays or their shapes: params, or a state that holds trees of params.
+        mesh: where they go.
+
+    Raises:
+        UserError: an axis of the mesh does not divide an array's axis; or the mesh splits params,
+            and no one knows the axes of this one.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(_names(path), leaf.shape, mesh)), tree
+    )
+
+
+def _names(path: Sequence[Any]) -> tuple[str, ...]:
+    """The keys of dicts on a path, from the network's name on; none for what is in no network."""
+    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    starts = [i for i, key in enumerate(keys) if is_weights(key)]
+    return keys[starts[0] :] if starts else ()
+
+
+def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    if not path or not shape or mesh.shape[FSDP] == mesh.shape[TENSOR] == 1:
+        return PartitionSpec()
+    names = axes.of_param(path, len(shape))
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and size % axes.split(mesh, name):
+            (axis,) = axes.MESH_AXES[name]
+            raise UserError(
+                f"mesh.{axis}: got {mesh.shape[axis]}, expected a divisor of {size}, the axis"
+                f" {name!r} of {'/'.join(path)}, which it splits; lower it, and let mesh.data take"
+                " the rest"
+            )
+    return axes.spec(names)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, grad_accum: int = 1) -> None:
+    """Raise UserError unless every microbatch splits evenly over the devices."""
+    parts = axes.split(mesh, "batch")
+    if batch_size % (parts * grad_accum):
+        raise UserError(
+            f"train.batch_size: got {batch_size}, expected a multiple of {parts * grad_accum}"
+            f" (mesh.data {mesh.shape[DATA]} x mesh.fsdp {mesh.shape[FSDP]} x train.grad_accum"
+            f" {grad_accum}); change one of them"
+        )
+
+
+def check_spatial(mesh: Mesh, rows: int) -> None:
+    """Raise UserError unless the mesh leaves images whole, or splits them evenly.
+
+    Args:
+        mesh: what a stage is to train on.
+        rows: of the first feature map of its U-Net; 0 where it has none.
+    """
+    spatial = mesh.shape[SPATIAL]
+    if spatial > 1 and (rows == 0 or rows % spatial):
+        expected = f"a divisor of the {rows} rows that its U-Net has of an image" if rows else "1"
+        reason = "" if rows else ", as this stage has no U-Net"
+        raise UserError(
+            f"mesh.spatial: got {spatial}, expected {expected}{reason}; change it, and let"
+            " mesh.data take the rest"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataShard:
+    """Which share of every batch a process reads: share `index` of `count`."""
+
+    index: int
+    count: int
+
+
+def data_shard(mesh: Mesh, process: int | None = None) -> DataShard:
+    """The share of the batch whose rows lie on this process's devices (or another's).
+
+    Processes that hold the parts of the same blocks or of the same images hold the same rows, and
+    read the same share.
+
+    Raises:
+        UserError: the processes' rows overlap without being the same, so that no shares fit.
+    """
+    process = jax.process_index() if process is None else process
+    rows: dict[int, set[int]] = {}
+    together = mesh.shape[SPATIAL] * mesh.shape[TENSOR]
+    grid = mesh.devices.reshape(-1, together)
+    for row, devices in enumerate(grid):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(found)) for found in rows.values()})
+    if (
+        sorted(row for share in shares for row in share) != list(range(len(grid)))
+        or len({len(share) for share in shares}) != 1
+    ):
+        axis = TENSOR if mesh.shape[TENSOR] > 1 else SPATIAL
+        raise UserError(
+            f"mesh.{axis}: got {together}, expected a divisor or a multiple of the"
+            f" devices of a process ({len(mesh.local_devices)}), so that each one reads whole"
+            " shares of the batch"
+        )
+    return DataShard(shares.index(tuple(sorted(rows[process]))), len(shares))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Put this process's share of a batch on its devices; returns without waiting.
+
+    Args:
+        batch: arrays [b / count, ...], the rows of this process's `data_shard`.
+        mesh: where they go.
+
+    Returns:
+        Arrays [b, ...] over all processes, whose rows are split evenly over the devices.
+
+    Raises:
+        UserError: the devices do not divide b.
+    """
+    where, count = batch_sharding(mesh), data_shard(mesh).count
+    for array in batch.values():
+        check_batch_size(len(array) * count, mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), where)
+    return {
+        name: jax.make_array_from_process_local_data(
+            where, np.asarray(array), (len(array) * count, *array.shape[1:])
+        )
+        for name, array in batch.items()
+    }
+
+
+def spread(tree: Tree, rows: int, mesh: Mesh) -> Tree:
+    """Arrays [rows, ...] of this process split over the devices by rows; all others whole.
+
+    Rows that the devices do not divide stay together, on every device.
+    """
+    divides = rows % axes.split(mesh, "batch") == 0
+
+    def spread_one(x: jax.Array) -> jax.Array:
+        by_rows = divides and jnp.ndim(x) > 0 and len(x) == rows
+        return jax.device_put(x, batch_sharding(mesh) if by_rows else replicated(mesh))
+
+    return jax.tree.map(spread_one, tree)
+
+
+def for_rows(tree: Tree, rows: int, mesh: Mesh, *, work: int = 0) -> tuple[Tree, Mesh]:
+    """Where params on `mesh` compute a batch of so many rows: there, or on its first device.
+
+    Devices of a CPU share its cores. Where rows do not split over them, each would compute the
+    whole batch, in the others' way; one of them has every core, and a copy already. Only large
+    images, whose height is split then (`axes.constrain`), are worth the longer compilation.
+
+    Args:
+        tree: arrays on `mesh`.
+        rows: of the batch; 1 where nothing spreads batches.
+        mesh: where they lie.
+        work: of the U-Net for one image; 0: it is none.
+
+    Returns:
+        The arrays, and the mesh that they are on.
+    """
+    first = mesh.devices.flat[0]
+    whole = mesh.shape[FSDP] == mesh.shape[TENSOR] == 1
+    if first.platform != "cpu" or rows % axes.split(mesh, "batch") == 0 or not whole:
+        return tree, mesh
+    if work >= LEAST_SPLIT:
+        return tree, mesh
+
+    def as_first_has(x: jax.Array) -> jax.Array:
+        return next(shard.data for shard in x.addressable_shards if shard.device == first)
+
+    return jax.tree.map(as_first_has, tree), make_mesh(devices=[first])
+
+
+def place(tree: Tree, shardings: Any) -> Tree:
+    """Put arrays, the same in every process, where `shardings` says.
+
+    Each process copies to its devices only what they hold. Arrays that are somewhere already are
+    copied: what is done to them there changes nothing here.
+    """
+    return jax.tree.map(_placed, tree, shardings)
+
+
+def _placed(x: Any, where: NamedSharding) -> jax.Array:
+    if where.is_fully_addressable:
+        return jax.device_put(x, where, may_alias=False)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+
+def describe(mesh: Mesh) -> dict[str, Any]:
+    """Number, kind and arrangement of the devices, for the log."""
+    return {
+        "devices": mesh.size,
+        "kind": mesh.devices.flat[0].device_kind,
+        "mesh": ", ".join(f"{name} {size}" for name, size in mesh.shape.items()),
+    }

@@ -1,0 +1,1 @@
+"""Stages and params together: pictures from captions, and edits of pictures."""

@@ -1,0 +1,215 @@
+"""Pictures of a class, from a cascade with classifier guidance: ADM (arXiv 2105.05233).
+
+    python -m unclip_jax class_conditional --decoder runs/adm/decoder \
+        --classifier runs/adm/classifier --upsampler runs/adm/upsampler --label food --out food.png
+
+The decoder draws a small picture of the class: by its class embedding, by the gradient of a
+classifier of noised images, or by both. Upsamplers make it large. A class is named as in the data,
+or by how its name begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax import stages
+from unclip_jax.common.grids import captioned_grid, save_png
+from unclip_jax.diffusion import guidance
+from unclip_jax.errors import UserError, run_command
+from unclip_jax.pipeline.unclip import DECODER, UnCLIP, check_count
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.stages.pixels import to_uint8
+from unclip_jax.weights import classes
+from unclip_jax.weights.trained import Part, load_part
+
+Params = dict[str, Any]
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "classifier"))
+def _draw(
+    stage: stages.DecoderStage,
+    params: Params,
+    keys: jax.Array,
+    label: jax.Array,
+    guidance_scale: jax.Array | None,
+    classifier: stages.ClassifierStage | None,
+    classifier_params: Params | None,
+    classifier_scale: jax.Array,
+) -> jax.Array:
+    """Small images [b, s, s, 3] in [-1, 1] of classes int32 [b]; a scale of None is none."""
+    guide = None
+    if classifier is not None:
+        guide = functools.partial(
+            guidance.classifier_guided,
+            log_prob=lambda x_t, t: classifier.log_prob(classifier_params, x_t, t, label),
+            scale=classifier_scale,
+            diffusion=stage.diffusion,
+        )
+    scale = 1.0 if guidance_scale is None else guidance_scale
+    cond = stage.condition(label=label)
+    return stage.sample(params, keys, cond, guidance_scale=scale, guide=guide)
+
+
+def generate(
+    key: jax.Array,
+    decoder: Part,
+    labels: Sequence[str],
+    *,
+    classifier: Part | None = None,
+    upsamplers: Sequence[Part] = (),
+    num: int = 1,
+    guidance_scale: float | None = None,
+    classifier_scale: float = 1.0,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Pictures of classes.
+
+    Args:
+        key: typed PRNG key. Sample i of any class uses fold_in(key, i), so a picture never depends
+            on the other classes or on how many there are.
+        decoder: of classes; or, with a classifier, one without any condition.
+        labels: names of classes, at least one; see `classes.number`.
+        classifier: of the decoder's images, noised as it noises them; None for no such guidance.
+        upsamplers: from small to large.
+        num: pictures per class.
+        guidance_scale: classifier-free, away from no class; None takes the decoder's own.
+        classifier_scale: of the classifier's gradient; 1 is Bayes' rule, more is more typical.
+        batch_size: pictures computed together; it changes no picture.
+
+    Returns:
+        uint8 [len(labels) * num, size, size, 3], the pictures of one class side by side.
+
+    Raises:
+        UserError: no class, or no such class, parts that do not belong together, a scale that is
+            not finite, or num or batch_size below 1.
+    """
+    known = check(decoder, classifier)
+    if not labels:
+        raise UserError(f"label: none given; expected one of: {', '.join(known)}")
+    numbers = np.repeat([classes.number(name, known) for name in labels], check_count("num", num))
+    cascade = UnCLIP(clip=None, prior=None, decoder=decoder, upsamplers=tuple(upsamplers))
+    cascade.check()
+    scale = decoder.stage.guidance_scale if guidance_scale is None else guidance_scale
+    for name, value in (("guidance_scale", scale), ("classifier_scale", classifier_scale)):
+        if not math.isfinite(value):
+            raise UserError(f"{name}: got {value}, expected a finite number")
+    away = None if scale == 1 or not decoder.stage.num_classes else jnp.float32(scale)
+    guiding = (None, None) if classifier is None else classifier[:2]
+
+    keys = jnp.tile(example_keys(key, num), len(labels))
+    total, batches = len(numbers), []
+    batch_size = min(check_count("batch_size", batch_size), total)
+    for start in range(0, total, batch_size):
+        # The last batch is filled up with its first row: no second program for its size.
+        rows = np.arange(start, start + batch_size)
+        rows = np.where(rows < total, rows, start)
+        own = jax.vmap(lambda key: jax.random.fold_in(key, DECODER))(keys[rows])
+        label, strength = jnp.int32(numbers[rows]), jnp.float32(classifier_scale)
+        small = _draw(decoder.stage, decoder.params, own, label, away, *guiding, strength)
+        batches.append(np.asarray(to_uint8(cascade.upsample(keys[rows], small))))
+    return np.concatenate(batches)[:total]
+
+
+def check(decoder: Part, classifier: Part | None) -> list[str]:
+    """The names of the classes that can be drawn.
+
+    Raises:
+        UserError: the decoder reads something else than a class, or neither knows one; or the
+            classifier is of other classes, images or noise than the decoder.
+    """
+    stage = decoder.stage
+    other = sorted(set(stage.model.conditions) - {"label"})
+    if other:
+        raise UserError(
+            f"decoder: it reads {', '.join(other)}, expected one that reads a class alone; for"
+            " captions use sample.py"
+        )
+    if classifier is None:
+        if not stage.num_classes:
+            raise UserError("decoder: it reads no class; give a classifier that guides it to one")
+        return classes.names(decoder)
+    found = classes.names(classifier)
+    if stage.num_classes and found != classes.names(decoder):
+        raise UserError(
+            f"classifier: knows {', '.join(found)}; expected the decoder's classes:"
+            f" {', '.join(classes.names(decoder))}"
+        )
+    for name in ("image_size", "diffusion.steps", "diffusion.schedule"):
+        got, expected = (
+            functools.reduce(getattr, name.split("."), one) for one in (classifier.stage, stage)
+        )
+        if got != expected:
+            raise UserError(
+                f"classifier: its {name} is {got!r}, expected the decoder's {expected!r}; train it"
+                " with that"
+            )
+    return found
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unclip_jax class_conditional", description=__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--decoder", required=True, metavar="DIR", help="a trained decoder of classes")
+    add("--classifier", metavar="DIR", help="a classifier of noised images that guides it")
+    add("--upsampler", action="append", default=[], metavar="DIR", help="may be repeated")
+    add("--label", action="append", default=[], metavar="CLASS", help="a class; may be repeated")
+    add("--out", default="out.png", metavar="PNG", help="the grid (default out.png)")
+    add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    add("--num", type=int, default=4, help="pictures per class (default 4)")
+    add("--classifier_scale", type=float, default=1.0, help="1 is Bayes' rule (default 1)")
+    add("--guidance_scale", type=float, help="classifier-free; 1 = none (default: the decoder's)")
+    add("--steps", metavar="N", help="the decoder's sampling steps (default: its own)")
+    add("--batch_size", type=int, default=16, help="pictures computed together (default 16)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Draw, and write the grid."""
+    args = parse(argv)
+    if Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--out {args.out!r}: expected a name that ends in .png")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: got {args.seed}, expected 0 to {2**63 - 1}")
+    decoder = load_part(args.decoder, "decoder")
+    if args.steps is not None:
+        sampling = dataclasses.replace(decoder.stage.sampling, spacing=args.steps)
+        decoder.stage.diffusion.process(args.steps)  # a wrong number is an error here, not later
+        decoder = decoder._replace(stage=dataclasses.replace(decoder.stage, sampling=sampling))
+    classifier = load_part(args.classifier, "classifier") if args.classifier else None
+    upsamplers = [load_part(folder, "upsampler") for folder in args.upsampler]
+    images = generate(
+        jax.random.key(args.seed),
+        decoder,
+        args.label,
+        classifier=classifier,
+        upsamplers=sorted(upsamplers, key=lambda part: part.stage.low_size),
+        num=args.num,
+        guidance_scale=args.guidance_scale,
+        classifier_scale=args.classifier_scale,
+        batch_size=args.batch_size,
+    )
+    captions = [label for label in args.label for _ in range(args.num)]
+    grid = captioned_grid(list(images), captions, columns=max(args.num, min(4, len(captions))))
+    settings = {name: value for name, value in vars(args).items() if value is not None}
+    save_png(grid, Path(args.out), {"settings": json.dumps(settings)})
+    print(f"{args.out}: {len(images)} pictures of {images.shape[1]} px")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

@@ -1,0 +1,64 @@
+"""What can be done with an image, section 3 of the paper, and what its latents show.
+
+    walk = Walk(steps=50)
+    latents = encode(model, [image], walk)                      # (z_i, x_T)
+    again = pictures(model, key, latents, walk)                 # the image itself
+    others = pictures(model, key, latents, Walk(steps=50, eta=1.0), num=4)
+
+Every value that a user turns, eta, guidance scale, theta, seed and caption, is traced: another one
+compiles nothing. The number of steps and of pictures computed together is static.
+"""
+
+from unclip_jax.pipeline.manipulate.edits import (
+    inpaint,
+    interpolate,
+    pictures,
+    reconstruct,
+    text_diff,
+    upscale,
+)
+from unclip_jax.pipeline.manipulate.latents import (
+    Latents,
+    Walk,
+    decode,
+    embed,
+    encode,
+    noise,
+    render,
+)
+from unclip_jax.pipeline.manipulate.probes import (
+    ABLATIONS,
+    PCA_DIMS,
+    ablate_prior,
+    check_labels,
+    fit_pca,
+    overlay,
+    pca_embeddings,
+    zero_shot,
+)
+from unclip_jax.pipeline.manipulate.spheres import slerp
+
+__all__ = [
+    "ABLATIONS",
+    "PCA_DIMS",
+    "Latents",
+    "Walk",
+    "ablate_prior",
+    "check_labels",
+    "decode",
+    "embed",
+    "encode",
+    "fit_pca",
+    "inpaint",
+    "interpolate",
+    "noise",
+    "overlay",
+    "pca_embeddings",
+    "pictures",
+    "reconstruct",
+    "render",
+    "slerp",
+    "text_diff",
+    "upscale",
+    "zero_shot",
+]

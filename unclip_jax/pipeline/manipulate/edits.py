@@ -1,0 +1,282 @@
+"""Edits of pictures by their latents: variations, interpolations, text diffs; and inpainting.
+
+The figures of section 3 of the paper. Every function that decodes returns uint8 pictures at the
+model's full size, or the decoder's with `upsample=False`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.data.images import square
+from unclip_jax.errors import UserError
+from unclip_jax.metrics.psnr import psnr
+from unclip_jax.pipeline.manipulate.latents import (
+    Latents,
+    Walk,
+    decode,
+    decoder_size,
+    embed,
+    encode,
+    noise,
+    render,
+    squared,
+)
+from unclip_jax.pipeline.manipulate.spheres import slerp
+from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_count, check_prompts
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.stages.pixels import to_uint8
+
+
+def reconstruct(
+    model: UnCLIP,
+    key: jax.Array,
+    images: Sequence[np.ndarray],
+    walk: Walk,
+    *,
+    upsample: bool = True,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures encoded and decoded again.
+
+    Args:
+        model: with CLIP and a decoder that reads z_i.
+        key: typed PRNG key; without eta, only the upsamplers draw from it.
+        images: uint8 [h, w, 3], of any sizes.
+        walk: how; with eta = 0 and no guidance the pictures come back, the closer the more steps.
+        upsample: False stops after the decoder.
+        progress: called as progress(stage, done, steps).
+
+    Returns:
+        uint8 [b, size, size, 3], and the PSNR [b], in dB, of what the decoder made, at its size.
+    """
+    latents = encode(model, images, walk, progress)
+    keys = jnp.tile(example_keys(key, 1), len(images))
+    small = decode(model, keys, latents, walk, progress=progress)
+    truth = squared(images, model.decoder.stage.image_size)
+    decoded = np.asarray(to_uint8(small))
+    ratios = [psnr(decoded[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
+    again = render(
+        model, keys, small, upsample=upsample, batch_size=walk.batch_size, progress=progress
+    )
+    return again, np.asarray(ratios)
+
+
+def pictures(
+    model: UnCLIP,
+    key: jax.Array,
+    latents: Latents,
+    walk: Walk,
+    *,
+    num: int = 1,
+    upsample: bool = True,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Pictures of latents, uint8 [b * num, size, size, 3].
+
+    With eta = 0 all `num` of one latent are the same but for the upsamplers; with eta > 0 they are
+    variations of it, figure 3 of the paper: what z_i leaves open differs, the more the larger eta.
+
+    Args:
+        model: as for `reconstruct`.
+        key: number i of any latent uses fold_in(key, i), as `UnCLIP.generate` does.
+        latents: b of them, see `encode`.
+        walk: eta, guidance and the rest.
+        num: pictures of each latent; they stand side by side.
+        upsample: False stops after the decoder.
+        progress: called as progress(stage, done, steps).
+    """
+    keys = jnp.tile(example_keys(key, check_count("num", num)), len(latents.z_i))
+    repeated = Latents(*(np.repeat(np.asarray(part), num, axis=0) for part in latents))
+    small = decode(model, keys, repeated, walk, progress=progress)
+    return render(
+        model, keys, small, upsample=upsample, batch_size=walk.batch_size, progress=progress
+    )
+
+
+def interpolate(latents: Latents, frames: int, x_T: np.ndarray | None = None) -> Latents:
+    """The latents between the first of two and the second: figure 4 of the paper.
+
+    z_i is slerped. So is x_T, and the ends then decode to the two pictures themselves; or one x_T
+    is kept throughout, and the ends are variations of the two pictures.
+
+    Args:
+        latents: two.
+        frames: how many, both ends included; at least 2.
+        x_T: one to keep, [s, s, 3].
+
+    Raises:
+        UserError: other than two latents, or too few frames.
+    """
+    if len(latents.z_i) != 2:
+        raise UserError(f"interpolation: got {len(latents.z_i)} pictures, expected two")
+    if frames < 2:
+        raise UserError(f"frames: got {frames}, expected at least 2, one for each end")
+    theta = np.linspace(0.0, 1.0, frames, dtype=np.float32)
+
+    def between(ends: np.ndarray) -> np.ndarray:
+        first, last = (np.repeat(np.asarray(end)[None], frames, axis=0) for end in ends)
+        return np.asarray(slerp(first, last, theta))
+
+    kept = between(latents.x_T) if x_T is None else np.repeat(x_T[None], frames, axis=0)
+    return Latents(between(latents.z_i), kept)
+
+
+def text_diff(
+    model: UnCLIP, latents: Latents, source: str, target: str, thetas: Sequence[float]
+) -> Latents:
+    """Latents turned from one caption towards another: figure 5 of the paper.
+
+    z_d = norm(z_t - z_t0) and z_theta = slerp(z_i, z_d, theta), with x_T kept. z_d is given the
+    length of z_i, so that a z_i which is not of length one (Karlo's) keeps its length.
+
+    Args:
+        model: with a CLIP that has its text tower.
+        latents: b of them.
+        source: what the pictures show, y_0; "" for the empty caption.
+        target: what they shall show, y.
+        thetas: how far to turn, 0 (not at all) to 1 (to z_d); the paper goes to 0.25 to 0.5.
+
+    Returns:
+        b * len(thetas) latents, those of one picture side by side.
+
+    Raises:
+        UserError: a theta out of range, or two captions with the same embedding.
+    """
+    theta = np.asarray(thetas, np.float32).reshape(-1)
+    if not len(theta) or not np.all((theta >= 0) & (theta <= 1)):
+        raise UserError(f"theta: got {list(thetas)}, expected numbers from 0 to 1")
+    check_prompts([target])
+    z_t0, z_t = np.asarray(model.embed_text([source, target]))
+    difference = z_t - z_t0
+    if np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(z_t):
+        raise UserError(
+            f"captions {source!r} and {target!r}: CLIP gives both the same embedding, so there is"
+            " no direction from one to the other; give captions that differ"
+        )
+    z_i = np.repeat(np.asarray(latents.z_i), len(theta), axis=0)
+    direction = difference[None] / np.linalg.norm(difference)
+    direction = direction * np.linalg.norm(z_i, axis=1, keepdims=True)
+    turned = slerp(z_i, direction, np.tile(theta, len(latents.z_i)))
+    return Latents(np.asarray(turned), np.repeat(np.asarray(latents.x_T), len(theta), axis=0))
+
+
+def inpaint(
+    model: UnCLIP,
+    key: jax.Array,
+    image: np.ndarray,
+    hole: np.ndarray,
+    walk: Walk,
+    *,
+    num: int = 1,
+    upsample: bool = True,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """A picture with a hole painted anew, uint8 [num, size, size, 3].
+
+    At each step the decoder knows the picture outside of the hole (see `latents.knowing`). With a
+    caption, z_i comes from the prior, and from CLIP without one, of the picture with its hole in
+    the mean colour of the rest. Outside of the hole the result is the given picture, at full size.
+
+    Args:
+        model: as for `reconstruct`, with a prior if the walk has a caption.
+        key: picture i uses fold_in(key, i).
+        image: uint8 [h, w, 3].
+        hole: bool [h, w], True where to paint; in the proportions of the image.
+        walk: eta 1 harmonises best; its caption says what to paint.
+        num: how many.
+        upsample: False stops after the decoder.
+        progress: called as progress(stage, done, steps).
+
+    Raises:
+        UserError: nothing to paint, or a hole of other proportions.
+    """
+    stage = model.decoder.stage
+    mask = np.repeat(np.asarray(hole, np.uint8)[..., None] * np.uint8(255), 3, axis=2)
+    skew = mask.shape[0] * image.shape[1] - mask.shape[1] * image.shape[0]
+    if abs(skew) > max(image.shape[:2]):  # more than a pixel of the mask, rounded away
+        raise UserError(
+            f"mask of {mask.shape[1]} x {mask.shape[0]} pixels: expected the proportions of the"
+            f" picture, {image.shape[1]} x {image.shape[0]}"
+        )
+    small_hole = _hole(mask, stage.image_size)
+    if not small_hole.any():
+        raise UserError(
+            "mask: nothing to paint in the picture's centre square; paint white, or erase, what is"
+            " to be painted anew"
+        )
+    keys = example_keys(key, check_count("num", num))
+    if walk.caption:
+        z_i = np.asarray(model.sample_prior(keys, [walk.caption] * num, progress=progress))
+    else:
+        z_i = np.repeat(embed(model, [_filled(image, mask)]), num, axis=0)
+    start = Latents(z_i, noise(model, keys))
+    holes = np.repeat(small_hole[None], num, axis=0)
+    known = np.repeat(decoder_size(model, [image]), num, axis=0)
+    small = decode(model, keys, start, walk, known=(known, holes), progress=progress)
+    small = np.where(holes, small, known)
+    painted = render(
+        model, keys, small, upsample=upsample, batch_size=walk.batch_size, progress=progress
+    )
+    size = painted.shape[1]
+    return np.where(_hole(mask, size)[None], painted, squared([image], size))
+
+
+def _hole(mask: np.ndarray, size: int) -> np.ndarray:
+    """Where to paint, at another size: bool [size, size, 1], True where half of a pixel is."""
+    return square(mask, size)[..., :1] >= 128
+
+
+def _filled(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The picture's centre square with the hole in the mean colour of the rest."""
+    side = min(image.shape[:2])
+    picture, hole = square(image, side), _hole(mask, side)
+    rest = picture[~hole[..., 0]]
+    colour = rest.mean(axis=0) if len(rest) else np.full(3, 127.5)
+    return np.where(hole, np.round(colour).astype(np.uint8)[None, None], picture)
+
+
+def upscale(
+    model: UnCLIP,
+    key: jax.Array,
+    image: np.ndarray,
+    *,
+    num: int = 1,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A picture through the upsamplers alone.
+
+    It enters at the upsampler with the largest input that the picture's shorter side fills, and at
+    the first where it fills none.
+
+    Args:
+        model: with at least one upsampler.
+        key: picture i uses fold_in(key, i).
+        image: uint8 [h, w, 3].
+        num: how many, which differ in what the upsamplers draw.
+        batch_size: pictures computed together.
+        progress: called as progress(stage, done, steps).
+
+    Returns:
+        What entered, uint8 [low, low, 3], and uint8 [num, size, size, 3].
+
+    Raises:
+        UserError: a model without upsamplers.
+    """
+    if not model.upsamplers:
+        raise UserError("this model has no upsampler; use a model that has one")
+    filled = [
+        i for i, part in enumerate(model.upsamplers) if part.stage.low_size <= min(image.shape[:2])
+    ]
+    used = model.upsamplers[max(filled, default=0) :]
+    low = squared([image], used[0].stage.low_size)
+    small = np.repeat(low.astype(np.float32) / 127.5 - 1.0, check_count("num", num), axis=0)
+    rest = dataclasses.replace(model, upsamplers=used)
+    keys = example_keys(key, num)
+    return low[0], render(rest, keys, small, batch_size=batch_size, progress=progress)

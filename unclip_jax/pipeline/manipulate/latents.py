@@ -1,0 +1,317 @@
+"""The bipartite latent (z_i, x_T) of a picture, section 3 of the paper.
+
+z_i is what CLIP sees in the picture. x_T is the rest, what the decoder needs beside z_i to draw
+this picture and no other: the noise that DDIM inversion of the decoder, conditioned on z_i, finds
+(Dhariwal & Nichol 2021, arXiv 2105.05233, appendix F). Decoding (z_i, x_T) with DDIM, eta = 0,
+gives the picture back; changing one half and keeping the other edits it.
+
+Both ways walk the same timesteps, and which of them depends on what the network predicts, since
+either prediction is useless at one end. From eps, x_0 is known up to the network's error times
+sigma / sqrt(alpha_bar), 20000 at the end of a cosine schedule: such a network walks 0, s, 2s, ...
+and leaves out the noisiest steps. From x_0, eps is known up to the error times sqrt(alpha_bar) /
+sigma, 160 at timestep 0: such a network walks s - 1, 2s - 1, ... and leaves out the cleanest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.data.images import square
+from unclip_jax.data.records import BadRecord
+from unclip_jax.diffusion import gaussian, guidance, samplers
+from unclip_jax.diffusion.progress import Watchable
+from unclip_jax.errors import UserError
+from unclip_jax.parallel import axes
+from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, check_count, in_batches, named
+from unclip_jax.stages import pixels
+from unclip_jax.stages.conditioning import initial_noise
+
+
+class Latents(NamedTuple):
+    """The bipartite latents of b pictures.
+
+    Attributes:
+        z_i: CLIP image embeddings, float32 [b, e], in CLIP's coordinates.
+        x_T: what the decoder starts from, float32 [b, s, s, 3].
+    """
+
+    z_i: jax.Array
+    x_T: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How the decoder walks between x_T and a picture.
+
+    Attributes:
+        steps: of DDIM, from 2. For a network that predicts eps, a number that some whole stride
+            gives exactly: 25, 50, 100 and 250 do for 1000 timesteps.
+        eta: DDIM's noise on the way to the picture, 0 (none) to 1 (as much as DDPM's).
+        guidance_scale: classifier-free guidance on the way to the picture. None is the
+            conditional model alone, at half the cost, and without clipping: the way inversion
+            went. A number clips as the decoder's own settings say, for guidance overshoots.
+        caption: what the decoder reads beside z_i, both ways; "" for no caption.
+        batch_size: pictures computed together; it changes no picture.
+
+    Raises:
+        UserError: a field is out of its range.
+    """
+
+    steps: int = 50
+    eta: float = 0.0
+    guidance_scale: float | None = None
+    caption: str = ""
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Check every field but `steps`, which only a diffusion can judge."""
+        if not 0.0 <= self.eta <= 1.0:
+            raise UserError(
+                f"eta: got {self.eta}, expected 0 (deterministic) to 1 (DDPM's variance)"
+            )
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale: got {self.guidance_scale}, expected a finite number")
+        check_count("batch_size", self.batch_size)
+
+    def sampling(self, model: UnCLIP) -> samplers.Sampling:
+        """The decoder's DDIM.
+
+        Raises:
+            UserError: the decoder's diffusion cannot walk in so many steps.
+        """
+        stage = model.decoder.stage
+        if not 2 <= self.steps <= stage.diffusion.steps:
+            raise UserError(
+                f"steps: got {self.steps}, expected 2 to the diffusion's {stage.diffusion.steps}"
+            )
+        leading = stage.diffusion.prediction == "eps"
+        spacing = f"ddim{self.steps}" if leading else ",".join(["1"] * self.steps)
+        stage.diffusion.process(spacing)  # a wrong number of steps is an error here, not later
+        if self.guidance_scale is None:
+            return samplers.Sampling(method="ddim", spacing=spacing)
+        return dataclasses.replace(stage.sampling, method="ddim", spacing=spacing, last_noise=0.0)
+
+
+def encode(
+    model: UnCLIP, images: Sequence[np.ndarray], walk: Walk, progress: Progress | None = None
+) -> Latents:
+    """The bipartite latents of pictures.
+
+    CLIP and the decoder each see the centre square of a picture at their own size.
+
+    Args:
+        model: with a CLIP that has its image tower, and a decoder that reads z_i.
+        images: uint8 [h, w] or [h, w, 1 | 3 | 4], of any sizes, different ones too.
+        walk: steps, caption and batch size; eta and guidance have no part in inversion.
+        progress: called as progress("inversion", done, steps).
+
+    Raises:
+        UserError: no images, one that is none, or a model that lacks what is needed.
+    """
+    sampling = samplers.Sampling(method="ddim", spacing=walk.sampling(model).spacing)
+    z_i, x_0 = embed(model, images, walk.batch_size), decoder_size(model, images)
+    stage = model.decoder.stage
+
+    def make(rows: np.ndarray) -> jax.Array:
+        cond = model.condition(z_i[rows], [walk.caption] * len(rows))
+        given = (jnp.asarray(x_0[rows]), cond)
+        params, given, mesh = model.lay(model.decoder, given, len(rows))
+        report = named(progress, "inversion")
+        return _invert(stage, params, *given, sampling, mesh, progress=report)
+
+    return Latents(z_i, in_batches(len(x_0), walk.batch_size, make))
+
+
+def decode(
+    model: UnCLIP,
+    keys: jax.Array,
+    latents: Latents,
+    walk: Walk,
+    *,
+    captions: Sequence[str] | None = None,
+    keep_z_i: bool = True,
+    known: tuple[np.ndarray, np.ndarray] | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Small pictures, float32 [b, s, s, 3] in about [-1, 1], from b latents.
+
+    Args:
+        model: as for `encode`.
+        keys: one typed key per latent [b], for the noise of eta > 0.
+        latents: where to start.
+        walk: how to get there.
+        captions: one for each, instead of the walk's.
+        keep_z_i: False drops z_i, as training does for guidance.
+        known: for inpainting, pictures [b, s, s, 3] in [-1, 1] and where they are *not* known,
+            bool [b, s, s, 1].
+        progress: called as progress("decoder", done, steps).
+    """
+    _check_reads_z_i(model)
+    stage = model.decoder.stage
+    texts = [walk.caption] * len(latents.z_i) if captions is None else list(captions)
+    sampling = walk.sampling(model)
+    scale = None if walk.guidance_scale is None else jnp.float32(walk.guidance_scale)
+
+    def make(rows: np.ndarray) -> jax.Array:
+        cond = model.condition(latents.z_i[rows], [texts[i] for i in rows])
+        cond["z_i_mask"] &= jnp.full(len(rows), keep_z_i)
+        around = known and (jnp.asarray(known[0][rows]), jnp.asarray(known[1][rows]))
+        given = (keys[rows], latents.x_T[rows], cond, jnp.float32(walk.eta), scale, around)
+        params, given, mesh = model.lay(model.decoder, given, len(rows))
+        return _decode(stage, params, *given, sampling, mesh, progress=named(progress, "decoder"))
+
+    return in_batches(len(texts), walk.batch_size, make)
+
+
+def render(
+    model: UnCLIP,
+    keys: jax.Array,
+    small: np.ndarray,
+    *,
+    upsample: bool = True,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Small pictures [b, s, s, 3] in [-1, 1] as uint8, through the upsamplers unless told not to.
+
+    Row i depends on keys[i] and on small[i] alone.
+    """
+
+    def make(rows: np.ndarray) -> jax.Array:
+        images = jnp.asarray(small[rows])
+        if upsample:
+            images = model.upsample(keys[rows], images, progress=progress)
+        return pixels.to_uint8(images)
+
+    return in_batches(len(small), batch_size, make)
+
+
+def embed(model: UnCLIP, images: Sequence[np.ndarray], batch_size: int = 16) -> np.ndarray:
+    """z_i [b, e] of pictures of any sizes, as CLIP sees their centre squares.
+
+    Raises:
+        UserError: as for `encode`.
+    """
+    _check_reads_z_i(model)
+    if model.clip is None:
+        raise UserError("this model has no CLIP, which is needed to embed pictures")
+    squares = squared(images, model.clip.stage.image_size)
+    return in_batches(len(squares), batch_size, lambda rows: model.embed_image(squares[rows]))
+
+
+def decoder_size(model: UnCLIP, images: Sequence[np.ndarray]) -> np.ndarray:
+    """The centre squares of pictures at the decoder's size, float32 [b, s, s, 3] in [-1, 1]."""
+    return np.asarray(pixels.to_float(squared(images, model.decoder.stage.image_size)))
+
+
+def squared(images: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """The centre squares of pictures of any sizes: uint8 [b, size, size, 3].
+
+    Raises:
+        UserError: no pictures, or one that is none.
+    """
+    if not len(images):
+        raise UserError("images: got none, expected at least one picture")
+    squares = []
+    for i, image in enumerate(images):
+        try:
+            squares.append(square(np.asarray(image), size))
+        except BadRecord as error:
+            raise UserError(f"images[{i}]: {error}; give uint8 pixels [h, w, 3]") from error
+    return np.stack(squares)
+
+
+def noise(model: UnCLIP, keys: jax.Array) -> np.ndarray:
+    """Standard normal x_T, float32 [b, s, s, 3], as `UnCLIP.decode` draws them from b keys."""
+    size = model.decoder.stage.image_size
+    return np.asarray(_noise(keys, (size, size, 3)))
+
+
+def _check_reads_z_i(model: UnCLIP) -> None:
+    if not model.decoder.stage.model.embed_dim:
+        raise UserError(
+            "this model's decoder reads captions alone, and so knows no CLIP embedding to edit; use"
+            " a decoder with stage.model.embed_dim above 0"
+        )
+
+
+# -------------------------------------------------------------------------- compiled programs
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return initial_noise(_decoder_keys(keys), shape)[0]
+
+
+def _decoder_keys(keys: jax.Array) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, DECODER))(keys)
+
+
+@functools.partial(Watchable, static=("stage", "sampling", "mesh"))
+def _invert(stage, params, x_0, cond, sampling, mesh, *, loop):
+    """One compiled program per decoder, batch size, number of steps and mesh."""
+    encoded = stage.encode(params, cond)
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        return stage.denoise(params, x_t, t, encoded).astype(jnp.float32)
+
+    with axes.on(mesh):
+        return samplers.invert(denoise, x_0, stage.diffusion, sampling, loop)
+
+
+@functools.partial(Watchable, static=("stage", "sampling", "mesh"))
+def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *, loop):
+    """One compiled program per decoder, batch size, steps, mesh, guided or not, known or not.
+
+    Eta, the scale, captions and pictures are traced.
+    """
+    denoise = guidance.classifier_free(
+        lambda x_t, t, encoded: stage.denoise(params, x_t, t, encoded),
+        cond,
+        stage.null(params, cond),
+        1 if scale is None else scale,
+        learned_variance=stage.diffusion.learned_variance,
+        encode=lambda condition: stage.encode(params, condition),
+    )
+    if known is not None:
+        denoise = knowing(denoise, *known, stage.diffusion)
+    _, keys = initial_noise(_decoder_keys(keys), x_T.shape[1:])
+    with axes.on(mesh):
+        return samplers.sample(denoise, x_T, keys, stage.diffusion, sampling, eta=eta, loop=loop)
+
+
+def knowing(
+    denoise: gaussian.Denoise, picture: jax.Array, hole: jax.Array, diffusion: gaussian.Diffusion
+) -> gaussian.Denoise:
+    """A network that knows the picture outside of the hole, and so predicts it perfectly there.
+
+    Whatever the sampler, it then walks x_t outside of the hole along q(x_{t-1} | x_t, x_0) of the
+    true x_0: what is known is at every step as noisy as what is drawn, as in imputation with
+    diffusion models (Song et al. 2021, arXiv 2011.13456, appendix I.2; RePaint, Lugmayr et al.
+    2022, arXiv 2201.09865, section 4.1).
+
+    Args:
+        denoise: the network, perhaps wrapped in guidance.
+        picture: x_0 [b, h, w, c].
+        hole: True where the picture is not known, bool [b, h, w, 1].
+        diffusion: what the network predicts. A learned variance is left alone.
+    """
+    process = diffusion.process()
+    hole = jnp.broadcast_to(hole, picture.shape)
+
+    def knows(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        prediction, fraction = gaussian.split_variance(diffusion, denoise(x_t, t), x_t)
+        eps = gaussian.eps_from_x_0(process, x_t, t, picture)
+        perfect = gaussian.target(diffusion, process, picture, t, eps)
+        variance = [] if fraction is None else [fraction]
+        return jnp.concatenate([jnp.where(hole, prediction, perfect), *variance], axis=-1)
+
+    return knows

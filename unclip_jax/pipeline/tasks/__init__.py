@@ -1,0 +1,1 @@
+"""The tasks of sample.py: from files and captions to a labelled grid and single pictures."""

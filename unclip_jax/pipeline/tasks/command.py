@@ -1,0 +1,178 @@
+"""Sample from a trained model, and edit pictures with it.
+
+    python sample.py text2im --prompt "red apple, noto style" --out apple.png
+
+draws with the box model and writes apple.png, a grid with the captions under the pictures and the
+settings in its metadata, and every picture alone in the folder apple/. So does every other task:
+
+    python sample.py variations --model runs/emoji --image apple.png
+
+`python sample.py --help` lists them, docs/manipulations.md shows what they make.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; `--help` of each task says the rest."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description="Sample from a trained unclip_jax model."
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    _text2im(tasks)
+    _edits(tasks)
+    probes = tasks.add_parser("probe", help="what CLIP and the prior know")
+    _probes(probes.add_subparsers(dest="probe", required=True, metavar="PROBE"))
+    return parser.parse_args(argv)
+
+
+def _task(tasks, name: str, help: str) -> argparse.ArgumentParser:
+    """A task with the flags that all have."""
+    task = tasks.add_parser(name, help=help, description=help)
+    add = task.add_argument
+    add(
+        "--model",
+        metavar="DIR",
+        help="model folder, Karlo's folder or hub name (default: the box model)",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")
+    add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
+    add("--out", default="out.png", metavar="PNG", help="the grid; single pictures go beside it")
+    add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    add("--batch_size", type=int, default=16, help="pictures computed together (default 16)")
+    add("--upsampler_steps", metavar="N", help="every upsampler's (default: the model's own)")
+    return task
+
+
+def _text2im(tasks) -> None:
+    add = _task(tasks, "text2im", "pictures for captions").add_argument
+    _add_prompts(add)
+    add("--num", type=int, default=4, help="pictures per caption (default 4)")
+    add("--guidance_scale", type=_finite, help="the decoder's; 1 = none (default: the model's own)")
+    add("--prior_guidance_scale", type=_finite, help="the prior's (default: the model's own)")
+    add("--prior_steps", metavar="N", help="the prior's sampling steps (default: the model's own)")
+    add("--decoder_steps", metavar="N", help="the decoder's (default: the model's own)")
+    add("--no_upsample", action="store_true", help="stop at the decoder's size")
+
+
+def _edits(tasks) -> None:
+    task = _task(tasks, "reconstruct", "pictures encoded as (z_i, x_T) and decoded again")
+    _add_images(task.add_argument)
+    _add_walk(task.add_argument, steps=None, guidance="none")
+    task.add_argument(
+        "--steps", type=int, nargs="+", default=[25, 50, 100], help="one column for each number"
+    )
+
+    task = _task(tasks, "variations", "pictures that share a picture's CLIP embedding")
+    _add_images(task.add_argument)
+    _add_walk(task.add_argument, eta=1.0, guidance="none")
+    task.add_argument("--num", type=int, default=4, help="variations per picture (default 4)")
+
+    task = _task(tasks, "interpolate", "from one picture to another; give two")
+    _add_images(task.add_argument)
+    _add_walk(task.add_argument, guidance="none")
+    task.add_argument("--frames", type=int, default=7, help="steps on the way (default 7)")
+    task.add_argument(
+        "--rows", type=int, default=1, help="more rows, each with one random x_T (default 1)"
+    )
+
+    task = _task(tasks, "textdiff", "pictures turned from one caption towards another")
+    _add_images(task.add_argument)
+    _add_walk(task.add_argument, guidance="none")
+    task.add_argument(
+        "--from", dest="source", default="", metavar="TEXT", help="what they show (default: none)"
+    )
+    task.add_argument("--to", required=True, metavar="TEXT", help="what they shall show")
+    task.add_argument(
+        "--theta_max", type=_finite, default=0.5, help="how far to turn, 0 to 1 (default 0.5)"
+    )
+    task.add_argument("--frames", type=int, default=6, help="steps on the way (default 6)")
+
+    task = _task(tasks, "inpaint", "paint a part of a picture anew")
+    _add_images(task.add_argument)
+    task.add_argument(
+        "--mask", required=True, metavar="FILE", help="white or transparent where to paint"
+    )
+    _add_walk(task.add_argument, eta=1.0, guidance="the model's own")
+    task.add_argument("--prompt", default="", metavar="TEXT", help="what to paint")
+    task.add_argument("--num", type=int, default=4, help="pictures (default 4)")
+
+    task = _task(tasks, "upscale", "pictures through the upsamplers alone")
+    _add_images(task.add_argument)
+    task.add_argument("--num", type=int, default=1, help="pictures of each (default 1)")
+
+
+def _probes(probes) -> None:
+    task = _task(probes, "pca", "what the first principal components of CLIP's embeddings hold")
+    _add_images(task.add_argument)
+    _add_walk(task.add_argument, guidance="the model's own")
+    task.add_argument("--dims", type=int, nargs="+", help="numbers of components")
+    task.add_argument(
+        "--data", default="emoji", help="what they are fitted on: emoji, a folder or tfds:NAME"
+    )
+    task.add_argument("--split", default="train", help="its split (default train)")
+
+    task = _task(probes, "prior", "captions without embedding, with z_t, and with the prior's z_i")
+    _add_prompts(task.add_argument)
+    _add_walk(task.add_argument, guidance="the model's own")
+
+    task = _task(probes, "typographic", "whether a word on a picture changes what CLIP sees")
+    _add_images(task.add_argument)
+    _add_walk(task.add_argument, guidance="the model's own")
+    task.add_argument("--word", required=True, metavar="TEXT", help="what to write on the picture")
+    task.add_argument(
+        "--label", action="append", required=True, metavar="TEXT", help="a caption to choose from"
+    )
+    task.add_argument("--num", type=int, default=3, help="pictures decoded of each (default 3)")
+
+    task = _task(probes, "binding", "whether an attribute stays with its object")
+    _add_images(task.add_argument, required=False)
+    _add_prompts(task.add_argument)
+    _add_walk(task.add_argument, guidance="the model's own")
+    task.add_argument("--num", type=int, default=3, help="pictures decoded of each (default 3)")
+
+
+def _finite(text: str) -> float:
+    """A number that is neither infinite nor nan, which would only make black pictures."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
+    return value
+
+
+def _add_prompts(add) -> None:
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
+    add("--prompts", metavar="FILE", help="a text file with one caption per line")
+
+
+def _add_images(add, required: bool = True) -> None:
+    add(
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        required=required,
+        metavar="FILE",
+        help="image files, of any size and mode; the centre square is used",
+    )
+
+
+def _add_walk(add, *, guidance: str, steps: int | None = 50, eta: float = 0.0) -> None:
+    """The flags of `manipulate.Walk`; a task that takes several numbers of steps adds its own."""
+    if steps:
+        add("--steps", type=int, default=steps, help=f"of the decoder's DDIM (default {steps})")
+    add("--eta", type=_finite, default=eta, help=f"the decoder's noise, 0 to 1 (default {eta})")
+    add("--guidance_scale", type=_finite, help=f"the decoder's (default: {guidance})")
+    add("--no_upsample", action="store_true", help="stop at the decoder's size")
+
+
+def main(argv: list[str]) -> None:
+    """Run one task."""
+    args = parse(argv)
+
+    from unclip_jax.pipeline.tasks.run import run  # imports JAX: wrong usage is told before
+
+    run(args)

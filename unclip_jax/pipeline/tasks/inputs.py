@@ -1,0 +1,113 @@
+"""What the command line names: captions, image files, the model, the seed, the walk."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from unclip_jax.data.images import open_rgb
+from unclip_jax.data.records import BadRecord
+from unclip_jax.errors import UserError
+from unclip_jax.pipeline import on_all_devices
+from unclip_jax.pipeline.manipulate import Walk
+from unclip_jax.pipeline.unclip import UnCLIP, check_prompts
+
+# A JPEG is decoded at a fraction of its size where that still has twice as many pixels a side.
+_LARGEST_SIDE = 2048
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Captions from --prompt and --prompts.
+
+    Raises:
+        UserError: the file can't be read, or there is no caption at all, or an empty one.
+    """
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            text = Path(args.prompts).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--prompts {args.prompts!r}: cannot be read ({error}); give a UTF-8 text file"
+                " with one caption per line"
+            ) from error
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError('--prompt: no caption given; write --prompt "a red apple"')
+    check_prompts(prompts)
+    return prompts
+
+
+def read_image(path: str, flag: str = "--image") -> np.ndarray:
+    """An image file of any size and mode as uint8 [h, w, 3].
+
+    Raises:
+        UserError: it cannot be read, or is no image.
+    """
+    try:
+        return np.asarray(open_rgb(Path(path).read_bytes(), _LARGEST_SIDE))
+    except (OSError, ValueError, BadRecord) as error:
+        raise UserError(f"{flag} {path!r}: {error}; give an image file") from error
+
+
+def read_images(args: argparse.Namespace) -> list[np.ndarray]:
+    """The files of --image."""
+    return [read_image(path) for path in args.image]
+
+
+def load(args: argparse.Namespace) -> UnCLIP:
+    """The model, on all devices, with the numbers of sampling steps that are asked for.
+
+    Raises:
+        UserError: no such model, or a number of steps that it cannot do.
+    """
+    model = on_all_devices.load(args.model, args.dtype, args.t5)
+
+    def respace(part, name: str):
+        spacing = getattr(args, name, None)
+        if spacing is None or part is None:
+            return part
+        if not hasattr(part.stage, "sampling"):
+            raise UserError(
+                f"--{name} {spacing}: an autoregressive prior has no sampling steps; leave it out"
+            )
+        sampling = dataclasses.replace(part.stage.sampling, spacing=spacing)
+        part.stage.diffusion.process(spacing)  # a wrong spacing is an error here, not later
+        return part._replace(stage=dataclasses.replace(part.stage, sampling=sampling))
+
+    return dataclasses.replace(
+        model,
+        prior=respace(model.prior, "prior_steps"),
+        decoder=respace(model.decoder, "decoder_steps"),
+        upsamplers=tuple(respace(part, "upsampler_steps") for part in model.upsamplers),
+    )
+
+
+def seed_key(args: argparse.Namespace) -> jax.Array:
+    """The typed key of --seed.
+
+    Raises:
+        UserError: more than 64 bits.
+    """
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: got {args.seed}, expected 0 to {2**63 - 1}")
+    return jax.random.key(args.seed)
+
+
+def walk_of(args: argparse.Namespace, model: UnCLIP | None = None, **fields) -> Walk:
+    """The walk that the command line asks for.
+
+    Args:
+        args: with eta, guidance_scale, batch_size, and steps unless given in `fields`.
+        model: whose own guidance is the default; None for no guidance.
+        fields: other fields of `Walk`.
+    """
+    scale = args.guidance_scale
+    if scale is None and model is not None:
+        scale = model.decoder.stage.guidance_scale
+    given = {"steps": getattr(args, "steps", None)} | fields
+    return Walk(eta=args.eta, guidance_scale=scale, batch_size=args.batch_size, **given)

@@ -1,0 +1,115 @@
+"""What every task leaves behind: a labelled grid, single pictures, and bars while it works."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from unclip_jax.common.files import check_place
+from unclip_jax.common.grids import captioned_grid, save_png
+from unclip_jax.data.images import square
+from unclip_jax.errors import UserError
+from unclip_jax.pipeline.unclip import UnCLIP
+
+Picture = tuple[np.ndarray, str]  # uint8 [h, w, 3] and its caption
+
+# What of the command line is not a setting of the pictures.
+_NOT_SETTINGS = ("task", "probe", "prompt", "prompts", "out")
+
+
+def check_out(out: str) -> None:
+    """Raise UserError unless a grid can be written to `out`."""
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {out!r}: expected a name that ends in .png")
+    check_place("--out", path)
+
+
+class StageBars:
+    """One progress bar on stderr for each stage's sampling; use as a context manager."""
+
+    def __init__(self) -> None:
+        """No bar yet."""
+        self._bars: dict[str, tqdm] = {}
+
+    def __enter__(self) -> StageBars:
+        """Return self."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close what is left open."""
+        for bar in self._bars.values():
+            bar.close()
+
+    def update(self, stage: str, step: int, steps: int) -> None:
+        """Sampling of `stage` has done `step` of `steps`; another batch starts a bar anew."""
+        bar = self._bars.get(stage)
+        if bar is None or step < bar.n:
+            if bar is not None:
+                bar.close()
+            bar = self._bars[stage] = tqdm(total=steps, desc=f"{stage:<14}", unit="step")
+        bar.update(step - bar.n)
+        if step == steps:
+            bar.close()
+
+
+def write(
+    args: argparse.Namespace,
+    pictures: Sequence[Picture],
+    columns: int,
+    *,
+    title: str | None = None,
+    about: Mapping[str, str] | None = None,
+    each: Sequence[Mapping[str, str]] | None = None,
+) -> None:
+    """The grid `args.out`, and every picture alone in the folder of the same name.
+
+    Args:
+        args: the command line, whose settings go into the metadata.
+        pictures: row by row, with captions.
+        columns: of the grid.
+        title: above it.
+        about: more metadata of the grid.
+        each: more metadata of each picture; by default its caption, as "label".
+    """
+    settings = {"model": "the box model"} | {
+        name: value
+        for name, value in vars(args).items()
+        if name not in _NOT_SETTINGS and value is not None
+    }
+    common = {"task": " ".join([args.task, *filter(None, [getattr(args, "probe", None)])])}
+    common["settings"] = json.dumps(settings)
+    images, captions = zip(*pictures, strict=True)
+    grid = captioned_grid(images, captions, columns=columns, title=title)
+    out = Path(args.out)
+    save_png(grid, out, common | dict(about or {}))
+    for i, (image, caption) in enumerate(pictures):
+        metadata = {"label": caption} if each is None else each[i]
+        path = out.with_suffix("") / f"{i:04d}.png"
+        save_png(Image.fromarray(image), path, common | dict(metadata))
+    print(f"{out}: {len(pictures)} pictures; each alone in {out.with_suffix('')}/")
+
+
+def sources(args: argparse.Namespace, images: Sequence[np.ndarray], size: int) -> list[Picture]:
+    """The given pictures, their centre squares, as the grid shows them."""
+    return [
+        (square(image, size), Path(path).name)
+        for image, path in zip(images, args.image, strict=True)
+    ]
+
+
+def grid_size(args: argparse.Namespace, model: UnCLIP) -> int:
+    """Side of the pictures that a task makes."""
+    return model.decoder.stage.image_size if args.no_upsample else model.image_size
+
+
+def shares(labels: Sequence[str], probabilities: np.ndarray) -> str:
+    """The two most probable labels: "82% apple, 11% pear"."""
+    order = np.argsort(-probabilities, kind="stable")[:2]
+    return ", ".join(f"{100 * probabilities[i]:.0f}% {labels[i]}" for i in order)

@@ -1,0 +1,178 @@
+"""The smallest arrangement in which a config fits: which mesh, how many microbatches, what remat.
+
+Memory is modelled, and what the model finds is then compiled. A chip holds its part of the state
+and of the gradients (exact); what the backward pass keeps of its rows (exact for remat "full": the
+blocks' inputs); and, while one block is recomputed, that block's own results and gathered params.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from unclip_jax.errors import UserError
+from unclip_jax.parallel import sharding
+from unclip_jax.plan.analysis import by_blocks
+from unclip_jax.plan.blocks import Split
+from unclip_jax.plan.chips import GIB, Topology
+from unclip_jax.plan.flops import sub_jaxprs
+from unclip_jax.plan.programs import Plan, device_bytes
+from unclip_jax.training.optimizers import trained
+
+REMAT = ("none", "dots", "full")
+ROOM = 0.9  # of a chip's memory: the model is one
+MICROBATCHES = (1, 2, 4, 8, 16)
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What fits, by the model.
+
+    Attributes:
+        plan: with it.
+        text: it, in words.
+    """
+
+    plan: Plan
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBytes:
+    """Bytes of activations for each row of a microbatch.
+
+    Attributes:
+        kept: by remat policy, what lives from the forward to the backward pass.
+        working: what one block has at once, of the one that has most.
+        gathered: bytes of the params of the largest block, and of their gradients, on a chip that
+            gathers them; for no row but for the program.
+    """
+
+    kept: Mapping[str, float]
+    working: float
+    gathered: float
+
+    def bytes(self, rows: float, policy: str) -> float:
+        """Bytes of a chip that has so many rows of a microbatch."""
+        return rows * (self.kept[policy] + self.working) + self.gathered
+
+
+def search(config: Mapping[str, Any], topology: Topology, devices: list[jax.Device]) -> Found:
+    """The least sharded mesh that fits, with the fewest microbatches and the least recomputation.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    first = with_remat(Plan.of(config, devices, sharding.MeshConfig(), {"grad_accum": 1}), "full")
+    shapes = (first.params(), first.batch(), jax.random.key(0))
+    split, _ = by_blocks(first, first.stage.loss, shapes, first.micro_size)
+    rows = row_bytes(split)
+    limit = ROOM * topology.chip.hbm_bytes
+    for fsdp in (2**i for i in range(topology.chips.bit_length())):
+        if topology.chips % fsdp:
+            continue
+        try:
+            plan = dataclasses.replace(
+                first, mesh=sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp), devices)
+            )
+            held, gradients = device_bytes(plan.state()), device_bytes(trained(plan.params()))
+        except UserError:  # it divides not every param
+            continue
+        for accum, policy in itertools.product(MICROBATCHES, REMAT):
+            if first.train.batch_size % (accum * topology.chips):
+                continue
+            here = first.train.batch_size / accum / topology.chips
+            needed = held + gradients * (2 if accum > 1 else 1) + rows.bytes(here, policy)
+            if needed <= limit:
+                text = (
+                    f"smallest that fits: --mesh=fsdp={fsdp} --config.train.grad_accum={accum},"
+                    f" remat {policy!r}, by the model {needed / GIB:.1f} GiB of"
+                    f" {topology.chip.hbm_bytes / GIB:.1f}; compiled above"
+                )
+                train = dataclasses.replace(plan.train, grad_accum=accum)
+                return Found(with_remat(dataclasses.replace(plan, train=train), policy), text)
+    raise UserError(
+        f"--topology={topology.name}: too small for this config at any mesh, with train.grad_accum"
+        f" up to {MICROBATCHES[-1]} and remat 'full'; name a larger slice, or a smaller"
+        " train.batch_size"
+    )
+
+
+def row_bytes(split: Split) -> RowBytes:
+    """What each row of a microbatch needs, from the traced loss."""
+    kept = dict.fromkeys(REMAT, 0.0)
+    working = gathered = 0.0
+    for block in split.blocks:
+        own = [
+            v.aval
+            for v, spec in zip(block.equation.invars, block.specs, strict=True)
+            if spec is None and v.aval.shape and v.aval.shape[0] == split.rows
+        ]
+        inputs = max((_bytes(aval) for aval in own), default=0)  # the others are shared
+        results = [
+            (equation.primitive.name, _bytes(v.aval))
+            for equation in _all_equations(block.jaxpr)
+            for v in equation.outvars
+            if v.aval.shape and v.aval.shape[0] == split.rows
+        ]
+        products = sum(size for name, size in results if name in PRODUCTS)
+        everything = sum(size for _, size in results)
+        weights = sum(
+            math.prod(v.aval.shape)
+            for v, spec in zip(block.equation.invars, block.specs, strict=True)
+            if spec is not None
+        )
+        kept["full"] += block.count * inputs
+        kept["dots"] += block.count * (inputs + products)
+        kept["none"] += block.count * (inputs + everything)
+        working = max(working, 2 * products + 2 * inputs)
+        gathered = max(gathered, weights * (2 + 4))  # bfloat16, and float32 gradients
+    per_row = {policy: size / split.rows for policy, size in kept.items()}
+    return RowBytes(per_row, working / split.rows, gathered)
+
+
+def _all_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """Equations with no jaxprs inside, at any depth."""
+    for equation in jaxpr.eqns:
+        inner = list(sub_jaxprs(equation))
+        if not inner:
+            yield equation
+        for each in inner:
+            yield from _all_equations(each)
+
+
+def _bytes(aval: Any) -> int:
+    floats = jnp.issubdtype(aval.dtype, jnp.floating)
+    return math.prod(aval.shape) * (aval.dtype.itemsize if floats else 1)
+
+
+def remat_of(stage: Any) -> str:
+    """The remat policy of a stage's networks; the U-Net's where there are several."""
+    model = stage.model
+    return getattr(model, "unet", model).remat
+
+
+def with_remat(plan: Plan, policy: str) -> Plan:
+    """The plan, all its networks recomputing as `policy` says."""
+    return dataclasses.replace(
+        plan, stage=dataclasses.replace(plan.stage, model=_with_remat(plan.stage.model, policy))
+    )
+
+
+def _with_remat(config: Any, policy: str) -> Any:
+    changes = {
+        field.name: _with_remat(getattr(config, field.name), policy)
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, field.name))
+    }
+    if hasattr(config, "remat"):
+        changes["remat"] = policy
+    return dataclasses.replace(config, **changes)

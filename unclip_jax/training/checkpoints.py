@@ -1,0 +1,400 @@
+"""What lets a run be killed at any moment and go on as if it had not been.
+
+A training checkpoint holds three things that belong to one step: the training state, the position
+of the data iterator right after the batch that step consumed, and the description of the run.
+Orbax writes them in the background and renames the finished folder into place, so a checkpoint is
+either whole or not there. Before that renaming the SHA-256 of every file goes into the folder, and
+nothing is read of a checkpoint until all of them agree: Orbax checks its own index, but a byte that
+changes in the arrays or in the position in the data reaches the run unnoticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import math
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from unclip_jax.common.params import compare_shapes, flatten
+from unclip_jax.errors import UserError
+from unclip_jax.parallel import distributed
+from unclip_jax.training import checksums
+from unclip_jax.training.config import TrainConfig
+
+State = TypeVar("State")
+
+# Settings of `train` that a resumed run may change: none of them touches what a step computes,
+# except that a cosine schedule ends at `steps`.
+CHANGEABLE = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.preview_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.best",
+    "train.best_is",
+    "train.if_damaged",
+)
+
+_LISTED = 3
+_ITEMS = ("state", "data", "description")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, in words; "" if nothing, or nobody can tell.
+
+    A checkpoint from before there were checksums has none; neither may one that a killed run was
+    deleting, but that lacks more. All processes of a run must call it; each reads its share of the
+    files.
+    """
+    if not checksums.exist(folder):
+        missing = [item for item in _ITEMS if not (folder / item).is_dir()]
+        return f"{missing[0]} is missing" if missing else ""
+    own = checksums.problem(folder, jax.process_index(), jax.process_count())
+    return next(filter(None, distributed.gather(own)), "")
+
+
+def has_checksums(folder: Path) -> bool:
+    """Whether `damage` can tell."""
+    return checksums.exist(folder)
+
+
+class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint being written, which gets its checksums before it gets its name.
+
+    Orbax finishes a folder by writing a last file and renaming it. Here it renames it to another
+    temporary name; then come the checksums, and the name. So there is no whole checkpoint without
+    them, whenever the process dies.
+    """
+
+    async def finalize(self) -> None:
+        """See the base class. The parts of a step are finished likewise, and need none."""
+        name = self._final_path
+        if not name.name.isdecimal():
+            await super().finalize()
+            return
+        self._final_path = finished = self.get().with_name(self.get().name + "-finished")
+        try:
+            await super().finalize()
+        finally:
+            self._final_path = name
+        await asyncio.to_thread(checksums.write, Path(finished))
+        Path(finished).rename(name)
+
+
+def _patience() -> dict[str, int]:
+    """How long Orbax waits for a write, in seconds.
+
+    It asks the wall clock, so that where a clock first hears the time in the midst of a write, any
+    timeout would be over. With several processes its default stays: there, one may have died.
+    """
+    return {"timeout_secs": 2**31} if jax.process_count() == 1 else {}
+
+
+def _told_by_us(record: logging.LogRecord) -> bool:
+    """Whether to log a message: not Orbax's errors, which it raises as well, and we tell."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+@contextlib.contextmanager
+def disk_in_words(workdir: Path) -> Iterator[None]:
+    """Raise UserError where a block fails for want of space.
+
+    Checkpoints that were whole stay so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"workdir {str(workdir)!r}: cannot be written to ({error}); free some space there, then"
+            " run the same command again"
+        ) from error
+
+
+class Checkpoints:
+    """The training checkpoints in a folder; use as a context manager."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        """Open `folder`, created if missing.
+
+        The last `config.keep_checkpoints` stay, and the best by `config.best`, if that is set.
+        """
+        self.folder, self._config = folder, config
+        policies = ocp.checkpoint_managers
+        keep: Any = policies.LatestN(config.keep_checkpoints)
+        if config.best:
+            best = policies.BestN(
+                get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
+            )
+            keep = policies.AnyPreservationPolicy([keep, best])
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep,
+                best_fn=self._score if config.best else None,
+                cleanup_tmp_directories=True,
+                temporary_path_class=_Checksummed,
+                async_options=ocp.AsyncOptions(**_patience()),
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "description": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> Checkpoints:
+        """Return self."""
+        logging.getLogger("absl").addFilter(_told_by_us)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish what is being written, and close.
+
+        Raises:
+            UserError: it could not be written, and nothing else went wrong before.
+        """
+        try:
+            if error is None:
+                with self._writing("the last checkpoint"):
+                    self._manager.close()
+            else:
+                with contextlib.suppress(Exception):  # of what has been told already
+                    self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(_told_by_us)
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def resumable(self) -> int | None:
+        """The step of the newest checkpoint, once its files are found to be as they were written.
+
+        With `config.if_damaged` "previous", damaged ones are moved to `damaged/` in the workdir
+        until one is whole. All processes of a run must call it.
+
+        Raises:
+            UserError: the newest checkpoint is damaged, and nothing or nothing else is asked for.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step, *rest in (steps[i:] for i in range(len(steps))):
+            problem = damage(self.folder / str(step))
+            if not problem:
+                return step
+            if self._config.if_damaged == "stop" or not rest:
+                instead = (
+                    f"give --config.train.if_damaged=previous to go on from step {rest[0]}"
+                    if rest
+                    else "delete that folder to start from the beginning"
+                )
+                raise UserError(
+                    f"{self.folder / str(step)}: the checkpoint is damaged ({problem}); copy that"
+                    f" folder again if there is another copy, or {instead}"
+                )
+            self._set_aside(step, problem)
+        return None
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        """Move a damaged checkpoint to where nothing looks for it."""
+        if distributed.is_lead():
+            aside = self.folder.parent / "damaged" / str(step)
+            warnings.warn(
+                f"checkpoint {step} is damaged ({problem}); moved to {aside}", stacklevel=2
+            )
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+        distributed.gather(None)  # the others look again when it is gone
+        self._manager.reload()
+
+    def _score(self, figures: Mapping[str, float]) -> float:
+        """The greater, the better."""
+        value = float(figures[self._config.best])
+        if math.isnan(value):
+            return -math.inf
+        return -value if self._config.best_is == "least" else value
+
+    def is_best(self, figures: Mapping[str, float]) -> bool:
+        """Whether no checkpoint is as good as one with these figures would be.
+
+        Raises:
+            UserError: `config.best` is none of the figures.
+        """
+        if self._config.best not in figures:
+            raise UserError(
+                f"train.best: got {self._config.best!r}, expected one of the figures of this"
+                f" stage: {', '.join(sorted(figures))}"
+            )
+        best = self._manager.best_step()
+        before = None if best is None else self._manager.metrics(best)
+        return before is None or self._score(figures) > self._score(before)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        positions: Mapping[str, Any],
+        description: Mapping[str, Any],
+        figures: Mapping[str, float],
+    ) -> None:
+        """Begin to write a checkpoint; returns once the state is copied off the devices.
+
+        Args:
+            step: its number.
+            state: pytree of arrays.
+            positions: in the data, JSON-able.
+            description: JSON-able.
+            figures: of the evaluation at this step, empty if there was none.
+
+        Raises:
+            UserError: this one or the one before could not be written.
+        """
+        if step == self.latest():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(dict(positions)),
+            description=ocp.args.JsonSave(dict(description)),
+        )
+        self._check_space(step, state)
+        with self._writing(f"checkpoint {step}"):
+            self._manager.save(step, args=items, metrics=dict(figures) or None)
+
+    def _check_space(self, step: int, state: Any) -> None:
+        """Raise UserError if a checkpoint would not fit: better none than a part of one."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            self._manager.wait_until_finished()
+            raise UserError(
+                f"{self.folder}: checkpoint {step} would not fit ({size / 2**20:,.1f} MiB, and"
+                f" {free / 2**20:,.1f} MiB are free); free some space there, then run the same"
+                " command again"
+            )
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        with self._writing("the last checkpoint"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Orbax, and TensorStore below it, raise whatever they like when a disk is full."""
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = re.sub(r" \[\w+='.*?'\]", "", reason)  # TensorStore's notes for developers
+            raise UserError(
+                f"{self.folder}: {what} could not be written ({reason[-200:]}); look at the"
+                " disk and the space on it, then run the same command again"
+            ) from error
+
+    def description(self, step: int) -> dict[str, Any]:
+        """The description that checkpoint `step` was saved with."""
+        items = ocp.args.Composite(description=ocp.args.JsonRestore())
+        return self._read(step, lambda: self._manager.restore(step, args=items))["description"]
+
+    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """The state and the data positions of checkpoint `step`.
+
+        Args:
+            step: which one.
+            like: arrays or their `jax.ShapeDtypeStruct`, with the names, shapes, dtypes and
+                shardings to restore.
+
+        Raises:
+            UserError: the checkpoint is damaged, or its params are other than those of `like`.
+        """
+        self._check_params(step, like)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
+        )
+        restored = self._read(step, lambda: self._manager.restore(step, args=items))
+        return restored["state"], restored["data"]
+
+    def _check_params(self, step: int, like: Any) -> None:
+        """Orbax's own message for a changed network is a screen long; ours is a line."""
+        metadata = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        problems = compare_shapes(flatten(metadata["params"]), flatten(like.params))
+        if problems:
+            raise UserError(
+                f"{self.folder / str(step)}: the checkpoint's params are not those of this model:"
+                f" {problems}; use the code and the config it was made with, or another workdir"
+            )
+
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        """`read()`; whatever goes wrong in the reader's depths means a damaged checkpoint."""
+        try:
+            return read()
+        except Exception as error:
+            rest = [other for other in self._manager.all_steps() if other < step]
+            instead = f"go on from step {max(rest)}" if rest else "start from the beginning"
+            reason = str(error).strip().splitlines() or ["no reason given"]
+            raise UserError(
+                f"{self.folder / str(step)}: the checkpoint is damaged ({type(error).__name__}:"
+                f" {reason[0][:200]}); delete that folder to {instead}"
+            ) from error
+
+
+def check_description(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError if the run to resume is described otherwise than this one.
+
+    The fields in `CHANGEABLE` may differ.
+    """
+    before, now = _leaves(saved), _leaves(current)
+    differing = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if name not in CHANGEABLE and before.get(name) != now.get(name)
+    ]
+    if not differing:
+        return
+    shown = "; ".join(
+        f"{name} was {before.get(name, 'absent')}, now {now.get(name, 'absent')}"
+        for name in differing[:_LISTED]
+    )
+    more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+    raise UserError(
+        f"workdir {str(where)!r}: holds a run with other settings: {shown}{more}; resume with the"
+        f" same ones (only {', '.join(CHANGEABLE)} may change) or use another workdir"
+    )
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, str]:
+    """Dotted path -> JSON of every leaf; lists count as leaves."""
+    if isinstance(tree, Mapping) and tree:
+        leaves = {}
+        for name, value in tree.items():
+            leaves.update(_leaves(value, f"{path}.{name}" if path else name))
+        return leaves
+    return {path: json.dumps(tree, ensure_ascii=False)}

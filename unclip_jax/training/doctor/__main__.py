@@ -1,0 +1,104 @@
+"""What is wrong with a training run, in words, and what to do about it.
+
+    python -m unclip_jax doctor --workdir runs/emoji/prior
+    python -m unclip_jax doctor --workdir runs/emoji/prior --clip runs/emoji/clip --json found.json
+
+Reads what train.py left in the workdir, also while it trains, and writes nothing there. The exit
+status is 0 if nothing is wrong (notes do not count), 1 if something is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+from unclip_jax.common.files import replacing
+from unclip_jax.errors import UserError, run_command
+from unclip_jax.training.doctor import curves, files, settings, weights, workdir
+from unclip_jax.training.doctor.findings import SEVERITIES, Finding
+from unclip_jax.training.doctor.workdir import Workdir
+
+WIDTH = 100
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m unclip_jax doctor", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="what train.py was given")
+    add("--clip", default="", metavar="DIR", help="the run's CLIP, if not beside the workdir")
+    add("--json", metavar="FILE", help="write the findings there, too")
+    add("--files_only", action="store_true", help="leave the networks alone: seconds, not minutes")
+    return parser.parse_args(argv)
+
+
+def examine(path: str | Path, clip: str = "", *, files_only: bool = False) -> list[Finding]:
+    """All findings in a workdir, the worst first.
+
+    Args:
+        path: of the workdir; nothing in it is changed.
+        clip: the folder of the CLIP that the run stands on; "" looks beside the workdir.
+        files_only: whether to leave out what the networks do.
+
+    Raises:
+        UserError: not a workdir of train.py.
+    """
+    run = workdir.read(Path(path))
+    return _examine(run, clip, files_only)
+
+
+def _examine(run: Workdir, clip: str, files_only: bool) -> list[Finding]:
+    found = [*settings.examine(run), *files.examine(run, clip), *curves.examine(run)]
+    if not files_only:
+        found += weights.examine(run, files.find_clip(run, clip))
+    once = {finding.name: finding for finding in reversed(found)}  # the first of each name
+    kept = [f for f in found if f is once[f.name] or f.name.startswith("checkpoint")]
+    return sorted(kept, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def as_text(run: Workdir, findings: list[Finding]) -> str:
+    """The findings for people."""
+    lines = [f"{run.path}: {run.stage.kind}, step {run.step:,} of {run.train.steps:,}"]
+    for finding in findings:
+        lines.append("")
+        lines += textwrap.wrap(f"{finding.severity} {finding.name}: {finding.evidence}.", WIDTH)
+        lines += textwrap.wrap(
+            f"-> {finding.advice}.", WIDTH, initial_indent="  ", subsequent_indent="     "
+        )
+    bad = [finding for finding in findings if finding.severity != "note"]
+    lines += ["", f"{len(bad)} wrong" if bad else "nothing is wrong"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Look at the run, print the findings, and exit with 1 if something is wrong."""
+    args = parse(argv)
+    run = workdir.read(Path(args.workdir))
+    findings = _examine(run, args.clip, args.files_only)
+    print(as_text(run, findings))
+    wrong = any(finding.severity != "note" for finding in findings)
+    if args.json:
+        content = {
+            "workdir": str(run.path),
+            "kind": run.stage.kind,
+            "step": run.step,
+            "steps": run.train.steps,
+            "wrong": wrong,
+            "findings": [dataclasses.asdict(finding) for finding in findings],
+        }
+        try:
+            with replacing(Path(args.json)) as temporary:
+                temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as problem:
+            raise UserError(f"--json: {args.json!r} cannot be written ({problem})") from problem
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

@@ -1,0 +1,298 @@
+"""Faults in what was logged: losses, gradients, figures of evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from unclip_jax.training.doctor.findings import TENTH, Finding, error, note, warning
+from unclip_jax.training.doctor.theory import Band, band
+from unclip_jax.training.doctor.workdir import Workdir
+
+FEWEST_LINES = 8  # of a curve that is judged by its shape
+SURE = 3.0  # standard errors
+
+
+def examine(run: Workdir) -> Iterator[Finding]:
+    """Findings in metrics.jsonl."""
+    steps, losses = run.series("train/loss")
+    if not len(steps):
+        if run.step > run.train.log_every:
+            yield warning(
+                "no_metrics",
+                f"the run is at step {run.step:,}, but metrics.jsonl has no loss",
+                "it was deleted or its disk was full; the next log line begins it anew",
+            )
+        return
+    yield from not_finite(run)
+    if not np.all(np.isfinite(losses)):
+        return
+    yield from level(run, band(run))
+    yield from shape(run)
+    yield from warm_up(run)
+    yield from gradients(run)
+    yield from evaluations(run)
+    yield from overfitting(run)
+
+
+def not_finite(run: Workdir) -> Iterator[Finding]:
+    """Anything logged that is no number."""
+    for record in run.records:
+        names = [name for name, value in record.items() if not math.isfinite(value)]
+        if names:
+            yield error(
+                "not_finite",
+                f"{names[0]} is not finite at step {int(record['step']):,}",
+                "go back to a checkpoint before that step; lower train.learning_rate"
+                f" ({run.train.learning_rate:g}), set train.grad_clip, and check the data",
+            )
+            return
+
+
+def too_early(run: Workdir, step: float) -> bool:
+    """Whether weights cannot yet have moved by as much as they are large.
+
+    Adam moves each by at most about the learning rate a step, so the sum of the rates so far is
+    compared with the weights' root mean square.
+    """
+    steps, rates = run.series("train/learning_rate")
+    norm = run.last("train/param_norm")
+    if norm is None or step <= run.train.warmup_steps:
+        return True
+    seen = steps <= step
+    moved = float(np.sum(rates[seen] * np.diff(steps[seen], prepend=0.0)))
+    return moved < norm / math.sqrt(run.parameters)
+
+
+def level(run: Workdir, expected: Band | None) -> Iterator[Finding]:
+    """The loss against what theory says of a network that has learned nothing."""
+    if expected is None:
+        return
+    steps, values = run.series(expected.metric)
+    if not len(steps):
+        return
+    recent = float(np.mean(values[-3:]))
+    where = f"{expected.metric} is {recent:.4g} at step {int(steps[-1]):,}"
+    if too_early(run, steps[-1]):
+        if done(run) >= 1.0 and recent > (1 - TENTH) * expected.ignorant:
+            yield error(
+                "nothing_learned",
+                f"{where}, and a network that has learned nothing has {expected.ignorant:.4g}; the"
+                " learning rates of all steps together are less than the size of a weight, so the"
+                " weights are still about what they began with",
+                f"train in a new workdir for more steps ({run.train.steps:,}) or with a higher"
+                f" train.learning_rate ({run.train.learning_rate:g})",
+            )
+    elif recent > (1 + TENTH) * expected.ignorant:
+        yield error(
+            "loss_above_ignorance",
+            f"{where}; a network that has learned nothing has {expected.ignorant:.4g}"
+            f" ({expected.because})",
+            f"train in a new workdir with a lower train.learning_rate"
+            f" ({run.train.learning_rate:g}), with train.warmup_steps, or with train.grad_clip=1",
+        )
+    elif recent > (1 - TENTH) * expected.ignorant:
+        yield error(
+            "nothing_learned",
+            f"{where}, what a network has that has learned nothing: {expected.ignorant:.4g}"
+            f" ({expected.because})",
+            "look at a few examples of the data (python -m unclip_jax evaluate shows pictures), and"
+            f" try train.learning_rate ({run.train.learning_rate:g}) three times higher or lower",
+        )
+    elif expected.linear is not None and recent > expected.linear and done(run) > 0.5:
+        yield warning(
+            "hardly_learned",
+            f"{where}; knowing the data's variance and nothing else gives {expected.linear:.4g}",
+            "train longer, or with a higher train.learning_rate"
+            f" ({run.train.learning_rate:g}) or a larger network",
+        )
+
+
+def done(run: Workdir) -> float:
+    """The fraction of the run that lies behind."""
+    return run.step / run.train.steps
+
+
+def shape(run: Workdir) -> Iterator[Finding]:
+    """Whether the loss falls, and stays down."""
+    steps, losses = run.series("train/loss")
+    steps, losses = steps[steps > run.train.warmup_steps], losses[steps > run.train.warmup_steps]
+    if len(losses) < FEWEST_LINES:
+        return
+    quarters = np.array_split(losses, 4)
+    means = [float(np.mean(q)) for q in quarters]
+    best = int(np.argmin(means))
+    rise = means[-1] - means[best]
+    if rise > TENTH * abs(means[best]) and rise > SURE * _error(quarters[best], quarters[-1]):
+        told = (
+            f"the loss was {means[best]:.4g} on average in the run's quarter {best + 1} and is"
+            f" {means[-1]:.4g} in its last"
+        )
+        advice = (
+            f"lower train.learning_rate ({run.train.learning_rate:g}) to a third, in a new workdir,"
+            " and set train.grad_clip=1 if it is 0"
+        )
+        higher = means[-1] > means[0]
+        yield (
+            error("loss_exploded", told, advice) if higher else warning("loss_rising", told, advice)
+        )
+    yield from spikes(steps, losses, run)
+    fall = means[-2] - means[-1]
+    finished = run.step >= run.train.steps
+    if finished and fall > TENTH * means[-1] and fall > SURE * _error(*quarters[-2:]):
+        yield note(
+            "still_falling",
+            f"the run is done, and its loss still fell from {means[-2]:.4g} to {means[-1]:.4g} in"
+            " its last quarter",
+            "more steps would help: a new workdir with a higher train.steps",
+        )
+
+
+def _error(first: np.ndarray, second: np.ndarray) -> float:
+    """The standard error of the difference of two means, from the scatter around straight lines."""
+
+    def variance(values: np.ndarray) -> float:
+        if len(values) < 3:
+            return float(np.var(values)) / len(values)
+        line = np.polyval(np.polyfit(np.arange(len(values)), values, 1), np.arange(len(values)))
+        return float(np.sum((values - line) ** 2) / (len(values) - 2)) / len(values)
+
+    return math.sqrt(variance(first) + variance(second))
+
+
+def spikes(steps: np.ndarray, losses: np.ndarray, run: Workdir) -> Iterator[Finding]:
+    """Lines at which the loss lost half of all that it had gained."""
+    before = np.minimum.accumulate(losses)[:-1]
+    lost = losses[1:] - before
+    gained = losses[0] - before
+    usual = 1.4826 * float(np.median(np.abs(np.diff(losses))))  # a normal's standard deviation
+    high = 1 + np.flatnonzero((lost > 0.5 * gained) & (lost > 6 * usual) & (gained > 0))
+    high = [i for i in high if i + 1 < len(losses) and losses[i + 1] < losses[i]]
+    if high:
+        i = high[0]
+        yield warning(
+            "loss_spikes",
+            f"{len(high)} times the loss jumped up and came back, first at step {int(steps[i]):,},"
+            f" from {losses[:i].min():.4g} to {losses[i]:.4g}",
+            f"lower train.learning_rate ({run.train.learning_rate:g}) or train.b2"
+            f" ({run.train.b2:g}), or set train.grad_clip=1 if it is {run.train.grad_clip:g}",
+        )
+
+
+def warm_up(run: Workdir) -> Iterator[Finding]:
+    """A loss that rises with the learning rate.
+
+    Weights that were trained before lose a little of it as the rate rises. That is as it should be
+    if half has come back since.
+    """
+    steps, losses = run.series("train/loss")
+    warm = losses[steps <= run.train.warmup_steps]
+    if len(warm) < 3:
+        return
+    halfway = 0.5 * (warm.min() + warm[-1])
+    came_back = "init" in run.description and np.median(losses[-3:]) < halfway
+    if warm[-1] > (1 + TENTH) * warm.min() and warm[-1] > warm[0] and not came_back:
+        yield warning(
+            "rises_in_warm_up",
+            f"while the learning rate rose to {run.train.learning_rate:g} over"
+            f" {run.train.warmup_steps:,} steps, the loss went from {warm.min():.4g} up to"
+            f" {warm[-1]:.4g}: the rate is too high",
+            "lower train.learning_rate to where the loss was least in the warm-up",
+        )
+
+
+def gradients(run: Workdir) -> Iterator[Finding]:
+    """Norms of the gradient, before clipping."""
+    steps, norms = run.series("train/grad_norm")
+    clip = run.train.grad_clip
+    if not len(norms):
+        return
+    if np.all(norms == 0.0):
+        yield error(
+            "no_gradient",
+            "train/grad_norm is 0 at every log line: the loss depends on no weight",
+            "look at the stage's settings and its loss",
+        )
+    late = norms[len(norms) // 2 :]
+    if clip and len(norms) >= FEWEST_LINES and late.min() > clip:
+        yield note(
+            "always_clipped",
+            f"in the second half of the run every log line's gradient norm ({late.min():.3g} to"
+            f" {late.max():.3g}) is above train.grad_clip {clip:g}, so every step is clipped",
+            "harmless with Adam, which divides by the gradient's size; to catch outliers alone, set"
+            f" train.grad_clip to about {2 * float(np.median(late)):.2g}",
+        )
+    around = np.maximum(norms[:-2], norms[2:])
+    past = steps[1:-1] > run.train.warmup_steps
+    high = 1 + np.flatnonzero(past & (norms[1:-1] > 10 * around))
+    if len(high):
+        i = high[0]
+        yield (note if clip else warning)(
+            "gradient_spikes",
+            f"{len(high)} times the gradient's norm jumped up and came back, first at step"
+            f" {int(steps[i]):,}, from {norms[i - 1]:.3g} to {norms[i]:.3g}",
+            "clipping took care of it" if clip else "set train.grad_clip=1 in a new workdir",
+        )
+
+
+def evaluations(run: Workdir) -> Iterator[Finding]:
+    """The last evaluation against chance, or against doing nothing."""
+    if too_early(run, run.step) and done(run) < 1.0:
+        return
+    if run.stage.kind == "clip":
+        yield from retrieval(run)
+    own, others = run.last("eval/cosine_z_i"), run.last("eval/cosine_z_i_shuffled")
+    if own is not None and others is not None and own <= others + TENTH * (1 - others):
+        yield error(
+            "prior_ignores_captions",
+            f"sampled embeddings have a cosine of {own:.3f} with their own captions' pictures, and"
+            f" {others:.3f} with those of other captions",
+            "check that captions belong to their pictures and that stage.caption_drop is about 0.1;"
+            " then train longer",
+        )
+    psnr, bicubic = run.last("eval/psnr"), run.last("eval/psnr_bicubic")
+    if psnr is not None and bicubic is not None and psnr < bicubic:
+        yield warning(
+            "worse_than_bicubic",
+            f"upsampled pictures have a PSNR of {psnr:.1f} dB, bicubic ones {bicubic:.1f} dB",
+            "train longer; an upsampler passes bicubic once it has learned to copy",
+        )
+
+
+def retrieval(run: Workdir) -> Iterator[Finding]:
+    """CLIP's held-out retrieval: above chance, by the binomial's standard error."""
+    pairs = run.last("eval/pairs")
+    for way in ("image_to_text", "text_to_image"):
+        found, chance = run.last(f"eval/{way}_r5"), run.last("eval/chance_r5")
+        if not pairs or found is None or chance is None or chance >= 1.0:
+            continue
+        spread = math.sqrt(chance * (1 - chance) / pairs)
+        if found < chance + SURE * spread:
+            yield error(
+                "retrieval_at_chance",
+                f"{way.replace('_', ' ')} finds {found:.1%} of {int(pairs)} held-out pairs among"
+                f" the first five, and chance {chance:.1%} ± {spread:.1%}",
+                "check that captions belong to their pictures; then train longer, on more data or"
+                " with a larger batch",
+            )
+
+
+def overfitting(run: Workdir) -> Iterator[Finding]:
+    """Held-out loss that rises while the training loss falls."""
+    steps, held = run.series("eval/heldout_loss")
+    own_steps, own = run.series("train/loss")
+    if len(held) < 3 or not np.all(np.isfinite(held)):
+        return
+    best = int(np.argmin(held))
+    at_best, at_end = (np.interp(steps[i], own_steps, own) for i in (best, -1))
+    if held[-1] > (1 + TENTH) * held[best] and at_end < at_best:
+        yield warning(
+            "overfitting",
+            f"the held-out loss was least at step {int(steps[best]):,} ({held[best]:.4g}) and is"
+            f" {held[-1]:.4g} now, while the training loss fell from {at_best:.4g} to"
+            f" {at_end:.4g}",
+            "more data, data.augment, train.weight_decay or a smaller network;"
+            " --config.train.best=heldout_loss keeps the best checkpoint",
+        )

@@ -1,0 +1,108 @@
+"""What loss to expect of a network that has learned nothing, and of the simplest that has.
+
+**Contrastive** (CLIP). With b pairs compared at a time, guessing costs log b nats.
+
+**Cross-entropy** (autoregressive prior, classifier). Guessing among n costs log n nats.
+
+**Squared error** (diffusion). With x_t = alpha x_0 + sigma eps, and m = E x_0^2 per dimension, the
+network that always answers 0 has a mean squared error of
+
+    1 for eps,    m for x_0,    alpha^2 + sigma^2 m for v = alpha eps - sigma x_0.
+
+Knowing m and nothing else of the data, the best is linear in x_t (Wiener). It leaves of x_0
+
+    r = sigma^2 m / (alpha^2 m + sigma^2),
+
+which as an error of eps is r alpha^2 / sigma^2, and of v it is r / sigma^2, since given x_t each of
+the three says the other two. Training draws t uniformly, so both are averaged over all t. Pixels
+lie in [-1, 1], where m <= 1; whitened embeddings have m = 1, and unit embeddings of e dimensions
+times s have m = s^2 / e. To do better takes structure: what there is to learn begins there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from unclip_jax.diffusion import gaussian
+from unclip_jax.stages import normalisation
+from unclip_jax.training.doctor.workdir import Workdir
+
+
+class Band(NamedTuple):
+    """Landmarks of a loss.
+
+    Attributes:
+        metric: which of the logged figures they are of.
+        ignorant: its value for a network that has learned nothing.
+        because: where that comes from, in words.
+        linear: its value for the best linear denoiser; None where there is no diffusion.
+    """
+
+    metric: str
+    ignorant: float
+    because: str
+    linear: float | None = None
+
+
+def band(run: Workdir) -> Band | None:
+    """The landmarks of a run's loss; None where its data have no known scale."""
+    stage, train = run.stage, run.train
+    if stage.kind == "clip":
+        compared = train.batch_size // train.grad_accum
+        because = f"log {compared}, what guessing among the {compared} pairs of a microbatch costs"
+        return Band("train/loss", math.log(compared), because)
+    if stage.kind == "ar_prior":
+        because = f"log {stage.model.buckets}, what guessing a code costs"
+        return Band("train/loss", math.log(stage.model.buckets), because)
+    if stage.kind == "classifier":
+        classes = stage.num_classes
+        return Band("train/loss", math.log(classes), f"log {classes}, what guessing a class costs")
+    power = data_power(run)
+    if power is None:
+        return None
+    predicted = stage.diffusion.prediction
+    because = f"the mean squared error per dimension of predicting {predicted} as 0"
+    return Band(
+        "train/mse", ignorant(stage.diffusion, power), because, linear(stage.diffusion, power)
+    )
+
+
+def data_power(run: Workdir) -> float | None:
+    """E x_0^2 per dimension: exact for whitened embeddings, at most this for the others."""
+    if run.stage.kind != "prior":
+        return 1.0
+    kind, e = run.description.get("normalisation"), run.stage.model.embed_dim
+    if kind == "whiten":
+        return 1.0
+    if kind is None or not run.stage.unit_embeddings:
+        return None
+    scale = normalisation.PAPER_SCALE if kind == "scale" else 1.0
+    return scale**2 / e
+
+
+def ignorant(diffusion: gaussian.Diffusion, power: float) -> float:
+    """Mean squared error, over the timesteps of training, of the answer 0."""
+    signal, noise = signal_and_noise(diffusion)
+    errors = {"eps": np.ones_like(signal), "x_0": np.full_like(signal, power)}
+    error = errors.get(diffusion.prediction, signal + noise * power)
+    return float(error @ diffusion.timestep_probabilities())
+
+
+def linear(diffusion: gaussian.Diffusion, power: float) -> float:
+    """Mean squared error, over the timesteps of training, of the best linear denoiser."""
+    signal, noise = signal_and_noise(diffusion)
+    total = signal * power + noise
+    errors = {"eps": power * signal / total, "x_0": noise * power / total, "v": power / total}
+    return float(errors[diffusion.prediction] @ diffusion.timestep_probabilities())
+
+
+def signal_and_noise(diffusion: gaussian.Diffusion) -> tuple[np.ndarray, np.ndarray]:
+    """alpha^2 and sigma^2 of every timestep, float64 [steps]."""
+    process = diffusion.process()
+    return (
+        np.asarray(process.sqrt_alpha_bar, np.float64) ** 2,
+        np.asarray(process.sqrt_one_minus_alpha_bar, np.float64) ** 2,
+    )

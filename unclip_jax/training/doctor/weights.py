@@ -1,0 +1,262 @@
+"""Faults in what the networks do: the newest checkpoint, looked at on a few training examples.
+
+Each example is noised once at every of several timesteps, and the network's squared error is
+measured under its own condition and under another example's. What the own condition saves is what
+the network makes of it; its mean over the examples has a standard error, so "nothing" can be told
+from "little".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax import stages
+from unclip_jax.common import config as settings
+from unclip_jax.data import datasets
+from unclip_jax.data.text_states import stream
+from unclip_jax.diffusion import gaussian
+from unclip_jax.errors import UserError
+from unclip_jax.stages import normalisation
+from unclip_jax.stages.clip import encode_image, encode_text
+from unclip_jax.training import checkpoints, inputs, save
+from unclip_jax.training.doctor.findings import TENTH, Finding, error, note
+from unclip_jax.training.doctor.settings import STD_BAND
+from unclip_jax.training.doctor.workdir import Workdir
+from unclip_jax.weights import trained
+
+Params = dict[str, Any]
+Arrays = dict[str, jax.Array]
+
+EXAMPLES, PICTURES = 64, 32  # of embeddings, and where pictures are trained on
+ROUNDS = 4  # how many timesteps each example is seen at
+SURE = 3.0  # standard errors
+
+# Relative differences that float32 makes by itself, with a margin.
+IDENTICAL = 1e-4
+
+
+def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
+    """Findings in the newest checkpoint; `clip` is the folder of the run's CLIP, if it is there."""
+    if not run.checkpoints or checkpoints.damage(run.checkpoints[-1]):
+        return
+    if "lora" in run.description:
+        yield note(
+            "weights_not_seen",
+            "the run trains adapters, and its checkpoints hold nothing else",
+            "python -m unclip_jax save makes a model folder, and python -m unclip_jax evaluate"
+            " measures it",
+        )
+        return
+    last, averaged = read_weights(run)
+    try:
+        batch = read_batch(run, clip)
+    except (UserError, OSError) as problem:
+        yield note(
+            "data_not_seen",
+            f"no training example could be read here: {problem}",
+            "run the doctor where the data are"
+            + (", with --clip=DIR" if "clip_fingerprint" in run.description else ""),
+        )
+        batch = None
+    if isinstance(run.stage, stages.PriorStage | stages.DecoderStage):
+        cond = synthetic(run.stage) if batch is None else run.stage.data(averaged, batch)[1]
+        yield from guidance(run, averaged, cond)
+    if batch is not None:
+        yield from embeddings(averaged, batch)
+        yield from average(run, last, averaged, batch)
+        if isinstance(run.stage, stages.PriorStage | stages.DecoderStage):
+            yield from worth(run, averaged, batch)
+
+
+def read_weights(run: Workdir) -> tuple[Params, Params]:
+    """The params of the newest checkpoint: those last trained, and their average."""
+    step = int(run.checkpoints[-1].name)
+    with save.open_checkpoints(run.path) as manager:
+        state = save.read_state(
+            manager, step, lambda tree: {name: tree[name] for name in ("params", "ema_params")}
+        )
+    average = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state["ema_params"])
+    return state["params"], state["params"] | average
+
+
+def read_batch(run: Workdir, clip: Path | None) -> Arrays:
+    """Up to EXAMPLES or PICTURES training examples, with all that the stage reads.
+
+    Raises:
+        UserError: the data are not here or are others by now, or the CLIP is not known.
+    """
+    stage = run.stage
+    data = settings.build(datasets.DataConfig, run.description["data"], "description.json: data")
+    data = dataclasses.replace(data, augment=0.0, cache_bytes=0)
+    needs_images = stage.kind not in ("prior", "ar_prior")
+    source = datasets.load(inputs.data_for(stage, data), needs_images=needs_images)
+    if source.fingerprint != run.description["data_fingerprint"]:
+        raise UserError(
+            f"data {data.name!r}: they have changed since (fingerprint {source.fingerprint}, was"
+            f" {run.description['data_fingerprint']})"
+        )
+    if "t5" in run.description:
+        raise UserError("the stage reads the states of a T5, which the workdir does not name")
+    part = None
+    if inputs.reads_clip(stage):
+        if clip is None:
+            raise UserError(
+                f"CLIP {run.description['clip_fingerprint']}, which made the embeddings, is not"
+                " among the folders beside the workdir"
+            )
+        part = trained.load_part(clip, kind="clip")
+    encoder = inputs.text_encoder(stage, part, "", "float32")
+    wanted = PICTURES if needs_images else EXAMPLES
+    size = {"seed": 0, "batch_size": min(wanted, len(source))}
+    batch = dict(next(stream(source, inputs.data_for(stage, data), encoder, **size)))
+    if part is not None and "z_i" not in batch:
+        seen = inputs.data_for(part.stage, data)
+        pairs = next(stream(datasets.load(seen), seen, None, **size))
+        batch["z_i"] = encode_image(part.stage, part.params, pairs["image"])
+        batch["z_t"] = encode_text(part.stage, part.params, pairs["tokens"])
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+def synthetic(stage: stages.PriorStage | stages.DecoderStage) -> Arrays:
+    """Conditions of random tokens and embeddings, where there are no data to take them from."""
+    n, (length, vocab_size) = 8, stage.context
+    token_key, state_key, z_i_key, z_t_key = jax.random.split(jax.random.key(0), 4)
+    if stage.reads_states:
+        text = jax.random.normal(state_key, (n, length, stage.model.text_width))
+    else:
+        text = jax.random.randint(token_key, (n, length), 1, max(2, vocab_size - 2))
+        text = text.at[:, -1].set(vocab_size - 1)
+    mask = jnp.ones((n, length), bool)
+    e = stage.model.embed_dim
+    z_i, z_t = (normalisation.unit(jax.random.normal(key, (n, e))) for key in (z_i_key, z_t_key))
+    if isinstance(stage, stages.PriorStage):
+        return stage.condition(text, z_t, mask)
+    label = jnp.arange(n) % max(1, stage.num_classes)
+    return stage.condition(text, z_i, z_t, mask, label)
+
+
+@functools.partial(jax.jit, static_argnames="stage")
+def predict(
+    stage: stages.PriorStage | stages.DecoderStage,
+    params: Params,
+    cond: Arrays,
+    x_t: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
+    """What the network says of x_t at t under a condition, without its variance channels."""
+    output = stage.denoiser(params, cond)(x_t, t)
+    return gaussian.split_variance(stage.diffusion, output, x_t)[0]
+
+
+def guidance(run: Workdir, params: Params, cond: Arrays) -> Iterator[Finding]:
+    """Whether a condition changes what is predicted, without which guidance leads nowhere."""
+    stage = run.stage
+    n = len(jax.tree.leaves(cond)[0])
+    shape = (
+        (stage.model.embed_dim,)
+        if isinstance(stage, stages.PriorStage)
+        else (stage.image_size, stage.image_size, 3)
+    )
+    x_t = jax.random.normal(jax.random.key(1), (n, *shape))
+    t = jnp.full(n, stage.diffusion.steps - 1)
+    own = np.asarray(predict(stage, params, cond, x_t, t))
+    null = np.asarray(predict(stage, params, stage.null(params, cond), x_t, t))
+    size = float(np.sqrt(np.mean(own**2)))
+    apart = float(np.sqrt(np.mean((own - null) ** 2)))
+    if apart <= IDENTICAL * size or size == 0.0:
+        yield error(
+            "guidance_dead",
+            f"with and without their conditions, predictions at the noisiest step differ by"
+            f" {apart:.2g}, and are {size:.2g} large: guidance has nothing to amplify",
+            "train longer; if it stays so, check stage.caption_drop and stage.z_i_drop, and that"
+            " captions and embeddings differ between examples",
+        )
+
+
+def embeddings(params: Params, batch: Arrays) -> Iterator[Finding]:
+    """The normalisation in the checkpoint against the embeddings it is for."""
+    stats = params.get("normalisation", {})
+    if "std" not in stats or "z_i" not in batch:
+        return
+    z = np.asarray(normalisation.normalise(stats, batch["z_i"]), np.float64)
+    std = float(np.sqrt(np.mean(z**2)))
+    if not STD_BAND[0] <= std <= STD_BAND[1]:
+        yield error(
+            "embedding_std",
+            f"the checkpoint's normalisation gives the embeddings of {len(z)} training pictures a"
+            f" root mean square of {std:.3g} per dimension, expected about 1",
+            "the normalisation is of another CLIP or of other data; train in a new workdir with"
+            " --config.normalisation=whiten",
+        )
+
+
+@functools.partial(jax.jit, static_argnames="stage")
+def loss(stage: stages.Stage, params: Params, batch: Arrays, key: jax.Array) -> jax.Array:
+    """The stage's loss of a batch."""
+    return stage.loss(params, batch, key)[0]
+
+
+def average(run: Workdir, last: Params, averaged: Params, batch: Arrays) -> Iterator[Finding]:
+    """The averaged weights' loss against that of the last ones, on the same examples and noise."""
+    keys = [jax.random.key(i) for i in range(ROUNDS)]
+    own, mean = (
+        np.array([float(loss(run.stage, params, batch, key)) for key in keys])
+        for params in (last, averaged)
+    )
+    behind = mean - own
+    sure = behind.mean() > SURE * behind.std(ddof=1) / np.sqrt(len(keys))
+    if sure and behind.mean() > TENTH * abs(own.mean()):
+        yield error(
+            "average_behind",
+            f"on the same {len(jax.tree.leaves(batch)[0])} examples the averaged weights have a"
+            f" loss of {mean.mean():.4g} and the last ones {own.mean():.4g}; the averaged ones are"
+            " evaluated and exported",
+            f"train on: the average follows; or in a new workdir lower train.ema_decay"
+            f" ({run.train.ema_decay:g})",
+        )
+
+
+def worth(run: Workdir, params: Params, batch: Arrays) -> Iterator[Finding]:
+    """What the own condition saves of the squared error, against another example's."""
+    stage = run.stage
+    x_0, cond = stage.data(params, batch)
+    n = len(x_0)
+    if n < 2:
+        return
+    other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), cond)
+    saved = np.zeros(n)
+    for i in range(ROUNDS):
+        # The noisier half: there the condition says what x_t does not.
+        t = (
+            stage.diffusion.steps
+            - 1
+            - (jnp.arange(n) * ROUNDS + i) * stage.diffusion.steps // (2 * n * ROUNDS)
+        )
+        noise = jax.random.normal(jax.random.key(i), x_0.shape)
+        process = stage.diffusion.process()
+        x_t = gaussian.q_sample(process, x_0, t, noise)
+        target = gaussian.target(stage.diffusion, process, x_0, t, noise)
+        errors = [
+            np.mean((np.asarray(predict(stage, params, c, x_t, t)) - target) ** 2, axis=axes)
+            for c in (cond, other)
+            for axes in [tuple(range(1, x_0.ndim))]
+        ]
+        saved += (errors[1] - errors[0]) / ROUNDS
+    spread = saved.std(ddof=1) / np.sqrt(n)
+    if saved.mean() < SURE * spread or saved.mean() <= 0:
+        what = "captions" if stage.kind == "prior" else "conditions"
+        yield error(
+            f"{stage.kind}_ignores_{what}",
+            f"on {n} training examples the squared error with their own {what} is smaller by"
+            f" {saved.mean():.2g} ± {spread:.2g} than with those of others: no difference is seen",
+            "train longer; if it stays so, check that captions belong to their pictures, that"
+            " config.clip is the CLIP meant, and that conditions are not dropped too often",
+        )

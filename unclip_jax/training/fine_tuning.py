@@ -1,0 +1,154 @@
+"""Start from a trained stage in place of random weights: whole, or through low-rank adapters.
+
+The stage is the one that its folder describes. A config says only what is to differ, and that may
+be how it trains and samples, never what its weights mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from unclip_jax import stages
+from unclip_jax.common.params import TRAINED, flatten, unflatten
+from unclip_jax.errors import UserError
+from unclip_jax.training import lora
+from unclip_jax.training.lora import Lora
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import stage_folder
+
+Params = dict[str, Any]
+
+# Settings of a stage that a fine-tuned one may change, by the first or the last name of their path:
+# how it samples and trains, and in which precision. All others say what its weights mean.
+FREE = frozenset({
+    "sampling", "guidance_scale", "draws", "dtype", "remat", "dropout", "z_i_drop", "caption_drop",
+    "label_drop",
+    "loss", "min_snr_gamma", "timestep_shift", "crop", "corruption", "blur_probability",
+    "blur_sigma", "bsr", "noise_level",
+})  # fmt: skip
+
+# Settings that a fine-tuned stage may raise from 0: what they add begins as nothing.
+GROWING = frozenset({"pixel_channels"})
+
+_LISTED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The trained stage that a run starts from.
+
+    Attributes:
+        folder: its model folder.
+        trained: the stage that the folder holds.
+        stage: the stage to train: with the same weights, and perhaps more.
+        fingerprint: of those weights.
+        clip_fingerprint: of the CLIP that it stands on; "" where it stands on none.
+    """
+
+    folder: Path
+    trained: stages.Stage
+    stage: stages.Stage
+    fingerprint: str
+    clip_fingerprint: str
+
+    @classmethod
+    def read(cls, folder: str, overrides: Mapping[str, Any]) -> Origin:
+        """Read what a folder says of its stage, and change some settings.
+
+        Args:
+            folder: a stage folder, or a workdir that training wrote.
+            overrides: settings of the stage that are to differ from the folder's, nested as in
+                `stages.describe`; what is left out is as the folder says. "kind" is what is
+                expected there.
+
+        Raises:
+            UserError: not a stage folder, of another kind, or a setting that must not differ.
+        """
+        path = stage_folder(folder)
+        description = model_folder.read_description(path)
+        trained = stages.build(description["stage"], f"{path / model_folder.CONFIG_FILE}: stage")
+        kind = overrides.get("kind", trained.kind)
+        if kind != trained.kind:
+            raise UserError(f"config.init: {folder!r} holds a {trained.kind}, expected a {kind}")
+        stage = stages.build(_overlaid(stages.describe(trained), overrides))
+        _check_same_weights(stages.describe(trained), stages.describe(stage), folder)
+        fingerprint = model_folder.read_fingerprint(path)
+        return cls(path, trained, stage, fingerprint, description.get("clip_fingerprint", ""))
+
+    def check_clip(self, fingerprint: str, folder: str) -> None:
+        """Raise UserError unless the CLIP in `folder` is the one that the stage stands on."""
+        if fingerprint != self.clip_fingerprint:
+            raise UserError(
+                f"config.clip: {folder!r} holds CLIP {fingerprint}, but {str(self.folder)!r} was"
+                f" trained with CLIP {self.clip_fingerprint}; give that one"
+            )
+
+    def params(self, dtype: str = "") -> Params:
+        """The stage's params; `dtype` is that of its weights in memory, "" for float32.
+
+        What the stage has more than the folder is drawn at random, the same each time.
+
+        Raises:
+            UserError: the folder is damaged, or has changed since it was read.
+        """
+        if model_folder.read_fingerprint(self.folder) != self.fingerprint:
+            raise UserError(
+                f"config.init: the weights in {str(self.folder)!r} have changed since this run"
+                f" began, when their fingerprint was {self.fingerprint}; put those back and run"
+                " the same command again"
+            )
+        key = jax.random.key(0)
+        params, _ = model_folder.load_stage(
+            self.folder, jax.eval_shape(self.trained.init, key), dtype
+        )
+        if jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(self.stage.init, key)):
+            return params
+        fresh = flatten(jax.jit(self.stage.init)(key))
+        fresh = {name: x.astype(dtype or x.dtype) for name, x in fresh.items()}
+        return unflatten(fresh | flatten(params))
+
+    def adapted(self, config: Lora, key: jax.Array) -> Params:
+        """The params to train with low-rank adapters: theirs, and the frozen network's."""
+        return lora.attach(config, key, self.params(config.dtype))
+
+    def merged(self, config: Lora, params: Params) -> Params:
+        """What to save of `adapted` params: the adapters in the weights as the folder has them."""
+        whole = self.params()
+        return whole | {TRAINED: lora.merge(config, whole[TRAINED], params[TRAINED])}
+
+
+def _overlaid(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with others on top."""
+
+    def is_group(value: Any) -> bool:
+        return isinstance(value, Mapping | ConfigDict)
+
+    found = dict(settings)
+    for name, value in overrides.items():
+        both = is_group(value) and is_group(found.get(name))
+        found[name] = _overlaid(found[name], value) if both else value
+    return found
+
+
+def _check_same_weights(trained: Mapping[str, Any], asked: Mapping[str, Any], folder: str) -> None:
+    before, now = flatten(trained), flatten(asked)
+    differing = [
+        f"{name.replace('/', '.')} is {now.get(name)!r}, but there {before.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        and FREE.isdisjoint({name.split("/")[0], name.split("/")[-1]})
+        and not (name.split("/")[-1] in GROWING and before.get(name) == 0)
+    ]
+    if differing:
+        more = len(differing) - _LISTED
+        raise UserError(
+            f"config.stage: is not the stage in config.init={folder!r}:"
+            f" {'; '.join(differing[:_LISTED])}{f' and {more} more' if more > 0 else ''}; leave out"
+            " what the folder says, or train from the beginning without config.init"
+        )

@@ -1,0 +1,190 @@
+"""What a stage reads besides pictures and captions: CLIP, its embeddings, frozen text encoders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from unclip_jax import stages
+from unclip_jax.common.files import default_cache_dir
+from unclip_jax.data import batches, datasets
+from unclip_jax.data.embeddings import store as embeddings
+from unclip_jax.data.embeddings import writer
+from unclip_jax.data.embeddings.shards import Meta
+from unclip_jax.data.records import Source
+from unclip_jax.errors import UserError
+from unclip_jax.stages.clip import encode_image, encode_text
+from unclip_jax.weights import classes
+from unclip_jax.weights.clip_text import ClipText
+from unclip_jax.weights.t5 import T5
+from unclip_jax.weights.trained import Part, load_part
+
+EMBED_BATCH = 64
+
+
+def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
+    """The data's settings with what follows from the stage: size, vocabulary, labels."""
+    changes: dict[str, Any] = {}
+    if hasattr(stage, "image_size"):
+        changes["image_size"] = stage.image_size
+    if hasattr(stage, "context"):
+        changes["context_length"], vocab_size = stage.context
+        changes |= {"vocab_size": vocab_size} if vocab_size else {}
+    if classes.reads_labels(stage):
+        changes["labels"] = True
+    return dataclasses.replace(data, **changes)
+
+
+def reads_clip(stage: stages.Stage) -> bool:
+    """Whether the stage stands on a CLIP: the priors do, and the decoder of z_i."""
+    is_decoder_of_z_i = stage.kind == "decoder" and stage.model.embed_dim > 0
+    return stage.kind in ("prior", "ar_prior") or is_decoder_of_z_i
+
+
+def reads_clip_states(stage: stages.Stage) -> bool:
+    """Whether captions come as the text states of the CLIP that the stage stands on (Karlo)."""
+    is_prior_of_states = stage.kind == "prior" and stage.reads_states
+    return is_prior_of_states or (stage.kind == "decoder" and stage.empty_null)
+
+
+def load_clip(folder: str, stage: stages.Stage) -> Part:
+    """The trained CLIP that a config names.
+
+    Raises:
+        UserError: none named, not a CLIP, or one of another embedding size than the stage's.
+    """
+    if not folder:
+        raise UserError(
+            "config.clip: empty, expected the folder of a trained CLIP; train one and give"
+            " --config.clip=WORKDIR"
+        )
+    clip = load_part(folder, kind="clip")
+    if clip.stage.model.embed_dim != stage.model.embed_dim:
+        raise UserError(
+            f"config.stage.model.embed_dim: got {stage.model.embed_dim}, but the CLIP in"
+            f" {folder!r} has {clip.stage.model.embed_dim}; set them equal"
+        )
+    return clip
+
+
+def text_encoder(
+    stage: stages.Stage, clip: Part | None, t5: str, t5_dtype: str
+) -> ClipText | T5 | None:
+    """The frozen network whose text states the stage reads, None where it reads tokens.
+
+    Raises:
+        UserError: CLIP or T5 is another than the stage was made for.
+    """
+    if not reads_clip_states(stage):
+        return load_t5(stage, t5, t5_dtype)
+    if t5:
+        raise UserError(
+            f"config.t5: got {t5!r}, but this {stage.kind} reads CLIP's text states; leave it out"
+        )
+    wanted = (stage.context[0], stage.model.text_width)
+    found = (clip.stage.context[0], clip.stage.model.text_width)
+    if wanted != found:
+        raise UserError(
+            f"config.stage: reads {wanted[0]} text states of width {wanted[1]}, but the CLIP in"
+            f" config.clip gives {found[0]} of width {found[1]}; set them equal"
+        )
+    return ClipText.of(clip)
+
+
+def load_t5(stage: stages.Stage, folder: str, dtype: str) -> T5 | None:
+    """The T5 whose states the stage reads, None where it reads none.
+
+    Raises:
+        UserError: one is needed and not named, or the other way round; it cannot be read; or its
+            width is another than the stage's.
+    """
+    needed = stage.kind == "decoder" and stage.reads_states
+    if not needed:
+        if folder:
+            raise UserError(
+                f"config.t5: got {folder!r}, but this {stage.kind} reads no text states; leave it"
+                " out, or set config.stage.model.text_width"
+            )
+        return None
+    if not folder:
+        raise UserError(
+            "config.t5: empty, expected the folder of a T5, whose text states this decoder reads;"
+            " give --config.t5=DIR, with config.json, model.safetensors and tokenizer.json in it"
+        )
+    t5 = T5.load(folder, stage.states_length, dtype)
+    if t5.width != stage.model.text_width:
+        raise UserError(
+            f"config.stage.model.text_width: got {stage.model.text_width}, but the T5 in"
+            f" {folder!r} has width {t5.width}; set --config.stage.model.text_width={t5.width}"
+        )
+    return t5
+
+
+def with_embeddings(
+    source: Source, data: datasets.DataConfig, clip: Part, fingerprint: str, stored: str = ""
+) -> embeddings.WithEmbeddings | embeddings.EmbeddingSource:
+    """The source with z_i and z_t in its records.
+
+    Args:
+        source: of pictures, or of embeddings.
+        data: what it was made of.
+        clip: what z_i and z_t must be of.
+        fingerprint: of that CLIP.
+        stored: where they are; "" for the cache, which is filled if they are not there.
+
+    Raises:
+        UserError: those stored are of another CLIP or of other data.
+    """
+    of_clip = {
+        "clip_fingerprint": fingerprint,
+        "unit_embeddings": clip.stage.unit_embeddings,
+        "width": clip.stage.model.embed_dim,
+    }
+    if isinstance(source, embeddings.EmbeddingSource):
+        source.store.check(**of_clip)
+        return source
+    cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    folder = stored or cached_embeddings(source, data, clip, of_clip, cache / "embeddings")
+    store = embeddings.EmbeddingStore.open(folder, cache_dir=cache, **of_clip)
+    return embeddings.WithEmbeddings(source, store)
+
+
+def cached_embeddings(
+    source: Source, data: datasets.DataConfig, clip: Part, of_clip: dict[str, Any], cache: Path
+) -> Path:
+    """The folder in the cache with a source's embeddings, which are computed the first time."""
+    length = "unit" if clip.stage.unit_embeddings else "projected"
+    folder = cache / f"{of_clip['clip_fingerprint']}-{length}-{source.fingerprint}"
+    if folder.exists():
+        return folder
+    seen = data_for(clip.stage, data)
+
+    def encode(images: np.ndarray, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        z_i = encode_image(clip.stage, clip.params, images)
+        return z_i, encode_text(clip.stage, clip.params, tokens)
+
+    context_length, vocab_size = clip.stage.context
+    meta = Meta(
+        data_fingerprint=source.fingerprint,
+        count=len(source),
+        context_length=context_length,
+        vocab_size=vocab_size,
+        **of_clip,
+    )
+    with tqdm(desc="CLIP embeddings", total=len(source), disable=None) as bar:
+        writer.compute_whole(
+            datasets.load(seen),
+            encode,
+            folder,
+            meta,
+            image_size=seen.image_size,
+            batch_size=EMBED_BATCH,
+            threads=batches.threads_for(seen),
+            on_pairs=lambda done, of: bar.update(done - bar.n),
+        )
+    return folder

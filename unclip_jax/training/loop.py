@@ -1,0 +1,429 @@
+"""One training loop for every stage: it imports no model and is handed a loss.
+
+    train(loss_fn=..., init_params=..., batches=..., config=..., workdir=..., description=...)
+
+Step n + 1 is a function of the state after step n, the next batch and `fold_in(key(seed), n)`, and
+of nothing else; a checkpoint holds that state and the position in the data. So running the same
+command again goes on from the last checkpoint, bit for bit as if nothing had happened.
+See docs/training.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from unclip_jax.common import config as settings
+from unclip_jax.common import grids
+from unclip_jax.common.files import remove_leftovers, replacing
+from unclip_jax.common.params import TRAINED, is_weights
+from unclip_jax.errors import UserError
+from unclip_jax.parallel import distributed, sharding
+from unclip_jax.training import checkpoints as resume
+from unclip_jax.training import lock, writers
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.feed import BatchIterator, Feed
+from unclip_jax.training.optimizers import Params, make_optimizer, trained
+from unclip_jax.training.preemption import Preemption
+from unclip_jax.training.step import (
+    LossFn,
+    StepFn,
+    TrainState,
+    Window,
+    init_state,
+    make_train_step,
+    merge_windows,
+    open_window,
+    read_window,
+    sharded_state,
+    state_shapes,
+)
+
+__all__ = [
+    "TrainConfig",
+    "TrainState",
+    "init_state",
+    "make_optimizer",
+    "make_train_step",
+    "train",
+]
+
+Evaluate = Callable[[Params, int], Mapping[str, float]]
+Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
+
+# How many steps the host may be ahead of the devices. Enough that they never wait for it; few
+# enough that queued batches take little memory and a SIGTERM is answered soon.
+_IN_FLIGHT = 4
+
+
+class _Meter:
+    """Speed over the steps since the last reading, evaluations and saves left out."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._step, self._since = None, 0.0
+
+    def restart(self, step: int) -> None:
+        self._step, self._since = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Empty before the first restart, which comes after the compilation."""
+        if self._step is None or step <= self._step:
+            return {}
+        speed = (step - self._step) / (time.perf_counter() - self._since)
+        return {
+            "train/steps_per_second": speed,
+            "train/examples_per_second": speed * self._batch_size,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the loop works with; `_train_steps` is the loop."""
+
+    config: TrainConfig
+    workdir: Path
+    description: dict[str, Any]
+    checkpoints: resume.Checkpoints
+    progress: writers.Progress
+    writer: writers.MetricWriter
+    preemption: Preemption
+    feed: Feed
+    mesh: Mesh
+    evaluate: Evaluate | None
+    preview: Preview | None
+
+    def due(self, every: int, step: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def log(self, step: int, window: Window, meter: _Meter) -> None:
+        """Write the averages since the last log; stop if a step among them was not finite."""
+        averages, bad_step = read_window(window)
+        if bad_step is not None:
+            self._stop_not_finite(bad_step)
+        self.writer.write_scalars(step, averages | meter.read(step))
+
+    def _stop_not_finite(self, step: int) -> None:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest()
+        where = self.checkpoints.folder
+        last = f"the last good checkpoint is step {good} in {where}" if good else "none was saved"
+        raise UserError(
+            f"step {step}: the loss or its gradient is not finite, so training stopped ({last});"
+            f" lower train.learning_rate ({self.config.learning_rate:g}) or set train.grad_clip"
+            f" ({self.config.grad_clip:g}) in a new workdir, and check the data"
+        )
+
+    def show(self, state: TrainState, step: int) -> dict[str, float]:
+        """Evaluate and draw a preview with the averaged weights, as far as they are due.
+
+        The lead process does it, on its own devices, while the others wait. Returns the figures,
+        in every process.
+        """
+        evaluating = self.evaluate is not None and self.due(self.config.eval_every, step)
+        previewing = self.preview is not None and self.due(self.config.preview_every, step)
+        if not evaluating and not previewing:
+            return {}
+        params = _on_lead(state.averaged, self.mesh)
+        figures: dict[str, float] = {}
+        if evaluating and distributed.is_lead():
+            figures = {name: float(v) for name, v in self.evaluate(params, step).items()}
+            self.writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
+        if previewing and distributed.is_lead():
+            self._draw(self.preview(params, step), step)
+        return distributed.gather(figures)[0]
+
+    def _draw(self, pictures: list[tuple[np.ndarray, str]], step: int) -> None:
+        if not pictures:
+            return
+        images, captions = zip(*pictures, strict=True)
+        grid = grids.captioned_grid(images, captions, title=f"step {step}")
+        path = self.workdir / "previews" / f"step_{step:08d}.png"
+        grids.save_png(grid, path, {"step": str(step)})
+        self.writer.write_images(step, {"preview": np.asarray(grid)})
+
+    def save(
+        self, state: TrainState, step: int, position: Any, figures: Mapping[str, float]
+    ) -> None:
+        self.writer.flush()
+        positions = self.feed.positions(position)
+        self.checkpoints.save(step, _kept(state), positions, self.description, figures)
+
+
+def _on_lead(params: Params, mesh: Mesh) -> Params | None:
+    """Params on the devices of the lead process alone, None elsewhere. All must call it.
+
+    Of a CPU's devices on the first, since figures are of whole batches.
+    """
+    if jax.process_count() == 1:
+        return sharding.for_rows(params, 1, mesh)[0]
+    whole = distributed.fetch(params)
+    if not distributed.is_lead():
+        return None
+    return sharding.place(whole, sharding.tree_shardings(whole, sharding.local_mesh(mesh)))
+
+
+def _kept(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: all but frozen networks, which never change."""
+    frozen = [name for name in state.params if is_weights(name) and name != TRAINED]
+    kept = {name: part for name, part in state.params.items() if name not in frozen}
+    return state._replace(params=kept)
+
+
+def _begin(
+    checkpoints: resume.Checkpoints,
+    feed: Feed,
+    step: int,
+    init_params: Callable[[], Params],
+    config: TrainConfig,
+    mesh: Mesh,
+) -> TrainState:
+    """The first state, or, with data to match, that of checkpoint `step`: devices hold it once."""
+    params, optimizer = _first_params(init_params), make_optimizer(config)
+    if not step:
+        return sharded_state(params, optimizer, config, mesh)
+    like = state_shapes(params, optimizer, config, mesh)
+    state, positions = checkpoints.restore(step, like=_kept(like))
+    feed.restore(positions)
+    frozen = {
+        name: sharding.place(part, jax.tree.map(lambda leaf: leaf.sharding, like.params[name]))
+        for name, part in params.items()
+        if name not in state.params
+    }
+    return state._replace(params=frozen | state.params)
+
+
+def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> TrainState:
+    """Steps start + 1 to config.steps.
+
+    At a step, in this order: log, evaluate and preview, save. What a log line averages begins
+    after the last log or checkpoint. Hence a run that goes on from a checkpoint writes the lines
+    that the uninterrupted run writes.
+    """
+    config, feed, meter = run.config, run.feed, _Meter(run.config.batch_size)
+    window: Window | None = None
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    batch, position = feed.take(start + 1) if start < config.steps else (None, None)
+    for step in range(start + 1, config.steps + 1):
+        with jax.transfer_guard("disallow"):  # all that a step reads is on the devices already
+            state, metrics = step_fn(state, batch)
+            opened = open_window(metrics)
+            window = opened if window is None else merge_windows(window, opened)
+        here = position
+        if step < config.steps:
+            # The devices compute this step while the host reads and sends the next batch.
+            batch, position = feed.take(step + 1)
+        in_flight.append(metrics["loss"])
+        if len(in_flight) > _IN_FLIGHT:
+            in_flight.popleft().block_until_ready()
+        run.progress.update()
+
+        stopping = run.preemption.stops_after(step)
+        saving = stopping or step == config.steps or run.due(config.checkpoint_every, step)
+        comparing = bool(config.best) and run.due(config.eval_every, step)
+        if saving or comparing or run.due(config.log_every, step):
+            run.log(step, window, meter)
+            window = None
+        figures = run.show(state, step)
+        if saving or (comparing and run.checkpoints.is_best(figures)):
+            run.save(state, step, here, figures)
+        if stopping and step < config.steps:
+            run.checkpoints.wait()
+            run.progress.line(f"stopped by SIGTERM; step {step} is saved, the same command goes on")
+            raise SystemExit(0)
+        if window is None or step <= start + 2:  # the first two steps compile
+            meter.restart(step)
+    return state
+
+
+def train(
+    *,
+    loss_fn: LossFn,
+    init_params: Callable[[], Params],
+    batches: BatchIterator,
+    config: TrainConfig,
+    workdir: str | Path,
+    description: Mapping[str, Any],
+    mesh: Mesh | None = None,
+    evaluate: Evaluate | None = None,
+    preview: Preview | None = None,
+    export: Callable[[Params, int], None] | None = None,
+) -> TrainState:
+    """Train from the beginning, or from the last checkpoint in `workdir`, to `config.steps`.
+
+    Args:
+        loss_fn: (params, batch, key) -> (mean loss over the batch, dict of scalar metrics); it is
+            traced.
+        init_params: makes the nested dict of initial params; its "network" is trained, all else
+            in it stays as it is. Networks among that (other names that end in "network") are not
+            in the checkpoints: it must make them the same again, which `description` makes sure
+            of.
+        batches: the data; an interrupted run restores its position.
+        config: settings of the loop.
+        workdir: a local folder of this run alone; created if missing.
+        description: JSON-able; a run resumes only under the same description (and the same
+            `config`, but for `resume.CHANGEABLE`).
+        mesh: of all devices, by default along "data"; a run may resume on another mesh.
+        evaluate: (averaged params, step) -> figures on held-out data.
+        preview: (averaged params, step) -> uint8 images [h, w, 3] with captions.
+        export: (averaged params, step), called once training is over.
+
+    With several processes every one of them calls this. The callbacks are called in the lead
+    process alone, with params on its own devices; it alone writes, but for checkpoints, of which
+    every process writes its part: `workdir` must be the same folder for all.
+
+    Returns:
+        The state after the last step, on the mesh.
+
+    Raises:
+        UserError: a workdir in use or of another run, a damaged checkpoint, data that ends or does
+            not fit, a loss or gradient that is not finite.
+        SystemExit: with status 0, after SIGTERM, once everything is saved.
+    """
+    distributed.check_initialized()
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    sharding.check_batch_size(config.batch_size, mesh, config.grad_accum)
+    workdir = _open_workdir(workdir)
+    described = dict(description) | {"train": settings.to_dict(config)}
+    described = json.loads(json.dumps(described, allow_nan=False))
+    preemption, feed = Preemption(), Feed(batches, config, mesh)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(resume.disk_in_words(workdir))
+        stack.enter_context(preemption.in_force())
+        if distributed.is_lead():
+            stack.enter_context(lock.hold(workdir))
+            for folder in (workdir, workdir / "previews"):
+                remove_leftovers(folder)
+        checkpoints = stack.enter_context(resume.Checkpoints(workdir / "checkpoints", config))
+        start = _check_resumable(checkpoints, described, config, workdir)
+        state = _begin(checkpoints, feed, start, init_params, config, mesh)
+
+        progress = writers.Progress(
+            steps=config.steps,
+            start=start,
+            batch_size=config.batch_size,
+            silent=not distributed.is_lead(),
+        )
+        stack.callback(progress.close)
+        writer = _writers(progress, workdir, start)
+        stack.callback(writer.close)
+        run = _Run(
+            config=config,
+            workdir=workdir,
+            description=described,
+            checkpoints=checkpoints,
+            progress=progress,
+            writer=writer,
+            preemption=preemption,
+            feed=feed,
+            mesh=mesh,
+            evaluate=evaluate,
+            preview=preview,
+        )
+        if distributed.is_lead():
+            _introduce(run, state.params, start)
+        step_fn = make_train_step(loss_fn, make_optimizer(config), config, mesh)
+        state = _train_steps(run, step_fn, state, start)
+        checkpoints.wait()
+        _finish(run, state, export)
+    return state
+
+
+def _first_params(init_params: Callable[[], Params]) -> Params:
+    """The initial params in the host's memory: one device may be too small for them."""
+    with jax.default_device(sharding.host_device()):
+        return init_params()
+
+
+def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
+    """What is done once training is over: export the averaged params, draw the curves."""
+    if export is not None:
+        params = _on_lead(state.averaged, run.mesh)
+        if distributed.is_lead():
+            export(params, run.config.steps)
+    if distributed.is_lead():
+        writers.plot_metrics(run.workdir)
+    distributed.gather(None)  # no process ends before the lead has written everything
+
+
+def _writers(progress: writers.Progress, workdir: Path, start: int) -> writers.MultiWriter:
+    """The terminal, the metrics file and TensorBoard as one; nothing but in the lead process."""
+    if not distributed.is_lead():
+        return writers.MultiWriter([])
+    return writers.MultiWriter(
+        [
+            progress,
+            writers.JsonLinesWriter(workdir / writers.METRICS_FILE, start),
+            writers.TensorBoardWriter(workdir / "tensorboard", start),
+        ]
+    )
+
+
+def _open_workdir(workdir: str | Path) -> Path:
+    if "://" in str(workdir) or str(workdir) == "":
+        raise UserError(
+            f"workdir: got {str(workdir)!r}, expected a folder; mount the bucket, see docs/pods.md"
+        )
+    workdir = Path(workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir {str(workdir)!r}: cannot be created ({error})") from error
+    return workdir
+
+
+def _check_resumable(
+    checkpoints: resume.Checkpoints,
+    described: dict[str, Any],
+    config: TrainConfig,
+    workdir: Path,
+) -> int:
+    """The step to go on from, 0 if there is no checkpoint."""
+    start = checkpoints.resumable()
+    if start is None:
+        return 0
+    resume.check_description(checkpoints.description(start), described, workdir)
+    if start > config.steps:
+        raise UserError(
+            f"train.steps: got {config.steps}, but {str(workdir)!r} is at step {start} already;"
+            " raise it, or use another workdir"
+        )
+    return start
+
+
+def _introduce(run: _Run, params: Params, start: int) -> None:
+    """Write what the run is: description.json, parameters.txt, and a line or two."""
+    text = json.dumps(run.description, indent=2, ensure_ascii=False)
+    with replacing(run.workdir / "description.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    table = parameter_overview.get_parameter_overview(params, include_stats=False)
+    with replacing(run.workdir / "parameters.txt") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    # TensorBoard renders Markdown, in which four spaces begin code.
+    run.writer.write_texts(start, {"description": "    " + text.replace("\n", "\n    ")})
+
+    count, moved = map(_count, (params, trained(params)))
+    where = sharding.describe(run.mesh)
+    run.progress.line(
+        f"{count:,} parameters, {moved:,} of them trained, on {where['devices']} x {where['kind']}"
+        f" ({where['mesh']})"
+    )
+    if start:
+        run.progress.line(f"resumed from step {start} of {run.config.steps}")
+
+
+def _count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,139 @@
+"""Low-rank adapters: a frozen network and a small, trained change (LoRA, arXiv 2106.09685).
+
+A kernel W of [in, out] acts as W + (alpha / rank) A B, with A of [in, rank] and B of [rank, out]
+(section 4.1). A starts random and B at zero, so that training begins at the network as it is. Only
+A and B have gradients, moments and averages; W stays frozen, in few bits. Afterwards the product is
+added to W, and what is saved is an ordinary stage that samples at its ordinary cost.
+
+    params = lora.attach(config, key, params)     # {"network": adapters, "base_network": W, ...}
+    loss = stage.loss(lora.merged(config, params), batch, key)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.common.params import TRAINED, flatten, unflatten
+from unclip_jax.errors import UserError
+
+Params = dict[str, Any]
+
+BASE = "base_network"  # the frozen network's entry beside its adapters; see `checkpoint.is_weights`
+DTYPES = ("float32", "bfloat16")
+
+# What kernels are called. Of a fused projection the first axis is the input and the rest the
+# output; of all others the last axis is the output and the rest the input.
+_FUSED = ("qkv", "context_kv")
+_CONVOLUTIONS = ("conv_in", "conv_out", "conv_1", "conv_2", "patches")
+_STACKED = "blocks"  # the scanned layers of a Transformer, whose kernels have a layer axis first
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Settings of low-rank adapters.
+
+    Attributes:
+        rank: of the change to every kernel; 0 trains the network whole, without adapters.
+        alpha: the change is alpha / rank times the product of the adapters.
+        convolutions: whether convolutions are adapted as well, as matrices of [height * width *
+            in, out]; attention and linear layers always are.
+        dtype: "bfloat16" or "float32", of the frozen weights in memory. What is saved in the end
+            is the change added to the weights as they were read, rounded nowhere.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    convolutions: bool = False
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.rank < 0:
+            raise UserError(f"config.lora.rank: got {self.rank}, expected at least 0")
+        if not self.alpha > 0:
+            raise UserError(f"config.lora.alpha: got {self.alpha}, expected a positive number")
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"config.lora.dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """The factor on the product of the adapters."""
+        return self.alpha / self.rank
+
+
+def matrix_shape(
+    name: str, shape: tuple[int, ...], convolutions: bool = False
+) -> tuple[int, ...] | None:
+    """A kernel's shape as a matrix: [in, out], or [layers, in, out] where layers are stacked.
+
+    Args:
+        name: of the param, its path joined by "/".
+        shape: of the param.
+        convolutions: whether a convolution's kernel counts.
+
+    Returns:
+        None where the param is not adapted: biases, norms, embeddings, positions.
+    """
+    *parents, module, leaf = ("", *name.split("/"))
+    if leaf != "kernel" or (module in _CONVOLUTIONS and not convolutions):
+        return None
+    layers, axes = (shape[:1], shape[1:]) if _STACKED in parents else ((), shape)
+    inputs = 1 if module in _FUSED else len(axes) - 1
+    return (*layers, math.prod(axes[:inputs]), math.prod(axes[inputs:]))
+
+
+def init(config: Lora, key: jax.Array, network: Params) -> Params:
+    """Adapters of a network: a tree of "lora_a" [.., in, rank] and "lora_b" [.., rank, out].
+
+    A is normal with variance 1 / in, B is zero; both are float32. They stand where the kernels
+    stand that they change.
+    """
+    adapters = {}
+    for i, (name, kernel) in enumerate(flatten(network).items()):
+        shape = matrix_shape(name, kernel.shape, config.convolutions)
+        if shape is None:
+            continue
+        *layers, inputs, outputs = shape
+        drawn = jax.random.normal(jax.random.fold_in(key, i), (*layers, inputs, config.rank))
+        where = name.removesuffix("kernel")
+        adapters[f"{where}lora_a"] = drawn * inputs**-0.5
+        adapters[f"{where}lora_b"] = jnp.zeros((*layers, config.rank, outputs))
+    return unflatten(adapters)
+
+
+def merge(config: Lora, network: Params, adapters: Params) -> Params:
+    """The network with its adapters added: kernel + scale * A B, in the kernel's dtype.
+
+    The sum is float32 and rounded once. With B at zero it is the network, bit for bit.
+    """
+    flat = flatten(adapters)
+
+    def merged(name: str, value: jax.Array) -> jax.Array:
+        where = name.removesuffix("kernel")
+        if f"{where}lora_a" not in flat:
+            return value
+        a, b = flat[f"{where}lora_a"], flat[f"{where}lora_b"]
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        change = config.scale * product.reshape(value.shape)
+        return (value.astype(jnp.float32) + change).astype(value.dtype)
+
+    return unflatten({name: merged(name, value) for name, value in flatten(network).items()})
+
+
+def attach(config: Lora, key: jax.Array, params: Params) -> Params:
+    """A stage's params with new adapters as what is trained, and its network frozen beside them."""
+    base = params[TRAINED]
+    return params | {TRAINED: init(config, key, base), BASE: base}
+
+
+def merged(config: Lora, params: Params) -> Params:
+    """The inverse of `attach`: a stage's own params, with the adapters in them."""
+    rest = {name: part for name, part in params.items() if name != BASE}
+    return rest | {TRAINED: merge(config, params[BASE], params[TRAINED])}

@@ -1,0 +1,319 @@
+"""What each stage needs to train: where its params start, its data, its figures, its previews.
+
+`prepare(config)` turns a config into a `Run`, which train.py hands to the training loop. Here, and
+only here, a stage's kind decides something.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from unclip_jax import stages
+from unclip_jax.common import config as settings
+from unclip_jax.data import batches, datasets
+from unclip_jax.data.embeddings import store
+from unclip_jax.data.records import Source
+from unclip_jax.data.text_states import BatchesWithStates, TextEncoder, stream
+from unclip_jax.errors import UserError
+from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import devices as cpu_devices
+from unclip_jax.stages import ar_prior
+from unclip_jax.stages import normalisation as embedding
+from unclip_jax.training import lora
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.fine_tuning import Origin
+from unclip_jax.training.heldout import FIGURES, Arrays, Evaluate, Held, Params, Preview
+from unclip_jax.training.inputs import (
+    data_for,
+    load_clip,
+    reads_clip,
+    text_encoder,
+    with_embeddings,
+)
+from unclip_jax.training.lora import Lora
+from unclip_jax.training.step import LossFn, random_params
+from unclip_jax.weights import classes
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.clip_text import ClipText
+from unclip_jax.weights.t5 import T5
+from unclip_jax.weights.trained import clip_fingerprint
+
+# Of the data's settings, those that change no batch.
+MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads")
+STATE_COPIES = 4  # of the params: themselves, their average, two moments
+NORMALISATIONS = ("whiten", "scale", "none", "codes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A whole config, checked; configs/base.py says what each part is."""
+
+    stage: dict[str, Any]
+    data: datasets.DataConfig
+    train: TrainConfig
+    heldout_split: str = "heldout"
+    clip: str = ""
+    embeddings: str = ""
+    t5: str = ""
+    t5_dtype: str = "float32"
+    normalisation: str = "whiten"
+    previews: int = 16
+    init: str = ""
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+
+    def __post_init__(self) -> None:
+        """Check the fields that belong to no part."""
+        if self.normalisation not in NORMALISATIONS:
+            raise UserError(
+                f"config.normalisation: got {self.normalisation!r}, expected one of"
+                f" {', '.join(NORMALISATIONS)}"
+            )
+        if self.previews < 1:
+            raise UserError(f"config.previews: got {self.previews}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything the training loop is handed.
+
+    Attributes:
+        stage: what trains.
+        init_params: makes the first params; of them, "network" is what trains.
+        loss: of those params; the stage's own, but for low-rank adapters.
+        source: the training set.
+        data: how its images and captions become arrays.
+        train: the loop's settings.
+        mesh: of all the devices.
+        evaluate: figures of the EMA params on held-out data.
+        preview: pictures with captions, made with the EMA params.
+        export: the params of the stage, made of those that trained.
+        description: what a checkpoint or model folder says of itself.
+        encoder: the frozen text encoder, where the stage reads its states.
+    """
+
+    stage: stages.Stage
+    init_params: Callable[[], Params]
+    loss: LossFn
+    source: Source
+    data: datasets.DataConfig
+    train: TrainConfig
+    mesh: Mesh
+    evaluate: Evaluate
+    preview: Preview
+    export: Callable[[Params], Params]
+    description: dict[str, Any]
+    encoder: TextEncoder | None
+
+    def batches(self) -> batches.Batches | BatchesWithStates:
+        """The endless training batches: this process's share of each."""
+        share = sharding.data_shard(self.mesh)
+        sharding.check_batch_size(self.train.batch_size, self.mesh, self.train.grad_accum)
+        return stream(
+            self.source,
+            self.data,
+            self.encoder,
+            seed=self.train.seed,
+            batch_size=self.train.batch_size // share.count,
+            process_index=share.index,
+            process_count=share.count,
+        )
+
+
+def prepare(config: Mapping[str, Any]) -> Run:
+    """Check a config and prepare its data, embedding it with CLIP where the stage needs that.
+
+    Raises:
+        UserError: anything in the config, the data, the CLIP folder or the folder to start from is
+            not as it must be.
+    """
+    given = settings.build(Settings, config, "config")
+    origin = Origin.read(given.init, given.stage) if given.init else None
+    stage = origin.stage if origin else stages.build(given.stage)
+    if origin is None:
+        check_from_the_beginning(given, stage)
+    clip = load_clip(given.clip, stage) if reads_clip(stage) else None
+    if origin is not None and clip is not None:
+        origin.check_clip(clip_fingerprint(clip), given.clip)
+    data = data_for(stage, given.data)
+    encoder = text_encoder(stage, clip, given.t5, given.t5_dtype)
+    check_embeddings(given, stage)
+    needs_images = stage.kind not in ("prior", "ar_prior")
+    source = datasets.load(data, needs_images=needs_images)
+    if classes.reads_labels(stage):
+        trained = model_folder.read_description(origin.folder) if origin else None
+        classes.check_data(stage, source, trained)
+    heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
+    heldout = datasets.load(heldout_data, needs_images=needs_images)
+    description = describe(given, stage, source, origin)
+    if isinstance(encoder, T5):
+        description["t5"] = {"fingerprint": encoder.fingerprint, "dtype": encoder.config.dtype}
+    if clip is not None:
+        description["clip_fingerprint"] = fingerprint = clip_fingerprint(clip)
+        source = with_embeddings(source, data, clip, fingerprint, given.embeddings)
+        heldout = with_embeddings(heldout, heldout_data, clip, fingerprint)
+    held = Held(heldout, data, given.previews, encoder)
+    evaluate, preview = FIGURES[stage.kind](stage, held)
+    run = Run(
+        stage=stage,
+        init_params=first_params(given, stage, origin, source, encoder),
+        loss=stage.loss,
+        source=source,
+        data=data,
+        train=given.train,
+        mesh=mesh_for(given, stage),
+        evaluate=evaluate,
+        preview=preview,
+        export=lambda params: params,
+        description=description,
+        encoder=encoder,
+    )
+    return with_adapters(run, origin, given.lora) if given.lora.rank else run
+
+
+def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
+    """The mesh that the config asks for; on a CPU, of as many devices as a microbatch has use for.
+
+    Raises:
+        UserError: it does not fit the number of devices, or the stage.
+    """
+
+    def state_bytes() -> int:
+        shapes = jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0)))
+        return STATE_COPIES * sum(x.size * x.dtype.itemsize for x in shapes)
+
+    rows = given.train.batch_size // given.train.grad_accum
+    mesh = cpu_devices.make_mesh(given.mesh, rows=rows, held_bytes=state_bytes)
+    sharding.check_spatial(mesh, stages.feature_rows(stage))
+    return mesh
+
+
+def describe(
+    given: Settings, stage: stages.Stage, source: Source, origin: Origin | None
+) -> dict[str, Any]:
+    """What a checkpoint or model folder says of any run."""
+    data = settings.to_dict(data_for(stage, given.data))
+    description = {
+        "stage": stages.describe(stage),
+        "data": {name: value for name, value in data.items() if name not in MACHINE_FIELDS},
+        "data_fingerprint": source.fingerprint,
+        "train": settings.to_dict(given.train),
+    }
+    if origin is not None:
+        description["init"] = {"fingerprint": origin.fingerprint}
+        description |= {"lora": settings.to_dict(given.lora)} if given.lora.rank else {}
+    elif reads_clip(stage):
+        description["normalisation"] = given.normalisation
+    if classes.reads_labels(stage):
+        description["classes"] = list(source.classes)
+    return description
+
+
+def first_params(
+    given: Settings,
+    stage: stages.Stage,
+    origin: Origin | None,
+    source: Source,
+    encoder: TextEncoder | None,
+) -> Callable[[], Params]:
+    """What makes the params that training begins with."""
+    key = jax.random.key(given.train.seed)
+    if origin is None:
+        constants = first_constants(given, stage, source, encoder)
+        return lambda: random_params(stage.init, key) | constants
+    if given.lora.rank:
+        return functools.partial(origin.adapted, given.lora, key)
+    return origin.params
+
+
+def first_constants(
+    given: Settings, stage: stages.Stage, source: Source, encoder: TextEncoder | None
+) -> Params:
+    """What stands beside a new network in its stage's params, worked out from data and CLIP."""
+    constants: Params = {}
+    if reads_clip(stage):
+        constants["normalisation"] = normalisation(given.normalisation, source, stage)
+    if isinstance(encoder, ClipText) and stage.empty_null:
+        constants["null_caption"] = encoder.empty_caption()
+    return constants
+
+
+def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
+    """The run that trains low-rank adapters of its stage, and exports the stage they make."""
+    merged = jax.jit(functools.partial(lora.merged, config))
+
+    def loss(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        return run.loss(lora.merged(config, params), batch, key)
+
+    return dataclasses.replace(
+        run,
+        loss=loss,
+        evaluate=lambda params, step: run.evaluate(merged(params), step),
+        preview=lambda params, step: run.preview(merged(params), step),
+        export=functools.partial(origin.merged, config),
+    )
+
+
+def check_from_the_beginning(given: Settings, stage: stages.Stage) -> None:
+    """Raise UserError unless the stage can be trained from random params."""
+    if given.lora.rank:
+        raise UserError(
+            f"config.lora.rank: got {given.lora.rank}, but config.init is empty: adapters change a"
+            " trained stage; give its folder with --config.init=DIR, or set the rank to 0"
+        )
+    if stage.kind == "upsampler" and stage.last_steps:
+        raise UserError(
+            f"config.stage.last_steps: got {stage.last_steps}, expected 0 without config.init: the"
+            " network of the last steps is never trained here, only taken over"
+        )
+    if getattr(stage, "analytic", False):
+        raise UserError(
+            "config.stage.analytic: got True, expected False without config.init: the statistic is"
+            " measured on the trained stage, by python -m unclip_jax analytic --stage DIR"
+        )
+    if reads_clip(stage):
+        check_normalisation(given.normalisation, stage)
+
+
+def check_embeddings(given: Settings, stage: stages.Stage) -> None:
+    """Raise UserError unless config.embeddings, if given, is read and says something new."""
+    if given.embeddings and not reads_clip(stage):
+        raise UserError(
+            f"config.embeddings: got {given.embeddings!r}, but this {stage.kind} reads none; leave"
+            " it out"
+        )
+    if given.embeddings and given.data.name.startswith("embeddings:"):
+        raise UserError(
+            f"config.embeddings: got {given.embeddings!r}, but config.data.name is"
+            f" {given.data.name!r}, embeddings already; give one of them"
+        )
+
+
+def check_normalisation(kind: str, stage: stages.Stage) -> None:
+    """Raise UserError unless "codes" and the autoregressive prior come together."""
+    if (kind == "codes") != (stage.kind == "ar_prior"):
+        expected = "codes" if stage.kind == "ar_prior" else "whiten, scale or none"
+        raise UserError(
+            f"config.normalisation: got {kind!r}, expected {expected} for a stage of kind"
+            f" {stage.kind!r}"
+        )
+
+
+def normalisation(
+    kind: str,
+    source: store.WithEmbeddings | store.EmbeddingSource,
+    stage: stages.Stage,
+) -> dict[str, jax.Array]:
+    """The normalisation of image embeddings that a config names, from the training set's own."""
+    if kind == "codes":
+        return ar_prior.fit_quantiser(stage.model, source.chunks)
+    if kind == "whiten":
+        return embedding.whitening(z_i for z_i, _ in source.chunks())
+    e = stage.model.embed_dim
+    return embedding.scaling(e) if kind == "scale" else embedding.identity(e)

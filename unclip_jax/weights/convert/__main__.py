@@ -1,0 +1,88 @@
+"""Convert public weights to model folders of ours, and back.
+
+    python -m unclip_jax convert karlo FOLDER [FOLDER ...] --out runs/karlo
+    python -m unclip_jax convert clip FOLDER_OR_FILE --out runs/clip
+    python -m unclip_jax convert diffusers runs/karlo --out karlo-diffusers
+
+`karlo` reads Karlo-v1-alpha in diffusers' layout (the text-to-image repository, the one for image
+variations, or both) or in the original one; `clip` reads CLIP from Hugging Face, OpenCLIP or
+OpenAI; `diffusers` writes a Karlo, fine-tuned perhaps, in diffusers' layout. FOLDER may also be
+the name of a repository on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from unclip_jax.common.params import flatten
+from unclip_jax.errors import run_command
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights import hub
+from unclip_jax.weights.convert import clip, karlo, to_diffusers
+from unclip_jax.weights.trained import Part
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unclip_jax convert",
+        description="Public weights to model folders of unclip_jax, and back.",
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    help_dtype = "of the weights written (default: as they are in the files)"
+    add = kinds.add_parser("karlo", help="Karlo-v1-alpha to a model folder").add_argument
+    add("sources", nargs="+", metavar="FOLDER", help="folders or hub names, taken together")
+    add("--out", required=True, metavar="DIR", help="the model folder to write")
+    add("--dtype", choices=DTYPES, default="", help=help_dtype)
+    add = kinds.add_parser("clip", help="a CLIP to a stage folder").add_argument
+    add("source", metavar="SOURCE", help="a folder, a hub name, or OpenAI's file")
+    add("--out", required=True, metavar="DIR", help="the stage folder to write")
+    add("--dtype", choices=DTYPES, default="", help=help_dtype)
+    add = kinds.add_parser("diffusers", help="a Karlo of ours to diffusers' layout").add_argument
+    add("source", metavar="MODEL", help="a model folder, as `karlo` writes it")
+    add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    return parser.parse_args(argv)
+
+
+def save(folder: Path, part: Part, dtype: str) -> None:
+    """Write one part, and say so."""
+    model_folder.save_stage(
+        folder, params=part.params, description=part.description, dtype=dtype or _stored(part)
+    )
+    tqdm.write(f"{folder}: {part.stage.kind} of {_count(part):,} parameters")
+
+
+def _stored(part: Part) -> str:
+    """The dtype that a part's weights have."""
+    leaf = next(iter(flatten(part.params["network"]).values()))
+    return leaf.dtype.name
+
+
+def _count(part: Part) -> int:
+    networks = {k: v for k, v in part.params.items() if k.endswith("network")}
+    return sum(leaf.size for leaf in flatten(networks).values())
+
+
+def main(argv: list[str]) -> None:
+    """Convert what the command line names."""
+    args = parse(argv)
+    out = Path(args.out)
+    if args.kind == "karlo":
+        folders = [hub.local_folder(source) for source in args.sources]
+        for name, part in karlo.read(folders, args.dtype):
+            save(out / name, part, args.dtype)
+    elif args.kind == "clip":
+        save(out, clip.load(hub.local_folder(args.source), dtype=args.dtype), args.dtype)
+    else:
+        for name in to_diffusers.diffusers(hub.local_folder(args.source), out):
+            print(f"{out / name}")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

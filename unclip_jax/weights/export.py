@@ -1,0 +1,447 @@
+"""Export a trained stage as a program that plain JAX runs, without this package.
+
+    python -m unclip_jax export --model runs/emoji --stage decoder --out decoder-program
+
+The folder holds `program.bin`, the stage's sampler as StableHLO serialised by jax.export, for any
+batch size on CPU, CUDA and TPU; `params.safetensors`, its weights, which are arguments of the
+program and not constants in it; and `call.json`, which names, describes and shapes every input and
+output. Whoever has jax and safetensors calls it:
+
+    program = jax.export.deserialize(Path("decoder-program/program.bin").read_bytes())
+    params = safetensors.numpy.load_file("decoder-program/params.safetensors")
+    images = jax.jit(program.call)(params, inputs)["images"]
+
+See docs/export.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from unclip_jax import stages
+from unclip_jax.common.params import Params, flatten, unflatten
+from unclip_jax.errors import UserError, run_command
+from unclip_jax.models import attention
+from unclip_jax.stages.pixels import to_float
+from unclip_jax.weights import box
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import Part, find_parts, in_dtype, load_part, stage_folder
+
+Arrays = dict[str, jax.Array]
+
+SCHEMA_VERSION = 1
+PROGRAM_FILE = "program.bin"
+PARAMS_FILE = "params.safetensors"
+CALL_FILE = "call.json"
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+BATCH = "b"  # the symbolic size in every shape
+
+# What --stage may be, and the kind of stage that it is found in.
+KINDS = {
+    "decoder": "decoder",
+    "prior": "prior",
+    "ar_prior": "ar_prior",
+    "upsampler": "upsampler",
+    "clip_text": "clip",
+    "clip_image": "clip",
+}
+
+
+class Input(NamedTuple):
+    """One named input: sizes are numbers or `BATCH`; `default` is what the stage itself uses."""
+
+    shape: tuple[int | str, ...]
+    dtype: str
+    meaning: str
+    default: float | None = None
+
+
+class Sampler(NamedTuple):
+    """What is exported: the inputs by name, `run(params, inputs)`, and what its outputs mean."""
+
+    inputs: dict[str, Input]
+    run: Callable[[Params, Arrays], Arrays]
+    outputs: dict[str, str]
+
+
+# ---------------------------------------------------------------------------------- samplers
+
+_KEYS = Input(
+    (BATCH, 2),
+    "uint32",
+    "one threefry key per example, as jax.random.key_data gives it: an example depends on its own"
+    " key and inputs alone",
+)
+_MASK = "True through the caption's first end-of-text token; False everywhere for no caption"
+
+
+def _guidance(stage: stages.PriorStage | stages.ARPriorStage | stages.DecoderStage) -> Input:
+    meaning = "classifier-free guidance; 1 is the conditional model"
+    return Input((), "float32", meaning, stage.guidance_scale)
+
+
+def _typed(key_data: jax.Array) -> jax.Array:
+    """Typed keys [b] from uint32 [b, 2], whatever generator JAX is configured to use."""
+    return jax.random.wrap_key_data(key_data, impl="threefry2x32")
+
+
+def _tokens(stage: stages.Stage) -> Input:
+    length, vocab_size = stage.context
+    meaning = f"ids of the caption: {vocab_size - 2} starts it, {vocab_size - 1} ends it, 0 after"
+    return Input((BATCH, length), "int32", meaning)
+
+
+def _text(stage: stages.Stage, width: int) -> dict[str, Input]:
+    """The caption's inputs of a stage: tokens, or another network's states `width` wide."""
+    length = stage.context[0]
+    if stage.reads_states:
+        meaning = "the states of the caption's tokens in the text encoder it was trained with"
+        text = {"text_states": Input((BATCH, length, width), "float32", meaning)}
+    else:
+        text = {"tokens": _tokens(stage)}
+    return text | {"text_mask": Input((BATCH, length), "bool", _MASK)}
+
+
+def of_prior(stage: stages.PriorStage | stages.ARPriorStage) -> Sampler:
+    """`stage.sample`: a caption to z_i."""
+    width = 0 if stage.kind == "ar_prior" else stage.model.text_width
+    z_t = Input((BATCH, stage.model.embed_dim), "float32", "CLIP's embedding of the caption")
+    text = _text(stage, width)
+
+    def run(params: Params, inputs: Arrays) -> Arrays:
+        caption, mask = (inputs[name] for name in text)
+        cond = stage.condition(caption, inputs["z_t"], mask)
+        scale = inputs["guidance_scale"]
+        return {"z_i": stage.sample(params, _typed(inputs["keys"]), cond, guidance_scale=scale)}
+
+    inputs = {"keys": _KEYS} | text | {"z_t": z_t, "guidance_scale": _guidance(stage)}
+    return Sampler(inputs, run, {"z_i": "CLIP's image embedding, in CLIP's coordinates"})
+
+
+def of_decoder(stage: stages.DecoderStage) -> Sampler:
+    """`stage.sample`: whatever the decoder reads to small images."""
+    model = stage.model
+    embedding = (BATCH, model.embed_dim)
+    cond: dict[str, Input] = {}
+    if model.num_classes:
+        meaning = f"the class, 0 to {model.num_classes - 1}; {model.num_classes} is none"
+        cond["label"] = Input((BATCH,), "int32", meaning)
+    if model.has_text:
+        cond |= _text(stage, model.text_width)
+    if model.embed_dim:
+        cond["z_i"] = Input(embedding, "float32", "CLIP's image embedding, in CLIP's coordinates")
+    if model.use_z_t:
+        cond["z_t"] = Input(embedding, "float32", "CLIP's embedding of the caption")
+
+    def run(params: Params, inputs: Arrays) -> Arrays:
+        given = {name: inputs[name] for name in cond}
+        text = given.pop("text_states" if stage.reads_states else "tokens", None)
+        condition = stage.condition(text, mask=given.pop("text_mask", None), **given)
+        keys, scale = _typed(inputs["keys"]), inputs["guidance_scale"]
+        return {"images": stage.sample(params, keys, condition, guidance_scale=scale)}
+
+    inputs = {"keys": _KEYS} | cond | {"guidance_scale": _guidance(stage)}
+    return Sampler(inputs, run, {"images": "RGB in [-1, 1]"})
+
+
+def of_upsampler(stage: stages.UpsamplerStage) -> Sampler:
+    """`stage.sample`: small images to large ones."""
+    small = (BATCH, stage.low_size, stage.low_size, 3)
+    inputs = {"keys": _KEYS, "images": Input(small, "float32", "RGB in [-1, 1]")}
+    if stage.noise_max:
+        meaning = f"of the noise-conditioning augmentation, 0 to {stage.noise_max}"
+        inputs["noise_level"] = Input((), "float32", meaning, stage.noise_level)
+
+    def run(params: Params, inputs: Arrays) -> Arrays:
+        keys, level = _typed(inputs["keys"]), inputs.get("noise_level")
+        return {"images": stage.sample(params, keys, inputs["images"], noise_level=level)}
+
+    return Sampler(inputs, run, {"images": "RGB in [-1, 1]"})
+
+
+def of_clip_text(stage: stages.ClipStage) -> Sampler:
+    """`stage.encode_text`."""
+
+    def run(params: Params, inputs: Arrays) -> Arrays:
+        z_t, states = stage.encode_text(params, inputs["tokens"])
+        return {"z_t": z_t, "text_states": states}
+
+    outputs = {"z_t": "the caption's embedding", "text_states": "the states of its tokens"}
+    return Sampler({"tokens": _tokens(stage)}, run, outputs)
+
+
+def of_clip_image(stage: stages.ClipStage) -> Sampler:
+    """`stage.encode_image` of 8-bit images."""
+    size = stage.image_size
+    images = Input((BATCH, size, size, 3), "uint8", f"RGB, resized to {size} px (bicubic)")
+
+    def run(params: Params, inputs: Arrays) -> Arrays:
+        return {"z_i": stage.encode_image(params, to_float(inputs["images"]))}
+
+    return Sampler({"images": images}, run, {"z_i": "the image's embedding"})
+
+
+_SAMPLERS: dict[str, Callable[[Any], Sampler]] = {
+    "decoder": of_decoder,
+    "prior": of_prior,
+    "ar_prior": of_prior,
+    "upsampler": of_upsampler,
+    "clip_text": of_clip_text,
+    "clip_image": of_clip_image,
+}
+
+
+# ------------------------------------------------------------------------------------ export
+
+
+def program(
+    sampler: Sampler, params: Arrays, platforms: Sequence[str] = PLATFORMS
+) -> jax_export.Exported:
+    """The sampler compiled to StableHLO for any batch size.
+
+    Args:
+        sampler: what to export.
+        params: arrays, or `jax.ShapeDtypeStruct`s, by names joined with "/".
+        platforms: some of `PLATFORMS`.
+
+    Returns:
+        `jax.export`'s program, whose `call(params, inputs)` takes params as here and inputs by
+        name. It reports no progress and calls nothing on the host. For TPUs alone it has their
+        kernels (`models.fused_attention`); for several platforms it can have none.
+    """
+    scope = jax_export.SymbolicScope()
+
+    def abstract(one: Input) -> jax.ShapeDtypeStruct:
+        shape = jax_export.symbolic_shape(", ".join(map(str, one.shape)), scope=scope)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(one.dtype))
+
+    def call(params: Arrays, inputs: Arrays) -> Arrays:
+        return sampler.run(unflatten(params), inputs)
+
+    weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in params.items()}
+    inputs = {name: abstract(one) for name, one in sampler.inputs.items()}
+    with attention.implementation("fused" if tuple(platforms) == ("tpu",) else "reference"):
+        return jax_export.export(jax.jit(call), platforms=platforms)(weights, inputs)
+
+
+def convention(
+    sampler: Sampler, exported: jax_export.Exported, name: str, part: Part
+) -> dict[str, Any]:
+    """What call.json says: plain data that names every input and output of the program."""
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "stage": name,
+        "call": "jax.export.deserialize(program).call(params, inputs) -> outputs, dicts by name",
+        "program": PROGRAM_FILE,
+        "params": PARAMS_FILE,
+        "platforms": list(exported.platforms),
+        "jax_version": jax.__version__,
+        "calling_convention_version": exported.calling_convention_version,
+        "inputs": {
+            key: {"shape": list(one.shape), "dtype": one.dtype, "meaning": one.meaning}
+            | ({} if one.default is None else {"default": one.default})
+            for key, one in sampler.inputs.items()
+        },
+        "outputs": {
+            key: {
+                "shape": [size if isinstance(size, int) else str(size) for size in aval.shape],
+                "dtype": aval.dtype.name,
+                "meaning": sampler.outputs[key],
+            }
+            for key, aval in outputs.items()
+        },
+        "description": part.description | {"stage": stages.describe(part.stage)},
+    }
+
+
+def write(
+    out: str | Path, part: Part, name: str, platforms: Sequence[str] = PLATFORMS
+) -> jax_export.Exported:
+    """Write a stage's program, its params and how to call it, all of them or none.
+
+    Args:
+        out: the folder to write, which must not exist.
+        part: the stage and its params.
+        name: one of `KINDS`.
+        platforms: some of `PLATFORMS`.
+
+    Returns:
+        the program that was written.
+
+    Raises:
+        UserError: `out` exists, or the stage is a CLIP without the tower that is asked for.
+    """
+    out = Path(os.path.abspath(out))
+    check_out(out)
+    part = _one_tower(part, name)
+    sampler = _SAMPLERS[name](part.stage)
+    params = flatten(part.params)
+    exported = program(sampler, params, platforms)
+    about = convention(sampler, exported, name, part)
+    with _new_folder(out) as folder:
+        (folder / PROGRAM_FILE).write_bytes(exported.serialize())
+        flat = {key: np.asarray(value, order="C") for key, value in params.items()}
+        model_folder.save_tensors(flat, folder / PARAMS_FILE)
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / CALL_FILE).write_text(text, encoding="utf-8")
+    return exported
+
+
+def _one_tower(part: Part, name: str) -> Part:
+    """A CLIP's one tower alone, so that only its weights travel; other stages as they are."""
+    if part.stage.kind != "clip":
+        return part
+    tower = name.removeprefix("clip_")
+    towers = part.stage.model.towers
+    if towers not in ("both", tower):
+        raise UserError(f"--stage: got {name}, but this CLIP has its {towers} tower alone")
+    model = dataclasses.replace(part.stage.model, towers=tower)
+    stage = dataclasses.replace(part.stage, model=model)
+    kept = jax.eval_shape(stage.init, jax.random.key(0))["network"]
+    network = {key: part.params["network"][key] for key in kept}
+    return part._replace(stage=stage, params={"network": network})
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError where something stands in the way of the new folder."""
+    if out.exists():
+        raise UserError(f"--out {str(out)!r}: exists; choose a folder that does not")
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {str(out)!r}: {above} is no folder that you may write to")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `out` if the block succeeds."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------- command
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m unclip_jax export", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a model folder, or one stage's (default: the box model)")
+    add("--stage", required=True, choices=tuple(KINDS), help="what to export")
+    add("--upsampler", type=int, metavar="N", help="which: the one that makes images of N pixels")
+    add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    add("--platforms", default=",".join(PLATFORMS), metavar="P,P",
+        help=f"what it runs on (default {','.join(PLATFORMS)})")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), default="",
+        help="of weights and compute (default: compute as the stage's config says, float32"
+        " weights)")  # fmt: skip
+    add("--steps", metavar="N", help="sampling steps (default: the stage's own)")
+    return parser.parse_args(argv)
+
+
+def check_platforms(text: str) -> tuple[str, ...]:
+    """The platforms in a comma-separated list.
+
+    Raises:
+        UserError: none, one twice, or one that is not among `PLATFORMS`.
+    """
+    found = tuple(text.split(","))
+    if not set(found) <= set(PLATFORMS) or len(set(found)) != len(found):
+        raise UserError(
+            f"--platforms: got {text!r}, expected some of {','.join(PLATFORMS)}, joined by commas"
+        )
+    return found
+
+
+def find(model: str | Path, name: str, size: int | None = None, dtype: str = "") -> Part:
+    """The one stage that is asked for.
+
+    Args:
+        model: a model folder with a sub-folder for each stage, or the folder of one stage.
+        name: one of `KINDS`.
+        size: of the images that an upsampler makes, where there are several.
+        dtype: of weights and compute, as for `UnCLIP.load`.
+
+    Raises:
+        UserError: there is none, or there are several; or a size for what is no upsampler.
+    """
+    kind = KINDS[name]
+    if size is not None and kind != "upsampler":
+        raise UserError(f"--upsampler: got {size} with --stage {name}, where it means nothing")
+    folder = stage_folder(model)
+    single = (folder / model_folder.CONFIG_FILE).is_file()
+    paths = [folder] if single else find_parts(Path(model)).get(kind, [])
+    sizes = {path: _made_size(path) for path in paths} if kind == "upsampler" else {}
+    chosen = [path for path in paths if size in (None, sizes.get(path))]
+    if len(chosen) != 1:
+        made = ", ".join(str(value) for value in sorted(sizes.values()))
+        raise UserError(
+            f"--upsampler: got {size}, expected one of {made}"
+            if made
+            else f"model {str(model)!r}: {len(paths)} of kind {kind}, expected one; give the"
+            " folder of the stage itself, or of a model that has it"
+        )
+    part = load_part(chosen[0], kind, dtype)
+    mark = {"fingerprint": model_folder.read_fingerprint(chosen[0])}
+    stage = in_dtype(part.stage, dtype) if dtype else part.stage
+    return Part(stage, part.params, mark | part.description)
+
+
+def _made_size(folder: Path) -> int:
+    """The side of the images that the upsampler in a folder makes; 0 for another stage."""
+    stage = stages.build(model_folder.read_description(folder)["stage"], f"{folder}: stage")
+    return stage.image_size if stage.kind == "upsampler" else 0
+
+
+def respace(part: Part, name: str, steps: str) -> Part:
+    """The part, sampling in so many steps.
+
+    Raises:
+        UserError: it does not sample by diffusion, or cannot do so many.
+    """
+    if not hasattr(part.stage, "sampling"):
+        raise UserError(f"--steps: got {steps}, but a {name} has no sampling steps; leave it out")
+    part.stage.diffusion.process(steps)  # a wrong number is an error here, not later
+    sampling = dataclasses.replace(part.stage.sampling, spacing=steps)
+    return part._replace(stage=dataclasses.replace(part.stage, sampling=sampling))
+
+
+def main(argv: list[str]) -> None:
+    """Find the stage, compile it, write it."""
+    args = parse(argv)
+    platforms = check_platforms(args.platforms)
+    check_out(Path(args.out))
+    model = box.folder() if args.model is None else args.model
+    part = find(model, args.stage, args.upsampler, args.dtype)
+    if args.steps is not None:
+        part = respace(part, args.stage, args.steps)
+    exported = write(args.out, part, args.stage, platforms)
+    size = len(exported.mlir_module_serialized)
+    print(f"{args.out}: the {args.stage} for {args.platforms}, a program of {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
