@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "unclip_jax"
 # The rooms, floor by floor: a room may import those of the floors below it, and none of its own.
 FLOORS = (
     {"errors"},
-    {"common", "diffusion", "metrics"},
+    {"common"},
+    {"diffusion", "metrics"},
     {"data", "parallel"},
     {"models"},
     {"stages"},
