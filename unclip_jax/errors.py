@@ -29,6 +29,11 @@ def wrong(field: str, got: object, expected: str, do: str = "") -> UserError:
     return UserError(f"{field}: got {got!r}, expected {expected}" + (f"; {do}" if do else ""))
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line of at most `most` characters; its type if it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 1.
 
@@ -38,7 +43,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {one_line(error, 10_000)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -31,6 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Make `path` a UTF-8 file that holds `text`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def check_place(flag: str, path: Path) -> None:
     """Raise UserError, which names the flag, unless a file can be written at `path`.
 
