@@ -2,8 +2,8 @@
 
 import sys
 
+from unclip_jax.__main__ import dispatch
 from unclip_jax.errors import run_command
-from unclip_jax.pipeline.tasks.command import main
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
+    run_command(dispatch, ["sample", *sys.argv[1:]])

@@ -2,8 +2,8 @@
 
 import sys
 
+from unclip_jax.__main__ import dispatch
 from unclip_jax.errors import run_command
-from unclip_jax.training.command import main
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
+    run_command(dispatch, ["train", *sys.argv[1:]])

@@ -36,22 +36,23 @@ UPSAMPLER = dataclasses.replace(
     tiny.UPSAMPLER, model=dataclasses.replace(tiny.UPSAMPLER.model, channel_mults=(1,))
 )
 
-# Reads [[module, *arguments], ...], writes [[status, stderr], ...].
+# Reads [[command, *arguments], ...], writes [[status, stderr], ...].
 FORKS = """
-import importlib, json, os, sys, tempfile, traceback
+import json, os, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
 import unclip_jax.evaluate.__main__, unclip_jax.weights.convert.__main__, unclip_jax.weights.export
 import unclip_jax.pipeline.class_conditional, unclip_jax.pipeline.tasks.run
 import unclip_jax.training.analytic, unclip_jax.training.embed, unclip_jax.training.save
-import unclip_jax.training.loop, sample
+import unclip_jax.training.loop, demo
+from unclip_jax.__main__ import dispatch
 from unclip_jax.errors import run_command
 
-def run(module, *argv):
-    sys.argv = [module, *argv]
+def run(*argv):
+    sys.argv = list(argv)
     status = 1
     try:
-        is_package = hasattr(importlib.import_module(module), "__path__")
-        run_command(importlib.import_module(module + ".__main__" * is_package).main, list(argv))
+        main, words = (demo.main, argv[1:]) if argv[0] == "demo" else (dispatch, argv)
+        run_command(main, list(words))
         status = 0
     except SystemExit as error:
         status = error.code
@@ -74,24 +75,25 @@ for command in json.load(sys.stdin):
 json.dump(outcomes, sys.stdout)
 """
 
-TRAIN = (
-    "train --config=configs/emoji/{}.py:smoke --workdir={{new}} --config.data.name={{pictures}} "
-)
+TRAIN = "train --config=emoji/{}:smoke --workdir={{new}} --config.data.name={{pictures}} "
 TRAIN += "--config.data.split=all --config.heldout_split=all --config.train.batch_size=2 "
 TRAIN_CLIP, TRAIN_PRIOR, TRAIN_DECODER = (
     TRAIN.format(stage) for stage in ("clip", "prior", "decoder")
 )
-EMBED = "unclip_jax.training.embed --data {pictures} --split all --out {new} "
-ANALYTIC = "unclip_jax.training.analytic --stage {model}/prior --data {pictures} --split all "
-CLASSES = "unclip_jax.pipeline.class_conditional --decoder {classes} --out {new}.png "
-EXPORT = "unclip_jax.weights.export --model {model} --out {new} "
-EVALUATE = "unclip_jax.evaluate --model {model} --data {pictures} --heldout_split all --split all "
-PLAN = "unclip_jax.plan --config=configs/paper/prior.py --topology=v5e:2x2 "
+EMBED = "embed --data {pictures} --split all --out {new} "
+ANALYTIC = "analytic --stage {model}/prior --data {pictures} --split all "
+CLASSES = "class_conditional --decoder {classes} --out {new}.png "
+EXPORT = "export --model {model} --out {new} "
+EVALUATE = "evaluate --model {model} --data {pictures} --heldout_split all --split all "
+PLAN = "plan --config=paper/prior --topology=v5e:2x2 "
 
-# Module and arguments, exit status, and what the line names.
+# Command and arguments, exit status, and what the line names.
 ROWS = [
-    # train.py
+    # train
     ("train --workdir={new}", 1, "--config: missing"),
+    ("train --config=emoji/clop --workdir={new}", 1, "did you mean emoji/clip?"),
+    ("train --config=configs/emoji/ar_prio.py:smoke", 1, "did you mean emoji/ar_prior?"),
+    ("trian --config=emoji/clip", 1, "did you mean train?"),
     ("train --config=configs/emoji/nothing.py --workdir={new}", 1, "nothing.py"),
     ("train --config=configs/emoji/prior.py --workdir={new}", 1, "config.clip: empty"),
     (TRAIN_CLIP + "--config.train.learning_rat=1", 1, "learning_rat"),
@@ -186,12 +188,12 @@ ROWS = [
     ("sample probe typographic --model {model} --image {picture} --label a --label b", 2, "--word"),
     ("sample probe binding --model {model} --prompt a --out {new}.png", 1, "label"),
     # python -m unclip_jax evaluate
-    ("unclip_jax.evaluate --model nowhere", 1, "nowhere"),
-    ("unclip_jax.evaluate --model {model} --num many", 2, "--num"),
-    ("unclip_jax.evaluate --model {model} --data no_data", 1, "no_data"),
-    ("unclip_jax.evaluate --model {model} --data {pictures} --num 0", 1, "num: got 0"),
-    ("unclip_jax.evaluate --model {model} --sweep 1,some", 1, "--sweep: got '1,some'"),
-    ("unclip_jax.evaluate --model {picture}", 1, "red.png"),
+    ("evaluate --model nowhere", 1, "nowhere"),
+    ("evaluate --model {model} --num many", 2, "--num"),
+    ("evaluate --model {model} --data no_data", 1, "no_data"),
+    ("evaluate --model {model} --data {pictures} --num 0", 1, "num: got 0"),
+    ("evaluate --model {model} --sweep 1,some", 1, "--sweep: got '1,some'"),
+    ("evaluate --model {picture}", 1, "red.png"),
     (EVALUATE + "--batch_size 0", 1, "--batch_size: got 0"),
     (EVALUATE + "--sweep 1,nan", 1, "guidance scale: got nan"),
     (EVALUATE + "--guidance_scale inf", 1, "guidance scale: got inf"),
@@ -205,9 +207,9 @@ ROWS = [
     (EVALUATE + "--clip nowhere", 1, "nowhere"),
     (EVALUATE + "--out {picture}", 1, "red.png"),
     # python -m unclip_jax plan
-    ("unclip_jax.plan --topology=v5e:2x2", 1, "--config"),
-    ("unclip_jax.plan --config=configs/paper/prior.py", 1, "--topology"),
-    ("unclip_jax.plan --config=nowhere.py --topology=v5e:2x2", 1, "nowhere.py"),
+    ("plan --topology=v5e:2x2", 1, "--config"),
+    ("plan --config=configs/paper/prior.py", 1, "--topology"),
+    ("plan --config=nowhere.py --topology=v5e:2x2", 1, "nowhere.py"),
     (PLAN + "--topology=v9:2x2", 1, "--topology=v9:2x2"),
     (PLAN + "--topology=v5e:2x2x2", 1, "--topology=v5e:2x2x2"),
     (PLAN + "--topology=v5e:0x2", 1, "--topology=v5e:0x2"),
@@ -219,17 +221,17 @@ ROWS = [
     (PLAN + "--json={picture}/plan.json", 1, "--json"),
     (PLAN + "--json={pictures}", 1, "--json"),
     (PLAN + "--config.train.steps=some", 1, "steps"),
-    ("unclip_jax.plan --table=nowhere", 1, "--table=nowhere"),
+    ("plan --table=nowhere", 1, "--table=nowhere"),
     # python -m unclip_jax doctor, python -m unclip_jax app
-    ("unclip_jax.training.doctor", 2, "--workdir"),
-    ("unclip_jax.training.doctor --workdir nowhere", 1, "nowhere"),
-    ("unclip_jax.training.doctor --workdir {pictures}", 1, "pictures"),
-    ("unclip_jax.app --model nowhere", 1, "nowhere"),
-    ("unclip_jax.app --model {picture}", 1, "red.png"),
-    ("unclip_jax.app --port=some", 2, "--port"),
-    ("unclip_jax.app --port=99999999", 1, "--port"),
+    ("doctor", 2, "--workdir"),
+    ("doctor --workdir nowhere", 1, "nowhere"),
+    ("doctor --workdir {pictures}", 1, "pictures"),
+    ("app --model nowhere", 1, "nowhere"),
+    ("app --model {picture}", 1, "red.png"),
+    ("app --port=some", 2, "--port"),
+    ("app --port=99999999", 1, "--port"),
     # python -m unclip_jax analytic
-    ("unclip_jax.training.analytic", 2, "--stage"),
+    ("analytic", 2, "--stage"),
     (ANALYTIC + "--method euler", 2, "--method"),
     (ANALYTIC + "--stage {model}/upsampler", 1, "holds a upsampler"),
     (ANALYTIC + "--stage nowhere", 1, "nowhere"),
@@ -238,10 +240,10 @@ ROWS = [
     (ANALYTIC + "--clip {model}/prior", 1, "holds a prior, expected a clip"),
     (ANALYTIC + "--data no_data", 1, "no_data"),
     (ANALYTIC + "--seed -1", 1, "seed: -1"),
-    ("unclip_jax.training.analytic --stage {model}/prior", 1, "--data"),
+    ("analytic --stage {model}/prior", 1, "--data"),
     (ANALYTIC.replace("{model}/prior", "{alone}/decoder"), 1, "0 CLIPs"),
     # python -m unclip_jax class_conditional
-    ("unclip_jax.pipeline.class_conditional --label red", 2, "--decoder"),
+    ("class_conditional --label red", 2, "--decoder"),
     (CLASSES + "--label red --out out.gif", 1, ".png"),
     (CLASSES, 1, "label: none given"),
     (CLASSES + "--label mauve", 1, "'mauve' is no class"),
@@ -254,22 +256,22 @@ ROWS = [
     (CLASSES + "--label red --upsampler {model}/upsampler --decoder {model}/decoder", 1, "reads"),
     (CLASSES + "--label red --decoder {model}/clip", 1, "holds a clip, expected a decoder"),
     # python -m unclip_jax convert
-    ("unclip_jax.weights.convert", 2, "KIND"),
-    ("unclip_jax.weights.convert vae x --out {new}", 2, "vae"),
-    ("unclip_jax.weights.convert clip {empty}", 2, "--out"),
-    ("unclip_jax.weights.convert clip {empty} --out {new} --dtype int8", 2, "--dtype"),
-    ("unclip_jax.weights.convert clip {empty} --out {new}", 1, "empty.txt"),
-    ("unclip_jax.weights.convert clip {pictures} --out {new}", 1, "config.json"),
-    ("unclip_jax.weights.convert clip nowhere --out {new}", 1, "'nowhere' is no folder"),
-    ("unclip_jax.weights.convert karlo {pictures} --out {new}", 1, "Karlo"),
-    ("unclip_jax.weights.convert karlo nowhere --out {new}", 1, "'nowhere' is no folder"),
-    ("unclip_jax.weights.convert diffusers {model} --out {pictures}", 1, "exists"),
-    ("unclip_jax.weights.convert diffusers {model} --out {new}", 1, "another form than Karlo's"),
+    ("convert", 2, "KIND"),
+    ("convert vae x --out {new}", 2, "vae"),
+    ("convert clip {empty}", 2, "--out"),
+    ("convert clip {empty} --out {new} --dtype int8", 2, "--dtype"),
+    ("convert clip {empty} --out {new}", 1, "empty.txt"),
+    ("convert clip {pictures} --out {new}", 1, "config.json"),
+    ("convert clip nowhere --out {new}", 1, "'nowhere' is no folder"),
+    ("convert karlo {pictures} --out {new}", 1, "Karlo"),
+    ("convert karlo nowhere --out {new}", 1, "'nowhere' is no folder"),
+    ("convert diffusers {model} --out {pictures}", 1, "exists"),
+    ("convert diffusers {model} --out {new}", 1, "another form than Karlo's"),
     # python -m unclip_jax save
-    ("unclip_jax.training.save --out {new}", 2, "--workdir"),
-    ("unclip_jax.training.save --workdir {model} --out {new} --dtype int8", 2, "--dtype"),
-    ("unclip_jax.training.save --workdir {model} --out {new}", 1, "has no checkpoints"),
-    ("unclip_jax.training.save --workdir {unsaved} --out {new}", 1, "no whole checkpoint yet"),
+    ("save --out {new}", 2, "--workdir"),
+    ("save --workdir {model} --out {new} --dtype int8", 2, "--dtype"),
+    ("save --workdir {model} --out {new}", 1, "has no checkpoints"),
+    ("save --workdir {unsaved} --out {new}", 1, "no whole checkpoint yet"),
     # python -m unclip_jax embed
     (EMBED, 2, "--clip"),
     (EMBED + "--clip {model}/clip --dtype int8", 2, "--dtype"),
@@ -286,7 +288,7 @@ ROWS = [
     (EMBED + "--clip {model}/clip --coordinator_address a:1 --num_processes 2 --process_id 2", 1,
      "--process_id: got 2"),
     # python -m unclip_jax export
-    ("unclip_jax.weights.export --model {model} --out {new}", 2, "--stage"),
+    ("export --model {model} --out {new}", 2, "--stage"),
     (EXPORT + "--stage vae", 2, "--stage"),
     (EXPORT + "--stage prior --dtype float16", 2, "--dtype"),
     (EXPORT + "--stage upsampler --upsampler large", 2, "--upsampler"),
@@ -302,9 +304,9 @@ ROWS = [
     (EXPORT + "--stage clip_image --model {model}/prior", 1, "holds a prior, expected a clip"),
 
     # python -m unclip_jax styles
-    ("unclip_jax.data.emoji.fetch raze", 2, "raze"),
-    ("unclip_jax.data.emoji.fetch build --size 0 --cache_dir {new}", 1, "image_size: 0"),
-    ("unclip_jax.data.emoji.fetch build --cache_dir {picture}/art", 1, "cache_dir"),
+    ("styles raze", 2, "raze"),
+    ("styles build --size 0 --cache_dir {new}", 1, "image_size: 0"),
+    ("styles build --cache_dir {picture}/art", 1, "cache_dir"),
 
     # demo.py
     ("demo surplus --out {new}", 2, "surplus"),
@@ -314,7 +316,7 @@ ROWS = [
 
 
 def name_of(row) -> str:
-    return row[0].removeprefix("unclip_jax.").replace("{", "").replace("}", "")[-60:]
+    return row[0].replace("{", "").replace("}", "")[-60:]
 
 
 @functools.cache
@@ -363,7 +365,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
 
 def command(row, places) -> list[str]:
-    """Module and arguments; {new} is a path of the row's own."""
+    """Command and arguments; {new} is a path of the row's own."""
     new = places["model"].parent / f"new{ROWS.index(row)}"
     return [word.format(new=new, **places) for word in shlex.split(row[0])]
 
@@ -402,7 +404,7 @@ def test_nothing_is_written(outcomes, places):
         (["train.py"], TRAIN_CLIP + "surplus"),
         (["sample.py"], "sample interpolate"),
         (["-m", "unclip_jax", "export"], EXPORT + "--stage vae"),
-        (["-m", "unclip_jax", "convert"], "unclip_jax.weights.convert karlo nowhere"),
+        (["-m", "unclip_jax", "convert"], "convert karlo nowhere"),
     ],
 )
 def test_a_command_by_itself_says_the_same(arguments, start, outcomes, places):

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
-from unclip_jax.errors import UserError, run_command
+import unclip_jax
+from unclip_jax.common import extras
+from unclip_jax.errors import run_command, wrong
 
 # Command -> the module whose main(argv) it is, and what it does.
 COMMANDS = {
@@ -44,14 +47,26 @@ def dispatch(argv: list[str]) -> None:
     """Run the command that the first argument names.
 
     Raises:
-        UserError: there is no such command.
+        UserError: there is no such command, or it needs an extra that is not installed.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return
-    if argv[0] not in COMMANDS:
-        raise UserError(f"command: got {argv[0]!r}, expected one of {', '.join(COMMANDS)}")
-    importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    if argv[0] == "--version":
+        print(f"unclip_jax {unclip_jax.__version__}")
+        return
+    command, *rest = argv
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        do = f"did you mean {close[0]}?" if close else ""
+        raise wrong("command", command, f"one of {', '.join(COMMANDS)}", do)
+    try:
+        importlib.import_module(COMMANDS[command][0]).main(rest)
+    except ModuleNotFoundError as error:
+        lacking = extras.lacking(error, f"unclip {command}")
+        if lacking is None:
+            raise
+        raise lacking from error
 
 
 def main() -> None:

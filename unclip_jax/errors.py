@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,9 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {one_line(error, 10_000)}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read stdout has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,7 +12,7 @@ Only steps may change in a workdir; a run begun on a CPU goes on with the same v
 
 import dataclasses
 
-from configs import base
+from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.weights.trained import in_dtype
 

@@ -9,7 +9,7 @@ the 469 held-out pictures among their captions (chance 0.2 %).
 
 import dataclasses
 
-from configs.box import base
+from unclip_jax.configs.box import base
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.stages import ClipStage
 from unclip_jax.training.config import TrainConfig

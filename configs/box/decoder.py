@@ -9,7 +9,7 @@ The U-Net works on 4x4 patches, so its first level has a side of 16, and too few
 output. 2.0 GFLOP for each picture trained on (XLA's count), the optimizer's aside.
 """
 
-from configs.box import base
+from unclip_jax.configs.box import base
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.decoder import DecoderConfig

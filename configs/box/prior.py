@@ -5,7 +5,7 @@
         --config.clip=runs/box/clip
 """
 
-from configs.box import base
+from unclip_jax.configs.box import base
 from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models.prior import PriorConfig
 from unclip_jax.stages import PriorStage

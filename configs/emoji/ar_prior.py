@@ -8,8 +8,8 @@ Instead of the diffusion prior, on the same CLIP. Three minutes on two CPU cores
 keep what those hold: with fewer than two thousand pictures, finer ones would never be learned.
 """
 
-from configs import base
-from configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
+from unclip_jax.configs import base
+from unclip_jax.configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.stages import ARPriorStage

@@ -8,7 +8,7 @@ python -m unclip_jax class_conditional samples all three together. Training leav
 time in ten, so that it can also be guided without a classifier: ADM's was not trained so.
 """
 
-from configs.emoji import decoder
+from unclip_jax.configs.emoji import decoder
 from unclip_jax.data.emoji.catalogue import groups
 
 

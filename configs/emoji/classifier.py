@@ -7,7 +7,7 @@ it must share schedule and steps. Pictures are shifted and scaled a little in tr
 they are.
 """
 
-from configs import base
+from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.emoji.catalogue import groups
 from unclip_jax.models.unet import UNetConfig

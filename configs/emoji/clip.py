@@ -5,7 +5,7 @@
 Under three minutes on two CPU cores. What it reaches: docs/training.md.
 """
 
-from configs import base
+from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.stages import ClipStage

@@ -10,8 +10,8 @@ and a variance learned beside so poor an x_0 grows without bound. The paper's de
 variance: configs/paper/decoder.py.
 """
 
-from configs import base
-from configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
+from unclip_jax.configs import base
+from unclip_jax.configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling

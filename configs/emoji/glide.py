@@ -7,7 +7,7 @@ Transformer reads the caption, which training leaves out one time in five (secti
 sampling can be guided away from none. configs/emoji/upsampler.py makes its pictures large.
 """
 
-from configs.emoji import decoder
+from unclip_jax.configs.emoji import decoder
 
 
 def get_config(variant=""):

@@ -13,7 +13,7 @@ more guidance. Its upsampler is configs/emoji/imagen_upsampler.py; that of the p
 caption as well.
 """
 
-from configs import base
+from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling

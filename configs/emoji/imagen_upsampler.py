@@ -7,7 +7,7 @@ low-resolution picture to a level drawn from 0 to 1 and tells the network which,
 it to a low level (arXiv 2205.11487, section 2.4).
 """
 
-from configs.emoji import upsampler
+from unclip_jax.configs.emoji import upsampler
 
 
 def get_config(variant=""):

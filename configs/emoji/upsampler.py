@@ -5,7 +5,7 @@
 About one minute on two CPU cores. What it reaches: docs/training.md.
 """
 
-from configs import base
+from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling

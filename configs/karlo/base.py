@@ -29,7 +29,7 @@ program compiled for a TPU v5e of 16 GB. Learning rates and lengths are ours: wh
 what was found best. What any of it reaches on your data has not been measured.
 """
 
-from configs import base
+from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.training.config import TrainConfig
 

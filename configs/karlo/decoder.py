@@ -13,7 +13,7 @@ Whole, 20 bytes for each of 0.89 B parameters are 17.9 GB on every chip, and act
 32 GB or more.
 """
 
-from configs.karlo import base
+from unclip_jax.configs.karlo import base
 
 
 def get_config(variant=""):

@@ -12,7 +12,7 @@ Whole, 20 bytes for each of 1.02 B parameters are 20.4 GB on every chip, and act
 32 GB or more.
 """
 
-from configs.karlo import base
+from unclip_jax.configs.karlo import base
 
 
 def get_config(variant=""):

@@ -15,7 +15,7 @@ Whole, 20 bytes for each of 0.69 B parameters are 13.8 GB on every chip, the net
 step 2.8 GB in float32, and activations: chips of 24 GB or more.
 """
 
-from configs.karlo import base
+from unclip_jax.configs.karlo import base
 
 
 def get_config(variant=""):

@@ -8,7 +8,7 @@ The paper's table gives its latent decoder a context of 384; what that holds is 
 
 import dataclasses
 
-from configs.paper import base
+from unclip_jax.configs.paper import base
 from unclip_jax.models import presets
 from unclip_jax.stages import ARPriorStage
 

@@ -11,7 +11,7 @@ gives no figure (warm-up, clipping), the value here is ours and says so.
 
 import dataclasses
 
-from configs import base
+from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.training.config import TrainConfig
 

@@ -7,7 +7,7 @@ The paper gives the learning rate, 3e-4, and trains with SAM, rho 0.1, which hal
 lowers the rank of the embeddings; the other settings are those of Radford et al. 2021.
 """
 
-from configs.paper import base
+from unclip_jax.configs.paper import base
 from unclip_jax.models import presets
 from unclip_jax.stages import ClipStage
 

@@ -6,7 +6,7 @@
 
 import dataclasses
 
-from configs.paper import base
+from unclip_jax.configs.paper import base
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models import presets

@@ -9,7 +9,7 @@ does not say how strongly: here, the milder ranges of Rombach et al. (stages.deg
 
 import dataclasses
 
-from configs.paper import base
+from unclip_jax.configs.paper import base
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models import presets

@@ -8,7 +8,7 @@ Trained on 64 px crops; the low-resolution image is blurred by a random Gaussian
 
 import dataclasses
 
-from configs.paper import base
+from unclip_jax.configs.paper import base
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models import presets

@@ -1,34 +1,104 @@
-"""Commands that read a config file: absl flags whose mistakes are told in a line."""
+"""What commands share: how they are parsed, and configs that are given by a name or as a file.
+
+A config comes by absl flags, so that any field is one: --config.train.steps=100. What is wrong on a
+command line is told in a line.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import contextlib
+import difflib
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
+from unclip_jax.common import extras
+from unclip_jax.errors import UserError, one_line, wrong
 
-from unclip_jax.errors import UserError
+if TYPE_CHECKING:  # what --help of a command without a config does not wait for
+    from absl import flags
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+_HELP = {"-h", "--h", "-help", "--help", "-helpfull", "--helpfull"}
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str], command: str) -> None:
-    """Read a command line into flags, one of which is --config.
+def parser(command: str, about: str | None) -> argparse.ArgumentParser:
+    """An empty parser of `unclip COMMAND`, whose help keeps the lines of `about`."""
+    return argparse.ArgumentParser(
+        prog=f"unclip {command}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def configs() -> dict[str, Path]:
+    """The configs that come with the package: {"emoji/clip": its file, ...}."""
+    files = [file for file in sorted(CONFIGS.glob("*/*.py")) if file.stem != "base"]
+    return {f"{file.parent.name}/{file.stem}": file for file in files}
+
+
+def find(config: str) -> str:
+    """The file that --config names, with its variant: `emoji/clip:smoke` to `/.../clip.py:smoke`.
+
+    Args:
+        config: a file, or one of `configs`; .py may be left out, and "configs/" may stand first.
+
+    Raises:
+        UserError: it is neither.
+    """
+    given, colon, variant = config.partition(":")
+    for path in (given, f"{given}.py"):
+        if os.path.isfile(path):
+            return path + colon + variant
+    known = configs()
+    name = given.removesuffix(".py").removeprefix("configs/")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1) or [n for n in known if name in n]
+        do = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise wrong("--config", given, "a config file, or the name of one in the package", do)
+    return f"{known[name]}{colon}{variant}"
+
+
+def name_of(values: flags.FlagValues) -> str:
+    """How figures name the config of a command line: configs/paper/prior.py, or its own path."""
+    path, colon, variant = values["config"].config_filename.partition(":")
+    with contextlib.suppress(ValueError):
+        path = f"configs/{Path(path).relative_to(CONFIGS).as_posix()}"
+    return path + colon + variant
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str], command: str, about: str | None) -> None:
+    """Read a command line into flags, one of which is --config; --help prints and exits.
 
     Args:
         values: the flags.
         argv: the command line without the command.
-        command: how the command is called, for messages.
+        command: its name: `unclip COMMAND`.
+        about: what it is, for --help.
 
     Raises:
         UserError: a flag or config field that does not exist, a value of the wrong type, or a
             config file that cannot be loaded.
     """
-    with _telling(argv):
-        rest = values([command, *argv])
+    given = [word for word in argv if word not in _HELP]
+    for i, word in enumerate(given):
+        flag, equals, config = word.partition("=")
+        if flag in ("-config", "--config") and equals:
+            given[i] = f"{flag}={find(config)}"
+        elif i and given[i - 1] in ("-config", "--config"):
+            given[i] = find(word)
+    with _telling(given):
+        rest = values([command, *given])
         if rest[1:]:
             raise UserError(f"argument {rest[1]!r}: not understood; flags are --name=value")
+    if len(given) < len(argv):
+        print(_help(values, command, about))
+        sys.exit(0)
 
 
 def check(values: flags.FlagValues, argv: Sequence[str], command: str, *required: str) -> None:
@@ -36,29 +106,39 @@ def check(values: flags.FlagValues, argv: Sequence[str], command: str, *required
     with _telling(argv):
         for name in required:
             if values[name].value is None:
-                raise UserError(f"--{name}: missing; see {command} --help")
-        config = values["config"].value
-        if not isinstance(config, ml_collections.ConfigDict):
-            name = config_flags.get_config_filename(values["config"])
-            raise UserError(f"--config={name}: cannot be loaded: {_why(config)}")
+                raise UserError(f"--{name}: missing; see unclip {command} --help")
+        _config(values)
+
+
+def _config(values: flags.FlagValues) -> Any:
+    import ml_collections
+
+    config = values["config"].value
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={name_of(values)}: cannot be loaded: {_why(config)}")
+    return config
 
 
 @contextlib.contextmanager
 def _telling(argv: Sequence[str]) -> Iterator[None]:
     """Whatever goes wrong, in a line. A config file is Python, and may raise anything."""
+    from absl import flags
+
     try:
         yield
     except UserError:
         raise
     except flags.Error as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
         # A config that raises comes with its whole traceback: the last line says what it is.
-        text = f"--config: {lines[-1]}" if "Traceback" in str(error) else " ".join(lines)
+        last = str(error).strip().splitlines()[-1]
+        text = f"--config: {last}" if "Traceback" in str(error) else one_line(error, 10_000)
         raise UserError(f"{text}; see the config file for its fields") from error
     except (AttributeError, ValueError, TypeError, OSError) as error:
         raise UserError(f"--config: {error}") from error
     except Exception as error:
         given = next((word for word in argv if word.startswith("--config=")), "--config")
+        if isinstance(error, ModuleNotFoundError) and extras.lacking(error, given):
+            raise extras.lacking(error, given) from error
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{given}: cannot be loaded: {reason}; correct the file") from error
 
@@ -68,5 +148,58 @@ def _why(broken: Any) -> str:
     try:
         broken.stage  # noqa: B018
     except Exception as error:
-        return " ".join(str(error).split())
+        return one_line(error, 10_000)
     return "it is no ConfigDict; get_config must return one"
+
+
+# ---------------------------------------------------------------------------------- --help
+
+
+def _help(values: flags.FlagValues, command: str, about: str | None) -> str:
+    """What the command is and its flags; then the configs there are, or the fields of the given."""
+    lines = [f"usage: unclip {command} --config=CONFIG --FLAG=VALUE ...", "", (about or "").strip()]
+    lines += ["", "flags:"]
+    for name in values:
+        flag = values[name]
+        takes = "" if flag.boolean else "=" + "|".join(getattr(flag.parser, "enum_values", ["..."]))
+        default = "" if flag.default in (None, False) else f" (default {flag.default})"
+        lines.append(
+            f"  --{name}{takes}\n      {flag.help.partition('>: ')[2] or flag.help}{default}"
+        )
+    if values["config"].value is None:
+        listed = configs()
+        width = max(map(len, listed), default=0)
+        lines += [
+            "",
+            "configs in the package, to be given as --config=NAME or --config=NAME:smoke:",
+        ]
+        lines += [f"  {name:{width}}  {_first_line(file)}" for name, file in listed.items()]
+        lines += ["", f"unclip {command} --config=NAME --help says what its fields are."]
+        lines += [f"A config of your own is a file like those in {CONFIGS.resolve()}."]
+    else:
+        lines += [
+            "",
+            f"{name_of(values)}, whose fields are flags. {_about(CONFIGS / 'base.py')}",
+            "",
+        ]
+        lines += [
+            f"  --config.{path}={value}" for path, value in _leaves(_config(values).to_dict())
+        ]
+    return "\n".join(lines)
+
+
+def _about(file: Path) -> str:
+    """The docstring of a config file, which is not run."""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+def _first_line(file: Path) -> str:
+    return _about(file).partition("\n")[0]
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, part in tree.items():
+        if isinstance(part, dict) and part:
+            yield from _leaves(part, f"{path}{name}.")
+        else:
+            yield path + name, part

@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from unclip_jax.common.files import replacing
 from unclip_jax.errors import UserError
 
+FONTS = Path(__file__).parent / "fonts"
+
 _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
 _MAX_LINES = 4
@@ -114,14 +116,8 @@ def _enlarge(pictures: list[Image.Image], min_side: int) -> list[Image.Image]:
 
 @functools.lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which travels inside matplotlib: Latin, Greek, Cyrillic, Arabic, some emoji.
-
-    Pillow's own default font knows ASCII only.
-    """
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), size)
+    """DejaVu Sans: Latin, Greek, Cyrillic, Arabic, some emoji; Pillow's own knows ASCII only."""
+    return ImageFont.truetype(FONTS / "DejaVuSans.ttf", size)
 
 
 def printable(text: str) -> str:

@@ -1,11 +1,10 @@
 """What a config needs of a TPU pod, with no TPU: memory, FLOPs, bytes, collectives, days.
 
-    python -m unclip_jax plan --config=configs/paper/decoder.py --topology=v5p:4x4x8 \
-        --mesh=fsdp=8 --config.train.grad_accum=2 --json=docs/plans/decoder-v5p.json
-    python -m unclip_jax plan --table=docs/plans
+    unclip plan --config=paper/decoder --topology=v5p:4x4x8 --mesh=fsdp=8 --json=plans/v5p.json
+    unclip plan --table=docs/plans
 
 Big U-Nets compile slowly: --blocks, their default, compiles each distinct block once and adds up.
-Any field of the config can be set, as in train.py.
+Any field of the config can be set, as in unclip train.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ from unclip_jax.plan.chips import GIB, Topology
 from unclip_jax.plan.measure import TooLarge
 from unclip_jax.plan.programs import Plan
 
-COMMAND = "python -m unclip_jax plan"
 SLOW = ("decoder", "upsampler", "classifier")  # U-Nets
 
 FLAGS = flags.FlagValues()
 _string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _boolean = functools.partial(flags.DEFINE_boolean, default=False, flag_values=FLAGS)
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, such as configs/paper/prior.py.", flag_values=FLAGS
+    "config", None, "A config of the package, such as paper/prior, or a file.", flag_values=FLAGS
 )
 TOPOLOGY = _string("topology", None, "Slice of a pod, such as v5e:16x16 or v5p:4x4x8.")
 MESH = _string("mesh", None, "Such as data=-1,fsdp=8,tensor=1; the config's own by default.")
@@ -60,10 +58,10 @@ def parse(argv: list[str]) -> None:
     Raises:
         UserError: a flag that does not exist or lacks, or a value that makes no sense.
     """
-    command_line.parse(FLAGS, argv, COMMAND)
+    command_line.parse(FLAGS, argv, "plan", __doc__)
     if TABLE.value is not None:
         return
-    command_line.check(FLAGS, argv, COMMAND, "config", "topology")
+    command_line.check(FLAGS, argv, "plan", "config", "topology")
     if BLOCKS.value and WHOLE.value:
         raise UserError("--blocks, --whole: both given, expected one of them; leave one out")
     if FIT.value and MESH.value is not None:
@@ -103,7 +101,7 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
     blocks = BLOCKS.value or (not WHOLE.value and plan.stage.kind in SLOW)
     say = functools.partial(print, file=sys.stderr, flush=True)
     figures: dict[str, Any] = {
-        "config": config_flags.get_config_filename(FLAGS["config"]),
+        "config": command_line.name_of(FLAGS),
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": ", ".join(f"{name} {size}" for name, size in plan.mesh.shape.items()),

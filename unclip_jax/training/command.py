@@ -1,8 +1,7 @@
 """Train one stage: CLIP first, then the prior, the decoder and the upsamplers in any order.
 
-    python train.py --config=configs/emoji/clip.py --workdir=runs/emoji/clip
-    python train.py --config=configs/emoji/prior.py --workdir=runs/emoji/prior \
-        --config.clip=runs/emoji/clip
+    unclip train --config=emoji/clip --workdir=runs/emoji/clip
+    unclip train --config=emoji/prior --workdir=runs/emoji/prior --config.clip=runs/emoji/clip
 
 Any field can be set: --config.train.learning_rate=1e-4. A config ends in :smoke to run in seconds.
 The same command again resumes. When the run ends, WORKDIR/model holds the trained stage.
@@ -20,18 +19,30 @@ from absl import flags
 from ml_collections import config_flags
 
 from unclip_jax.common import command_line
-from unclip_jax.parallel import distributed
 
-COMMAND = "python train.py"
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as emoji/clip.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and previews go.")
-DISTRIBUTED = flags.DEFINE_enum(
-    "distributed", "auto", distributed.MODES, "Whether to join the processes of other hosts."
+FLAGS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A config of the package, such as emoji/clip, or a file.", flag_values=FLAGS
 )
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, metrics and previews go.", flag_values=FLAGS
+)
+DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Whether to join the processes of other hosts.",
+    flag_values=FLAGS,
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0.", flag_values=FLAGS
+)
+PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together.", flag_values=FLAGS
+)
+PROCESS = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0.", flag_values=FLAGS
+)
 
 
 def parse(argv: list[str]) -> None:
@@ -40,13 +51,16 @@ def parse(argv: list[str]) -> None:
     Raises:
         UserError: a flag or config field that does not exist, or a value of the wrong type.
     """
-    command_line.parse(flags.FLAGS, argv, COMMAND)
-    command_line.check(flags.FLAGS, argv, COMMAND, "config", "workdir")
+    command_line.parse(FLAGS, argv, "train", __doc__)
+    command_line.check(FLAGS, argv, "train", "config", "workdir")
 
 
 def main(argv: list[str]) -> None:
     """Prepare the run, train, and save the stage."""
     parse(argv)
+
+    from unclip_jax.parallel import distributed  # imports JAX: wrong usage is told before
+
     distributed.initialize(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
     from unclip_jax.parallel import compile_cache

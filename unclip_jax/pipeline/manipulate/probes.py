@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from unclip_jax.common.grids import FONTS
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
 from unclip_jax.errors import UserError
@@ -200,10 +200,8 @@ def overlay(image: np.ndarray, word: str) -> np.ndarray:
 
 
 def _fitting(word: str, width: float, height: float) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans Bold, which travels inside matplotlib, at the largest size that fits."""
-    import matplotlib
-
-    path = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
+    """DejaVu Sans Bold at the largest size that fits."""
+    path = FONTS / "DejaVuSans-Bold.ttf"
     left, top, right, bottom = ImageFont.truetype(path, 100).getbbox(word)
     scale = min(width / max(right - left, 1), height / max(bottom - top, 1))
     return ImageFont.truetype(path, max(1.0, 100 * scale))
