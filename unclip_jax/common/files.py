@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +19,23 @@ def default_cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; moved over `path` if the block succeeds.
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; its file takes the place of `path` in one move.
 
-    The move is atomic: whoever reads `path`, or kills the writer, finds a whole file. If the
-    block raises, the temporary file is removed and `path` stays as it was.
+    Readers find the old file or the new one, whole. If the block raises, the old one stays. Any
+    number of processes, of any number of hosts, may write at once.
+
+    Args:
+        path: of the file; its folder is made where there is none.
+        durable: flush the file to the disk before the move, so that not even a power cut leaves
+            the name without the content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
+        if durable:
+            flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,6 +45,42 @@ def write_text(path: Path, text: str) -> None:
     """Make `path` a UTF-8 file that holds `text`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which becomes `path` if the block succeeds.
+
+    Raises:
+        OSError: it cannot be made, or a file or a folder with something in it is at `path` by then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers of a file or folder, or of any, left; for whoever alone writes."""
+    for path in folder.glob(f".{glob.escape(name) if name else '*'}.[0-9]*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Return once the disk has what was written to a file."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def check_place(flag: str, path: Path) -> None:
@@ -51,9 +97,3 @@ def check_place(flag: str, path: Path) -> None:
             f"{flag} '{path}': cannot be written; give the name of a file in a folder that you may"
             " write to"
         )
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left of `replacing`; only for whoever alone writes in `folder`."""
-    for path in folder.glob(".*.[0-9]*.tmp"):
-        path.unlink(missing_ok=True)

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ import numpy as np
 from jax import export as jax_export
 
 from unclip_jax import stages
+from unclip_jax.common.files import making_folder
 from unclip_jax.common.params import Params, flatten, unflatten
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.models import attention
@@ -330,15 +330,11 @@ def check_out(out: Path) -> None:
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder, which becomes `out` if the block succeeds."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
+        with making_folder(out) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"--out {str(out)!r}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------- command

@@ -26,6 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from unclip_jax.common.files import flush, making_folder, remove_leftovers
 from unclip_jax.common.params import (
     Fingerprint,
     Params,
@@ -80,7 +81,7 @@ def save_stage(
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
         save_tensors(flat, temporary / PARAMS_FILE, metadata={"fingerprint": mark})
         for name in (CONFIG_FILE, PARAMS_FILE):
-            _flush_to_disk(temporary / name)
+            flush(temporary / name)
 
 
 def save_tensors(
@@ -122,21 +123,16 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
     The old folder is moved aside, the new one moved in, the old one removed. A crash between the
     two moves leaves the old model whole under its aside name; the next save puts it back first.
     """
-    temporary = folder.with_name(f".{folder.name}.new")
     aside = _aside(folder)
     if aside.exists() and not folder.exists():
         aside.rename(folder)
     _check_replaceable(folder)
-    for leftover in (temporary, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    shutil.rmtree(aside, ignore_errors=True)
+    remove_leftovers(folder.parent, folder.name)
+    with making_folder(folder) as temporary:
         yield temporary
         if folder.exists():
             folder.rename(aside)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -156,11 +152,6 @@ def _check_replaceable(folder: Path) -> None:
             f"model folder {str(folder)!r}: it also holds {listing(foreign)}, which saving would"
             " delete; choose another folder or move that away"
         )
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _version() -> str:
