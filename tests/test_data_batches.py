@@ -274,9 +274,9 @@ def test_states_that_do_not_belong_together_are_refused():
     stream, other_seed, other_data = (
         start(Pictures(count), 2, seed=seed)[0] for count, seed in ((9, 0), (9, 1), (8, 0))
     )
-    with pytest.raises(UserError, match=r"states\[0\]: seed was 0, expected 1"):
+    with pytest.raises(UserError, match=r"states\[0\]\.seed: got 0, expected 1"):
         other_seed.set_state(states)
-    with pytest.raises(UserError, match=r"states\[0\]: data was"):
+    with pytest.raises(UserError, match=r"states\[0\]\.data: got"):
         other_data.set_state(states)
     for wrong in (
         states[::-1], states[:1], states[1:], [*states, *one], one * 2, [], states[0], [{}],
@@ -397,7 +397,7 @@ def test_long_captions_are_named_once_and_counted(caplog):
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"process_index": 2, "process_count": 2}, "process_index"),
-        ({"batch_size": 8, "epochs": 1}, "batch_size: 8: more than the 7"),
+        ({"batch_size": 8, "epochs": 1}, "batch_size: got 8, expected at most 7"),
     ],
 )
 def test_bad_arguments_are_named(options, field):

@@ -15,7 +15,7 @@ from unclip_jax.data.datasets import DataConfig, load
 from unclip_jax.data.embeddings import folders
 from unclip_jax.data.embeddings import shards as embedding_shards
 from unclip_jax.data.embeddings.shards import FIRST, VALID, Damaged, Meta, Pair, pack, unpack
-from unclip_jax.data.embeddings.store import EmbeddingSource, EmbeddingStore, WithEmbeddings
+from unclip_jax.data.embeddings.store import EmbeddingStore, WithEmbeddings
 from unclip_jax.data.embeddings.writer import compute, compute_whole, default_shards, missing_shards
 from unclip_jax.data.records import BadRecord, is_heldout
 from unclip_jax.data.tokenizer import Tokenizer
@@ -251,10 +251,10 @@ def test_a_plan_that_differs_is_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shards": 0}, "shards: 0: expected 1 to 20"),
-        ({"shards": 21}, "shards: 21: expected 1 to 20"),
-        ({"dtype": "int8"}, "dtype: 'int8': expected one of float32"),
-        ({"count": 0}, "0 of width 3"),
+        ({"shards": 0}, "shards: got 0, expected an integer, 1 or more"),
+        ({"shards": 21}, "shards: got 21, expected 1 to 20"),
+        ({"dtype": "int8"}, "dtype: got 'int8', expected one of float32"),
+        ({"count": 0}, "pairs: got 0"),
     ],
 )
 def test_a_plan_without_meaning_is_named(change, message):
@@ -421,8 +421,8 @@ def test_file_urls_are_paths_and_unknown_protocols_are_named(tmp_path):
     with pytest.raises(UserError, match="expected the folder of a store"):
         load(as_data(""), needs_images=False)
     for url in ("nonsense://x/y", "gs:/x://y"):
-        with pytest.raises(UserError, match="can't be reached"):
-            folders.open_folder(url, tmp_path)
+        with pytest.raises(UserError, match="is an unknown protocol"):
+            folders.Folder(url, tmp_path)
 
 
 # ---------------------------------------------------------------- joined to pictures
@@ -462,7 +462,8 @@ def test_other_data_are_refused(tmp_path):
 
 
 def as_data(folder, **changes):
-    return dataclasses.replace(CACHED, name=f"embeddings:{folder}", split="all", **changes)
+    whole = dataclasses.replace(CACHED, name=f"embeddings:{folder}", split="all")
+    return dataclasses.replace(whole, **changes)
 
 
 def test_embeddings_are_a_data_set_without_pictures(tmp_path):
@@ -512,9 +513,7 @@ def test_splits_part_the_images_by_name(tmp_path):
     assert found["all", "first"] == names[::2]
     assert set(found["train", "first"]) == set(names[::2]) & set(found["train", "all"])
     sources = [
-        EmbeddingSource(
-            str(tmp_path / "store"), split, captions, context=(8, 514), cache_dir=tmp_path
-        )
+        load(as_data(tmp_path / "store", split=split, captions=captions), needs_images=False)
         for split, captions in found
     ]
     assert len({source.fingerprint for source in sources}) == 6
@@ -532,7 +531,7 @@ def test_where_pictures_are_needed_embeddings_are_refused(tmp_path):
     config = as_data(tmp_path / "store")
     with pytest.raises(UserError, match="hold no pictures, which are needed here"):
         load(config)
-    with pytest.raises(UserError, match=r"augment: 0\.1: expected 0"):
+    with pytest.raises(UserError, match=r"augment: got 0\.1, expected 0"):
         load(dataclasses.replace(config, augment=0.1), needs_images=False)
-    with pytest.raises(UserError, match="split: 'test': stored embeddings have train, heldout"):
+    with pytest.raises(UserError, match="split: got 'test', expected one of train, heldout"):
         load(dataclasses.replace(config, split="test"), needs_images=False)

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from unclip_jax.data.datasets import DataConfig, fingerprint, load
+from unclip_jax.data.datasets import DataConfig, load
 from unclip_jax.data.emoji.catalogue import catalogue
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord, is_heldout
@@ -118,12 +118,12 @@ def test_pictures_show_what_they_say(cache):
 
 def test_the_fingerprint_knows_the_pairs_and_not_the_size(cache):
     prints = {
-        fingerprint(emoji(cache, split=split, captions=captions))
+        emoji(cache, split=split, captions=captions).fingerprint
         for split in ("train", "heldout", "all")
         for captions in ("all", "first")
     }
     assert len(prints) == 6
-    assert fingerprint(emoji(cache, image_size=8)) == fingerprint(emoji(cache))
+    assert emoji(cache, image_size=8).fingerprint == emoji(cache).fingerprint
 
 
 def test_the_art_is_attributed(cache):
@@ -155,7 +155,7 @@ def test_two_processes_may_prepare_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"split": "test"}, "split: 'test'.*train, heldout"),
+        ({"split": "test"}, "split: got 'test'.*train, heldout"),
         ({"image_size": 0}, "image_size"),
         ({"image_size": 10**6}, "image_size"),
         ({"captions": "some"}, "captions"),
@@ -230,10 +230,10 @@ def test_a_tfds_data_set_with_lists_of_captions(tiny):
     [
         (
             {"caption_key": "caption"},
-            "caption_key: 'caption'.*picture, title, notes/text|notes/text",
+            "caption_key: got 'caption'.*picture, title, notes/text|notes/text",
         ),
-        ({"image_key": "image"}, "image_key: 'image'"),
-        ({"split": "test"}, "split: 'test'.*train"),
+        ({"image_key": "image"}, "image_key: got 'image'"),
+        ({"split": "test"}, "split: got 'test'.*train"),
         ({"name": "tfds:no_such_set"}, "not prepared in.*check the name"),
         ({"name": "tfds:mnist", "cache_dir": "/nowhere-at-all"}, "not prepared.*array_record"),
     ],
@@ -253,10 +253,12 @@ def test_damaged_data_are_named(tmp_path):
         load(config)
     for file in tmp_path.glob("emoji/4/1.0.0/*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"nothing in .*emoji/4/1\.0\.0; delete it"):
+    with pytest.raises(UserError, match=r"nothing in .*; delete .*emoji/4/1\.0\.0 to prepare"):
         load(config)
 
 
 def test_an_unknown_name_says_what_names_there_are():
-    with pytest.raises(UserError, match=r"'emojis': expected 'emoji'.*\./emojis.*tfds:emojis"):
+    with pytest.raises(
+        UserError, match=r"got 'emojis', expected one of emoji, .*\./emojis.*tfds:emojis"
+    ):
         load(DataConfig(name="emojis"))

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.data.datasets import DataConfig, fingerprint, load
-from unclip_jax.data.emoji import art, fetch
+from unclip_jax.data.datasets import DataConfig, load
+from unclip_jax.data.emoji import art
 from unclip_jax.data.emoji import styles as emoji_styles
 from unclip_jax.data.emoji.catalogue import catalogue
 from unclip_jax.data.emoji.styles import STYLES, captions_of, with_article, withheld_style
@@ -87,7 +87,7 @@ def cache(registry, tmp_path_factory):
             files[package.url.removeprefix(art.REGISTRY)] = data
         patch.setattr(art, "REGISTRY", url)
         patch.setattr(emoji_styles, "catalogue", lambda skin_tones=False: FEW)
-        fetch.main(["build", "--cache_dir", str(folder), "--size", "16"])
+        emoji_styles.main(["build", "--cache_dir", str(folder), "--size", "16"])
         yield str(folder)
 
 
@@ -146,17 +146,17 @@ def test_captions_name_the_emoji_by_all_its_names_and_its_style(cache):
 
 def test_the_fingerprint_knows_the_pairs_and_not_the_size(cache):
     prints = {
-        fingerprint(emoji(cache, split=split, captions=captions))
+        emoji(cache, split=split, captions=captions).fingerprint
         for split in ("train", "heldout", "all")
         for captions in ("all", "first")
     }
     assert len(prints) == 6
-    assert fingerprint(emoji(cache, image_size=8)) == fingerprint(emoji(cache))
+    assert emoji(cache, image_size=8).fingerprint == emoji(cache).fingerprint
 
 
 def test_the_command_says_what_there_is_and_fetches_nothing_twice(cache, registry, capsys):
     asked = len(registry[2])
-    fetch.main(["build", "--cache_dir", cache, "--size", "16"])
+    emoji_styles.main(["build", "--cache_dir", cache, "--size", "16"])
     printed = capsys.readouterr().out
     for split in ("train", "heldout"):
         assert f"{split} {emoji(cache, split=split).image_count}" in printed
@@ -295,6 +295,6 @@ def test_a_folder_that_cannot_be_written(served):
 
 
 def test_without_the_art_the_error_names_the_command(tmp_path):
-    with pytest.raises(UserError, match=r"python -m unclip_jax\.data\.styles build"):
+    with pytest.raises(UserError, match=r"python -m unclip_jax styles build"):
         load(DataConfig(name="emoji_styles", cache_dir=str(tmp_path)))
     assert not (tmp_path / "emoji_styles" / "64" / "1.0.0").exists()

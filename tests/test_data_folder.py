@@ -224,8 +224,8 @@ def test_splits_part_the_images_whatever_else_is_there(tmp_path):
             "has 'fil'; expected one of 'file'",
         ),
         ({"a.png": None, "captions.jsonl": '{"file": "a.png"}'}, "expected one of 'caption'"),
-        ({"a.png": None, "captions.jsonl": '{"file": "a.png", "caption": 3}'}, "caption 3"),
-        ({"a.png": None, "captions.jsonl": '{"file": 3, "caption": "x"}'}, "file 3"),
+        ({"a.png": None, "captions.jsonl": '{"file": "a.png", "caption": 3}'}, "caption: got 3"),
+        ({"a.png": None, "captions.jsonl": '{"file": 3, "caption": "x"}'}, "file: got 3"),
         ({"a.png": None, "captions.jsonl": b"\xff\xfe"}, "can't be read as UTF-8"),
         ({"a.png": None, "captions.csv": "a.png,x"}, "nothing|no caption|none of its"),
         ({"a.png": None, "captions.csv": "", "captions.jsonl": ""}, "keep one of them"),
@@ -265,7 +265,7 @@ def test_a_folder_that_is_none_and_a_split_that_is_none(tmp_path):
         load(DataConfig(name=str(tmp_path / "gone")))
     paint(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="split: 'test'"):
+    with pytest.raises(UserError, match="split: got 'test'"):
         load(DataConfig(name=str(tmp_path), split="test"))
     empty = {s for s in ("train", "heldout") if not _loads(tmp_path, s)}
     assert len(empty) == 1  # one image is on one side, and the other says so

@@ -158,9 +158,13 @@ def test_rows_without_an_image_are_bad_records(tmp_path):
         ({"image": ["path.jpg"], "text": ["c"]}, {}, "image_key: 'image': .* has string there"),
         ({"pixels": [b"x"], "text": ["c"]}, {}, "name one of: pixels, text"),
         ({"jpg": [b"x"], "words": ["c"]}, {}, "has none of caption, text, TEXT.*jpg, words"),
-        ({"jpg": [b"x"], "text": ["c"]}, {"image_key": "png"}, "image_key: 'png'"),
-        ({"jpg": [b"x"], "text": ["c"]}, {"caption_key": "alt"}, "caption_key: 'alt'.*jpg, text"),
-        ({"jpg": [b"x"], "text": ["c"]}, {"labels": True}, "label_key: 'label'"),
+        ({"jpg": [b"x"], "text": ["c"]}, {"image_key": "png"}, "image_key: got 'png'"),
+        (
+            {"jpg": [b"x"], "text": ["c"]},
+            {"caption_key": "alt"},
+            "caption_key: got 'alt'.*jpg, text",
+        ),
+        ({"jpg": [b"x"], "text": ["c"]}, {"labels": True}, "label_key: got 'label'"),
         ({"jpg": [b"x"], "text": [None]}, {}, "none of the 0 .*nothing under 'text'"),
         ({"jpg": [b"x"], "text": [7]}, {}, "none of the 0 "),
     ],
@@ -195,7 +199,7 @@ def test_any_damage_is_an_error_of_ours_and_no_crash(tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"pip install 'unclip_jax\[parquet\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow.*pip install .*\[parquet\]"):
         parquet.ParquetShards()
 
 

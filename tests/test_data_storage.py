@@ -68,7 +68,7 @@ def test_a_pattern_finds_files_or_says_what_is_wrong(folder):
         f"{folder}/*.zip": "no file matches",
         f"{folder}/*/x": "no file matches",
         f"{folder}": "a folder",
-        "zz://a": "unknown protocol 'zz'",
+        "zz://a": "zz:// is an unknown protocol",
         "http://127.0.0.1:1/*.tar": "lists no files",
     }.items():
         with pytest.raises(UserError, match=why):
@@ -101,9 +101,9 @@ def test_a_missing_package_is_named(monkeypatch):
     def missing(protocol):
         raise ImportError("Please install it")
 
-    monkeypatch.setattr(storage.fsspec, "filesystem", missing)
+    monkeypatch.setattr(fsspec, "filesystem", missing)
     for protocol, extra in (("gs", "gcs"), ("s3", "s3"), ("https", "http")):
-        with pytest.raises(UserError, match=rf"pip install 'unclip_jax\[{extra}\]'"):
+        with pytest.raises(UserError, match=rf"pip install .*\[{extra}\]"):
             storage.find(f"{protocol}://bucket/a.tar")
 
 

@@ -118,13 +118,14 @@ def test_bfloat16_is_the_same_rounded(store, pictures, clip, tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from unclip_jax.data import embed, embedding_writer
-add = embedding_writer.ShardWriter.add
+from unclip_jax.data.embeddings import writer
+from unclip_jax.training import embed
+add = writer.ShardWriter.add
 def dies(self, pair):
     if pair.index == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, pair)
-embedding_writer.ShardWriter.add = dies
+writer.ShardWriter.add = dies
 embed.main(sys.argv[2:])
 """
 
@@ -187,7 +188,7 @@ def test_killed_on_four_devices_and_run_again_by_two_processes_each_pair_is_ther
         ({"captions": "first"}, "data_fingerprint is"),
         ({"split": "train"}, "data_fingerprint is"),
         ({"batch_size": 0}, "--batch_size: got 0, expected a multiple of 1"),
-        ({"shards": 1000}, "shards: 1000: expected 1 to 90"),
+        ({"shards": 1000}, "shards: got 1000, expected 1 to 90"),
     ],
 )
 def test_another_plan_or_none_is_refused(changes, message, store, pictures, clip):

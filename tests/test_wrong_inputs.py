@@ -305,7 +305,7 @@ ROWS = [
 
     # python -m unclip_jax styles
     ("styles raze", 2, "raze"),
-    ("styles build --size 0 --cache_dir {new}", 1, "image_size: 0"),
+    ("styles build --size 0 --cache_dir {new}", 1, "image_size: got 0"),
     ("styles build --cache_dir {picture}/art", 1, "cache_dir"),
 
     # demo.py

@@ -31,15 +31,17 @@ def load(module: str, extra: str, what: str) -> ModuleType:
     Args:
         module: its full name; `a.b` gives `a.b`.
         extra: one of those in pyproject.toml.
-        what: needs it, for the message.
+        what: the message begins with: what needs it.
 
     Raises:
-        UserError: it cannot be imported; the line names the extra.
+        UserError: a package lacks; the line names it and the extra.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{what}: needs {module} ({one_line(error)}); {how(extra)}") from error
+        raise UserError(
+            f"{what}: needs {error.name or module} ({one_line(error)}); {how(extra)}"
+        ) from error
 
 
 def lacking(error: ModuleNotFoundError, what: str) -> UserError | None:

@@ -1,13 +1,13 @@
 """Batches of a source: decoded, tokenised, shuffled, sharded over processes, resumable.
 
-The stream of a data set is one sequence of positions: epoch after epoch, each in its
-own order, drawn from the seed. A batch is the next positions in a row, and each of n processes
-reads its rows of it, so the examples of a batch don't depend on n.
-A bad record leaves its position empty and the next one fills the batch, so batches are
-full, and the state is a count of positions: resuming is exact, whatever was skipped.
+The stream of a data set is one sequence of positions: epoch after epoch, each in its own order,
+drawn from the seed. A batch is the next positions in a row, and each of n processes reads its rows
+of it: the examples of a batch don't depend on n. A bad record leaves its position empty and the
+next one fills the batch. So batches are full, and the state is a count of positions: resuming is
+exact, whatever was skipped.
 
-The states of all n processes together say which positions have been read. Any number of
-processes can go on from there: each passes over those of its positions that were.
+The states of all n processes together say which positions have been read. Any number of processes
+can go on from there: each passes over those of its positions that were.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from absl import logging
 
+from unclip_jax.common import checks, extras
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import jitter, square
 from unclip_jax.data.positions import Layout, Positions, Share
-from unclip_jax.data.records import BadRecord, Source
+from unclip_jax.data.records import NAMED, BadRecord, Source
 from unclip_jax.data.shards.storage import is_remote
 from unclip_jax.data.tokenizer import Encoder, Tokenizer
-from unclip_jax.errors import UserError
-
-_TRUNCATIONS_NAMED = 5
+from unclip_jax.errors import UserError, wrong
 
 
 def batches(
@@ -49,59 +47,66 @@ def batches(
 ) -> Batches:
     """An iterator of batches, endless unless `epochs` says otherwise.
 
-    Each batch is a dict of numpy arrays: `image` uint8 `[b, s, s, 3]`, `tokens` int32
-    `[b, l]`, `index` int32 `[b]`, and whatever else the source's records carry.
+    Each batch is a dict of numpy arrays: `image` uint8 `[b, s, s, 3]`, `tokens` int32 `[b, l]`,
+    `index` int32 `[b]`, and whatever else the source's records carry.
 
     Args:
-      source: the data set.
-      config: gives image size, context length, vocabulary, augmentation and cache.
-      seed: from which orders and augmentations are drawn, 0..2**32-1.
-      batch_size: pairs per batch, of this process.
-      shuffle: whether each epoch has its own random order, rather than the source's.
-      epochs: passes over the data set, all processes together; None for no end. With
-        several processes prefer None: where images are bad, one may end before another.
-      drop_remainder: whether a last batch that isn't full is left out.
-      process_index: which share of the data this is. A share is commonly a process's,
-        `jax.process_index()`; processes that feed the same rows of a batch have the same one.
-      process_count: how many shares there are.
-      tokenizer: makes `tokens` of captions; None for CLIP's, of the config's context length and
-        vocabulary.
+        source: the data set.
+        config: gives image size, context length, vocabulary, augmentation and cache.
+        seed: from which orders and augmentations are drawn, 0..2**32-1.
+        batch_size: pairs per batch, of this process.
+        shuffle: whether each epoch has its own random order, rather than the source's.
+        epochs: passes over the data set, all processes together; None for no end. With several
+            processes prefer None: where images are bad, one may end before another.
+        drop_remainder: whether a last batch that isn't full is left out.
+        process_index: which share of the data this is. A share is commonly a process's,
+            `jax.process_index()`; processes that feed the same rows of a batch have the same one.
+        process_count: how many shares there are.
+        tokenizer: makes `tokens` of captions; None for CLIP's, of the config's context length and
+            vocabulary.
 
     Raises:
-      UserError: if an argument has no meaning, or the data set holds fewer pairs than
-        one batch and has an end; and, from the iterator, if every record is bad.
+        UserError: an argument has no meaning, or the data set has an end and holds fewer pairs
+            than one batch; and, from the iterator, every record is bad.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size}: expected at least 1")
-    if epochs is not None and epochs < 1:
-        raise UserError(f"epochs: {epochs}: expected at least 1, or None for no end")
+    checks.count("batch_size", batch_size)
+    if epochs is not None:
+        checks.count("epochs", epochs)
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed: {seed}: expected 0..4294967295")
+        raise wrong("seed", seed, "0..4294967295")
     if not 0 <= process_index < process_count:
-        raise UserError(f"process_index: {process_index}: expected 0..{process_count - 1}")
+        raise wrong("process_index", process_index, f"0..{process_count - 1}")
     share = Share(process_index, process_count, batch_size)
     total = sys.maxsize if epochs is None else len(source) * epochs
     length = share.below(total)
     if drop_remainder and length < batch_size:
-        raise UserError(
-            f"batch_size: {batch_size}: more than the {length} pairs of {source.name} that a "
-            "process sees; use a smaller batch, epochs=None or drop_remainder=False"
+        raise wrong(
+            "batch_size",
+            batch_size,
+            f"at most {length}, the pairs of {source.name} that a process sees",
+            "use a smaller batch, epochs=None or drop_remainder=False",
         )
     # Unshuffled, a process may meet the same pairs in every epoch.
     common = math.gcd(len(source), process_count * batch_size)
     met = 1 if shuffle else min(batch_size, common) / common
     examples = _Examples(source, config, tokenizer, reachable=int(len(source) * met))
 
+    grain = extras.load("grain", "train", "batches of a data set")
     stream = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         stream = stream.shuffle()
     stream = stream.repeat(epochs).map_with_index(examples)
     if config.augment:
-        stream = stream.random_map(_Jitter(config.augment))
-    stream = grain.MapDataset.range(length).map(_At(stream, share))
+        stream = stream.random_map(
+            lambda example, rng: {
+                **example,
+                "image": jitter(example["image"], config.augment, rng),
+            }
+        )
+    mine = grain.MapDataset.range(length).map(lambda j: stream[share.position(j)])
     threads = 0 if examples.cached else threads_for(config)
     options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))
-    batched = stream.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
+    batched = mine.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
     settings = {
         "data": source.fingerprint,
         "seed": seed,
@@ -113,21 +118,11 @@ def batches(
     return Batches(iter(batched), examples, settings)
 
 
-class _At(grain.transforms.Map):
-    """The j-th element of a share of a stream."""
-
-    def __init__(self, stream: grain.MapDataset, share: Share):
-        self._stream, self._share = stream, share
-
-    def map(self, j: int) -> dict[str, np.ndarray] | None:
-        return self._stream[self._share.position(j)]
-
-
 class Batches:
-    """An iterator of batches whose position can be saved and restored."""
+    """An iterator of batches whose position can be saved and restored; made by `batches`."""
 
-    def __init__(self, iterator: grain.DatasetIterator, examples: _Examples, settings: dict):
-        """Use `batches`."""
+    def __init__(self, iterator: Any, examples: _Examples, settings: dict):
+        """Take a grain.DatasetIterator, and what its states are compared with."""
         self._iterator = iterator
         self._examples = examples
         self._settings = settings
@@ -152,14 +147,14 @@ class Batches:
     @property
     def truncated(self) -> int:
         """How many different captions were cut to the context length so far."""
-        return len(self._examples.truncated)
+        return len(self._examples.captions.cut)
 
     def get_state(self) -> dict[str, Any]:
         """This process's place after the last batch returned, as a dict that JSON can hold.
 
-        `consumed` counts the positions it has read or passed over, bad records included and
-        what is read ahead left out; `earlier` are the batch sizes and counts of process numbers
-        before, as in `positions.Layout`.
+        `consumed` counts the positions it has read or passed over. Bad records count, what is read
+        ahead does not. `earlier` are the batch sizes and counts of earlier numbers of processes, as
+        in `positions.Layout`.
         """
         return {
             **self._settings,
@@ -168,17 +163,16 @@ class Batches:
         }
 
     def set_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continues where all processes called `get_state`, whatever their number was.
+        """Continue where all processes called `get_state`, whatever their number was.
 
-        Every position is read once: before, or from now on by one of the processes. With
-        the same number of processes and the same batch size the same batches follow, bit for bit.
+        Every position is read once: before, or from now on by one of the processes. With the same
+        number of processes and the same batch size the same batches follow, bit for bit.
 
         Args:
-          states: those of all processes, taken after the same step, in order of process.
+            states: those of all processes, taken after the same step, in order of process.
 
         Raises:
-          UserError: if they are of other data, another seed or order, or not of all
-            processes.
+            UserError: they are of other data, another seed or order, or not of all processes.
         """
         earlier, last = _together(states, self._settings)
         names = ("process_index", "process_count", "batch_size")
@@ -201,23 +195,21 @@ class Batches:
 def _together(
     states: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> tuple[Positions, Layout]:
-    """What earlier numbers of processes had read, and the counts of the processes that saved.
-
-    Raises:
-      UserError: as `Batches.set_state`.
-    """
+    """What earlier numbers of processes had read, and the counts of the processes that saved."""
     if isinstance(states, Mapping) or not states:
-        raise UserError("states: expected a list of the states of all processes that saved")
+        raise wrong("states", states, "a list of the states of all processes that saved")
     for place, state in enumerate(states):
         expected = {k: settings[k] for k in ("data", "seed", "shuffle")}
         expected |= {"process_index": place, "process_count": len(states)}
         expected |= {name: states[0].get(name) for name in ("earlier", "batch_size")}
         for field, value in expected.items():
             if state.get(field) != value:
-                raise UserError(
-                    f"states[{place}]: {field} was {state.get(field)!r}, expected {value!r}: "
+                raise wrong(
+                    f"states[{place}].{field}",
+                    state.get(field),
+                    repr(value),
                     "batches continue only with the data, seed and order that they began with, "
-                    "from the states of all processes, in their order"
+                    "from the states of all processes, in their order",
                 )
         for field in ("consumed", "earlier", "batch_size"):
             if state.get(field) is None:
@@ -227,30 +219,53 @@ def _together(
     return Positions(earlier), last
 
 
+class Captions:
+    """Captions to tokens; those that are cut are counted, and the first of them named.
+
+    Attributes:
+        cut: indices of the captions cut so far.
+    """
+
+    def __init__(self, name: str, tokenizer: Encoder):
+        """Name the data set, for messages, and what makes tokens."""
+        self.cut: set[int] = set()
+        self._name, self._tokenizer, self._lock = name, tokenizer, threading.Lock()
+
+    def tokens(self, index: int, name: str, caption: str) -> np.ndarray:
+        """The tokens of the caption of pair `index`, int32 `[l]`. Safe to call from threads."""
+        (tokens,), cut = self._tokenizer.encode_and_report([caption])
+        if cut:
+            with self._lock:
+                is_new = index not in self.cut
+                self.cut.add(index)
+                if is_new and len(self.cut) <= NAMED:
+                    more = "; no further ones are named" if len(self.cut) == NAMED else ""
+                    logging.warning(
+                        "%s: cut the caption of %s: %s%s", self._name, name, cut[0], more
+                    )
+        return tokens
+
+
 class _Examples:
     """Position, index -> an example, or None for a bad record. Safe to call from threads.
 
     Attributes:
-      earlier: the positions that other numbers of processes had read: None there as well.
-      cached: whether examples are kept in memory once made.
-      bad: indices of bad records met so far.
-      truncated: indices of captions cut so far.
+        earlier: the positions that other numbers of processes had read: None there as well.
+        cached: whether examples are kept in memory once made.
+        bad: indices of bad records met so far.
     """
 
     def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        tokenizer: Encoder | None,
-        reachable: int,
+        self, source: Source, config: DataConfig, tokenizer: Encoder | None, reachable: int
     ):
         self.source = source
         self.earlier = Positions()
         self.bad: set[int] = set()
-        self.truncated: set[int] = set()
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
+        self.captions = Captions(
+            source.name, tokenizer or Tokenizer(config.context_length, config.vocab_size)
+        )
         self._size = config.image_size
-        self._tokenizer = tokenizer or Tokenizer(config.context_length, config.vocab_size)
         self._takes_tokens = tokenizer is None  # those a record has: they are the config's
         self._reachable = reachable
         self._good = False
@@ -264,8 +279,7 @@ class _Examples:
         if index in self._examples:
             return self._examples[index]
         try:
-            record = self.source[index]
-            example = self._example(record)
+            example = self._example(self.source[index])
         except BadRecord as error:
             self._skip(index, str(error))
             return None
@@ -275,16 +289,14 @@ class _Examples:
         return example
 
     def _example(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        index, name = record["index"], record["name"]
+        index = record["index"]
         if "tokens" in record and self._takes_tokens:
             tokens = record["tokens"]
         else:
-            (tokens,), cut = self._tokenizer.encode_and_report([record["caption"]])
-            if cut:
-                self._note_truncation(index, f"{name}: {cut[0]}")
-        extras = {k: np.asarray(v) for k, v in record.items() if k not in _NOT_EXTRA}
+            tokens = self.captions.tokens(index, record["name"], record["caption"])
+        more = {k: np.asarray(v) for k, v in record.items() if k not in _NOT_MORE}
         image = {"image": self._image(record)} if "image" in record else {}
-        return {**image, "tokens": tokens, "index": np.int32(index), **extras}
+        return {**image, "tokens": tokens, "index": np.int32(index), **more}
 
     def _image(self, record: dict[str, Any]) -> np.ndarray:
         number = self.source.image_of(record["index"])
@@ -305,13 +317,6 @@ class _Examples:
             self.bad.add(index)
         self.raise_if_all_bad()
 
-    def _note_truncation(self, index: int, what: str) -> None:
-        with self._lock:
-            is_new = index not in self.truncated
-            self.truncated.add(index)
-            if is_new and len(self.truncated) <= _TRUNCATIONS_NAMED:
-                logging.warning("%s: cut the caption of %s", self.source.name, what)
-
     def raise_if_all_bad(self, at_end: bool = False) -> None:
         all_met = len(self.bad) >= self._reachable or (at_end and self.bad)
         if all_met and not self._good:
@@ -321,24 +326,14 @@ class _Examples:
             )
 
 
-_NOT_EXTRA = frozenset({"image", "caption", "index", "name", "tokens"})
-
-
-class _Jitter(grain.transforms.RandomMap):
-    """Random scale and shift, drawn for each position of the stream."""
-
-    def __init__(self, strength: float):
-        self._strength = strength
-
-    def random_map(self, example: dict, rng: np.random.Generator) -> dict:
-        return {**example, "image": jitter(example["image"], self._strength, rng)}
+_NOT_MORE = frozenset({"image", "caption", "index", "name", "tokens"})
 
 
 def threads_for(config: DataConfig) -> int:
     """Threads that read and decode ahead: Pillow lets go of the interpreter lock meanwhile.
 
-    No worker processes: those need a guarded main module and parsed absl flags, and
-    would each hold the data set.
+    No worker processes: those need a guarded main module and parsed absl flags, and would each
+    hold the data set.
     """
     if config.read_threads:
         return config.read_threads

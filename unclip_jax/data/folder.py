@@ -24,26 +24,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from absl import logging
 
-from unclip_jax.data.records import BadRecord, is_heldout
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.records import SPLITS, BadRecord, is_heldout, warn_of_skipped
+from unclip_jax.errors import UserError, wrong
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
-SPLITS = ("train", "heldout", "all")
 _TABLES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 _IMAGE_FIELDS = ("file", "image", "file_name")
 _CAPTION_FIELDS = ("caption", "text")
-_NAMED_IN_WARNINGS = 5
+
+
+def open_source(config: DataConfig, path: str) -> FolderSource:
+    """The folder that a config names."""
+    return FolderSource(path, config.split, config.captions, config.labels)
 
 
 class FolderSource:
-    """The pairs of a folder, images in the order of their relative paths.
+    """The pairs of a folder, by the relative paths of the images; see `records.Source`.
 
-    Splits part the images by the SHA-256 of their relative path: `train` is about nine
-    tenths, `heldout` the rest, `all` everything. Adding an image moves no other.
-
-    See `records.Source` for the attributes.
+    The SHA-256 of its relative path decides an image's split: `train` is about nine tenths,
+    `heldout` the rest, `all` everything. Adding an image moves no other.
     """
 
     def __init__(
@@ -53,37 +55,32 @@ class FolderSource:
         captions: str = "all",
         labels: bool = False,
     ):
-        """Reads the captions and the names of the images, but no image.
+        """Read the captions and the names of the images, but no image.
 
         Args:
-          folder: the folder; its sub-folders count, hidden ones don't.
-          split: "train", "heldout" or "all".
-          captions: "all", or "first" for one pair an image.
-          labels: whether records carry `label`, the class that is their sub-folder.
+            folder: the folder; its sub-folders count, hidden ones don't.
+            split: "train", "heldout" or "all".
+            captions: "all", or "first" for one pair an image.
+            labels: whether records carry `label`, the class that is their sub-folder.
 
         Raises:
-          UserError: if there is no such folder or split, nothing usable in it, an image in no
-            sub-folder where those are the classes, or a table of captions that can't be
-            read or names a file outside the folder.
+            UserError: there is no such folder or split, nothing usable in it, an image in no
+                sub-folder where those are the classes, or a table of captions that can't be read
+                or names a file outside the folder.
         """
         self.name = os.fspath(folder)
         self._root = pathlib.Path(folder).expanduser()
         if not self._root.is_dir():
             raise UserError(f"name: {self.name}: no such folder; give a folder of images")
-        if split not in SPLITS:
-            raise UserError(f"split: {split!r}: a folder has {', '.join(SPLITS)}")
-
+        checks.choice("split", split, SPLITS)
         self.skipped: dict[str, str] = {}
         captioned = _captioned_images(self._root, self.skipped, labels)
         # Of all images, whatever the split: a class has one number in every split.
         self.classes = tuple(sorted({_class(name) for name in captioned})) if labels else ()
-        for name, reason in list(self.skipped.items())[:_NAMED_IN_WARNINGS]:
-            logging.warning("%s: skipped %s: %s", self.name, name, reason)
-        if len(self.skipped) > _NAMED_IN_WARNINGS:
-            logging.warning("%s: skipped %d in all", self.name, len(self.skipped))
-
-        in_split = {"train": lambda n: not is_heldout(n), "heldout": is_heldout, "all": lambda _: 1}
-        self._images = sorted(filter(in_split[split], captioned))
+        warn_of_skipped(self.name, self.skipped)
+        self._images = sorted(
+            name for name in captioned if split == "all" or is_heldout(name) == (split == "heldout")
+        )
         if not self._images:
             raise UserError(
                 f"split: {split!r}: none of the {len(captioned)} images of {self.name} falls in "
@@ -211,7 +208,7 @@ def _from_table(
         texts = _field(row, _CAPTION_FIELDS, where)
         for text in texts if isinstance(texts, list) else [texts]:
             if not isinstance(text, str | None):
-                raise UserError(f"{where}: caption {text!r}: expected text, or a list of texts")
+                raise wrong(f"{where}: caption", text, "text, or a list of texts")
             caption = (text or "").strip()
             captioned.setdefault(name, []).extend([caption] if caption else [])
     return captioned
@@ -251,13 +248,9 @@ def _field(row: dict, names: tuple[str, ...], where: str) -> Any:
 
 
 def _inside(root: pathlib.Path, given: Any, where: str) -> str:
-    """The relative posix path of a file that a table names.
-
-    Raises:
-      UserError: if it isn't a path, or leads out of the folder.
-    """
+    """The relative posix path of a file that a table names, which must lie in the folder."""
     if not isinstance(given, str) or not given.strip() or "\0" in given:
-        raise UserError(f"{where}: file {given!r}: expected a path relative to the folder")
+        raise wrong(f"{where}: file", given, "a path relative to the folder")
     absolute = os.path.abspath(root)
     target = os.path.normpath(os.path.join(absolute, given.strip()))
     if os.path.commonpath([absolute, target]) != absolute:

@@ -30,12 +30,12 @@ def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
     to 8, and of an animation the first frame is taken.
 
     Args:
-      image: an image file's bytes, or uint8 `[h, w]` or `[h, w, 1 | 3 | 4]`.
-      size: the side wanted later: a JPEG may be decoded at a fraction of its size that
-        is still at least twice this.
+        image: an image file's bytes, or uint8 `[h, w]` or `[h, w, 1 | 3 | 4]`.
+        size: the side wanted later: a JPEG may be decoded at a fraction of its size that
+            is still at least twice this.
 
     Raises:
-      BadRecord: if it isn't an image, is truncated, or has more than `MAX_PIXELS`.
+        BadRecord: if it isn't an image, is truncated, or has more than `MAX_PIXELS`.
     """
     try:
         opened = _from_pixels(image) if isinstance(image, np.ndarray) else _from_file(image, size)
@@ -86,14 +86,14 @@ def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """The centre square of an image, resized (bicubic, antialiased).
 
     Args:
-      image: as for `open_rgb`.
-      size: side of the result, in pixels.
+        image: as for `open_rgb`.
+        size: side of the result, in pixels.
 
     Returns:
-      uint8 `[size, size, 3]`.
+        uint8 `[size, size, 3]`.
 
     Raises:
-      BadRecord: as for `open_rgb`.
+        BadRecord: as for `open_rgb`.
     """
     rgb = open_rgb(image, size)
     side = min(rgb.size)
@@ -112,12 +112,12 @@ def jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.n
     `strength / 2` of it, in x and in y.
 
     Args:
-      image: uint8 `[s, s, 3]`.
-      strength: from 0 (an unchanged image) to below 1.
-      rng: where the three random numbers come from.
+        image: uint8 `[s, s, 3]`.
+        strength: from 0 (an unchanged image) to below 1.
+        rng: where the three random numbers come from.
 
     Returns:
-      uint8 `[s, s, 3]`.
+        uint8 `[s, s, 3]`.
     """
     size = image.shape[0]
     if strength == 0.0:

@@ -17,9 +17,9 @@ class Share:
     """The positions of one share: of every `count * block` in a row, `block` from its place on.
 
     Attributes:
-      index: which share, from 0.
-      count: how many there are.
-      block: rows of a batch that are the share's.
+        index: which share, from 0.
+        count: how many there are.
+        block: rows of a batch that are the share's.
     """
 
     index: int
@@ -66,7 +66,7 @@ class Positions:
     """A finite set of positions.
 
     Attributes:
-      layouts: one for each number of shares there has been.
+        layouts: one for each number of shares there has been.
     """
 
     layouts: tuple[Layout, ...] = ()

@@ -1,7 +1,7 @@
 """What every data set looks like to the rest of the code, and what becomes of a bad record.
 
-The policy: one bad record never stops a run and never goes unseen. It is named in a
-warning, counted, and skipped. Only when nothing is left does it become a `UserError`.
+One bad record never stops a run and never goes unseen: it is named in a warning, counted and
+skipped. Only when nothing is left is that a `UserError`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
+from absl import logging
 
 HELDOUT_FRACTION = 0.1
+SPLITS = ("train", "heldout", "all")
+NAMED = 5  # of what is skipped or cut, this many are named in warnings
 
 
 class Record(TypedDict):
     """One (image, caption) pair.
 
     Attributes:
-      image: an encoded image file's bytes, or decoded pixels, uint8 `[h, w, c]`.
-      caption: text; never empty.
-      index: the pair's place in its source, from 0.
-      name: the image's name in messages: a relative path, or code points.
+        image: an encoded image file's bytes, or decoded pixels, uint8 `[h, w, c]`.
+        caption: text; never empty.
+        index: the pair's place in its source, from 0.
+        name: the image's name in messages: a relative path, or code points.
     """
 
     image: bytes | np.ndarray
@@ -38,17 +41,18 @@ class BadRecord(Exception):
 class Source(Protocol):
     """A random-access data set of (image, caption) pairs.
 
-    An image with k captions gives k pairs, known when the source is made, so that
-    indices are stable and results can be stored per pair.
+    An image with k captions gives k pairs. They are known when the source is made, so indices are
+    stable and results can be stored per pair.
 
     Attributes:
-      name: what to call the data set in messages.
-      fingerprint: 16 hexadecimal digits that identify the data set, its version, split
-        and captions; the same at every image size.
-      classes: names of the classes that a record's `label`, int32, counts; empty where records
-        carry none.
-      image_count: the number of different images.
-      skipped: records found unusable when the source was made: name -> reason.
+        name: what to call the data set in messages.
+        fingerprint: 16 hexadecimal digits that identify the data set, its version, split and
+            captions. It is the same at every image size, so that embeddings computed at CLIP's
+            size fit the images a decoder trains on.
+        classes: names of the classes that a record's `label`, int32, counts; empty where records
+            carry none.
+        image_count: the number of different images.
+        skipped: records found unusable when the source was made: name -> reason.
     """
 
     name: str
@@ -64,7 +68,7 @@ class Source(Protocol):
         """The pair at `index`: a `Record`, perhaps with more keys.
 
         Raises:
-          BadRecord: if it can't be read.
+            BadRecord: it can't be read.
         """
 
     def image_of(self, index: int) -> int:
@@ -72,10 +76,17 @@ class Source(Protocol):
 
 
 def is_heldout(name: str) -> bool:
-    """Whether a named thing falls on the held-out side, as about one in ten does.
+    """Whether a named thing is held out, as about one in ten is.
 
-    Decided by the SHA-256 of the name alone, so neither the order nor the company
-    of the others ever moves it.
+    The SHA-256 of the name alone decides: neither the order nor the company of the others moves it.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < HELDOUT_FRACTION * 2**64
+
+
+def warn_of_skipped(name: str, skipped: Mapping[str, str]) -> None:
+    """Name the first few records that the data set `name` left out, and say how many there are."""
+    for record, reason in list(skipped.items())[:NAMED]:
+        logging.warning("%s: skipped %s: %s", name, record, reason)
+    if len(skipped) > NAMED:
+        logging.warning("%s: skipped %d in all", name, len(skipped))

@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets, the emoji among them, read without TensorFlow."""
+"""Data sets of TensorFlow Datasets, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -10,19 +10,32 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from absl import logging
+from tensorflow_datasets.core import read_only_builder
 
+from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import BadRecord
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, one_line, wrong
+
+
+def open_source(config: DataConfig, name: str) -> TfdsSource:
+    """The data set of TFDS that a config names."""
+    return TfdsSource(
+        prepared_builder(name, config.cache_dir or None),
+        config.split,
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+        captions=config.captions,
+        label_key=config.label_key if config.labels else None,
+    )
 
 
 class TfdsSource:
-    """The pairs of a prepared TFDS data set.
+    """The pairs of a prepared TFDS data set; see `records.Source` for the attributes.
 
-    Where a record has a list of captions and all are asked for, the captions are read
-    once when the source is made, which for a large data set means reading it through.
-
-    See `records.Source` for the attributes.
+    Where a record has a list of captions, they are read once when the source is made: a pass over
+    the whole data set.
     """
 
     def __init__(
@@ -37,23 +50,22 @@ class TfdsSource:
         label_key: str | None = None,
         classes: tuple[str, ...] = (),
     ):
-        """Opens a data set.
+        """Open a data set.
 
         Args:
-          builder: a `tfds.core.DatasetBuilder` whose data are prepared.
-          split: a split as TFDS writes them: "train", "all", "train[:10%]".
-          image_key: the feature with the image; "a/b" for a nested one.
-          caption_key: the feature with the text, or list of texts; likewise.
-          captions: "all", or "first" for one pair a record.
-          name_key: a text feature that names a record in messages; else its row does.
-          label_key: the feature with the class of a record, "a/b" likewise, that records
-            then carry as `label`. Where there is no feature `caption_key`, the class's
-            name is the caption.
-          classes: what that feature says of each class, if it is a text.
+            builder: a `tfds.core.DatasetBuilder` whose data are prepared.
+            split: a split as TFDS writes them: "train", "all", "train[:10%]".
+            image_key: the feature with the image; "a/b" for a nested one.
+            caption_key: the feature with the text, or list of texts; likewise.
+            captions: "all", or "first" for one pair a record.
+            name_key: a text feature that names a record in messages; else its row does.
+            label_key: the feature with the class of a record, "a/b" likewise, that records then
+                carry as `label`. Where there is no feature `caption_key`, the class's name is the
+                caption.
+            classes: what that feature says of each class, if it is a text.
 
         Raises:
-          UserError: if the data aren't prepared for random access, or lack the split or
-            a key.
+            UserError: the data aren't prepared for random access, or lack the split or a key.
         """
         self.name = f"tfds:{builder.info.full_name}"
         self._image_key, self._caption_key, self._name_key = image_key, caption_key, name_key
@@ -110,7 +122,7 @@ class TfdsSource:
         try:
             return self._rows[row]
         except RuntimeError as error:  # what ArrayRecord raises on damaged files
-            raise BadRecord(f"{self.name} row {row}: can't be read ({_one_line(error)})") from error
+            raise BadRecord(f"{self.name} row {row}: can't be read ({one_line(error)})") from error
 
     def _name_of(self, example: dict, row: int) -> str:
         return _text(example[self._name_key]) if self._name_key else f"{self.name} row {row}"
@@ -145,79 +157,17 @@ class TfdsSource:
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
-def emoji_source(
-    image_size: int,
-    skin_tones: bool,
-    split: str,
-    captions: str,
-    cache_dir: str | os.PathLike,
-    labels: bool = False,
-) -> TfdsSource:
-    """The emoji as a source, rendered into `cache_dir` if they weren't before.
-
-    With labels, an emoji's class is its group.
-
-    Raises:
-      UserError: if there is no such split or size, or `cache_dir` can't be written.
-    """
-    from unclip_jax.data.emoji.builder import prepare
-    from unclip_jax.data.emoji.catalogue import groups
-
-    return TfdsSource(
-        prepare(image_size, skin_tones, cache_dir),
-        split,
-        image_key="image",
-        caption_key="captions",
-        captions=captions,
-        name_key="codepoints",
-        label_key="category" if labels else None,
-        classes=groups() if labels else (),
-    )
-
-
-def emoji_styles_source(
-    image_size: int,
-    skin_tones: bool,
-    split: str,
-    captions: str,
-    cache_dir: str | os.PathLike,
-    labels: bool = False,
-) -> TfdsSource:
-    """The emoji in several styles as a source, rendered into `cache_dir` from the art there.
-
-    With labels, a drawing's class is its style.
-
-    Raises:
-      UserError: if the art hasn't been fetched, there is no such split or size, or `cache_dir`
-        can't be written.
-    """
-    from unclip_jax.data.emoji.styles import prepare
-
-    return TfdsSource(
-        prepare(image_size, skin_tones, cache_dir),
-        split,
-        image_key="image",
-        caption_key="captions",
-        captions=captions,
-        name_key="name",
-        label_key="style" if labels else None,
-    )
-
-
 def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
     """A TFDS builder whose data are on this machine, read without the code that made them.
 
     Args:
-      name: a data set as TFDS names it, "coco_captions/2014:1.1.0", or the path of a
-        prepared data set's version directory.
-      data_dir: TFDS's directory; None for its own default.
+        name: a data set as TFDS names it, "coco_captions/2014:1.1.0", or the path of a prepared
+            data set's version directory.
+        data_dir: TFDS's directory; None for its own default.
 
     Raises:
-      UserError: if there is no such data set, or it isn't prepared.
+        UserError: there is no such data set, or it isn't prepared.
     """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import read_only_builder
-
     try:
         if pathlib.Path(name, "dataset_info.json").is_file():
             return tfds.builder_from_directory(name)
@@ -232,18 +182,14 @@ def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
             "file_format='array_record').download_and_prepare()\""
         ) from error
     except (ValueError, AssertionError, ImportError) as error:
-        raise UserError(f"name: tfds:{name}: TFDS can't open it ({_one_line(error)})") from error
+        raise UserError(f"name: tfds:{name}: TFDS can't open it ({one_line(error)})") from error
 
 
 def _open(builder: Any, split: str, name: str, image_key: str, caption_key: str) -> Any:
     """TFDS's data source of a split, images left encoded."""
-    import tensorflow_datasets as tfds
-
     features = builder.info.features
     for field, key in (("image_key", image_key), ("caption_key", caption_key)):
-        if _lookup(features, key) is None:
-            there = ", ".join(_leaves(features))
-            raise UserError(f"{field}: {key!r}: {name} has no such feature; it has {there}")
+        _check_feature(features, field, key, name)
     if _is_list(features, image_key):
         raise UserError(f"image_key: {image_key!r}: {name} has several images there; name one")
     decoders = None
@@ -251,10 +197,9 @@ def _open(builder: Any, split: str, name: str, image_key: str, caption_key: str)
         decoders = tfds.decode.SkipDecoding()
         for part in reversed(image_key.split("/")):
             decoders = {part: decoders}
+    anew = f"delete {builder.data_dir} to prepare it anew"
     if not builder.info.splits:
-        raise UserError(
-            f"name: {name}: nothing in {builder.data_dir}; delete it to prepare it anew"
-        )
+        raise UserError(f"name: {name}: nothing in {builder.data_dir}; {anew}")
     try:
         rows = builder.as_data_source(split, decoders=decoders)
         if len(rows):
@@ -266,26 +211,23 @@ def _open(builder: Any, split: str, name: str, image_key: str, caption_key: str)
             "random access; prepare it again in another data_dir with file_format='array_record'"
         ) from error
     except RuntimeError as error:
-        raise UserError(
-            f"name: {name}: damaged ({_one_line(error)}); delete {builder.data_dir} to prepare it "
-            "anew"
-        ) from error
+        raise UserError(f"name: {name}: damaged ({one_line(error)}); {anew}") from error
     except (ValueError, KeyError, AssertionError) as error:
         there = ", ".join([*builder.info.splits, "all"])
-        raise UserError(f"split: {split!r}: {name} has {there} ({_one_line(error)})") from error
+        raise wrong("split", split, f"one that {name} has: {there}", one_line(error)) from error
+
+
+def _check_feature(features: Any, field: str, key: str, name: str) -> None:
+    if _lookup(features, key) is None:
+        raise wrong(field, key, f"a feature of {name}: {', '.join(_leaves(features))}")
 
 
 def _classes(features: Any, label_key: str, given: tuple[str, ...], name: str) -> tuple[str, ...]:
     """The names of the classes: what a ClassLabel says, or those given for a text."""
-    feature = _lookup(features, label_key)
-    if feature is None:
-        there = ", ".join(_leaves(features))
-        raise UserError(f"label_key: {label_key!r}: {name} has no such feature; it has {there}")
-    found = given or tuple(getattr(feature, "names", ()))
+    _check_feature(features, "label_key", label_key, name)
+    found = given or tuple(getattr(_lookup(features, label_key), "names", ()))
     if not found:
-        raise UserError(
-            f"label_key: {label_key!r}: in {name} that is no ClassLabel with names; name one"
-        )
+        raise wrong("label_key", label_key, f"a ClassLabel of {name} that has names")
     return found
 
 
@@ -319,7 +261,3 @@ def _text(value: Any) -> str:
     """A TFDS text, which comes as bytes."""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     return text.strip()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

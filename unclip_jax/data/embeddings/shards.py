@@ -1,10 +1,9 @@
 """Stored CLIP embeddings as bytes: what a store says of itself, its shards, their records.
 
 A store of N pairs is `meta.json` and S shards, `embeddings-00003-of-00016.array_record`. Shard s
-holds the pairs s N // S to (s + 1) N // S - 1, each pair one record, whether it is good or not, in
-order: where a pair lies follows from its number. One more record, the last, says of every pair of
-the shard in a byte whether it is valid, held out, and the first of its image, so that a split is
-known without reading the pairs.
+holds the pairs s N // S to (s + 1) N // S - 1 in order, each pair, good or bad, one record: where a
+pair lies follows from its number. The last record has a byte for every pair of the shard: whether
+it is valid, held out, and the first of its image. So a split is known without reading the pairs.
 
 A record is, little-endian and without padding:
 
@@ -35,7 +34,8 @@ import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module as array_record
 
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.errors import UserError, one_line, wrong
 
 FORMAT = 2  # raised when the layout changes
 META = "meta.json"
@@ -61,15 +61,15 @@ class Meta:
     """What a store says of itself.
 
     Attributes:
-      clip_fingerprint: of the CLIP the embeddings were computed with.
-      data_fingerprint: of the pairs they were computed from.
-      count: N, the number of pairs.
-      width: e, CLIP's dimension.
-      context_length: of the tokens, CLIP's own.
-      vocab_size: of the tokens.
-      unit_embeddings: whether the embeddings have length one.
-      dtype: that they are stored in: "float32", "float16" or "bfloat16".
-      shards: S, the number of shards.
+        clip_fingerprint: of the CLIP the embeddings were computed with.
+        data_fingerprint: of the pairs they were computed from.
+        count: N, the number of pairs.
+        width: e, CLIP's dimension.
+        context_length: of the tokens, CLIP's own.
+        vocab_size: of the tokens.
+        unit_embeddings: whether the embeddings have length one.
+        dtype: that they are stored in: "float32", "float16" or "bfloat16".
+        shards: S, the number of shards.
     """
 
     clip_fingerprint: str
@@ -83,19 +83,16 @@ class Meta:
     shards: int = 1
 
     def __post_init__(self):
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
-          UserError: if a dtype isn't known, or there are more shards than pairs.
+            UserError: a dtype isn't known, or there are more shards than pairs.
         """
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        if self.width < 1 or self.count < 1:
-            raise UserError(f"embeddings: {self.count} of width {self.width}: expected at least 1")
-        if not 1 <= self.shards <= self.count:
-            raise UserError(
-                f"shards: {self.shards}: expected 1 to {self.count}, the number of pairs"
-            )
+        checks.choice("dtype", self.dtype, DTYPES)
+        checks.count("embeddings: width", self.width)
+        checks.count("embeddings: pairs", self.count)
+        if checks.count("shards", self.shards) > self.count:
+            raise wrong("shards", self.shards, f"1 to {self.count}, the number of pairs")
 
     def to_json(self) -> str:
         """The text of `meta.json`."""
@@ -103,31 +100,24 @@ class Meta:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Meta:
-        """Reads `meta.json`.
-
-        Raises:
-          UserError: if it is damaged, or of another format.
-        """
+        """What `meta.json` says; `UserError` if it is damaged, or of another format."""
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
         try:
             found = json.loads(text)
             version = found.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"embeddings: {where}: {META} is damaged; delete the folder") from error
+            whole = {name: type(value).__name__ for name, value in found.items()} == types
+        except (ValueError, KeyError, AttributeError, TypeError):
+            version, whole = FORMAT, False
         if version != FORMAT:
             raise UserError(
                 f"embeddings: {where}: of format {version!r}, expected {FORMAT}; compute them again"
             )
-        types = {field.name: field.type for field in dataclasses.fields(cls)}
-        if {name: type(value).__name__ for name, value in found.items()} != types:
+        if not whole:
             raise UserError(f"embeddings: {where}: {META} is damaged; delete the folder")
         return cls(**found)
 
     def check(self, where: str, advice: str, **expected: object) -> None:
-        """Checks some of the fields.
-
-        Raises:
-          UserError: if one is another; it names the first and ends in `advice`.
-        """
+        """Compare fields; `UserError` names the first that is another and ends in `advice`."""
         for field, value in expected.items():
             if (found := getattr(self, field)) != value:
                 raise UserError(
@@ -151,13 +141,13 @@ class Pair(NamedTuple):
     """One pair as it is stored.
 
     Attributes:
-      index: its place in the data set.
-      flags: VALID | HELDOUT | FIRST.
-      name: its image's name in messages.
-      caption: its text; empty where it couldn't be read.
-      tokens: of the caption, int32 `[l]`.
-      z_i: image embedding, float32 `[e]`; None where it isn't valid.
-      z_t: text embedding, likewise.
+        index: its place in the data set.
+        flags: VALID | HELDOUT | FIRST.
+        name: its image's name in messages.
+        caption: its text; empty where it couldn't be read.
+        tokens: of the caption, int32 `[l]`.
+        z_i: image embedding, float32 `[e]`; None where it isn't valid.
+        z_t: text embedding, likewise.
     """
 
     index: int
@@ -184,11 +174,7 @@ def pack(pair: Pair, meta: Meta) -> bytes:
 
 
 def unpack(record: bytes, meta: Meta, index: int) -> Pair:
-    """The pair that `pack` made `record` of.
-
-    Raises:
-      Damaged: if it isn't as `pack` writes pair `index`.
-    """
+    """The pair that `pack` made `record` of; `Damaged` if it isn't as `pack` writes `index`."""
     if len(record) < _HEADER.size:
         raise Damaged(f"{len(record)} bytes, less than a header")
     found, flags, *sizes = _HEADER.unpack_from(record)
@@ -219,17 +205,20 @@ def _token_dtype(meta: Meta) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes the pairs of one shard to a file: each is added, then the shard is finished."""
+    """Writes the pairs of one shard to a file; `UserError` where that can't be done.
+
+    Each pair is added, then the shard is finished.
+    """
 
     def __init__(self, path: str | os.PathLike, meta: Meta, shard: int):
-        """Opens the file; `UserError` if that can't be."""
+        """Open the file."""
         self._path, self._meta, self._pairs = os.fspath(path), meta, meta.shard_pairs(shard)
         self._flags = bytearray()
         with self._checked():
             self._writer = array_record.ArrayRecordWriter(self._path, _WRITE)
 
     def add(self, pair: Pair) -> None:
-        """Appends the next pair; `UserError` if it can't be written."""
+        """Append the next pair."""
         if pair.index != self._pairs[len(self._flags)]:
             raise ValueError(f"pair {pair.index} where {self._pairs[len(self._flags)]} belongs")
         self._flags.append(pair.flags)
@@ -237,7 +226,7 @@ class ShardWriter:
             self._writer.write(pack(pair, self._meta))
 
     def finish(self) -> None:
-        """Ends the file with its contents; `UserError` unless all of it is there."""
+        """End the file with its contents, and see that all of it is there."""
         with self._checked():
             self._writer.write(_CONTENTS + bytes(self._flags))
             self._writer.close()
@@ -257,54 +246,42 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Random access to the pairs of one shard; safe to share among threads."""
+    """Random access to the pairs of one shard; safe to share among threads.
+
+    What isn't as it was written is `Damaged`, whatever is asked for.
+    """
 
     def __init__(self, path: str | os.PathLike, meta: Meta, shard: int):
-        """Opens the file.
-
-        Raises:
-          Damaged: if it isn't a whole shard.
-        """
+        """Open the file."""
         self._meta, self._pairs = meta, meta.shard_pairs(shard)
-        try:
+        with _damage():
             self._reader = array_record.ArrayRecordReader(
                 os.fspath(path), _READ, file_reader_buffer_size=_READ_BUFFER
             )
             count = self._reader.num_records() if self._reader.ok() else 0
-        except RuntimeError as error:
-            raise Damaged(one_line(error)) from error
         if count != len(self._pairs) + 1:
             raise Damaged(f"{count} records, expected {len(self._pairs) + 1}")
 
     def read(self, start: int, stop: int) -> list[Pair]:
-        """The pairs `start` to `stop - 1`, all of this shard.
-
-        Raises:
-          Damaged: if one of them isn't as it was written.
-        """
+        """The pairs `start` to `stop - 1`, all of this shard."""
         first = self._pairs.start
-        try:
+        with _damage():
             records = self._reader.read(start - first, stop - first)
-        except RuntimeError as error:
-            raise Damaged(one_line(error)) from error
         return [unpack(r, self._meta, start + i) for i, r in enumerate(records)]
 
     def flags(self) -> np.ndarray:
-        """Of all pairs of the shard, uint8 `[n]`.
-
-        Raises:
-          Damaged: if they aren't as they were written.
-        """
+        """Of all pairs of the shard, uint8 `[n]`."""
         count = len(self._pairs)
-        try:
+        with _damage():
             (record,) = self._reader.read([count])
-        except RuntimeError as error:
-            raise Damaged(one_line(error)) from error
         if not record.startswith(_CONTENTS) or len(record) != len(_CONTENTS) + count:
             raise Damaged("its last record is not its contents")
         return np.frombuffer(record, np.uint8, offset=len(_CONTENTS))
 
 
-def one_line(error: Exception) -> str:
-    """The beginning of an error's message."""
-    return " ".join(str(error).split())[:200]
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # ArrayRecord's
+        raise Damaged(one_line(error)) from error

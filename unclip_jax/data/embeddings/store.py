@@ -1,12 +1,13 @@
 """CLIP embeddings of a data set, stored once and read by the number of their pair.
 
-A store is a folder, here or remote: see `embedding_shards` for what is in it and
-`embedding_writer` for how it comes to be. It serves in two ways: `WithEmbeddings` joins it to the
+A store is a folder, here or remote: see `embeddings.shards` for what is in it and
+`embeddings.writer` for how it comes to be. It serves in two ways: `WithEmbeddings` joins it to the
 pictures it was computed from, and `EmbeddingSource` is a data set of its own, without pictures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from unclip_jax.data.embeddings.folders import Folder, open_folder
+from unclip_jax.common import checks
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import (
     FIRST,
     HELDOUT,
@@ -28,19 +31,23 @@ from unclip_jax.data.embeddings.shards import (
     Pair,
     ShardReader,
 )
-from unclip_jax.data.records import BadRecord, Source
+from unclip_jax.data.records import SPLITS, BadRecord, Source
 from unclip_jax.errors import UserError
 
-SPLITS = ("train", "heldout", "all")
 _READ_TOGETHER = 8192  # pairs of a chunk
+
+
+def open_source(config: DataConfig, where: str) -> EmbeddingSource:
+    """The stored embeddings that a config names."""
+    return EmbeddingSource(config, where)
 
 
 class EmbeddingStore:
     """Stored embeddings of N pairs; shards are opened when first read. Safe to call from threads.
 
     Attributes:
-      where: its path or URL.
-      meta: what it says of itself.
+        where: its path or URL.
+        meta: what it says of itself.
     """
 
     def __init__(self, folder: Folder, meta: Meta):
@@ -54,17 +61,17 @@ class EmbeddingStore:
     def open(
         cls, where: str | os.PathLike, *, cache_dir: str | os.PathLike, **expected: Any
     ) -> EmbeddingStore:
-        """Opens a store for reading.
+        """Open a store for reading.
 
         Args:
-          where: its folder, a path or a URL of fsspec's.
-          cache_dir: where copies of a remote store's shards are kept.
-          **expected: what fields of its `meta` must be.
+            where: its folder, a path or a URL of fsspec's.
+            cache_dir: where copies of a remote store's shards are kept.
+            **expected: what fields of its `meta` must be.
 
         Raises:
-          UserError: if there is none, it is damaged or not complete, or a field is another.
+            UserError: there is none, it is damaged or not complete, or a field is another.
         """
-        folder = open_folder(where, cache_dir)
+        folder = Folder(where, cache_dir)
         names = folder.names()
         if META not in names:
             raise UserError(
@@ -83,7 +90,7 @@ class EmbeddingStore:
         return store
 
     def check(self, **expected: Any) -> None:
-        """Checks fields of `meta`; `UserError` names the first that is another."""
+        """Compare fields of `meta`; `UserError` names the first that is another."""
         advice = "compute them again, into another folder, or give the CLIP and data they are of"
         self.meta.check(self.where, advice, **expected)
 
@@ -102,76 +109,68 @@ class EmbeddingStore:
 
     @functools.cached_property
     def flags(self) -> np.ndarray:
-        """What `embedding_shards` says of each pair in a byte, uint8 `[N]`; opens every shard.
+        """What `embeddings.shards` says of each pair in a byte, uint8 `[N]`; opens every shard.
 
         Raises:
-          UserError: if a shard is damaged.
+            UserError: a shard is damaged.
         """
         parts = []
         for shard in range(self.meta.shards):
-            try:
+            with self._use_of(shard):
                 parts.append(self._shard(shard).flags())
-            except Damaged as error:
-                raise self._beyond_use(shard, error) from error
         return np.concatenate(parts)
 
     def chunks(self, among: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All valid (z_i, z_t), each float32 `[n, e]`, some thousands at a time, in order.
 
         Args:
-          among: bool `[N]`, which pairs count; None for all.
+            among: bool `[N]`, which pairs count; None for all.
 
         Raises:
-          UserError: if a shard is damaged.
+            UserError: a shard is damaged.
         """
         for shard in range(self.meta.shards):
             pairs = self.meta.shard_pairs(shard)
             for start in range(pairs.start, pairs.stop, _READ_TOGETHER):
                 stop = min(start + _READ_TOGETHER, pairs.stop)
-                try:
+                with self._use_of(shard):
                     read = self._shard(shard).read(start, stop)
-                except Damaged as error:
-                    raise self._beyond_use(shard, error) from error
                 counts = [p for p in read if p.flags & VALID and (among is None or among[p.index])]
                 if counts:
                     yield np.stack([p.z_i for p in counts]), np.stack([p.z_t for p in counts])
 
     def _shard(self, shard: int) -> ShardReader:
-        reader = self._shards.get(shard)
-        if reader is None:
+        if shard not in self._shards:
             with self._opening:
                 if shard not in self._shards:
                     path = self._folder.file(self.meta.shard_name(shard))
-                    try:
+                    with self._use_of(shard):
                         self._shards[shard] = ShardReader(path, self.meta, shard)
-                    except Damaged as error:
-                        raise self._beyond_use(shard, error) from error
-                reader = self._shards[shard]
-        return reader
+        return self._shards[shard]
 
     def _name(self, shard: int) -> str:
         return f"{self.where}/{self.meta.shard_name(shard)}"
 
-    def _beyond_use(self, shard: int, error: Damaged) -> UserError:
-        return UserError(
-            f"embeddings: {self._name(shard)}: damaged ({error}); delete that file and run the same"
-            " python -m unclip_jax embed again (or delete the folder, if it is a cache)"
-        )
+    @contextlib.contextmanager
+    def _use_of(self, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except Damaged as error:
+            raise UserError(
+                f"embeddings: {self._name(shard)}: damaged ({error}); delete that file and run the"
+                " same python -m unclip_jax embed again (or delete the folder, if it is a cache)"
+            ) from error
 
 
 class WithEmbeddings:
     """A source whose records also carry `z_i` and `z_t`, float32 `[e]`.
 
-    A pair without valid embeddings is a bad record. See `records.Source` for the
-    attributes; besides, `store` is the `EmbeddingStore`.
+    A pair without valid embeddings is a bad record. See `records.Source` for the attributes;
+    besides, `store` is the `EmbeddingStore`.
     """
 
     def __init__(self, source: Source, store: EmbeddingStore):
-        """Joins a source, at any image size, to its embeddings.
-
-        Raises:
-          UserError: if the store is of other data.
-        """
+        """Join a source, at any image size, to its embeddings; `UserError` if it has others."""
         of = (store.meta.data_fingerprint, len(store))
         if of != (source.fingerprint, len(source)):
             raise UserError(
@@ -209,40 +208,29 @@ class WithEmbeddings:
 class EmbeddingSource:
     """Stored embeddings as a data set of their own: records hold no `image`.
 
-    They hold `caption`, `z_i`, `z_t` and, where those that are stored fit, `tokens`. Splits part
-    the images by the SHA-256 of their names, as `records.is_heldout` says: a store of a whole
-    folder has the folder's own splits. See `records.Source` for the attributes; besides, `store`
-    is the `EmbeddingStore`.
+    They hold `caption`, `z_i`, `z_t` and, where those that are stored fit, `tokens`. The SHA-256 of
+    its name decides an image's split, as `records.is_heldout` says: a store of a whole folder has
+    the folder's own splits. See `records.Source` for the attributes; besides, `store` is the
+    `EmbeddingStore`.
     """
 
     classes: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        where: str,
-        split: str,
-        captions: str,
-        *,
-        context: tuple[int, int],
-        cache_dir: str | os.PathLike,
-    ):
-        """Opens a store and reads which of its pairs are in a split, but no pair.
+    def __init__(self, config: DataConfig, where: str):
+        """Open a store and read which of its pairs are in the config's split, but no pair.
 
         Args:
-          where: its path or URL.
-          split: "train", "heldout" or "all".
-          captions: "all", or "first" for one pair an image.
-          context: length and vocabulary of the tokens that are wanted.
-          cache_dir: where copies of a remote store's shards are kept.
+            config: gives split, captions, the context of the tokens that are wanted, and the cache
+                where copies of a remote store's shards are kept.
+            where: the store's path or URL.
 
         Raises:
-          UserError: if there is no such store or split, nothing in the split, or the store isn't
-            complete.
+            UserError: there is no such store or split, nothing in the split, or the store isn't
+                complete.
         """
-        if split not in SPLITS:
-            raise UserError(f"split: {split!r}: stored embeddings have {', '.join(SPLITS)}")
+        split, captions = checks.choice("split", config.split, SPLITS), config.captions
         self.name = f"embeddings:{where}"
-        self.store = EmbeddingStore.open(where, cache_dir=cache_dir)
+        self.store = EmbeddingStore.open(where, cache_dir=config.cache)
         self.skipped: dict[str, str] = {}
         meta, flags = self.store.meta, self.store.flags
         self._among = np.ones(len(flags), bool)
@@ -258,7 +246,8 @@ class EmbeddingSource:
             )
         self._images = np.cumsum(flags & FIRST > 0)
         self.image_count = len(np.unique(self._images[self._pairs]))
-        self._has_tokens = (meta.context_length, meta.vocab_size) == context
+        wanted = (config.context_length, config.vocab_size)
+        self._has_tokens = (meta.context_length, meta.vocab_size) == wanted
         known = [meta.clip_fingerprint, meta.data_fingerprint, split, captions]
         self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 

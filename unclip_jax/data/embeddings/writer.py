@@ -1,9 +1,9 @@
 """Computing the embeddings of a data set and storing them, by any number of processes.
 
-Process p of n computes the shards p, p + n, p + 2n, ... that are not there yet, and reads the
-pairs of those alone. A shard appears whole or not at all, and where a pair lies follows from its
-number: however often the work is interrupted, and with however many processes it goes on, the
-store ends with each pair in it once.
+Process p of n computes the shards p, p + n, p + 2n, ... that are not there yet, and reads the pairs
+of those alone. A shard appears whole or not at all, and where a pair lies follows from its number.
+So the work may be interrupted and go on with another number of processes: the store ends with each
+pair in it once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import contextlib
 import itertools
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +20,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from unclip_jax.data.embeddings.folders import Folder, open_folder
+from unclip_jax.common.files import making_folder
+from unclip_jax.data.batches import Captions
+from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import FIRST, HELDOUT, META, VALID, Meta, Pair, ShardWriter
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord, Source, is_heldout
@@ -32,7 +32,6 @@ from unclip_jax.errors import UserError
 Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
 
 PAIRS_PER_SHARD = 2**16
-_TRUNCATIONS_NAMED = 5
 
 
 def default_shards(count: int) -> int:
@@ -53,27 +52,27 @@ def compute(
     process_count: int = 1,
     on_pairs: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """Computes and stores what this process is to, unless it is there. Images are not augmented.
+    """Compute and store this process's shards that are not there. Images are not augmented.
 
     Args:
-      source: the pairs.
-      encode: (images uint8 `[b, s, s, 3]`, tokens int32 `[b, l]`) -> (z_i, z_t), each
-        `[b, e]`; always called with `batch_size` rows, so it compiles once. It may return
-        before the arrays are computed.
-      out: the store's folder, a path or a URL of fsspec's.
-      meta: what the store will say of itself.
-      image_size: s, CLIP's, in pixels.
-      batch_size: pairs encoded at once.
-      threads: that read and decode ahead, such as `batches.threads_for` gives.
-      process_index: this process.
-      process_count: how many there are.
-      on_pairs: told how many pairs are done, and of how many.
+        source: the pairs.
+        encode: (images uint8 `[b, s, s, 3]`, tokens int32 `[b, l]`) -> (z_i, z_t), each
+            `[b, e]`; always called with `batch_size` rows, so it compiles once. It may return
+            before the arrays are computed.
+        out: the store's folder, a path or a URL of fsspec's.
+        meta: what the store will say of itself.
+        image_size: s, CLIP's, in pixels.
+        batch_size: pairs encoded at once.
+        threads: that read and decode ahead, such as `batches.threads_for` gives.
+        process_index: this process.
+        process_count: how many there are.
+        on_pairs: told how many pairs are done, and of how many.
 
     Raises:
-      UserError: if the store there is of another CLIP, data or plan, can't be written, an
-        embedding isn't finite, or every record is bad.
+        UserError: the store there is of another CLIP, data or plan, can't be written, an embedding
+            isn't finite, or every record is bad.
     """
-    folder = open_folder(out, cache_dir="")  # nothing is read, so nothing is kept in a cache
+    folder = Folder(out, cache_dir="")  # nothing is read, so nothing is kept in a cache
     _agree(folder, meta)
     mine = [s for s in _missing(folder, meta) if s % process_count == process_index]
     total = sum(len(meta.shard_pairs(s)) for s in mine)
@@ -102,7 +101,7 @@ def compute(
 
 def missing_shards(out: str | os.PathLike, meta: Meta) -> int:
     """How many shards of a store are not there yet."""
-    return len(_missing(open_folder(out, cache_dir=""), meta))
+    return len(_missing(Folder(out, cache_dir=""), meta))
 
 
 def _missing(folder: Folder, meta: Meta) -> list[int]:
@@ -113,46 +112,24 @@ def _missing(folder: Folder, meta: Meta) -> list[int]:
 def compute_whole(
     source: Source, encode: Encode, folder: str | os.PathLike, meta: Meta, **settings: Any
 ) -> None:
-    """Computes a store in one process; its folder appears once all of it is there.
+    """`compute` in one process; the folder appears once all of it is there, or is left as it is.
 
-    For a cache that several processes may want to fill at once: the first one's stays.
-
-    Args:
-      source: as for `compute`.
-      encode: likewise.
-      folder: a path; nothing is done if it exists.
-      meta: as for `compute`.
-      **settings: `image_size`, `batch_size`, `threads` and `on_pairs` of `compute`.
-
-    Raises:
-      UserError: as `compute`.
+    For a cache that several processes may want to fill at once: the first one's stays. `settings`
+    are `image_size`, `batch_size`, `threads` and `on_pairs`.
     """
     folder = pathlib.Path(folder).expanduser()
     if folder.exists():
         return
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with making_folder(folder) as partial:
+            compute(source, encode, partial, meta, **settings)
     except OSError as error:
-        raise UserError(f"embeddings: {folder}: can't be written ({error})") from error
-    try:
-        compute(source, encode, partial, meta, **settings)
-        partial.chmod(0o755)  # mkdtemp gives it to its owner alone
-        try:
-            partial.rename(folder)
-        except OSError as error:
-            if not folder.exists():
-                raise UserError(f"embeddings: {folder}: can't be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():
+            raise UserError(f"embeddings: {folder}: can't be written ({error})") from error
 
 
 def _agree(folder: Folder, meta: Meta) -> None:
-    """Writes the plan, or checks the one that is there.
-
-    Raises:
-      UserError: if a field of the plan there is another.
-    """
+    """Write the plan, or see that the one that is there is the same."""
     names = folder.names()
     if META in names:
         there = Meta.from_json(folder.read_text(META), str(folder))
@@ -169,19 +146,19 @@ class _Examples:
 
     def __init__(self, source: Source, meta: Meta, image_size: int):
         self._source, self._size = source, image_size
-        self._tokenizer = Tokenizer(meta.context_length, meta.vocab_size)
+        self._captions = Captions(source.name, Tokenizer(meta.context_length, meta.vocab_size))
         self._blank = np.zeros((image_size, image_size, 3), np.uint8)
-        self._truncated = itertools.count(1)
+        self._no_tokens = np.zeros(meta.context_length, np.int32)
 
     def __call__(self, index: int) -> tuple[Pair, np.ndarray]:
         image_of = self._source.image_of
         flags = FIRST if index == 0 or image_of(index) != image_of(index - 1) else 0
         name, caption, image = f"pair {index}", "", self._blank
-        tokens = np.zeros(self._tokenizer.context_length, np.int32)
+        tokens = self._no_tokens
         try:
             record = self._source[index]
             name, caption = record["name"], record["caption"]
-            tokens = self._tokens(name, caption)
+            tokens = self._captions.tokens(index, name, caption)
             image = square(record["image"], self._size)
             flags |= VALID
         except BadRecord as error:
@@ -189,15 +166,6 @@ class _Examples:
             logging.warning("%s: skipped %s%s", self._source.name, where, error)
         flags |= HELDOUT if is_heldout(name) else 0
         return Pair(index, flags, name, caption, tokens, None, None), image
-
-    def _tokens(self, name: str, caption: str) -> np.ndarray:
-        tokens, cut = self._tokenizer.encode_and_report([caption])
-        if cut and (number := next(self._truncated)) <= _TRUNCATIONS_NAMED:
-            more = "; no further ones are named" if number == _TRUNCATIONS_NAMED else ""
-            logging.warning(
-                "%s: cut the caption of %s: %s%s", self._source.name, name, cut[0], more
-            )
-        return tokens[0]
 
 
 def _ahead(function: Callable, items: Iterable, threads: int, depth: int) -> Iterator:

@@ -30,11 +30,11 @@ class Package:
     """One release of the icons of one style, as Iconify publishes them.
 
     Attributes:
-      scope: the publisher, "@iconify-json".
-      name: the package under it.
-      version: the release.
-      sha512: of the archive, base64 as npm writes it.
-      attribution: whose art it is, and its licence.
+        scope: the publisher, "@iconify-json".
+        name: the package under it.
+        version: the release.
+        sha512: of the archive, base64 as npm writes it.
+        attribution: whose art it is, and its licence.
     """
 
     scope: str
@@ -86,7 +86,7 @@ def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
     """The package's archive in `folder`, downloaded unless it is there.
 
     Raises:
-      UserError: if it can't be downloaded or written, or what came is another file.
+        UserError: if it can't be downloaded or written, or what came is another file.
     """
     path = pathlib.Path(folder) / package.archive
     if path.exists():
@@ -120,7 +120,7 @@ def read(package: Package, folder: str | os.PathLike) -> dict[str, str]:
     """Every drawing of a fetched package: code points without variation selectors -> an SVG.
 
     Raises:
-      UserError: if it hasn't been fetched, or isn't that release.
+        UserError: if it hasn't been fetched, or isn't that release.
     """
     path = pathlib.Path(folder) / package.archive
     if not path.exists():

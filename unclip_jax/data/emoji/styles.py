@@ -1,26 +1,34 @@
-"""Emoji in several styles as a TensorFlow Datasets builder: "red apple, noto style".
+"""Emoji in several styles, "red apple, noto style": the art of Noto and Fluent beside Twemoji's.
 
-The art of Noto and Fluent must have been fetched (data/styles.py is the command); Twemoji's is
-installed. Importing this module registers the builder as `emoji_styles`.
+    python -m unclip_jax styles build
+
+downloads 4 MB from the npm registry, two releases named by their SHA-512, and renders them. After
+that `DataConfig(name="emoji_styles")` is a data set, at any size. Importing this module registers
+its TFDS builder as `emoji_styles`.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import hashlib
-import io
 import os
 import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.emoji import art as emoji_art
-from unclip_jax.data.emoji.builder import EmojiBuilder, prepared, rasterise
+from unclip_jax.data.emoji.builder import EmojiConfig, PictureBuilder, prepared, source
 from unclip_jax.data.emoji.catalogue import ATTRIBUTION as TWEMOJI_ATTRIBUTION
 from unclip_jax.data.emoji.catalogue import Emoji, catalogue
 from unclip_jax.data.records import HELDOUT_FRACTION
+from unclip_jax.data.tfds import TfdsSource
+from unclip_jax.errors import run_command
 
 PACKAGES = {"noto": emoji_art.NOTO, "fluent": emoji_art.FLUENT}
 STYLES = ("twemoji", *PACKAGES)
@@ -38,11 +46,11 @@ class Drawing:
     """One emoji in one style.
 
     Attributes:
-      style: one of `STYLES`.
-      emoji: what it is of; its captions name no style.
-      captions: the canonical one first: "red apple, noto style".
-      svg: the drawing.
-      heldout: whether this concept in this style is kept from training.
+        style: one of `STYLES`.
+        emoji: what it is of; its captions name no style.
+        captions: the canonical one first: "red apple, noto style".
+        svg: the drawing.
+        heldout: whether this concept in this style is kept from training.
     """
 
     style: str
@@ -82,13 +90,13 @@ def captions_of(emoji: Emoji, style: str) -> tuple[str, ...]:
 def withheld_style(concept: str, drawn: dict[str, frozenset[str]]) -> str | None:
     """The style in which a concept is kept from training, None for most concepts.
 
-    A style may be withheld only if every emoji of the concept that has it has another one too: so
-    each emoji is seen in some style. As many concepts are chosen as make about one pair in ten
-    held out. Decided by the SHA-256 of the concept: no new emoji ever moves an old one.
+    A style may be withheld only if every emoji of the concept that has it has another one too, so
+    that each emoji is seen in some style. About one pair in ten is held out. The SHA-256 of the
+    concept decides: no new emoji ever moves an old one.
 
     Args:
-      concept: code points of the neutral form.
-      drawn: each emoji of the concept -> the styles that draw it.
+        concept: code points of the neutral form.
+        drawn: each emoji of the concept -> the styles that draw it.
     """
     may = [
         style
@@ -106,11 +114,11 @@ def drawings(art: str | os.PathLike, skin_tones: bool = False) -> tuple[Drawing,
     """Every drawing there is, style by style, each ordered by code points.
 
     Args:
-      art: folder with the fetched packages.
-      skin_tones: whether the variants with a skin tone are in it; they move no other.
+        art: folder with the fetched packages.
+        skin_tones: whether the variants with a skin tone are in it; they move no other.
 
     Raises:
-      UserError: if the art hasn't been fetched.
+        UserError: if the art hasn't been fetched.
     """
     svg = {style: emoji_art.read(package, art) for style, package in PACKAGES.items()}
     drawn: dict[str, dict[str, frozenset[str]]] = collections.defaultdict(dict)
@@ -136,7 +144,7 @@ def drawings(art: str | os.PathLike, skin_tones: bool = False) -> tuple[Drawing,
     )
 
 
-class EmojiStyles(tfds.core.GeneratorBasedBuilder):
+class EmojiStyles(PictureBuilder):
     """Emoji in the styles of Twemoji, Noto and Fluent, captioned by name and style.
 
     Splits `train` and `heldout` (about 10 %) part pairs of concept and style: a held-out concept
@@ -144,33 +152,19 @@ class EmojiStyles(tfds.core.GeneratorBasedBuilder):
     """
 
     name = "emoji_styles"
-    code_path = None  # as in data/emoji.py
-    VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Three styles, splits by concept and style."}  # noqa: RUF012
-    BUILDER_CONFIGS = EmojiBuilder.BUILDER_CONFIGS
 
     def _info(self) -> tfds.core.DatasetInfo:
-        size = self.builder_config.image_size
-        return self.dataset_info_from_configs(
-            description=f"Emoji in several styles, {size} px on white. {ATTRIBUTION}",
-            homepage="https://iconify.design",
-            license=ATTRIBUTION,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
-                    "caption": tfds.features.Text(doc="the canonical caption"),
-                    "captions": tfds.features.Sequence(tfds.features.Text()),
-                    "style": tfds.features.ClassLabel(names=STYLES),
-                    "category": tfds.features.Text(doc="Unicode's group"),
-                    "concept": tfds.features.Text(doc="code points of the neutral form"),
-                    "name": tfds.features.Text(doc="style/code points"),
-                }
-            ),
-            supervised_keys=("caption", "image"),
+        return self._described(
+            f"Emoji in several styles, {self.builder_config.image_size} px on white.",
+            "https://iconify.design",
+            ATTRIBUTION,
+            style=tfds.features.ClassLabel(names=STYLES),
+            name=tfds.features.Text(doc="style/code points"),
         )
 
     def _split_generators(self, dl_manager):
-        del dl_manager  # the art has been fetched: emoji_art
+        del dl_manager  # the art has been fetched
         cache = pathlib.Path(self.data_dir).parents[2]  # above name, configuration and version
         every = drawings(art_folder(cache), self.builder_config.skin_tones)
         return {
@@ -178,21 +172,10 @@ class EmojiStyles(tfds.core.GeneratorBasedBuilder):
             "heldout": self._generate_examples([d for d in every if d.heldout]),
         }
 
-    def _generate_examples(self, chosen: list[Drawing]):
-        for drawing in tqdm(chosen, desc="Rendering", unit="", disable=None):
-            name = f"{drawing.style}/{drawing.emoji.codepoints}"
-            yield (
-                name,
-                {
-                    "image": io.BytesIO(rasterise(drawing.svg, self.builder_config.image_size)),
-                    "caption": drawing.captions[0],
-                    "captions": list(drawing.captions),
-                    "style": drawing.style,
-                    "category": drawing.emoji.category,
-                    "concept": drawing.emoji.concept,
-                    "name": name,
-                },
-            )
+    def _generate_examples(self, chosen: Sequence[Drawing]) -> Iterator[tuple[str, Mapping]]:
+        for d in tqdm(chosen, desc="Rendering", unit="", disable=None):
+            name = f"{d.style}/{d.emoji.codepoints}"
+            yield name, self._example(d.svg, d.captions, d.emoji, style=d.style, name=name)
 
 
 def art_folder(cache_dir: str | os.PathLike) -> pathlib.Path:
@@ -200,15 +183,48 @@ def art_folder(cache_dir: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(cache_dir) / "emoji_art"
 
 
-def prepare(image_size: int, skin_tones: bool, cache_dir: str | os.PathLike) -> EmojiStyles:
-    """The builder, its data rendered into `cache_dir` if they weren't before.
+def open_source(config: DataConfig, rest: str = "") -> TfdsSource:
+    """The emoji in several styles, rendered into the config's cache from the art there.
 
-    Args:
-      image_size: side of the images in pixels.
-      skin_tones: whether the variants with a skin tone are in it.
-      cache_dir: where data and art are.
-
-    Raises:
-      UserError: if the art hasn't been fetched, or `cache_dir` can't be written.
+    With labels, a drawing's class is its style.
     """
-    return prepared(EmojiStyles, "the emoji styles", image_size, skin_tones, cache_dir)
+    return source(
+        _prepared(config.image_size, config.skin_tones, config.cache),
+        config,
+        name_key="name",
+        label_key="style",
+    )
+
+
+def _prepared(image_size: int, skin_tones: bool, cache: pathlib.Path) -> EmojiStyles:
+    return prepared(EmojiStyles, "the emoji styles", image_size, skin_tones, cache)
+
+
+def main(argv: list[str]) -> None:
+    """Fetch, render, and say what there is and whose art it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unclip_jax styles",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("command", choices=["build"])
+    add("--cache_dir", default="", help="default $UNCLIP_JAX_CACHE, else ~/.cache/unclip_jax")
+    add("--size", type=int, nargs="+", default=[64], metavar="PIXELS", help="default 64")
+    add("--skin_tones", action="store_true", help="the variants with a skin tone too")
+    args = parser.parse_args(argv)
+
+    for size in args.size:
+        EmojiConfig(image_size=size)  # a wrong size is an error now, not after the download
+    cache = DataConfig(cache_dir=args.cache_dir).cache
+    for package in PACKAGES.values():
+        print(f"art: {emoji_art.fetch(package, art_folder(cache))}", file=sys.stderr)
+    for size in args.size:
+        splits = _prepared(size, args.skin_tones, cache).info.splits
+        counts = ", ".join(f"{name} {split.num_examples}" for name, split in splits.items())
+        print(f"{size} px: {counts}")
+    print(ATTRIBUTION)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,9 +1,9 @@
 """What is in a shard, found out once and kept in a small file.
 
-An index holds the key, the captions, the class and the place of each image, so that opening
-a data set of any size reads no shard, and a record takes one read. The file is mapped into
-memory, not read: a JSON header; `images`, int64 `[n, 5]`; `ends`, int64; and `text`, the
-keys and captions one after another.
+An index holds the key, the captions, the class and the place of each image: opening a data set of
+any size reads no shard, and a record takes one read. The file is mapped into memory, not read: a
+JSON header; `images`, int64 `[n, 5]`; `ends`, int64; and `text`, the keys and captions one after
+another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import random
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from unclip_jax.common.files import replacing
 from unclip_jax.data.records import is_heldout
 from unclip_jax.data.shards.storage import StorageError, StoredFile
 from unclip_jax.errors import UserError
@@ -36,11 +36,11 @@ class Sample(NamedTuple):
     """One image of a shard.
 
     Attributes:
-      key: its name, which decides its split.
-      captions: its texts, none empty.
-      place: where the image is, as the shard's format counts.
-      size: of the image in bytes, or of what it is stored with.
-      label: its class; "" where classes weren't asked for.
+        key: its name, which decides its split.
+        captions: its texts, none empty.
+        place: where the image is, as the shard's format counts.
+        size: of the image in bytes, or of what it is stored with.
+        label: its class; "" where classes weren't asked for.
     """
 
     key: str
@@ -59,7 +59,7 @@ class Format(Protocol):
     """A kind of shard.
 
     Attributes:
-      settings: what the samples of a shard depend on beside its content, JSON-able.
+        settings: what the samples of a shard depend on beside its content, JSON-able.
     """
 
     settings: list[Any]
@@ -68,30 +68,25 @@ class Format(Protocol):
         """The usable samples of a shard; what isn't goes into `skipped`, name -> reason.
 
         Raises:
-          UserError: if it is no such shard.
-          StorageError: if it can't be read.
+            UserError: it is no such shard.
+            StorageError: it can't be read.
         """
 
     def image(self, file: StoredFile, place: int, size: int) -> bytes:
-        """An encoded image.
-
-        Raises:
-          BadRecord: if it is no longer there.
-          StorageError: if it can't be read.
-        """
+        """An encoded image; `BadRecord` if it is gone, `StorageError` if it can't be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """An index, open.
+    """An index, open; see the module for what is in it.
 
     Attributes:
-      header: "counts", split -> [images, pairs]; "classes", the classes met, sorted;
-        "skipped", name -> reason; "digest" of keys, sizes and captions.
-      images: int64 `[n, 5]`: place, size, whether held out, number of the class in "classes",
-        number of the first of its texts, which is its key; its captions follow.
-      ends: int64: where each text ends in `text`, beginning with a 0.
-      text: uint8.
+        header: "counts", split -> [images, pairs]; "classes", the classes met, sorted;
+            "skipped", name -> reason; "digest" of keys, sizes and captions.
+        images: int64 `[n, 5]`: place, size, whether held out, number of the class in "classes",
+            number of the first of its texts, which is its key; its captions follow.
+        ends: int64: where each text ends in `text`, beginning with a 0.
+        text: uint8.
     """
 
     header: dict[str, Any]
@@ -101,12 +96,7 @@ class ShardIndex:
 
     @classmethod
     def open(cls, path: pathlib.Path) -> ShardIndex:
-        """An index from its file.
-
-        Raises:
-          OSError: if there is none.
-          ValueError: if the file is damaged.
-        """
+        """An index from its file; `OSError` if there is none, `ValueError` if it is damaged."""
         content = np.memmap(path, np.uint8, "r")
         length = int(content[:8].view("<i8")[0])
         if not 0 < length <= len(content):
@@ -159,11 +149,11 @@ def indexed(
 ) -> list[pathlib.Path]:
     """The index of each shard, made where there is none of this shard as it is now.
 
-    Processes that share `cache_dir` share the work: each goes through the shards in an order
-    of its own, and leaves out those that another has done.
+    Processes that share `cache_dir` share the work: each goes through the shards in an order of its
+    own, and leaves out those that another has done.
 
     Raises:
-      UserError: if a shard can't be read or is none, or `cache_dir` can't be written.
+        UserError: a shard can't be read or is none, or `cache_dir` can't be written.
     """
     folder = pathlib.Path(cache_dir).expanduser() / "shards"
     paths = [folder / _file_name(file, form) for file in files]
@@ -203,7 +193,7 @@ def _is_index(path: pathlib.Path) -> bool:
 
 
 def _write(path: pathlib.Path, file: StoredFile, form: Format) -> None:
-    """Makes an index; it appears whole or not at all."""
+    """Make an index."""
     skipped: dict[str, str] = {}
     samples = list(form.samples(file, skipped))
     classes = sorted({sample.label for sample in samples if sample.label})
@@ -236,13 +226,5 @@ def _write(path: pathlib.Path, file: StoredFile, form: Format) -> None:
     encoded += b" " * (-len(encoded) % 8)  # so that the numbers are aligned
     parts = [np.int64(len(encoded)).astype("<i8").tobytes(), encoded]
     parts += [images.tobytes(), ends.tobytes(), *texts]
-    # Not named by the process: those of many machines may write into one folder.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as temporary:
-        try:
-            temporary.writelines(parts)
-            temporary.close()
-            os.chmod(temporary.name, 0o644)  # others may share the folder
-            os.replace(temporary.name, path)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
+    with replacing(path) as temporary, open(temporary, "wb") as opened:
+        opened.writelines(parts)

@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from unclip_jax.common import extras
+from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import BadRecord
 from unclip_jax.data.shards.index import Sample
-from unclip_jax.data.shards.storage import Seekable, StoredFile
-from unclip_jax.errors import UserError
+from unclip_jax.data.shards.source import ShardedSource, named
+from unclip_jax.data.shards.storage import StoredFile
+from unclip_jax.errors import UserError, one_line, wrong
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTIONS = ("caption", "text", "TEXT")
@@ -32,23 +35,30 @@ _LARGE_GROUP = 2**26  # bytes of images in a row group, from where random order 
 _MAX_GROUP = 2**32
 
 
+def open_source(config: DataConfig, pattern: str) -> ShardedSource:
+    """The parquet files that a config names."""
+    form = ParquetShards(
+        image_key=named(config.image_key, "image"),
+        caption_key=named(config.caption_key, "caption"),
+        label_key=config.label_key if config.labels else "",
+    )
+    return ShardedSource(config, pattern, form)
+
+
 class ParquetShards:
-    """The format of parquet files with images in them; see `shard_index.Format`."""
+    """The format of parquet files with images in them; see `index.Format`."""
 
     def __init__(self, *, image_key: str = "", caption_key: str = "", label_key: str = ""):
         """Which columns are read.
 
         Args:
-          image_key: the images, encoded: bytes, or a struct with a field "bytes"; "" for
-            the first there is of `IMAGES`.
-          caption_key: the text or list of texts; "" for the first there is of `CAPTIONS`.
-          label_key: the class, a number or a text, which is the caption where there is no
-            column of captions; "" to leave it alone.
-
-        Raises:
-          UserError: if pyarrow isn't installed.
+            image_key: the images, encoded: bytes, or a struct with a field "bytes"; "" for
+                the first there is of `IMAGES`.
+            caption_key: the text or list of texts; "" for the first there is of `CAPTIONS`.
+            label_key: the class, a number or a text, which is the caption where there is no
+                column of captions; "" to leave it alone.
         """
-        self._pyarrow = _pyarrow()
+        self._parquet = extras.load("pyarrow.parquet", "parquet", "name: reading parquet")
         self._keys = image_key, caption_key, label_key
         self.settings = ["parquet", *self._keys]
         self._open = functools.lru_cache(_OPEN_FILES)(self._opening)
@@ -58,12 +68,8 @@ class ParquetShards:
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
         """The captioned rows of a file, from its columns without the images.
 
-        A sample's place is its row. Its size is that of the images of its row group, since
-        that of one image takes decoding it.
-
-        Raises:
-          UserError: if it is no parquet, or has no such columns.
-          StorageError: if it can't be read.
+        A sample's place is its row. Its size is that of the images of its row group, since that of
+        one image takes decoding it.
         """
         import pyarrow as pa
 
@@ -71,7 +77,7 @@ class ParquetShards:
             yield from self._samples(file, skipped)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
-                f"name: {file.url}: not readable as parquet ({_line(error)})"
+                f"name: {file.url}: not readable as parquet ({one_line(error)})"
             ) from error
 
     def image(self, file: StoredFile, place: int, size: int) -> bytes:
@@ -88,14 +94,14 @@ class ParquetShards:
             )
             found = images[place - (int(ends[group - 1]) if group else 0)].as_py()
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise BadRecord(f"{file.url} row {place}: can't be read ({_line(error)})") from error
+            raise BadRecord(f"{file.url} row {place}: can't be read ({one_line(error)})") from error
         found = found.get("bytes") if isinstance(found, dict) else found
         if not found:
             raise BadRecord(f"{file.url} row {place}: no image in it")
         return found
 
     def _samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
-        parquet = self._pyarrow.ParquetFile(Seekable(file))
+        parquet = self._parquet.ParquetFile(file.open())
         schema = parquet.schema_arrow
         image = _image_column(schema, self._keys[0], file)
         label = _column(schema, self._keys[2], (), "label_key", file) if self._keys[2] else None
@@ -131,7 +137,7 @@ class ParquetShards:
 
     def _opening(self, file: StoredFile) -> tuple[Any, str, np.ndarray]:
         """Metadata, the column of images, and where each row group ends."""
-        parquet = self._pyarrow.ParquetFile(Seekable(file))
+        parquet = self._parquet.ParquetFile(file.open())
         metadata = parquet.metadata
         column = _image_column(parquet.schema_arrow, self._keys[0], file)
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -148,7 +154,7 @@ class ParquetShards:
 
     def _decode(self, file: StoredFile, metadata: Any, column: str, group: int) -> Any:
         """The images of a row group. Each has a file object of its own: threads share none."""
-        parquet = self._pyarrow.ParquetFile(Seekable(file), metadata=metadata)
+        parquet = self._parquet.ParquetFile(file.open(), metadata=metadata)
         return parquet.read_row_group(group, [column], use_threads=False).column(0)
 
 
@@ -185,16 +191,6 @@ class _Recent:
                 del self._made[key], sizes[key]
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            "name: reading parquet needs a package: pip install 'unclip_jax[parquet]'"
-        ) from error
-    return pyarrow.parquet
-
-
 def _column(
     schema: Any,
     key: str,
@@ -206,7 +202,7 @@ def _column(
     """The column a key names, or the first of the usual ones; None if none is required."""
     there = ", ".join(schema.names)[:300]
     if key and key not in schema.names:
-        raise UserError(f"{field}: {key!r}: {file.url} has no such column; it has {there}")
+        raise wrong(field, key, f"a column of {file.url}: {there}")
     found = key or next((name for name in usual if name in schema.names), None)
     if found is None and required:
         raise UserError(
@@ -264,7 +260,3 @@ def _texts(found: Any) -> tuple[str, ...]:
     """The captions that a value is: those that are texts, and not empty."""
     texts = found if isinstance(found, list) else [found]
     return tuple(text for t in texts if isinstance(t, str | bytes) and (text := _text(t)))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -5,68 +5,49 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
-from unclip_jax.data.folder import SPLITS
-from unclip_jax.data.records import BadRecord
+from unclip_jax.common import checks
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.records import SPLITS, BadRecord, warn_of_skipped
 from unclip_jax.data.shards.index import Format, ShardIndex, indexed, shown
-from unclip_jax.data.shards.storage import StorageError, StoredFile
-from unclip_jax.errors import UserError
+from unclip_jax.data.shards.storage import StorageError, find
+from unclip_jax.errors import UserError, wrong
 
 MAX_CLASSES = 1_000_000
-_NAMED_IN_WARNINGS = 5
 _OPEN_INDICES = 512
 
 
 class ShardedSource:
     """The pairs of shards, in the order of the shards and of the images in them.
 
-    Splits part the images by the SHA-256 of their key: `train` is about nine tenths,
-    `heldout` the rest, `all` everything. A shard more moves no other image.
-
-    See `records.Source` for the attributes.
+    The SHA-256 of its key decides an image's split: `train` is about nine tenths, `heldout` the
+    rest, `all` everything. A shard more moves no other image. See `records.Source`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        files: Sequence[StoredFile],
-        form: Format,
-        *,
-        split: str,
-        captions: str,
-        labels: bool,
-        cache_dir: str | os.PathLike,
-    ):
-        """Opens shards, indexing those that weren't before.
+    def __init__(self, config: DataConfig, pattern: str, form: Format):
+        """Open shards, indexing those that weren't before.
 
         Args:
-          name: what to call them in messages.
-          files: the shards.
-          form: their format.
-          split: "train", "heldout" or "all".
-          captions: "all", or "first" for one pair an image.
-          labels: whether records carry `label`, the number of their class.
-          cache_dir: where indices are kept; many processes may share it.
+            config: its name, split, captions and labels; its cache, where indices are kept, may be
+                shared by many processes.
+            pattern: what files they are, see `storage.find`.
+            form: their format.
 
         Raises:
-          UserError: if a shard is none or can't be read, or there is no such split or
-            nothing in it.
+            UserError: a shard is none or can't be read, or there is no such split or nothing in it.
         """
-        if split not in SPLITS:
-            raise UserError(f"split: {split!r}: shards have {', '.join(SPLITS)}")
-        self.name, self._files, self._form = name, files, form
-        self._split, self._first_only = split, captions == "first"
-        self._indices = indexed(name, files, form, cache_dir)
+        name, split = config.name, checks.choice("split", config.split, SPLITS)
+        self.name, self._files, self._form = name, find(pattern), form
+        self._split, self._first_only = split, config.captions == "first"
+        self._indices = indexed(name, self._files, form, config.cache)
         self._part = functools.lru_cache(_OPEN_INDICES)(self._open)
         headers = [ShardIndex.open(path).header for path in self._indices]
         self.skipped = self._named_skipped(headers)
-        self.classes = _all_classes(headers, name) if labels else ()
+        self.classes = _all_classes(headers, name) if config.labels else ()
         self._numbers = {label: number for number, label in enumerate(self.classes)}
         counts = np.array([header["counts"][split] for header in headers]).reshape(-1, 2)
         self._image_ends = np.cumsum(counts[:, 0])
@@ -79,7 +60,7 @@ class ShardedSource:
                 + self._why_none(there)
             )
         digests = [header["digest"] for header in headers]
-        known = json.dumps(["shards", split, captions, digests]).encode()
+        known = json.dumps(["shards", split, config.captions, digests]).encode()
         self.fingerprint = hashlib.sha256(known).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -140,16 +121,12 @@ class ShardedSource:
         return _Part(index, images, np.cumsum(captions))
 
     def _named_skipped(self, headers: Sequence[dict[str, Any]]) -> dict[str, str]:
-        """What the indices left out, some of it named in warnings."""
         skipped = {
             f"{file.url}: {name}": reason
             for file, header in zip(self._files, headers, strict=True)
             for name, reason in header["skipped"].items()
         }
-        for name, reason in list(skipped.items())[:_NAMED_IN_WARNINGS]:
-            logging.warning("%s: skipped %s: %s", self.name, name, reason)
-        if len(skipped) > _NAMED_IN_WARNINGS:
-            logging.warning("%s: skipped %d in all", self.name, len(skipped))
+        warn_of_skipped(self.name, skipped)
         return skipped
 
     def _why_none(self, there: int) -> str:
@@ -163,9 +140,9 @@ class _Part(NamedTuple):
     """What a split has of a shard.
 
     Attributes:
-      index: of the whole shard.
-      images: which of its images, int64 `[n]`.
-      pair_ends: int64 `[n]`: how many pairs the images have up to and with this one.
+        index: of the whole shard.
+        images: which of its images, int64 `[n]`.
+        pair_ends: int64 `[n]`: how many pairs the images have up to and with this one.
     """
 
     index: ShardIndex
@@ -184,5 +161,10 @@ def _all_classes(headers: Sequence[dict[str, Any]], name: str) -> tuple[str, ...
         return tuple(sorted(met))
     largest = max((int(label[:20]) for label in met), default=-1)
     if largest >= MAX_CLASSES:
-        raise UserError(f"labels: {name}: class {largest}: expected numbers below {MAX_CLASSES}")
+        raise wrong(f"labels: {name}: class", largest, f"numbers below {MAX_CLASSES}")
     return tuple(str(number) for number in range(largest + 1))
+
+
+def named(key: str, default: str) -> str:
+    """A key that a config names; "" for the default, which stands for any usual name in shards."""
+    return "" if key == default else key

@@ -28,7 +28,7 @@ class Damaged(Exception):
     """A tar can't be read further; the message says why and where.
 
     Attributes:
-      offset: where, in bytes; 0 if it is no tar at all.
+        offset: where, in bytes; 0 if it is no tar at all.
     """
 
     def __init__(self, why: str, offset: int):
@@ -41,11 +41,11 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
     """The regular files of a tar, in order, each wholly inside it.
 
     Args:
-      read: the bytes from .. up to ..; asked from front to back.
-      size: of the tar, in bytes.
+        read: the bytes from .. up to ..; asked from front to back.
+        size: of the tar, in bytes.
 
     Raises:
-      Damaged: where the tar ends early or turns into something else.
+        Damaged: where the tar ends early or turns into something else.
     """
     if size < BLOCK:
         raise Damaged(f"only {size} bytes", 0)

@@ -11,9 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.shards import tar
 from unclip_jax.data.shards.index import Sample, shown
-from unclip_jax.data.shards.storage import Forward, StoredFile, is_remote
+from unclip_jax.data.shards.source import ShardedSource, named
+from unclip_jax.data.shards.storage import StoredFile, is_remote
 from unclip_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
@@ -23,18 +25,28 @@ _MAX_LABEL = 200  # characters
 _BLOCK_LOCAL, _BLOCK_REMOTE = 2**16, 2**22  # bytes: the headers lie between the images
 
 
+def open_source(config: DataConfig, pattern: str) -> ShardedSource:
+    """The tar shards that a config names."""
+    form = TarShards(
+        image_key=named(config.image_key, "image"),
+        caption_key=named(config.caption_key, "caption"),
+        labels=config.labels,
+    )
+    return ShardedSource(config, pattern, form)
+
+
 class TarShards:
-    """The format of webdataset's shards; see `shard_index.Format`."""
+    """The format of webdataset's shards; see `index.Format`."""
 
     def __init__(self, *, image_key: str = "", caption_key: str = "", labels: bool = False):
         """What of a sample is read.
 
         Args:
-          image_key: the suffix of the image, "seg.png"; "" for any usual one.
-          caption_key: the field of the `.json` that has the caption or captions; "" for
-            `.txt`, or where there is none, "caption" or "text" of the `.json`.
-          labels: whether the class is read from `.cls`, and is the caption where there is
-            no other.
+            image_key: the suffix of the image, "seg.png"; "" for any usual one.
+            caption_key: the field of the `.json` that has the caption or captions; "" for
+                `.txt`, or where there is none, "caption" or "text" of the `.json`.
+            labels: whether the class is read from `.cls`, and is the caption where there is
+                no other.
         """
         self.settings = ["webdataset", image_key, caption_key, labels]
         self._images = (image_key,) if image_key else IMAGES
@@ -44,16 +56,11 @@ class TarShards:
         self._labels = labels
 
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
-        """The captioned images of a shard, from one pass over its headers and texts.
-
-        Raises:
-          UserError: if it is no tar.
-          StorageError: if it can't be read.
-        """
-        forward = Forward(file, _BLOCK_REMOTE if is_remote(file.url) else _BLOCK_LOCAL)
+        """The captioned images of a shard, from one pass over its headers and texts."""
+        read = file.forward(_BLOCK_REMOTE if is_remote(file.url) else _BLOCK_LOCAL)
         sample = _Parts("", 0)
         try:
-            for member in tar.members(forward.read, file.size):
+            for member in tar.members(read, file.size):
                 key, suffix = _split(member.name)
                 if not key:
                     continue
@@ -62,8 +69,7 @@ class TarShards:
                     sample = _Parts(key, member.offset)
                 sample.members[suffix] = member
                 if suffix in self._texts and member.size <= _MAX_TEXT:
-                    end = member.offset + member.size
-                    sample.texts[suffix] = forward.read(member.offset, end)
+                    sample.texts[suffix] = read(member.offset, member.offset + member.size)
         except tar.Damaged as error:
             if not error.offset:
                 raise UserError(
@@ -120,10 +126,10 @@ class _Parts:
     """The members of one sample.
 
     Attributes:
-      key: what they share.
-      offset: of the first.
-      members: suffix -> member.
-      texts: suffix -> content of those that are read while indexing.
+        key: what they share.
+        offset: of the first.
+        members: suffix -> member.
+        texts: suffix -> content of those that are read while indexing.
     """
 
     def __init__(self, key: str, offset: int):
