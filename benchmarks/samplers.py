@@ -31,15 +31,16 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from unclip_jax.diffusion.gaussian import Denoise, Diffusion, at
-from unclip_jax.diffusion.losses import (
-    analytic_init,
-    analytic_statistic,
-    analytic_update,
+from unclip_jax.diffusion import (
+    Denoise,
+    Diffusion,
+    Process,
+    Sampling,
+    analytic,
+    sample,
     vlb_bits_per_dim,
 )
-from unclip_jax.diffusion.samplers import Sampling, analytic_variance, sample
-from unclip_jax.diffusion.schedules import Process
+from unclip_jax.diffusion.gaussian import at
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- benchmarks/samplers.py writes this table -->\n", "<!-- end of the table -->\n"
@@ -133,7 +134,7 @@ def model(variance: str, spacing: str, statistic: jax.Array) -> tuple[Diffusion,
     if variance == "exact":
         return EXACT, exact(process)
     if variance == "analytic":
-        table = analytic_variance(process, statistic[process.timesteps])
+        table = analytic.variance(process, statistic[process.timesteps])
         return EXACT, with_variance(process, lambda i, var: at(table, i, var))
     fixed = variance or "fixed_small"
     return Diffusion(prediction="x_0", variance=fixed, likelihood="gaussian"), denoise
@@ -162,12 +163,12 @@ def entropy() -> float:
 
 def measure_statistic(key: jax.Array, rows: int = 4) -> jax.Array:
     """The analytic statistic, estimated as for any network: from data, without its formula."""
-    residuals, t = analytic_init(DIFFUSION), jnp.arange(DIFFUSION.steps)
-    update = jax.jit(lambda r, x_0, noise: analytic_update(r, DIFFUSION, denoise, x_0, t, noise))
+    residuals, t = analytic.init(DIFFUSION), jnp.arange(DIFFUSION.steps)
+    update = jax.jit(lambda r, x_0, noise: analytic.update(r, DIFFUSION, denoise, x_0, t, noise))
     for row in jax.random.split(key, rows):
         shape = (DIFFUSION.steps, 4096)
         residuals = update(residuals, data(row, shape), jax.random.normal(row, shape))
-    return jnp.asarray(analytic_statistic(residuals))
+    return jnp.asarray(analytic.statistic(residuals))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "steps"))

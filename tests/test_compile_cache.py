@@ -8,7 +8,8 @@ import sys
 SAMPLE = """
 import json, sys
 import jax, jax.monitoring
-from unclip_jax import compile_cache, loops
+from unclip_jax.diffusion.progress import Watchable
+from unclip_jax.parallel import compile_cache
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling, sample
 
@@ -20,7 +21,7 @@ jax.monitoring.register_event_listener(count)
 compile_cache.LEAST_SECONDS = 0.0
 compile_cache.use()
 
-@loops.Watchable
+@Watchable
 def walk(x_T, keys, *, loop):
     return sample(lambda x, t: x / 2, x_T, keys, Diffusion(), Sampling("ddpm", "4"), loop=loop)
 

@@ -16,7 +16,7 @@ from unclip_jax.diffusion.samplers import METHODS, Sampling, invert, sample
 @functools.partial(Watchable, static=("steps",))
 def logistic(x, *, steps, loop=whole, **rates):
     """Chaotic: another order or number of steps gives something else entirely."""
-    rate = rates["rate"] + 0.0
+    rate = loop.once(lambda: rates["rate"] + 0.0)
     step = lambda n, carry: rate * carry * (1 - carry) + 1e-3 * n / steps  # noqa: E731
     return {"x": loop(step, x, steps) * 2}
 
@@ -77,15 +77,14 @@ def test_a_function_without_a_loop_is_named():
 def test_what_comes_before_the_loop_is_computed_once():
     @functools.partial(Watchable, static=("steps",))
     def walk(matrix, x, *, steps, loop=whole):
-        square, table = matrix @ matrix, np.arange(float(steps))
+        square, table = loop.once(jnp.matmul, matrix, matrix), np.arange(float(steps))
         return loop(lambda n, c: jnp.tanh(square * c) + matrix + jnp.asarray(table)[n], x, steps)
 
     given = {"matrix": jnp.full((3, 3), 0.1), "x": jnp.ones((3, 3)), "steps": 4}
-    carry, beside, _ = walk._start(**given)
-    np.testing.assert_allclose(beside, [np.full((3, 3), 0.03)], rtol=1e-6)  # and no copy of matrix
-    ends = {"first": jnp.int32(0), "last": jnp.int32(2)}
-    stretch = walk._stretch.lower(**given, carry=carry, beside=beside, **ends)
-    assert " dot(" in walk._start.lower(**given).compile().as_text()
+    computed, carry, _ = walk._begin(**given)
+    np.testing.assert_allclose(computed, [np.full((3, 3), 0.03)], rtol=1e-6)
+    stretch = walk._stretch.lower(computed, carry, jnp.int32(0), jnp.int32(2), **given)
+    assert " dot(" in walk._begin.lower(**given).compile().as_text()
     assert " dot(" not in stretch.compile().as_text()
     watched = walk(**given, progress=lambda *_: None)
     np.testing.assert_allclose(watched, walk(**given), rtol=1e-6)
@@ -126,7 +125,7 @@ def test_inversion_is_the_same_watched(monkeypatch):
 def test_watching_calls_nothing_on_the_host():
     """A program that calls back is never kept in the compilation cache."""
     given = {"x": jnp.ones(2), "rate": jnp.float32(1), "steps": 5}
-    carry, beside, _ = logistic._start(**given)
-    ends = {"first": jnp.int32(0), "last": jnp.int32(2)}
-    text = logistic._stretch.lower(**given, carry=carry, beside=beside, **ends).as_text()
+    computed, carry, _ = logistic._begin(**given)
+    ends = jnp.int32(0), jnp.int32(2)
+    text = logistic._stretch.lower(computed, carry, *ends, **given).as_text()
     assert "while" in text and "callback" not in text

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from unclip_jax.diffusion import analytic
 from unclip_jax.diffusion.gaussian import PREDICTIONS, Diffusion, q_posterior, q_sample, target
 from unclip_jax.diffusion.losses import (
     VLB_WEIGHT,
-    analytic_init,
-    analytic_statistic,
-    analytic_update,
     discretized_log_likelihood,
     gaussian_log_likelihood,
     normal_kl,
@@ -234,8 +232,8 @@ def test_statistic_of_gaussian_data_is_its_posterior_variance(prediction):
         x_0 = 1.0 + a * 0.25 * (x_t - a) / (a**2 * 0.25 + s**2)
         return {"eps": eps, "x_0": x_0, "v": a * eps - s * x_0}[prediction]
 
-    residuals = analytic_init(diffusion)
-    update = jax.jit(lambda r, *batch: analytic_update(r, diffusion, denoise, *batch))
+    residuals = analytic.init(diffusion)
+    update = jax.jit(lambda r, *batch: analytic.update(r, diffusion, denoise, *batch))
     seen = np.arange(1, 40, 2)
     for seed in range(3):
         x_0 = 1.0 + 0.5 * gaussians(len(seen), 4000, seed=seed)
@@ -244,7 +242,7 @@ def test_statistic_of_gaussian_data_is_its_posterior_variance(prediction):
         )
     snr = signal.astype(np.float64) ** 2 / sigma.astype(np.float64) ** 2
     expected = 1 / (1 / 0.25 + snr)
-    statistic = analytic_statistic(residuals)
+    statistic = analytic.statistic(residuals)
     assert statistic.shape == (40,)
     np.testing.assert_allclose(statistic[seen], expected[seen], rtol=0.06)
     np.testing.assert_allclose(statistic[1:], expected[1:], rtol=0.15)  # and between those seen
@@ -252,15 +250,15 @@ def test_statistic_of_gaussian_data_is_its_posterior_variance(prediction):
 
 def test_a_useless_network_is_bounded_by_the_variance_of_the_data():
     diffusion = Diffusion(steps=10)
-    residuals = analytic_update(
-        analytic_init(diffusion),
+    residuals = analytic.update(
+        analytic.init(diffusion),
         diffusion,
         lambda x_t, t: 100 * jnp.ones_like(x_t),
         0.5 * gaussians(10, 3000),
         jnp.arange(10),
         gaussians(10, 3000, seed=1),
     )
-    assert (analytic_statistic(residuals) <= 0.26).all()
+    assert (analytic.statistic(residuals) <= 0.26).all()
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -275,6 +273,6 @@ def test_bad_input_is_named():
     with pytest.raises(UserError, match="network output"):
         training_losses(Diffusion(), lambda x, t: x[:, :1], noise, t, noise)
     with pytest.raises(UserError, match="no observations"):
-        analytic_statistic(analytic_init(Diffusion()))
+        analytic.statistic(analytic.init(Diffusion()))
     with pytest.raises(UserError, match="typed key"):
         vlb_bits_per_dim(Diffusion(), unit_gaussian_eps, noise, jax.random.PRNGKey(0))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from unclip_jax.diffusion import analytic
 from unclip_jax.diffusion.gaussian import PREDICTIONS, Diffusion, at, normal
 from unclip_jax.diffusion.guidance import classifier_free, classifier_guided
-from unclip_jax.diffusion.samplers import METHODS, Sampling, analytic_variance, invert, sample
+from unclip_jax.diffusion.samplers import METHODS, Sampling, invert, sample
 from unclip_jax.errors import UserError
 
 KEY = jax.random.key(0)
@@ -143,27 +144,27 @@ def test_analytic_variance_is_the_papers_theorem_1():
     gap = np.sqrt(b_bar / alpha) - np.sqrt(np.maximum(b_bar_prev - square, 0))
     expected = square + gap**2 * (1 - gamma)
     statistic = (1 - gamma) * b_bar / alpha_bar
-    ours = analytic_variance(process, jnp.float32(statistic))
+    ours = analytic.variance(process, jnp.float32(statistic))
     np.testing.assert_allclose(ours[1:], expected[1:], rtol=2e-3)
 
 
 def test_analytic_variance_of_unit_gaussian_data_is_beta():
     process = Diffusion().process("10")
-    variance = analytic_variance(process, process.sqrt_one_minus_alpha_bar**2)  # 1 / (1 + SNR)
+    variance = analytic.variance(process, process.sqrt_one_minus_alpha_bar**2)  # 1 / (1 + SNR)
     np.testing.assert_allclose(variance, process.betas, rtol=1e-4)
 
 
 def test_analytic_variance_keeps_its_bounds():
     process = Diffusion().process("10")
     huge = jnp.full(10, 1e6)
-    bounded = analytic_variance(process, huge, clip_x_0=1.0)
+    bounded = analytic.variance(process, huge, clip_x_0=1.0)
     np.testing.assert_allclose(
         bounded, process.posterior_variance + process.posterior_mean_x_0**2, rtol=1e-6
     )
-    quiet = analytic_variance(process, huge, last_noise=2 / 255)
+    quiet = analytic.variance(process, huge, last_noise=2 / 255)
     mean_noise = stats.halfnorm(scale=np.sqrt(float(quiet[1]))).mean()
     assert mean_noise == pytest.approx(2 / 255, rel=1e-5)
-    np.testing.assert_array_equal(quiet[2:], analytic_variance(process, huge)[2:])
+    np.testing.assert_array_equal(quiet[2:], analytic.variance(process, huge)[2:])
 
 
 def test_second_order_converges_faster_than_first():
@@ -267,6 +268,18 @@ def test_the_last_step_adds_no_noise(method):
         analytic=jnp.ones(1000),
     )
     np.testing.assert_allclose(x_0, guess, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_noise_that_is_given_is_the_noise_that_is_added(method):
+    diffusion, sampling = Diffusion(), Sampling(method, "6")
+    options = {"eta": 0.5 if method == "ddim" else 0.0, "analytic": jnp.full(1000, 0.1)}
+    denoise, x_T = mixture_denoiser(diffusion), noise_like(2, 4)
+    drawn = [normal(jax.vmap(jax.random.fold_in, (0, None))(keys(2), i), (4,)) for i in range(6)]
+    noise = jnp.stack(drawn[:0:-1], axis=1)  # the noisiest step's first, none for the last
+    by_keys = sample(denoise, x_T, keys(2), diffusion, sampling, **options)
+    given = sample(denoise, x_T, None, diffusion, sampling, noise=noise, **options)
+    np.testing.assert_allclose(given, by_keys, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -515,11 +528,11 @@ def test_every_method_is_one_scan():
     ("fields", "words"),
     [
         ({"method": "euler"}, "euler.*ddpm, ddim"),
-        ({"clip_x_0": -1.0}, "clip_x_0=-1.0"),
-        ({"clip_x_0": float("inf")}, "clip_x_0=inf"),
+        ({"clip_x_0": -1.0}, "clip_x_0: got -1.0"),
+        ({"clip_x_0": float("inf")}, "clip_x_0: got inf"),
         ({"dynamic_percentile": 0.995}, "percent from 50 to 100"),
         ({"dynamic_percentile": 101.0}, "101"),
-        ({"last_noise": 0.01}, 'only method="analytic"'),
+        ({"last_noise": 0.01}, 'last_noise: got 0.01.*use method="analytic"'),
     ],
 )
 def test_bad_fields_are_named(fields, words):
@@ -534,15 +547,18 @@ def test_bad_arguments_are_named():
     def walk(x_T=x_T, keys=keys(2), sampling=Sampling("ddim", "3"), **options):  # noqa: B008
         return sample(lambda x_t, t: x_t, x_T, keys, diffusion, sampling, **options)
 
-    analytic = Sampling("analytic", "3")
+    optimal = Sampling("analytic", "3")
     for call, words in [
         (lambda: walk(keys=keys(3)), "one per example"),
         (lambda: walk(keys=jax.random.PRNGKey(0)), "typed key"),
-        (lambda: walk(eta=1.5), "eta=1.5"),
+        (lambda: walk(keys=None), "keys and noise: got neither"),
+        (lambda: walk(noise=jnp.zeros((2, 2, 4))), "keys and noise: got both"),
+        (lambda: walk(keys=None, noise=jnp.zeros((2, 3, 4))), r"noise's shape.*\[2, 2, 4\]"),
+        (lambda: walk(eta=1.5), "eta: got 1.5"),
         (lambda: walk(eta=0.5, sampling=Sampling(spacing="3")), 'use method="ddim"'),
         (lambda: walk(sampling=Sampling(spacing="ddim7000")), "ddim7000"),
-        (lambda: walk(sampling=analytic), "got none"),
-        (lambda: walk(sampling=analytic, analytic=jnp.ones(3)), r"\(1000,\)"),
+        (lambda: walk(sampling=optimal), "got None"),
+        (lambda: walk(sampling=optimal, analytic=jnp.ones(3)), r"\(1000,\)"),
         (lambda: invert(lambda x, t: x, x_T, diffusion, Sampling()), "cannot be inverted"),
         (lambda: classifier_free(linear_network, COND, {"z": NULL["y"]}, 2.0), "structure"),
         (lambda: classifier_free(linear_network, COND, {"y": NULL["y"][:1]}, 2.0), r"\['y'\]"),
@@ -550,7 +566,7 @@ def test_bad_arguments_are_named():
             lambda: classifier_free(linear_network, COND, NULL, jnp.ones(2))(
                 noise_like(3, 4), jnp.zeros(3, jnp.int32)
             ),
-            "guidance scale of shape",
+            "guidance scale's shape: got",
         ),
     ]:
         with pytest.raises(UserError, match=words) as error:

@@ -41,7 +41,6 @@ is a scalar or int32 `[b]`. Arrays are `[b, ...]` of any rank; the mathematics i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,8 +49,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.diffusion.schedules import SCHEDULES, Process, tables
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 """`denoise(x_t [b, ...], t int32 [b]) -> raw network output`, `t` an original timestep."""
@@ -99,33 +99,22 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise UserError(f"Diffusion.steps={self.steps!r}: expected an integer of at least 1")
-        check_choice("Diffusion.schedule", self.schedule, SCHEDULES)
-        check_choice("Diffusion.prediction", self.prediction, PREDICTIONS)
-        check_choice("Diffusion.variance", self.variance, VARIANCES)
-        check_choice("Diffusion.loss", self.loss, LOSSES)
-        check_choice("Diffusion.likelihood", self.likelihood, LIKELIHOODS)
-        if not (math.isfinite(self.min_snr_gamma) and self.min_snr_gamma >= 0):
-            raise UserError(
-                f"Diffusion.min_snr_gamma={self.min_snr_gamma!r}: expected 0 (off) or a positive "
-                "number; 5 is usual"
-            )
-        if not (math.isfinite(self.timestep_shift) and self.timestep_shift > 0):
-            raise UserError(
-                f"Diffusion.timestep_shift={self.timestep_shift!r}: expected a positive number; "
-                "1 trains on all timesteps alike"
-            )
+        checks.count("Diffusion.steps", self.steps)
+        checks.choice("Diffusion.schedule", self.schedule, SCHEDULES)
+        checks.choice("Diffusion.prediction", self.prediction, PREDICTIONS)
+        checks.choice("Diffusion.variance", self.variance, VARIANCES)
+        checks.choice("Diffusion.loss", self.loss, LOSSES)
+        checks.choice("Diffusion.likelihood", self.likelihood, LIKELIHOODS)
+        checks.number("Diffusion.min_snr_gamma", self.min_snr_gamma, least=0)
+        if not checks.number("Diffusion.timestep_shift", self.timestep_shift, least=0):
+            raise wrong("Diffusion.timestep_shift", 0, "a positive number", "1 is no shift")
         if self.schedule == "linear" and self.steps <= 20:
-            raise UserError(
-                f"Diffusion.steps={self.steps}: the linear schedule needs more than 20 steps for "
-                'its betas to stay below 1; use more steps or schedule="cosine"'
-            )
+            expected = "more than 20 for the linear schedule, whose betas are above 1 otherwise"
+            raise wrong("Diffusion.steps", self.steps, expected, 'use schedule="cosine"')
         if self.loss == "hybrid" and not self.learned_variance:
-            raise UserError(
-                f'Diffusion.variance={self.variance!r}: loss="hybrid" trains a learned variance; '
-                'use variance="learned_range" or loss="simple"'
-            )
+            expected = 'a learned variance with loss="hybrid", which trains one'
+            do = 'use variance="learned_range" or loss="simple"'
+            raise wrong("Diffusion.variance", self.variance, expected, do)
 
     @property
     def learned_variance(self) -> bool:
@@ -149,7 +138,7 @@ class Diffusion:
             UserError: the spacing cannot be read, or asks for more steps than there are.
         """
         if not isinstance(spacing, str):
-            raise UserError(f'spacing={spacing!r}: expected a string, such as "250"')
+            raise wrong("spacing", spacing, 'a string, such as "250"')
         return tables(self.steps, self.schedule, spacing)
 
 
@@ -289,10 +278,11 @@ def split_variance(
     factor = 2 if diffusion.learned_variance else 1
     expected = (*x_t.shape[:-1], x_t.shape[-1] * factor)
     if output.shape != expected:
-        raise UserError(
-            f"network output of shape {output.shape}: expected {expected} for data of shape "
-            f"{x_t.shape} and Diffusion.variance={diffusion.variance!r}; change the network's "
-            "output channels or the variance"
+        raise wrong(
+            "network output's shape",
+            output.shape,
+            f"{expected} for data of {x_t.shape} and Diffusion.variance={diffusion.variance!r}",
+            "change the network's output channels or the variance",
         )
     output = output.astype(jnp.float32)
     if not diffusion.learned_variance:
@@ -344,19 +334,15 @@ def interpret(
     return Prediction(x_0, eps, log_variance)
 
 
-# ----------------------------------------------------------------------------------- checks
-
-
-def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise `UserError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UserError(f"{field}={value!r}: expected one of {', '.join(choices)}")
+def mean_of_dims(x: jax.Array) -> jax.Array:
+    """Mean over all but the first axis: `[b, ...]` -> `[b]`."""
+    return x.reshape(len(x), -1).mean(axis=1)
 
 
 def check_keys(keys: jax.Array) -> None:
     """Raise `UserError` unless `keys` is `[b]` typed keys."""
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
         raise UserError(
-            f"keys of dtype {keys.dtype} and shape {keys.shape}: expected one typed key per "
-            "example, such as jax.random.split(jax.random.key(0), batch)"
+            f"keys: got {keys.dtype}{list(keys.shape)}, expected one typed key per example; make"
+            " them with jax.random.split(jax.random.key(0), batch)"
         )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion.gaussian import Denoise, Diffusion, at, split_variance
-from unclip_jax.errors import UserError
+from unclip_jax.errors import wrong
 
 Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """`network(x_t [b, ...], t int32 [b], condition) -> output`, condition a pytree of `[b, ...]`."""
@@ -62,7 +62,7 @@ def classifier_free(
             conditional, fraction = jnp.split(conditional, 2, axis=-1)
             unconditional, _ = jnp.split(unconditional, 2, axis=-1)
             variance = [fraction]
-        extra = _per_example("guidance scale", scale, x_t) - 1.0
+        extra = _per_example(scale, x_t) - 1.0
         guided = conditional + extra * (conditional - unconditional)
         return jnp.concatenate([guided, *variance], axis=-1)
 
@@ -102,7 +102,7 @@ def classifier_guided(
         sigma = at(full.sqrt_one_minus_alpha_bar, t, x_t)
         alpha = at(full.sqrt_alpha_bar, t, x_t)
         size = {"eps": -sigma, "x_0": sigma**2 / alpha, "v": -sigma / alpha}[diffusion.prediction]
-        prediction += _per_example("guidance scale", scale, x_t) * size * gradient
+        prediction += _per_example(scale, x_t) * size * gradient
         variance = [] if fraction is None else [fraction]
         return jnp.concatenate([prediction, *variance], axis=-1)
 
@@ -115,23 +115,21 @@ def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
     return pairs.reshape(-1, *pairs.shape[2:])
 
 
-def _per_example(name: str, value: float | jax.Array, x: jax.Array) -> jax.Array:
-    """A scalar or `[b]` as float32, shaped to multiply `x`."""
-    value = jnp.asarray(value, jnp.float32)
+def _per_example(scale: float | jax.Array, x: jax.Array) -> jax.Array:
+    """A scale, scalar or `[b]`, as float32, shaped to multiply `x`."""
+    value = jnp.asarray(scale, jnp.float32)
     if value.shape not in ((), x.shape[:1]):
-        raise UserError(
-            f"{name} of shape {value.shape}: expected a scalar or one per example {x.shape[:1]}"
-        )
+        expected = f"a scalar or one per example {x.shape[:1]}"
+        raise wrong("guidance scale's shape", value.shape, expected)
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
 
 def _check_same_shapes(cond: Any, null: Any) -> None:
     one, other = (jax.tree_util.tree_flatten_with_path(tree) for tree in (cond, null))
     if one[1] != other[1]:
-        raise UserError(f"null condition: expected the structure {one[1]}, got {other[1]}")
+        raise wrong("null condition's structure", other[1], f"the condition's {one[1]}")
     for (path, a), (_, b) in zip(one[0], other[0], strict=True):
         if jnp.shape(a) != jnp.shape(b):
-            raise UserError(
-                f"null condition{jax.tree_util.keystr(path)} of shape {jnp.shape(b)}: expected "
-                f"the condition's {jnp.shape(a)}; broadcast the null over the batch"
-            )
+            field = f"null condition{jax.tree_util.keystr(path)}'s shape"
+            do = "broadcast the null over the batch"
+            raise wrong(field, jnp.shape(b), f"the condition's {jnp.shape(a)}", do)

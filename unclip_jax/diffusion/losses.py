@@ -11,16 +11,12 @@ L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), the chain gives (Ho et al.,
 **Hybrid.** L_simple leaves a learned variance without a gradient, so L_simple + 1e-3 L_vlb adds the
 bound, with the mean's gradient stopped inside it (Nichol & Dhariwal 2021, eq. 16).
 
-**Residual.** E ||x_0 - x_0(x_t)||^2 at every timestep is what `samplers` needs for the analytic
-variance.
-
 Notation and shapes are those of `unclip_jax.diffusion.gaussian`; all of it is float32.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +27,15 @@ from unclip_jax.diffusion.gaussian import (
     Diffusion,
     check_keys,
     interpret,
+    mean_of_dims,
     normal,
-    predict_x_0,
     q_posterior,
     q_sample,
     split_variance,
     target,
 )
 from unclip_jax.diffusion.schedules import Process
-from unclip_jax.errors import UserError
+from unclip_jax.errors import wrong
 
 VLB_WEIGHT = 1e-3
 """lambda of L_hybrid = L_simple + lambda L_vlb (arXiv 2102.09672, eq. 16)."""
@@ -94,8 +90,8 @@ def vlb_terms(
     log_likelihood = discretized_log_likelihood if discrete else gaussian_log_likelihood
     nats = jnp.where(
         jnp.broadcast_to(i, x_t.shape[:1]) == 0,
-        -_mean_of_dims(log_likelihood(x_0, mean, prediction.log_variance)),
-        _mean_of_dims(kl),
+        -mean_of_dims(log_likelihood(x_0, mean, prediction.log_variance)),
+        mean_of_dims(kl),
     )
     return nats / math.log(2)
 
@@ -123,18 +119,16 @@ def training_losses(
             learned but the loss would not train it.
     """
     if not jnp.issubdtype(x_0.dtype, jnp.floating):
-        raise UserError(f"x_0 of dtype {x_0.dtype}: expected floating point; scale images to ±1")
+        raise wrong("x_0's dtype", x_0.dtype.name, "floating point", "scale images to ±1")
     if diffusion.learned_variance and diffusion.loss != "hybrid":
-        raise UserError(
-            f"Diffusion.loss={diffusion.loss!r}: it would never train the variance channels of "
-            'variance="learned_range"; use loss="hybrid"'
-        )
+        expected = 'one that trains the variance channels of variance="learned_range"'
+        raise wrong("Diffusion.loss", diffusion.loss, expected, 'use loss="hybrid"')
     process = diffusion.process()
     x_0, noise = x_0.astype(jnp.float32), noise.astype(jnp.float32)
     x_t = q_sample(process, x_0, t, noise)
     output = denoise(x_t, t)
     prediction, fraction = split_variance(diffusion, output, x_t)
-    mse = _mean_of_dims((prediction - target(diffusion, process, x_0, t, noise)) ** 2)
+    mse = mean_of_dims((prediction - target(diffusion, process, x_0, t, noise)) ** 2)
     terms = {"loss": min_snr_weight(diffusion, process, t) * mse, "mse": mse}
     if diffusion.loss == "hybrid":
         frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), fraction], axis=-1)
@@ -199,75 +193,5 @@ def vlb_bits_per_dim(
     _, terms = jax.lax.scan(term, None, jnp.arange(process.steps))
     log_variance = 2 * np.log(process.sqrt_one_minus_alpha_bar[-1])
     prior = normal_kl(process.sqrt_alpha_bar[-1] * x_0, log_variance, 0.0, 0.0)
-    prior = _mean_of_dims(prior) / math.log(2)
+    prior = mean_of_dims(prior) / math.log(2)
     return {"total": prior + terms.sum(axis=0), "prior": prior, "terms": terms.T}
-
-
-# ------------------------------------------------- the residual behind the analytic variance
-
-
-class Residuals(NamedTuple):
-    """Sums that `analytic_statistic` divides.
-
-    `squared_error` and `count` are `[steps]`; `power`, the sum of the mean squares of the data, is
-    a scalar.
-    """
-
-    squared_error: jax.Array
-    count: jax.Array
-    power: jax.Array
-
-
-def analytic_init(diffusion: Diffusion) -> Residuals:
-    """No observations yet."""
-    zeros = jnp.zeros(diffusion.steps)
-    return Residuals(zeros, zeros, jnp.zeros(()))
-
-
-def analytic_update(
-    residuals: Residuals,
-    diffusion: Diffusion,
-    denoise: Denoise,
-    x_0: jax.Array,
-    t: jax.Array,
-    noise: jax.Array,
-) -> Residuals:
-    """Add a batch: x_0 `[b, ...]`, timesteps int32 `[b]`, standard normal noise `[b, ...]`."""
-    process = diffusion.process()
-    x_0 = x_0.astype(jnp.float32)
-    x_t = q_sample(process, x_0, t, noise.astype(jnp.float32))
-    prediction, _ = split_variance(diffusion, denoise(x_t, t), x_t)
-    error = (x_0 - predict_x_0(diffusion, process, prediction, x_t, t)) ** 2
-    return Residuals(
-        residuals.squared_error.at[t].add(_mean_of_dims(error)),
-        residuals.count.at[t].add(1.0),
-        residuals.power + jnp.sum(_mean_of_dims(x_0**2)),
-    )
-
-
-def analytic_statistic(residuals: Residuals) -> np.ndarray:
-    """E ||x_0 - x_0(x_t)||^2 / d at every timestep, float32 `[steps]`, for `samplers.sample`.
-
-    It estimates the mean variance of q(x_0 | x_t). For an optimal network that is
-    (1 - Gamma_t) (1 - alpha_bar) / alpha_bar, with Analytic-DPM's Gamma_t = E ||eps(x_t)||^2 / d
-    (arXiv 2201.06503), but the residual is the better thing to measure: where alpha_bar is small,
-    Gamma is so near 1 that its sampling error, divided by alpha_bar, would swamp the answer; and
-    the residual stays right for a network that is not optimal (arXiv 2206.07309).
-
-    The variance of q(x_0 | x_t) is at most that of the data, which bounds the estimate; timesteps
-    that no batch visited are interpolated, in logarithm, between those that were.
-
-    Raises:
-        UserError: there are no observations.
-    """
-    squared_error, count, power = (np.asarray(x, np.float64) for x in residuals)
-    seen = np.flatnonzero(count)
-    if not len(seen):
-        raise UserError("analytic statistic: no observations; call analytic_update first")
-    mean = np.minimum(squared_error[seen] / count[seen], power / count.sum())
-    log_mean = np.log(np.maximum(mean, 1e-12))
-    return np.exp(np.interp(np.arange(len(count)), seen, log_mean)).astype(np.float32)
-
-
-def _mean_of_dims(x: jax.Array) -> jax.Array:
-    return x.reshape(len(x), -1).mean(axis=1)

@@ -1,10 +1,17 @@
 """Loops that a host can watch.
 
 A sampler is one loop. Run whole, it is one compiled program that nobody sees into. Watched, it is
-two: one that gets to the loop, and one that does any number of its steps, called again and again.
-Between the calls the host reports how far it got, and may stop. Nothing in any program calls the
-host, so all are kept in JAX's compilation cache, and none is compiled again for another length of
-stretches.
+two: one that computes what the loop starts from and reads, and one that does any number of its
+steps, called again and again. Between the calls the host reports how far it got, and may stop.
+Nothing in any program calls the host, so all are kept in JAX's compilation cache, and none is
+compiled again for stretches of another length.
+
+Both programs are the sampler itself, traced with another `Loop`. What comes before the loop and is
+worth computing once, such as the encoding of a condition, it says by `loop.once`:
+
+    def walk(params, cond, x_T, *, loop=whole):
+        encoded = loop.once(encode, params, cond)
+        return loop(lambda n, x: x - denoise(params, x, n, encoded), x_T, 10)
 """
 
 from __future__ import annotations
@@ -17,13 +24,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 Step = Callable[[jax.Array, Any], Any]
 """`step(n, carry) -> carry`, n an int32 scalar that counts from 0."""
-
-Loop = Callable[[Step, Any, int], Any]
-"""`loop(step, carry, steps) -> carry` after all steps."""
 
 Progress = Callable[[int, int], None]
 """`progress(done, steps)`, called on the host in order, at last with done = steps."""
@@ -31,44 +34,50 @@ Progress = Callable[[int, int], None]
 SECONDS = 0.25  # about what a stretch takes, unless one step takes longer
 
 
-def whole(step: Step, carry: Any, steps: int) -> Any:
-    """The `Loop` that does every step at once."""
-    return jax.lax.fori_loop(0, steps, step, carry)
+class Loop:
+    """The loop of a sampler: this one does every step at once."""
+
+    def __call__(self, step: Step, carry: Any, steps: int) -> Any:
+        """The carry after all steps."""
+        return jax.lax.fori_loop(0, steps, step, carry)
+
+    def once(self, compute: Callable[..., Any], *args: Any) -> Any:
+        """`compute(*args)`, a pytree of arrays that steps read; however watched, computed once."""
+        return compute(*args)
 
 
-class _Reached(Exception):
-    """The function got to its loop, which starts from `carry` and reads `beside`."""
-
-    def __init__(self, carry: Any, beside: list[jax.Array], steps: int) -> None:
-        super().__init__()
-        self.carry, self.beside, self.steps = carry, beside, steps
+whole = Loop()
 
 
-class _Traced:
-    """A step as a program of its own: of n, the carry and the arrays it reads from outside."""
+class _Begin(Loop):
+    """Does no step, and keeps where the loop starts and what is computed once."""
 
-    def __init__(self, step: Step, carry: Any, given: Any) -> None:
-        self._structure = jax.tree.structure(carry)
-        self._closed = jax.make_jaxpr(step)(jnp.int32(0), carry)
-        known = {id(leaf) for leaf in jax.tree.leaves(given)}
-        self._computed = [
-            isinstance(x, jax.core.Tracer) and id(x) not in known for x in self._closed.consts
-        ]
+    def __init__(self) -> None:
+        self.computed: list[Any] = []
+        self.carry, self.steps = None, None
 
-    @property
-    def beside(self) -> list[jax.Array]:
-        """The arrays that were computed before the loop: neither given nor known beforehand."""
-        return [x for x, mine in zip(self._closed.consts, self._computed, strict=True) if mine]
+    def __call__(self, step: Step, carry: Any, steps: int) -> Any:
+        # A weak type would be strong after the first stretch, and another program.
+        self.carry, self.steps = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), carry), steps
+        return carry
 
-    def reading(self, beside: list[jax.Array]) -> Step:
-        """The step with these arrays in place of `self.beside`."""
-        new = iter(beside)
-        consts = [
-            next(new) if mine else x
-            for x, mine in zip(self._closed.consts, self._computed, strict=True)
-        ]
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(self._closed.jaxpr, consts))
-        return lambda n, carry: jax.tree.unflatten(self._structure, run(n, *jax.tree.leaves(carry)))
+    def once(self, compute: Callable[..., Any], *args: Any) -> Any:
+        self.computed.append(compute(*args))
+        return self.computed[-1]
+
+
+class _Stretch(Loop):
+    """Does the steps first to last - 1 from a carry, and reads what was computed once."""
+
+    def __init__(self, computed: list[Any], carry: Any, first: jax.Array, last: jax.Array) -> None:
+        self._computed, self.carry, self._ends = iter(computed), carry, (first, last)
+
+    def __call__(self, step: Step, carry: Any, steps: int) -> Any:
+        self.carry = jax.lax.fori_loop(*self._ends, step, self.carry)
+        return self.carry
+
+    def once(self, compute: Callable[..., Any], *args: Any) -> Any:
+        return next(self._computed)
 
 
 class Watchable:
@@ -82,8 +91,9 @@ class Watchable:
         """`function` takes its `Loop` as the keyword `loop` and calls it once.
 
         Args:
-            function: as `jax.jit` takes it. What comes after its loop is computed again in every
-                stretch, so it should be little beside the loop.
+            function: as `jax.jit` takes it. What comes before its loop is computed again in every
+                stretch where steps read it and `loop.once` does not hold it, and so is what comes
+                after; both should be little.
             static: the names of its static arguments.
         """
         self._function, self._signature = function, inspect.signature(function)
@@ -91,7 +101,7 @@ class Watchable:
         self._others = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
         compiled = functools.partial(jax.jit, static_argnames=tuple(static))
         self._whole = compiled(functools.partial(function, loop=whole))
-        self._start, self._stretch = compiled(self._to_the_loop), compiled(self._some_steps)
+        self._begin, self._stretch = compiled(self._to_the_loop), compiled(self._some_steps)
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Any:
@@ -100,14 +110,13 @@ class Watchable:
         given |= given.pop(self._others, {})
         if progress is None:
             return self._whole(**given)
-        carry, beside, steps = self._start(**given)
+        computed, carry, steps = self._begin(**given)
         done, stretch, steps = 0, 1, int(steps)
         while done < steps:
             last = min(done + stretch, steps)
             began = time.monotonic()
-            ends = {"first": jnp.int32(done), "last": jnp.int32(last)}
             result, carry = jax.block_until_ready(
-                self._stretch(**given, carry=carry, beside=beside, **ends)
+                self._stretch(computed, carry, jnp.int32(done), jnp.int32(last), **given)
             )
             each = (time.monotonic() - began) / (last - done)
             # The first stretch compiles; later ones are as long as the one before tells.
@@ -117,35 +126,19 @@ class Watchable:
 
     def programs(self) -> int:
         """How many programs have been compiled."""
-        return sum(f._cache_size() for f in (self._whole, self._start, self._stretch))
+        return sum(f._cache_size() for f in (self._whole, self._begin, self._stretch))
 
-    def _to_the_loop(self, **given: Any) -> tuple[Any, list[jax.Array], jax.Array]:
-        """What the loop starts from, what it reads besides, and how many steps it has."""
-
-        def reach(step: Step, carry: Any, steps: int) -> Any:
-            # A weak type would be strong after the first stretch, and another program.
-            carry = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), carry)
-            raise _Reached(carry, _Traced(step, carry, given).beside, steps)
-
-        try:
-            self._function(**given, loop=reach)
-        except _Reached as reached:
-            return reached.carry, reached.beside, jnp.int32(reached.steps)
-        raise TypeError(f"{self._function.__qualname__} never called its loop")
+    def _to_the_loop(self, **given: Any) -> tuple[list[Any], Any, jax.Array]:
+        """What is computed once, what the loop starts from, and how many steps it has."""
+        loop = _Begin()
+        self._function(**given, loop=loop)
+        if loop.steps is None:
+            raise TypeError(f"{self._function.__qualname__} never called its loop")
+        return loop.computed, loop.carry, jnp.int32(loop.steps)
 
     def _some_steps(
-        self, carry: Any, beside: Any, first: jax.Array, last: jax.Array, **given: Any
+        self, computed: list[Any], carry: Any, first: jax.Array, last: jax.Array, /, **given: Any
     ) -> Any:
-        """The function with only steps first to last - 1 of its loop: its result, the carry.
-
-        What it computes before the loop, no step reads: the compiler leaves it out.
-        """
-        reached = carry
-
-        def some(step: Step, carry: Any, steps: int) -> Any:
-            nonlocal reached
-            step = _Traced(step, reached, given).reading(beside)
-            reached = jax.lax.fori_loop(first, last, step, reached)
-            return reached
-
-        return self._function(**given, loop=some), reached
+        """The function with only some steps of its loop: its result, and the carry."""
+        loop = _Stretch(computed, carry, first, last)
+        return self._function(**given, loop=loop), loop.carry

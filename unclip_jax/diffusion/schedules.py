@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import wrong
 
 SCHEDULES = ("cosine", "linear")
 
@@ -72,25 +72,22 @@ def spaced_timesteps(steps: int, spacing: str) -> np.ndarray:
     if stride := re.fullmatch(r"ddim([0-9]+)", spacing):
         return _strided_timesteps(steps, int(stride[1]))
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*", spacing):
-        raise UserError(
-            f'spacing={spacing!r}: expected "" (every step), "250", "25,25,25" or "ddim25"'
-        )
+        raise wrong("spacing", spacing, '"" (every step), "250", "25,25,25" or "ddim25"')
     counts = [int(count) for count in spacing.split(",")]
     sections = np.array_split(np.arange(steps, dtype=np.int32), len(counts))
     for count, section in zip(counts, sections, strict=True):
         if not 1 <= count <= len(section):
-            raise UserError(
-                f"spacing={spacing!r}: a section of {len(section)} of the {steps} timesteps cannot "
-                f"keep {count}; expected 1 to {len(section)}"
-            )
-    return np.concatenate(
-        [
-            section[np.round(np.arange(n) * ((len(section) - 1) / (n - 1))).astype(np.int32)]
-            if n > 1
-            else section[-1:]
-            for n, section in zip(counts, sections, strict=True)
-        ]
-    )
+            most = len(section)
+            expected = f"1 to {most} of each section's {most} timesteps ({steps} in all)"
+            raise wrong("spacing", spacing, expected)
+    return np.concatenate([_even(*pair) for pair in zip(sections, counts, strict=True)])
+
+
+def _even(section: np.ndarray, count: int) -> np.ndarray:
+    """So many timesteps of a section, evenly."""
+    if count == 1:
+        return section[-1:]
+    return section[np.round(np.arange(count) * ((len(section) - 1) / (count - 1))).astype(np.int32)]
 
 
 def _strided_timesteps(steps: int, count: int) -> np.ndarray:
@@ -98,9 +95,11 @@ def _strided_timesteps(steps: int, count: int) -> np.ndarray:
     for stride in range(1, steps):
         if count > 1 and len(range(0, steps, stride)) == count:
             return np.arange(0, steps, stride, dtype=np.int32)
-    raise UserError(
-        f"spacing='ddim{count}': no integer stride over {steps} timesteps keeps exactly {count} "
-        f'(and at least 2); choose a divisor of {steps}, or spacing="{max(count, 1)}"'
+    raise wrong(
+        "spacing",
+        f"ddim{count}",
+        f"a number, 2 or more, that an integer stride over {steps} timesteps keeps exactly",
+        f'choose a divisor of {steps}, or spacing="{max(count, 1)}"',
     )
 
 

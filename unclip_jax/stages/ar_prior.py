@@ -244,7 +244,7 @@ class ARPriorStage:
             guidance_scale: classifier-free guidance; 1 is the conditional model. Scalar or [b],
                 may be traced.
             null: what guidance leads away from; by default the condition without its caption.
-            loop: what draws one code after the other, see `loops`.
+            loop: what draws one code after the other, see `diffusion.progress`.
 
         Returns:
             z_i [b, e] in CLIP's coordinates.

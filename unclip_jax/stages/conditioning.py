@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion import samplers
+from unclip_jax.common import checks
+from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.errors import UserError
 
@@ -86,7 +87,7 @@ def random_timesteps(key: jax.Array, batch: int, diffusion: Diffusion) -> jax.Ar
 
 def initial_noise(
     keys: jax.Array, shape: tuple[int, ...], noise: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Each example's x_T [b, *shape], and what is left for the sampler's steps.
 
     Args:
@@ -95,20 +96,17 @@ def initial_noise(
         noise: float [b, steps, *shape] to use instead: x_T, then what each step but the last adds.
 
     Returns:
-        x_T, and keys [b] or noise [b, steps - 1, *shape], either of which `samplers.sample` takes.
+        x_T, and the `keys` [b] and `noise` [b, steps - 1, *shape] that `samplers.sample` takes, one
+        of which is None.
 
     Raises:
         UserError: noise of another shape.
     """
     if noise is not None:
-        if noise.ndim != 2 + len(shape) or noise.shape[2:] != shape or noise.shape[0] != len(keys):
-            raise UserError(
-                f"noise: got shape {noise.shape}, expected"
-                f" ({len(keys)}, steps, {', '.join(map(str, shape))})"
-            )
-        return noise[:, 0], noise[:, 1:]
+        checks.shape("noise", noise, (len(keys), None, *shape))
+        return noise[:, 0], None, noise[:, 1:]
     pairs = jax.vmap(jax.random.split)(keys)
-    return samplers.normal(pairs[:, 0], shape), pairs[:, 1]
+    return gaussian.normal(pairs[:, 0], shape), pairs[:, 1], None
 
 
 def example_keys(key: jax.Array, num: int) -> jax.Array:

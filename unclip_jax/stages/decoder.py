@@ -291,15 +291,16 @@ class DecoderStage:
             null,
             guidance_scale,
             learned_variance=self.diffusion.learned_variance,
-            encode=lambda condition: self.encode(params, condition),
+            encode=lambda condition: loop.once(self.encode, params, condition),
         )
-        x_T, keys = initial_noise(keys, (size, size, 3), noise)
+        x_T, step_keys, step_noise = initial_noise(keys, (size, size, 3), noise)
         return samplers.sample(
             denoise if guide is None else guide(denoise),
             x_T,
-            keys,
+            step_keys,
             self.diffusion,
             self.sampling,
+            noise=step_noise,
             eta=eta,
             analytic=params.get("analytic"),
             loop=loop,

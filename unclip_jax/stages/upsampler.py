@@ -270,21 +270,23 @@ class UpsamplerStage:
                 " noise-conditioning augmentation; leave it out"
             )
         size, low = self.image_size, jnp.clip(low, -1.0, 1.0)
-        x_T, rest = initial_noise(keys, (size, size, 3), noise)
+        x_T, step_keys, step_noise = initial_noise(keys, (size, size, 3), noise)
         level = None
         if self.noise_max:
-            low_noise, drawn = initial_noise(keys if noise is not None else rest, low.shape[1:])
-            rest = rest if noise is not None else drawn
+            left = keys if step_keys is None else step_keys
+            low_noise, rest, _ = initial_noise(left, low.shape[1:])
+            step_keys = None if step_keys is None else rest
             fraction = self.noise_level if noise_level is None else noise_level
             level = jnp.full(low.shape[:1], self._timestep(fraction))
             low = self._noised(low, level, low_noise)
-        low = resize(low, size)
+        low = loop.once(resize, low, size)
         return samplers.sample(
             self._denoiser(params, low, level),
             x_T,
-            rest,
+            step_keys,
             self.diffusion,
             self.sampling,
+            noise=step_noise,
             eta=eta,
             loop=loop,
         )

@@ -30,13 +30,7 @@ from tqdm import tqdm
 from unclip_jax import stages
 from unclip_jax.common.params import TRAINED
 from unclip_jax.data.text_states import stream
-from unclip_jax.diffusion.losses import (
-    Residuals,
-    analytic_init,
-    analytic_statistic,
-    analytic_update,
-)
-from unclip_jax.diffusion.samplers import METHODS
+from unclip_jax.diffusion import METHODS, analytic
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.training import prepare as runs
 from unclip_jax.training.inputs import reads_clip
@@ -70,16 +64,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _update(
     stage: stages.PriorStage | stages.DecoderStage,
     params: Params,
-    residuals: Residuals,
+    residuals: analytic.Residuals,
     batch: dict[str, jax.Array],
     t: jax.Array,
     key: jax.Array,
-) -> Residuals:
+) -> analytic.Residuals:
     """Add a batch at timesteps t [b]."""
     x_0, cond = stage.data(params, batch)
     noise = jax.random.normal(key, x_0.shape)
     denoise = stage.denoiser(params, cond)
-    return analytic_update(residuals, stage.diffusion, denoise, x_0, t, noise)
+    return analytic.update(residuals, stage.diffusion, denoise, x_0, t, noise)
 
 
 def measure(run: runs.Run, params: Params, *, num: int, batch_size: int, seed: int) -> np.ndarray:
@@ -103,11 +97,11 @@ def measure(run: runs.Run, params: Params, *, num: int, batch_size: int, seed: i
             raise UserError(f"--{name}: got {value}, expected at least 1")
     stage, steps = run.stage, run.stage.diffusion.steps
     pairs = stream(run.source, run.data, run.encoder, seed=seed, batch_size=batch_size)
-    key, residuals = jax.random.key(seed), analytic_init(stage.diffusion)
+    key, residuals = jax.random.key(seed), analytic.init(stage.diffusion)
     for i in tqdm(range(math.ceil(num * steps / batch_size)), desc="Measuring", disable=None):
         t = (i * batch_size + jnp.arange(batch_size)) % steps
         residuals = _update(stage, params, residuals, next(pairs), t, jax.random.fold_in(key, i))
-    statistic = analytic_statistic(residuals)
+    statistic = analytic.statistic(residuals)
     if not np.isfinite(statistic).all():
         raise UserError(
             "analytic statistic: not finite, so the network's output is not; train the stage again"
@@ -172,7 +166,7 @@ def save(folder: Path, statistic: np.ndarray, method: str, about: dict[str, Any]
     Args:
         folder: a model folder; its weights keep the dtype they are stored in.
         statistic: float32 [steps].
-        method: one of `samplers.METHODS`.
+        method: one of `diffusion.METHODS`.
         about: what the description says of the statistic.
     """
     params, description = model_folder.load_stage(folder)

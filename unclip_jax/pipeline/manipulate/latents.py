@@ -258,7 +258,7 @@ def _decoder_keys(keys: jax.Array) -> jax.Array:
 @functools.partial(Watchable, static=("stage", "sampling", "mesh"))
 def _invert(stage, params, x_0, cond, sampling, mesh, *, loop):
     """One compiled program per decoder, batch size, number of steps and mesh."""
-    encoded = stage.encode(params, cond)
+    encoded = loop.once(stage.encode, params, cond)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
         return stage.denoise(params, x_t, t, encoded).astype(jnp.float32)
@@ -279,13 +279,15 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *
         stage.null(params, cond),
         1 if scale is None else scale,
         learned_variance=stage.diffusion.learned_variance,
-        encode=lambda condition: stage.encode(params, condition),
+        encode=lambda condition: loop.once(stage.encode, params, condition),
     )
     if known is not None:
         denoise = knowing(denoise, *known, stage.diffusion)
-    _, keys = initial_noise(_decoder_keys(keys), x_T.shape[1:])
+    _, step_keys, _ = initial_noise(_decoder_keys(keys), x_T.shape[1:])
     with axes.on(mesh):
-        return samplers.sample(denoise, x_T, keys, stage.diffusion, sampling, eta=eta, loop=loop)
+        return samplers.sample(
+            denoise, x_T, step_keys, stage.diffusion, sampling, eta=eta, loop=loop
+        )
 
 
 def knowing(
