@@ -10,8 +10,7 @@ output. 2.0 GFLOP for each picture trained on (XLA's count), the optimizer's asi
 """
 
 from unclip_jax.configs.box import base
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.text_encoder import TextConfig
 from unclip_jax.models.unet import UNetConfig

@@ -6,7 +6,7 @@
 """
 
 from unclip_jax.configs.box import base
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Sampling
 from unclip_jax.models.prior import PriorConfig
 from unclip_jax.stages import PriorStage
 from unclip_jax.training.config import TrainConfig

@@ -7,8 +7,7 @@ python train.py --config=configs/box/upsampler.py --workdir=runs/box/upsampler
 import dataclasses
 
 from unclip_jax.configs.box import base
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages import UpsamplerStage
 from unclip_jax.training.config import TrainConfig

@@ -13,8 +13,7 @@ variance: configs/paper/decoder.py.
 from unclip_jax.configs import base
 from unclip_jax.configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.text_encoder import TextConfig
 from unclip_jax.models.unet import UNetConfig

@@ -15,8 +15,7 @@ caption as well.
 
 from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages import DecoderStage

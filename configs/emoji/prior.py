@@ -9,7 +9,7 @@ Over a minute on two CPU cores. What it reaches: docs/training.md.
 from unclip_jax.configs import base
 from unclip_jax.configs.emoji.clip import CONTEXT_LENGTH, EMBED_DIM, VOCAB_SIZE
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Sampling
 from unclip_jax.models.prior import PriorConfig
 from unclip_jax.stages import PriorStage
 from unclip_jax.training.config import TrainConfig

@@ -7,8 +7,7 @@ About one minute on two CPU cores. What it reaches: docs/training.md.
 
 from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.stages import UpsamplerStage
 from unclip_jax.training.config import TrainConfig

@@ -7,8 +7,7 @@
 import dataclasses
 
 from unclip_jax.configs.paper import base
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models import presets
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.text_encoder import TextConfig

@@ -12,8 +12,7 @@ trained prior, and stays in its folder:
 import dataclasses
 
 from unclip_jax.configs.paper import base
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models import presets
 from unclip_jax.stages import PriorStage
 

@@ -10,8 +10,7 @@ does not say how strongly: here, the milder ranges of Rombach et al. (stages.deg
 import dataclasses
 
 from unclip_jax.configs.paper import base
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models import presets
 from unclip_jax.stages import UpsamplerStage
 

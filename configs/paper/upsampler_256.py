@@ -9,8 +9,7 @@ Trained on 64 px crops; the low-resolution image is blurred by a random Gaussian
 import dataclasses
 
 from unclip_jax.configs.paper import base
-from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.diffusion import Diffusion, Sampling
 from unclip_jax.models import presets
 from unclip_jax.stages import UpsamplerStage
 
