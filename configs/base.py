@@ -3,7 +3,7 @@
 config.stage          the network, its diffusion and its sampling (unclip_jax.stages)
 config.data           the data set (unclip_jax.data.datasets.DataConfig); image size,
                       vocabulary and whether it has labels follow from the stage
-config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.loop.TrainConfig)
+config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.TrainConfig)
 config.heldout_split  the data set's split that figures are measured on
 config.clip           folder of the trained CLIP that the prior and the decoder stand on
 config.embeddings     folder or URL of the training set's CLIP embeddings, as

@@ -160,8 +160,8 @@ def test_a_checkpoint_without_constants_is_read(tmp_path, monkeypatch):
     kernel = {"network": {"kernel": jax.numpy.ones((5, 3))}}
     monkeypatch.setattr(toy_run, "init_params", lambda: kernel)
     final = run(tmp_path, loss=bare, steps=3, schedule="constant")
-    with save.open_checkpoints(tmp_path) as manager:
-        assert_same(save.read_averaged(manager, 3), final.averaged)
+    with checkpoints.Saved(tmp_path) as saved:
+        assert_same(saved.averaged(3), final.averaged)
 
 
 def bare(params, batch, key):
@@ -227,8 +227,8 @@ def test_a_nan_in_a_batch_stops_the_run_before_it_is_saved(tmp_path, bad):
         with pytest.raises(UserError, match=r"step 18: .*last good checkpoint is step 10"):
             run(tmp_path, Batches(poison=17, bad=bad))
     assert not checkpoints.damage(tmp_path / "checkpoints" / "10")
-    with save.open_checkpoints(tmp_path) as manager:
-        state = save.read_averaged(manager, 10)
+    with checkpoints.Saved(tmp_path) as saved:
+        state = saved.averaged(10)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
@@ -264,7 +264,7 @@ def test_a_clock_that_jumps_leaves_the_live_line_alive(monkeypatch, jump):
     moment = [1e9]
     monkeypatch.setattr("tqdm.std.time", lambda: moment[0])
     stream = Terminal()
-    progress = writers.Progress(steps=40, start=0, batch_size=1, stream=stream)
+    progress = writers.Progress(steps=40, start=0, stream=stream)
     for step in range(1, 41):
         moment[0] += jump if step == 20 else 1.0
         progress.update()

@@ -15,7 +15,7 @@ from PIL import Image
 from tests import toy_run
 from tests.toy_run import assert_same, environment, run
 from unclip_jax.errors import UserError
-from unclip_jax.training import checkpoints, checksums, lock, save, writers
+from unclip_jax.training import checkpoints, checksums, lock, writers
 
 
 @pytest.fixture(autouse=True)
@@ -213,9 +213,9 @@ def none_is_lost(workdir, before):
 
 def kept(workdir):
     """The whole state after the last step, and the position in the data."""
-    with save.open_checkpoints(workdir) as manager:
-        state = save.read_state(manager, STEPS, lambda tree: tree)
-        return state, save.read(manager, STEPS, "data")
+    with checkpoints.Saved(workdir) as saved:
+        state = saved.state(STEPS, lambda tree: tree)
+        return state, saved.item(STEPS, "data")
 
 
 def names(workdir):

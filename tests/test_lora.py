@@ -14,7 +14,7 @@ from tests import tiny, toy_run
 from unclip_jax.common.params import flatten, unflatten
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
-from unclip_jax.training import loop, lora, writers
+from unclip_jax.training import init_state, loop, lora, make_optimizer, make_train_step, writers
 from unclip_jax.training.lora import Lora
 
 CONFIG = Lora(rank=3, alpha=6.0, dtype="float32")
@@ -238,13 +238,13 @@ def no_curves(monkeypatch):
 
 def test_a_step_moves_the_adapters_alone():
     config = loop.TrainConfig(batch_size=16, learning_rate=0.1, weight_decay=0.5, grad_accum=2)
-    optimizer = loop.make_optimizer(config)
-    state = loop.init_state(first_params(), optimizer)
+    optimizer = make_optimizer(config)
+    state = init_state(first_params(), optimizer)
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     adapters = sum(x.size for x in jax.tree.leaves(state.params["network"]))
     assert moments == 2 * adapters
     assert set(state.ema_params) == {"network"}
-    step = loop.make_train_step(adapted_loss, optimizer, config, sharding.make_mesh())
+    step = make_train_step(adapted_loss, optimizer, config, sharding.make_mesh())
     batches, before = toy_run.Batches(), first_params()
     for _ in range(3):
         state, metrics = step(state, next(batches))

@@ -13,7 +13,7 @@ from tests import tiny, toy_run
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError
-from unclip_jax.training import loop, save, writers
+from unclip_jax.training import checkpoints, loop, save, writers
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights import trained as parts
 
@@ -51,9 +51,9 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, settings, best):
     """It is saved at the evaluation that finds it, between the regular ones."""
     run_with_figures(tmp_path, **settings)
     assert steps_in(tmp_path) == {best, 20}
-    with save.open_checkpoints(tmp_path) as manager:
-        assert save.choose(manager, "best") == best
-        assert save.choose(manager, "latest") == 20
+    with checkpoints.Saved(tmp_path) as saved:
+        assert save.choose(saved, "best") == best
+        assert save.choose(saved, "latest") == 20
 
 
 def test_a_run_that_goes_on_still_knows_its_best(tmp_path):
@@ -149,7 +149,7 @@ def test_a_saved_checkpoint_is_what_training_exports(prior_run, tmp_path, capsys
     [
         (["--step", "4"], r"--step: got '4', expected latest, best or one of 3, 6"),
         (["--step", "best"], r"--step: got best, but this run compared no checkpoints"),
-        (["--init", "x"], r"--init: got 'x', but this run started from no folder"),
+        (["--init", "x"], r"--init: got 'x', expected none: this run started from no folder"),
     ],
 )
 def test_what_cannot_be_saved_is_named(prior_run, tmp_path, arguments, message):

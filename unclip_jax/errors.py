@@ -30,7 +30,7 @@ def wrong(field: str, got: object, expected: str, do: str = "") -> UserError:
     return UserError(f"{field}: got {got!r}, expected {expected}" + (f"; {do}" if do else ""))
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
+def one_line(error: BaseException, most: int | None = 200) -> str:
     """What an error says, on one line of at most `most` characters; its type if it says nothing."""
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
@@ -44,7 +44,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"error: {one_line(error, 10_000)}", file=sys.stderr)
+        print(f"error: {one_line(error, None)}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # whoever read stdout has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

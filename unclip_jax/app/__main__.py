@@ -50,12 +50,12 @@ def main(argv: list[str]) -> None:
 
     from unclip_jax.app.serve import serving
     from unclip_jax.app.tasks import Served
+    from unclip_jax.common import checks
     from unclip_jax.parallel import compile_cache
     from unclip_jax.parallel.cpu import devices as cpu_devices
     from unclip_jax.pipeline.tasks.inputs import load
-    from unclip_jax.pipeline.unclip import check_count
 
-    check_count("--batch_size", args.batch_size)
+    checks.count("--batch_size", args.batch_size)
     cpu_devices.use()
     compile_cache.use()
     served = Served(load(args), args.model, args.dtype, args.t5, args.batch_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -29,17 +30,39 @@ def count(field: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def number(field: str, value: Any, least: float | None = None, most: float | None = None) -> float:
-    """The value, if it is a finite number of any type between `least` and `most`, both allowed.
+def number(
+    field: str,
+    value: Any,
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    """The value, if it is a finite number of any type within the limits.
+
+    Args:
+        field: what the user knows the value by.
+        value: any.
+        least: the smallest that is allowed.
+        most: the largest.
+        above: allowed is what is larger than this.
+        below: allowed is what is smaller.
 
     Raises:
         UserError: it is not; a bool is no number here.
     """
+    limits = (
+        (least, operator.ge, "{} or more"),
+        (above, operator.gt, "above {}"),
+        (most, operator.le, "{} or less"),
+        (below, operator.lt, "below {}"),
+    )
+    given = [(limit, keeps, words) for limit, keeps, words in limits if limit is not None]
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or (least is not None and value < least) or (most is not None and value > most):
-        low = "" if least is None else f", {least} or more"
-        high = "" if most is None else f", {most} or less"
-        raise wrong(field, value, f"a finite number{low}{high}")
+    if not ok or not all(keeps(value, limit) for limit, keeps, _ in given):
+        words = "".join(", " + words.format(limit) for limit, _, words in given)
+        raise wrong(field, value, f"a finite number{words}")
     return float(value)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.data import datasets
 from unclip_jax.errors import UserError
 from unclip_jax.evaluate.features import FeatureNetwork, load, of_clip
@@ -22,7 +23,7 @@ from unclip_jax.metrics.precision_recall import NEIGHBOURS, precision_recall
 from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.retrieval import image_text_retrieval
 from unclip_jax.parallel import sharding
-from unclip_jax.pipeline.unclip import UnCLIP, check_count
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights.trained import Part, clip_fingerprint
 
 SHOWN = 16  # pictures in the grid of generated beside real
@@ -67,7 +68,7 @@ class Settings:
                 f"--num: got {self.num}, expected at least {NEIGHBOURS + 1}: precision and recall"
                 f" look at {NEIGHBOURS} neighbours of each picture"
             )
-        check_count("--batch_size", self.batch_size)
+        checks.count("--batch_size", self.batch_size)
         if self.class_pictures < 0:
             raise UserError(
                 f"--class_pictures: got {self.class_pictures}, expected a number of pictures, or 0"

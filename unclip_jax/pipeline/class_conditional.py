@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import stages
+from unclip_jax.common import checks
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError, run_command
-from unclip_jax.pipeline.unclip import DECODER, UnCLIP, check_count
+from unclip_jax.pipeline.unclip import DECODER, UnCLIP
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
 from unclip_jax.weights import classes
@@ -98,7 +99,7 @@ def generate(
     known = check(decoder, classifier)
     if not labels:
         raise UserError(f"label: none given; expected one of: {', '.join(known)}")
-    numbers = np.repeat([classes.number(name, known) for name in labels], check_count("num", num))
+    numbers = np.repeat([classes.number(name, known) for name in labels], checks.count("num", num))
     cascade = UnCLIP(clip=None, prior=None, decoder=decoder, upsamplers=tuple(upsamplers))
     cascade.check()
     scale = decoder.stage.guidance_scale if guidance_scale is None else guidance_scale
@@ -110,7 +111,7 @@ def generate(
 
     keys = jnp.tile(example_keys(key, num), len(labels))
     total, batches = len(numbers), []
-    batch_size = min(check_count("batch_size", batch_size), total)
+    batch_size = min(checks.count("batch_size", batch_size), total)
     for start in range(0, total, batch_size):
         # The last batch is filled up with its first row: no second program for its size.
         rows = np.arange(start, start + batch_size)

@@ -21,10 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unclip_jax import stages
+from unclip_jax.common import checks
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.diffusion import progress as loops
 from unclip_jax.diffusion.progress import Watchable
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes, sharding
 from unclip_jax.stages import pixels
 from unclip_jax.stages.clip import encode_image, encode_text
@@ -107,8 +108,8 @@ class UnCLIP:
             UserError: no stage or not every stage is there, a file is damaged, the stages do not
                 belong together, or the weights do not split over the mesh.
         """
-        if dtype not in ("", "float32", "bfloat16"):
-            raise UserError(f"dtype: got {dtype!r}, expected float32 or bfloat16")
+        if dtype:
+            checks.choice("dtype", dtype, ("float32", "bfloat16"))
         folder = box.folder() if model is None else hub.local_folder(model)
         is_karlo = karlo.is_karlo(folder)
         parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
@@ -205,7 +206,7 @@ class UnCLIP:
 
     def embed_text(self, prompts: Sequence[str]) -> jax.Array:
         """z_t [b, e] of b captions."""
-        clip = self._need("clip", "embed captions")
+        clip = self.need("clip", "embed captions")
         return encode_text(clip.stage, clip.params, self.tokens(clip, prompts))
 
     def embed_image(self, images: np.ndarray) -> jax.Array:
@@ -216,13 +217,13 @@ class UnCLIP:
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise UserError(
-                f"images: got {images.dtype} of shape {images.shape}, expected uint8 [b, h, w, 3]"
-            )
-        clip = self._need("clip", "embed pictures")
+            given = f"{images.dtype} of shape {images.shape}"
+            raise wrong("images", given, "uint8 [b, h, w, 3]")
+        clip = self.need("clip", "embed pictures")
         return encode_image(clip.stage, clip.params, jnp.asarray(images))
 
-    def _need(self, name: str, purpose: str) -> Part:
+    def need(self, name: str, purpose: str) -> Part:
+        """The part of that name; UserError, which says what it is needed for, if there is none."""
         part = getattr(self, name)
         if part is None:
             raise UserError(
@@ -236,7 +237,7 @@ class UnCLIP:
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """What `part` reads of captions: tokens or states, their mask, and CLIP's z_t or None."""
         if part.stage.reads_states and self.t5 is None:
-            clip = self._need("clip", "encode captions")
+            clip = self.need("clip", "encode captions")
             z_t, found = ClipText.of(clip).encode(self.tokens(clip, prompts))
             return found["text_states"], found["text_mask"], z_t
         z_t = self.embed_text(prompts) if reads_z_t else None
@@ -256,7 +257,7 @@ class UnCLIP:
         progress: Progress | None = None,
     ) -> jax.Array:
         """z_i [b, e] drawn from p(z_i | y) for b prompts, one typed key each."""
-        part = self._need("prior", "turn captions into pictures")
+        part = self.need("prior", "turn captions into pictures")
         text, mask, z_t = self._read(part, prompts, reads_z_t=True)
         cond = part.stage.condition(text, z_t, mask)
         return self._run(part, "prior", keys, PRIOR, cond, guidance_scale, noise, progress)
@@ -313,9 +314,7 @@ class UnCLIP:
             settings["guidance_scale"] = jnp.float32(scale)
         if noise is not None:
             if not hasattr(part.stage, "sampling"):
-                raise UserError(
-                    f"noise: given for a part of kind {part.stage.kind}, which has none"
-                )
+                raise UserError(f"noise: given for a {part.stage.kind}, which has none")
             settings["noise"] = jnp.asarray(noise, jnp.float32)
         keys = _stage_keys(keys, purpose)
         given = (keys, cond, settings)
@@ -380,7 +379,7 @@ class UnCLIP:
                 part that is not there.
         """
         check_prompts(prompts)
-        texts = [prompt for prompt in prompts for _ in range(check_count("num", num))]
+        texts = [prompt for prompt in prompts for _ in range(checks.count("num", num))]
         reads_z_i = bool(self.decoder.stage.model.embed_dim)
 
         def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
@@ -413,14 +412,9 @@ class UnCLIP:
         """Other pictures with the CLIP embedding of given ones, and no caption.
 
         Args:
-            key: as for `generate`.
+            key: as for `generate`, and so are the rest; there is no prior to give noise for.
             images: uint8 [b, h, w, 3] of any size.
             num: variations of each picture.
-            guidance_scale: as for `generate`, and so are the rest.
-            upsample: False stops after the decoder.
-            batch_size: pictures computed together.
-            noise: as for `generate`, without the prior's.
-            progress: called as progress(stage, done, steps); what it raises ends the sampling.
 
         Returns:
             uint8 [b * num, size, size, 3], the variations of one picture side by side.
@@ -428,7 +422,7 @@ class UnCLIP:
         Raises:
             UserError: num or batch_size below 1, or the model's CLIP has no image tower.
         """
-        z_i = jnp.repeat(self.embed_image(images), check_count("num", num), axis=0)
+        z_i = jnp.repeat(self.embed_image(images), checks.count("num", num), axis=0)
 
         def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
             chosen, captions = z_i[rows], [""] * len(rows)
@@ -459,12 +453,10 @@ class UnCLIP:
         sampled = sorted(set(self.parts()) - {"clip"})
         for name, array in noise.items():
             if name not in sampled:
-                raise UserError(f"noise: got {name!r}, expected some of {', '.join(sampled)}")
+                raise wrong("noise", name, f"some of {', '.join(sampled)}")
             if array.shape[:1] != (len(keys),):
-                raise UserError(
-                    f"noise[{name!r}]: got shape {array.shape}, expected one for each of"
-                    f" {len(keys)} pictures"
-                )
+                expected = f"one for each of {len(keys)} pictures"
+                raise wrong(f"noise[{name!r}]'s shape", array.shape, expected)
 
         def pictures(rows: np.ndarray) -> jax.Array:
             chosen = {name: array[rows] for name, array in noise.items()}
@@ -479,7 +471,7 @@ def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Arr
     The last batch is filled up with its first row, so that no second program is compiled for its
     size.
     """
-    size = min(check_count("batch_size", batch_size), total)
+    size = min(checks.count("batch_size", batch_size), total)
     parts = []
     for start in range(0, total, size):
         rows = np.arange(start, start + size)
@@ -487,23 +479,12 @@ def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Arr
     return np.concatenate(parts)[:total]
 
 
-def check_count(name: str, value: int) -> int:
-    """The value, if it is 1 or more.
-
-    Raises:
-        UserError: it is not.
-    """
-    if value < 1:
-        raise UserError(f"{name}: got {value}, expected at least 1")
-    return value
-
-
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raise UserError unless `prompts` is a list of captions with something in each."""
     if isinstance(prompts, str):
-        raise UserError(f"prompts: got one string, expected a list; write [{prompts!r}]")
+        raise wrong("prompts", prompts, "a list", f"write [{prompts!r}]")
     if not prompts:
-        raise UserError("prompts: got an empty list, expected at least one caption")
+        raise wrong("prompts", prompts, "at least one caption")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"prompts[{i}]: got {prompt!r}, expected a caption; write what to draw")
+            raise wrong(f"prompts[{i}]", prompt, "a caption", "write what to draw")

@@ -21,19 +21,21 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from unclip_jax.common.params import compare_shapes, flatten
-from unclip_jax.errors import UserError
-from unclip_jax.parallel import distributed
+from unclip_jax.common.params import TRAINED, compare_shapes, flatten
+from unclip_jax.errors import UserError, one_line, wrong
+from unclip_jax.parallel import distributed, sharding
 from unclip_jax.training import checksums
 from unclip_jax.training.config import TrainConfig
 
+Params = dict[str, Any]
 State = TypeVar("State")
+T = TypeVar("T")
 
 # Settings of `train` that a resumed run may change: none of them touches what a step computes,
 # except that a cosine schedule ends at `steps`.
@@ -55,22 +57,16 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, in words; "" if nothing, or nobody can tell.
+    """What is wrong with the files of a checkpoint, in words; "" if nothing is, or none can tell.
 
-    A checkpoint from before there were checksums has none; neither may one that a killed run was
-    deleting, but that lacks more. All processes of a run must call it; each reads its share of the
-    files.
+    Old checkpoints have no checksums. One that a killed run was deleting may have lost them, but
+    then it has lost more. All processes of a run must call it: each reads its share of the files.
     """
     if not checksums.exist(folder):
         missing = [item for item in _ITEMS if not (folder / item).is_dir()]
         return f"{missing[0]} is missing" if missing else ""
     own = checksums.problem(folder, jax.process_index(), jax.process_count())
     return next(filter(None, distributed.gather(own)), "")
-
-
-def has_checksums(folder: Path) -> bool:
-    """Whether `damage` can tell."""
-    return checksums.exist(folder)
 
 
 class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -96,26 +92,9 @@ class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         Path(finished).rename(name)
 
 
-def _patience() -> dict[str, int]:
-    """How long Orbax waits for a write, in seconds.
-
-    It asks the wall clock, so that where a clock first hears the time in the midst of a write, any
-    timeout would be over. With several processes its default stays: there, one may have died.
-    """
-    return {"timeout_secs": 2**31} if jax.process_count() == 1 else {}
-
-
-def _told_by_us(record: logging.LogRecord) -> bool:
-    """Whether to log a message: not Orbax's errors, which it raises as well, and we tell."""
-    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
-
-
 @contextlib.contextmanager
 def disk_in_words(workdir: Path) -> Iterator[None]:
-    """Raise UserError where a block fails for want of space.
-
-    Checkpoints that were whole stay so.
-    """
+    """Raise UserError where a block fails for want of space. Whole checkpoints stay whole."""
     try:
         yield
     except OSError as error:
@@ -127,8 +106,127 @@ def disk_in_words(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-class Checkpoints:
-    """The training checkpoints in a folder; use as a context manager."""
+class Saved:
+    """The checkpoints of a run, to read alone; use as a context manager."""
+
+    def __init__(self, workdir: Path) -> None:
+        """Open `workdir`/checkpoints; UserError if there is no whole checkpoint."""
+        self.folder = workdir.absolute() / "checkpoints"
+        if not self.folder.is_dir():
+            raise UserError(
+                f"--workdir: {str(workdir)!r} has no checkpoints; give the --workdir of a train.py"
+                " run"
+            )
+        options = {"read_only": True, "create": False}
+        # Orbax warns of what is asked for, that it only reads.
+        self._open(logging.WARNING, ocp.PyTreeCheckpointHandler(), options, "metrics")
+        if not self.steps():
+            self._close()
+            raise UserError(f"--workdir: {str(workdir)!r} has no whole checkpoint yet; train on")
+
+    def _open(self, mute: int, state: Any, options: dict[str, Any], *more: str) -> None:
+        """Open `folder`, and keep what Orbax logs at the level `mute` and above off the terminal.
+
+        Its errors are raised as well, and told by us.
+        """
+        self._filter = lambda log: not (log.levelno >= mute and "orbax" in log.pathname)
+        logging.getLogger("absl").addFilter(self._filter)
+        json_items = ("data", "description", *more)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(**options),
+            item_handlers={"state": state}
+            | {item: ocp.JsonCheckpointHandler() for item in json_items},
+        )
+
+    def _close(self) -> None:
+        try:
+            self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(self._filter)
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Close."""
+        self._close()
+
+    def steps(self) -> list[int]:
+        """The steps of whole checkpoints, rising."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def item(self, step: int, name: str) -> dict[str, Any]:
+        """What checkpoint `step` holds as JSON: "description" or "data".
+
+        Like every method that reads, it raises a UserError if the checkpoint is damaged.
+        """
+        items = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+        return self._read(step, lambda: self._manager.restore(step, args=items)[name])
+
+    def figures(self, step: int) -> dict[str, float]:
+        """The figures of the evaluation at `step`, empty if there was none."""
+        path = self.folder / str(step) / "metrics" / "metrics"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def averaged(self, step: int) -> Params:
+        """All params with the average, float32, in place of what is trained.
+
+        The optimizer's state is not read.
+        """
+
+        def wanted(tree: dict[str, Any]) -> dict[str, Any]:
+            constants = {name: part for name, part in tree["params"].items() if name != TRAINED}
+            # Orbax takes an empty dict for a leaf.
+            return {"ema_params": tree["ema_params"]} | ({"params": constants} if constants else {})
+
+        state = self.state(step, wanted)
+        return state.get("params", {}) | in_float32(state["ema_params"])
+
+    def state(
+        self, step: int, wanted: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The part of the training state that `wanted` chooses of it, in the host's memory."""
+
+        def restore() -> dict[str, Any]:
+            tree = self._manager.item_metadata(step)["state"].tree
+            here = jax.sharding.SingleDeviceSharding(sharding.host_device())
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                wanted(tree),
+            )
+            item = ocp.args.PyTreeRestore(
+                item=shapes,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+                partial_restore=True,
+            )
+            return self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+
+        return self._read(step, restore)
+
+    def _read(self, step: int, read: Callable[[], T]) -> T:
+        """`read()`; whatever goes wrong in the reader's depths means a damaged checkpoint."""
+        try:
+            return read()
+        except Exception as error:
+            raise self.damaged(step, f"{type(error).__name__}: {one_line(error)}") from error
+
+    def damaged(self, step: int, problem: str, do: str = "") -> UserError:
+        """The error for a damaged checkpoint, with what to do about it."""
+        do = do or self._instead(step)
+        return UserError(f"{self.folder / str(step)}: the checkpoint is damaged ({problem}); {do}")
+
+    def _instead(self, step: int) -> str:
+        return "choose another with --step"
+
+
+class Checkpoints(Saved):
+    """The checkpoints in a folder, to train on from and to add to; use as a context manager."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         """Open `folder`, created if missing.
@@ -143,51 +241,26 @@ class Checkpoints:
                 get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
             )
             keep = policies.AnyPreservationPolicy([keep, best])
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep,
-                best_fn=self._score if config.best else None,
-                cleanup_tmp_directories=True,
-                temporary_path_class=_Checksummed,
-                async_options=ocp.AsyncOptions(**_patience()),
-            ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "description": ocp.JsonCheckpointHandler(),
-            },
-        )
+        # Orbax asks the wall clock how long a write takes: where the clock first hears the time in
+        # the midst of one, any timeout is over. Several processes need one: some may have died.
+        patience = {"timeout_secs": 2**31} if jax.process_count() == 1 else {}
+        options = {
+            "preservation_policy": keep,
+            "best_fn": self._score if config.best else None,
+            "cleanup_tmp_directories": True,
+            "temporary_path_class": _Checksummed,
+            "async_options": ocp.AsyncOptions(**patience),
+        }
+        self._open(logging.ERROR, ocp.StandardCheckpointHandler(), options)
 
-    def __enter__(self) -> Checkpoints:
-        """Return self."""
-        logging.getLogger("absl").addFilter(_told_by_us)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         """Finish what is being written, and close.
 
-        Raises:
-            UserError: it could not be written, and nothing else went wrong before.
+        UserError if it could not be written, and nothing else went wrong before.
         """
-        try:
-            if error is None:
-                with self._writing("the last checkpoint"):
-                    self._manager.close()
-            else:
-                with contextlib.suppress(Exception):  # of what has been told already
-                    self._manager.close()
-        finally:
-            logging.getLogger("absl").removeFilter(_told_by_us)
-
-    def latest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        told = contextlib.suppress(Exception)
+        with told if kind else self._writing("the last checkpoint"):
+            self._close()
 
     def resumable(self) -> int | None:
         """The step of the newest checkpoint, once its files are found to be as they were written.
@@ -198,23 +271,26 @@ class Checkpoints:
         Raises:
             UserError: the newest checkpoint is damaged, and nothing or nothing else is asked for.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step, *rest in (steps[i:] for i in range(len(steps))):
+        for step in reversed(self.steps()):
             problem = damage(self.folder / str(step))
             if not problem:
                 return step
-            if self._config.if_damaged == "stop" or not rest:
-                instead = (
-                    f"give --config.train.if_damaged=previous to go on from step {rest[0]}"
-                    if rest
-                    else "delete that folder to start from the beginning"
-                )
-                raise UserError(
-                    f"{self.folder / str(step)}: the checkpoint is damaged ({problem}); copy that"
-                    f" folder again if there is another copy, or {instead}"
-                )
+            is_last = step == min(self.steps())
+            if self._config.if_damaged == "stop" or is_last:
+                how = self._instead(step)
+                if not is_last:
+                    how = how.replace(
+                        "delete that folder", "give --config.train.if_damaged=previous"
+                    )
+                copy = "copy that folder again if there is another copy"
+                raise self.damaged(step, problem, f"{copy}, or {how}")
             self._set_aside(step, problem)
         return None
+
+    def _instead(self, step: int) -> str:
+        rest = [other for other in self.steps() if other < step]
+        goal = f"go on from step {rest[-1]}" if rest else "start from the beginning"
+        return f"delete that folder to {goal}"
 
     def _set_aside(self, step: int, problem: str) -> None:
         """Move a damaged checkpoint to where nothing looks for it."""
@@ -239,14 +315,11 @@ class Checkpoints:
     def is_best(self, figures: Mapping[str, float]) -> bool:
         """Whether no checkpoint is as good as one with these figures would be.
 
-        Raises:
-            UserError: `config.best` is none of the figures.
+        UserError if `config.best` is none of them.
         """
         if self._config.best not in figures:
-            raise UserError(
-                f"train.best: got {self._config.best!r}, expected one of the figures of this"
-                f" stage: {', '.join(sorted(figures))}"
-            )
+            stage = f"one of the figures of this stage: {', '.join(sorted(figures))}"
+            raise wrong("train.best", self._config.best, stage)
         best = self._manager.best_step()
         before = None if best is None else self._manager.metrics(best)
         return before is None or self._score(figures) > self._score(before)
@@ -264,8 +337,8 @@ class Checkpoints:
         Args:
             step: its number.
             state: pytree of arrays.
-            positions: in the data, JSON-able.
-            description: JSON-able.
+            positions: in the data, JSON-able as `description` is.
+            description: of the run.
             figures: of the evaluation at this step, empty if there was none.
 
         Raises:
@@ -295,11 +368,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Wait until everything is on disk.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Wait until everything is on disk; UserError if it could not be written."""
         with self._writing("the last checkpoint"):
             self._manager.wait_until_finished()
 
@@ -316,11 +385,6 @@ class Checkpoints:
                 " disk and the space on it, then run the same command again"
             ) from error
 
-    def description(self, step: int) -> dict[str, Any]:
-        """The description that checkpoint `step` was saved with."""
-        items = ocp.args.Composite(description=ocp.args.JsonRestore())
-        return self._read(step, lambda: self._manager.restore(step, args=items))["description"]
-
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """The state and the data positions of checkpoint `step`.
 
@@ -332,7 +396,14 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged, or its params are other than those of `like`.
         """
-        self._check_params(step, like)
+        # Orbax's own message for a changed network is a screen long.
+        metadata = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        problems = compare_shapes(flatten(metadata["params"]), flatten(like.params))
+        if problems:
+            raise UserError(
+                f"{self.folder / str(step)}: the checkpoint's params are not those of this model:"
+                f" {problems}; use the code and the config it was made with, or another workdir"
+            )
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
@@ -342,28 +413,10 @@ class Checkpoints:
         restored = self._read(step, lambda: self._manager.restore(step, args=items))
         return restored["state"], restored["data"]
 
-    def _check_params(self, step: int, like: Any) -> None:
-        """Orbax's own message for a changed network is a screen long; ours is a line."""
-        metadata = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
-        problems = compare_shapes(flatten(metadata["params"]), flatten(like.params))
-        if problems:
-            raise UserError(
-                f"{self.folder / str(step)}: the checkpoint's params are not those of this model:"
-                f" {problems}; use the code and the config it was made with, or another workdir"
-            )
 
-    def _read(self, step: int, read: Callable[[], Any]) -> Any:
-        """`read()`; whatever goes wrong in the reader's depths means a damaged checkpoint."""
-        try:
-            return read()
-        except Exception as error:
-            rest = [other for other in self._manager.all_steps() if other < step]
-            instead = f"go on from step {max(rest)}" if rest else "start from the beginning"
-            reason = str(error).strip().splitlines() or ["no reason given"]
-            raise UserError(
-                f"{self.folder / str(step)}: the checkpoint is damaged ({type(error).__name__}:"
-                f" {reason[0][:200]}); delete that folder to {instead}"
-            ) from error
+def in_float32(params: Params) -> Params:
+    """The params of an average, in whatever dtype it is kept, as float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def check_description(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:

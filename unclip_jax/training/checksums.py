@@ -28,10 +28,7 @@ def write(folder: Path) -> None:
 def problem(folder: Path, share: int = 0, shares: int = 1) -> str:
     """What differs from `checksums.json`, in words; "" if nothing does.
 
-    Args:
-        folder: where `write` was called.
-        share: which part of the files to read, of `shares`: what several processes may divide.
-        shares: of how many.
+    Of the files, the part `share` of `shares` is read: several processes may divide them.
     """
     try:
         content = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
@@ -56,7 +53,7 @@ def problem(folder: Path, share: int = 0, shares: int = 1) -> str:
 
 
 def exist(folder: Path) -> bool:
-    """Whether the folder has checksums."""
+    """Whether the folder has checksums; one from before there were any has none."""
     return (folder / CHECKSUMS_FILE).is_file()
 
 

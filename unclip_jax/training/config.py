@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
 
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.errors import wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,32 +78,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        at_least_one = ("batch_size", "steps", "grad_accum", "log_every", "keep_checkpoints")
-        not_negative = ("warmup_steps", "weight_decay", "grad_clip", "sam_rho", "seed")
-        intervals = ("checkpoint_every", "eval_every", "preview_every")
-        for name in at_least_one:
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in not_negative + intervals:
-            self._check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("learning_rate", "eps"):
-            self._check(name, getattr(self, name) > 0, "a positive number")
-        for name in ("b1", "b2", "muon_momentum", "ema_decay"):
-            self._check(name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
-        for name in ("ema_dtype", "moment_dtype"):
-            known = getattr(self, name) in ("float32", "bfloat16")
-            self._check(name, known, "float32 or bfloat16")
-        self._check("optimizer", self.optimizer in ("adamw", "muon"), "adamw or muon")
-        narrow = self.optimizer == "muon" and self.moment_dtype != "float32"
-        self._check("moment_dtype", not narrow, "float32, as train.optimizer is muon")
-        self._check("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
-        known = self.if_damaged in ("stop", "previous")
-        self._check("if_damaged", known, "stop or previous")
-        self._check("best_is", self.best_is in ("least", "greatest"), "least or greatest")
-        evaluated = not self.best or self.eval_every > 0
-        self._check("best", evaluated, "an empty name, as train.eval_every is 0")
-        fits = self.schedule == "constant" or self.warmup_steps < self.steps
-        self._check("warmup_steps", fits, f"less than train.steps ({self.steps})")
 
-    def _check(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise UserError(f"train.{name}: got {getattr(self, name)!r}, expected {expected}")
+        def each(check: Callable[..., Any], names: str, **limits: float) -> None:
+            for name in names.split():
+                check(f"train.{name}", getattr(self, name), **limits)
+
+        each(checks.count, "batch_size steps grad_accum log_every keep_checkpoints")
+        each(checks.count, "warmup_steps checkpoint_every eval_every preview_every seed", least=0)
+        each(checks.number, "weight_decay grad_clip sam_rho", least=0)
+        each(checks.number, "learning_rate eps", above=0)
+        each(checks.number, "b1 b2 muon_momentum ema_decay", least=0, below=1)
+        for name, hint in typing.get_type_hints(TrainConfig).items():
+            if typing.get_origin(hint) is Literal:
+                checks.choice(f"train.{name}", getattr(self, name), typing.get_args(hint))
+        if self.optimizer == "muon" and self.moment_dtype != "float32":
+            expected = "float32, as train.optimizer is muon"
+            raise wrong("train.moment_dtype", self.moment_dtype, expected)
+        if self.best and not self.eval_every:
+            raise wrong("train.best", self.best, "an empty name, as train.eval_every is 0")
+        if self.schedule == "cosine" and self.warmup_steps >= self.steps:
+            expected = f"less than train.steps ({self.steps})"
+            raise wrong("train.warmup_steps", self.warmup_steps, expected)

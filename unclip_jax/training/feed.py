@@ -17,10 +17,7 @@ from unclip_jax.training.config import TrainConfig
 
 
 class BatchIterator(Protocol):
-    """The share of every batch that one process reads, in a fixed order that can be resumed.
-
-    `sharding.data_shard` says which share it is.
-    """
+    """The share of every batch that one process reads (`sharding.data_shard`), in a fixed order."""
 
     def __next__(self) -> Mapping[str, np.ndarray]:
         """The next batch, arrays [batch_size / shares, ...]."""
@@ -46,7 +43,7 @@ class Feed:
         self._rows = config.batch_size // sharding.data_shard(mesh).count
 
     def take(self, step: int) -> tuple[dict[str, jax.Array], Any]:
-        """The batch of `step`, copied to the devices in the background, and the position.
+        """The batch of `step`, on its way to the devices, and the position after it.
 
         Raises:
             UserError: the data end, or are not what can be trained on.

@@ -15,12 +15,11 @@ from unclip_jax.errors import UserError
 
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
-    """Hold `workdir` for this process; the kernel lets go when the process ends, however it ends.
+    """Hold `workdir`; UserError if another process does, or the file system cannot lock.
 
-    A POSIX record lock, so that data-loading processes that outlive a killed run do not keep it.
-
-    Raises:
-        UserError: another process holds it, or the file system cannot lock.
+    The kernel lets go when the process ends, however it ends. It is a POSIX record lock, where
+    filelock takes `flock`: what a killed run has started does not hold it, and `holder` needs no
+    more than to read.
     """
     path = workdir / "lock"
     with path.open("a+") as file:

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +27,18 @@ from jax.sharding import Mesh
 
 from unclip_jax.common import config as settings
 from unclip_jax.common import grids
-from unclip_jax.common.files import remove_leftovers, replacing
+from unclip_jax.common.files import remove_leftovers, write_text
 from unclip_jax.common.params import TRAINED, is_weights
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import distributed, sharding
 from unclip_jax.training import checkpoints as resume
 from unclip_jax.training import lock, writers
+from unclip_jax.training import step as steps
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.feed import BatchIterator, Feed
 from unclip_jax.training.optimizers import Params, make_optimizer, trained
 from unclip_jax.training.preemption import Preemption
-from unclip_jax.training.step import (
-    LossFn,
-    StepFn,
-    TrainState,
-    Window,
-    init_state,
-    make_train_step,
-    merge_windows,
-    open_window,
-    read_window,
-    sharded_state,
-    state_shapes,
-)
-
-__all__ = [
-    "TrainConfig",
-    "TrainState",
-    "init_state",
-    "make_optimizer",
-    "make_train_step",
-    "train",
-]
+from unclip_jax.training.step import LossFn, StepFn, TrainState, Window
 
 Evaluate = Callable[[Params, int], Mapping[str, float]]
 Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
@@ -73,20 +53,18 @@ class _Meter:
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._step, self._since = None, 0.0
+        self._step, self._since = math.inf, 0.0
 
     def restart(self, step: int) -> None:
         self._step, self._since = step, time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
         """Empty before the first restart, which comes after the compilation."""
-        if self._step is None or step <= self._step:
+        if step <= self._step:
             return {}
         speed = (step - self._step) / (time.perf_counter() - self._since)
-        return {
-            "train/steps_per_second": speed,
-            "train/examples_per_second": speed * self._batch_size,
-        }
+        examples = speed * self._batch_size
+        return {"train/steps_per_second": speed, "train/examples_per_second": examples}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +75,7 @@ class _Run:
     workdir: Path
     description: dict[str, Any]
     checkpoints: resume.Checkpoints
-    progress: writers.Progress
-    writer: writers.MetricWriter
+    report: writers.Report
     preemption: Preemption
     feed: Feed
     mesh: Mesh
@@ -110,17 +87,17 @@ class _Run:
 
     def log(self, step: int, window: Window, meter: _Meter) -> None:
         """Write the averages since the last log; stop if a step among them was not finite."""
-        averages, bad_step = read_window(window)
+        averages, bad_step = steps.read_window(window)
         if bad_step is not None:
-            self._stop_not_finite(bad_step)
-        self.writer.write_scalars(step, averages | meter.read(step))
+            raise self._not_finite(bad_step)
+        self.report.write_scalars(step, averages | meter.read(step))
 
-    def _stop_not_finite(self, step: int) -> None:
+    def _not_finite(self, step: int) -> UserError:
         self.checkpoints.wait()
         good = self.checkpoints.latest()
         where = self.checkpoints.folder
         last = f"the last good checkpoint is step {good} in {where}" if good else "none was saved"
-        raise UserError(
+        return UserError(
             f"step {step}: the loss or its gradient is not finite, so training stopped ({last});"
             f" lower train.learning_rate ({self.config.learning_rate:g}) or set train.grad_clip"
             f" ({self.config.grad_clip:g}) in a new workdir, and check the data"
@@ -140,26 +117,17 @@ class _Run:
         figures: dict[str, float] = {}
         if evaluating and distributed.is_lead():
             figures = {name: float(v) for name, v in self.evaluate(params, step).items()}
-            self.writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
-        if previewing and distributed.is_lead():
-            self._draw(self.preview(params, step), step)
+            self.report.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
+        if previewing and distributed.is_lead() and (pictures := self.preview(params, step)):
+            self._draw(pictures, step)
         return distributed.gather(figures)[0]
 
     def _draw(self, pictures: list[tuple[np.ndarray, str]], step: int) -> None:
-        if not pictures:
-            return
         images, captions = zip(*pictures, strict=True)
         grid = grids.captioned_grid(images, captions, title=f"step {step}")
         path = self.workdir / "previews" / f"step_{step:08d}.png"
         grids.save_png(grid, path, {"step": str(step)})
-        self.writer.write_images(step, {"preview": np.asarray(grid)})
-
-    def save(
-        self, state: TrainState, step: int, position: Any, figures: Mapping[str, float]
-    ) -> None:
-        self.writer.flush()
-        positions = self.feed.positions(position)
-        self.checkpoints.save(step, _kept(state), positions, self.description, figures)
+        self.report.write_image(step, "preview", np.asarray(grid))
 
 
 def _on_lead(params: Params, mesh: Mesh) -> Params | None:
@@ -191,10 +159,12 @@ def _begin(
     mesh: Mesh,
 ) -> TrainState:
     """The first state, or, with data to match, that of checkpoint `step`: devices hold it once."""
-    params, optimizer = _first_params(init_params), make_optimizer(config)
+    with jax.default_device(sharding.host_device()):  # one device may be too small for them
+        params = init_params()
+    optimizer = make_optimizer(config)
     if not step:
-        return sharded_state(params, optimizer, config, mesh)
-    like = state_shapes(params, optimizer, config, mesh)
+        return steps.sharded_state(params, optimizer, config, mesh)
+    like = steps.state_shapes(params, optimizer, config, mesh)
     state, positions = checkpoints.restore(step, like=_kept(like))
     feed.restore(positions)
     frozen = {
@@ -219,8 +189,8 @@ def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> T
     for step in range(start + 1, config.steps + 1):
         with jax.transfer_guard("disallow"):  # all that a step reads is on the devices already
             state, metrics = step_fn(state, batch)
-            opened = open_window(metrics)
-            window = opened if window is None else merge_windows(window, opened)
+            opened = steps.open_window(metrics)
+            window = opened if window is None else steps.merge_windows(window, opened)
         here = position
         if step < config.steps:
             # The devices compute this step while the host reads and sends the next batch.
@@ -228,7 +198,7 @@ def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> T
         in_flight.append(metrics["loss"])
         if len(in_flight) > _IN_FLIGHT:
             in_flight.popleft().block_until_ready()
-        run.progress.update()
+        run.report.progress.update()
 
         stopping = run.preemption.stops_after(step)
         saving = stopping or step == config.steps or run.due(config.checkpoint_every, step)
@@ -238,10 +208,14 @@ def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> T
             window = None
         figures = run.show(state, step)
         if saving or (comparing and run.checkpoints.is_best(figures)):
-            run.save(state, step, here, figures)
+            run.report.flush()
+            positions = feed.positions(here)
+            run.checkpoints.save(step, _kept(state), positions, run.description, figures)
         if stopping and step < config.steps:
             run.checkpoints.wait()
-            run.progress.line(f"stopped by SIGTERM; step {step} is saved, the same command goes on")
+            run.report.progress.line(
+                f"stopped by SIGTERM; step {step} is saved, the same command goes on"
+            )
             raise SystemExit(0)
         if window is None or step <= start + 2:  # the first two steps compile
             meter.restart(step)
@@ -300,52 +274,35 @@ def train(
     described = json.loads(json.dumps(described, allow_nan=False))
     preemption, feed = Preemption(), Feed(batches, config, mesh)
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(resume.disk_in_words(workdir))
-        stack.enter_context(preemption.in_force())
-        if distributed.is_lead():
-            stack.enter_context(lock.hold(workdir))
-            for folder in (workdir, workdir / "previews"):
-                remove_leftovers(folder)
-        checkpoints = stack.enter_context(resume.Checkpoints(workdir / "checkpoints", config))
+    with (
+        _owned(workdir),
+        preemption.in_force(),
+        resume.Checkpoints(workdir / "checkpoints", config) as checkpoints,
+    ):
         start = _check_resumable(checkpoints, described, config, workdir)
         state = _begin(checkpoints, feed, start, init_params, config, mesh)
-
-        progress = writers.Progress(
-            steps=config.steps,
-            start=start,
-            batch_size=config.batch_size,
-            silent=not distributed.is_lead(),
-        )
-        stack.callback(progress.close)
-        writer = _writers(progress, workdir, start)
-        stack.callback(writer.close)
-        run = _Run(
-            config=config,
-            workdir=workdir,
-            description=described,
-            checkpoints=checkpoints,
-            progress=progress,
-            writer=writer,
-            preemption=preemption,
-            feed=feed,
-            mesh=mesh,
-            evaluate=evaluate,
-            preview=preview,
-        )
-        if distributed.is_lead():
-            _introduce(run, state.params, start)
-        step_fn = make_train_step(loss_fn, make_optimizer(config), config, mesh)
-        state = _train_steps(run, step_fn, state, start)
-        checkpoints.wait()
-        _finish(run, state, export)
+        silent = not distributed.is_lead()
+        report = writers.Report(workdir, config.steps, start, silent=silent)
+        with contextlib.closing(report):
+            run = _Run(
+                config=config,
+                workdir=workdir,
+                description=described,
+                checkpoints=checkpoints,
+                report=report,
+                preemption=preemption,
+                feed=feed,
+                mesh=mesh,
+                evaluate=evaluate,
+                preview=preview,
+            )
+            if distributed.is_lead():
+                _introduce(run, state.params, start)
+            step_fn = steps.make_train_step(loss_fn, make_optimizer(config), config, mesh)
+            state = _train_steps(run, step_fn, state, start)
+            checkpoints.wait()
+            _finish(run, state, export)
     return state
-
-
-def _first_params(init_params: Callable[[], Params]) -> Params:
-    """The initial params in the host's memory: one device may be too small for them."""
-    with jax.default_device(sharding.host_device()):
-        return init_params()
 
 
 def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
@@ -359,30 +316,27 @@ def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] 
     distributed.gather(None)  # no process ends before the lead has written everything
 
 
-def _writers(progress: writers.Progress, workdir: Path, start: int) -> writers.MultiWriter:
-    """The terminal, the metrics file and TensorBoard as one; nothing but in the lead process."""
-    if not distributed.is_lead():
-        return writers.MultiWriter([])
-    return writers.MultiWriter(
-        [
-            progress,
-            writers.JsonLinesWriter(workdir / writers.METRICS_FILE, start),
-            writers.TensorBoardWriter(workdir / "tensorboard", start),
-        ]
-    )
-
-
 def _open_workdir(workdir: str | Path) -> Path:
     if "://" in str(workdir) or str(workdir) == "":
-        raise UserError(
-            f"workdir: got {str(workdir)!r}, expected a folder; mount the bucket, see docs/pods.md"
-        )
+        raise wrong("workdir", str(workdir), "a folder", "mount the bucket, see docs/pods.md")
     workdir = Path(workdir).expanduser().absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"workdir {str(workdir)!r}: cannot be created ({error})") from error
     return workdir
+
+
+@contextlib.contextmanager
+def _owned(workdir: Path) -> Iterator[None]:
+    """`workdir` for this run alone, free of what killed ones left; a full disk in words."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(resume.disk_in_words(workdir))
+        if distributed.is_lead():
+            stack.enter_context(lock.hold(workdir))
+            for folder in (workdir, workdir / "previews"):
+                remove_leftovers(folder)
+        yield
 
 
 def _check_resumable(
@@ -395,35 +349,30 @@ def _check_resumable(
     start = checkpoints.resumable()
     if start is None:
         return 0
-    resume.check_description(checkpoints.description(start), described, workdir)
+    resume.check_description(checkpoints.item(start, "description"), described, workdir)
     if start > config.steps:
-        raise UserError(
-            f"train.steps: got {config.steps}, but {str(workdir)!r} is at step {start} already;"
-            " raise it, or use another workdir"
-        )
+        at = f"at least {start}, where {str(workdir)!r} is already"
+        raise wrong("train.steps", config.steps, at, "raise it, or use another workdir")
     return start
 
 
 def _introduce(run: _Run, params: Params, start: int) -> None:
     """Write what the run is: description.json, parameters.txt, and a line or two."""
     text = json.dumps(run.description, indent=2, ensure_ascii=False)
-    with replacing(run.workdir / "description.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(run.workdir / "description.json", text + "\n")
     table = parameter_overview.get_parameter_overview(params, include_stats=False)
-    with replacing(run.workdir / "parameters.txt") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
+    write_text(run.workdir / "parameters.txt", table + "\n")
     # TensorBoard renders Markdown, in which four spaces begin code.
-    run.writer.write_texts(start, {"description": "    " + text.replace("\n", "\n    ")})
+    run.report.write_text(start, "description", "    " + text.replace("\n", "\n    "))
 
-    count, moved = map(_count, (params, trained(params)))
+    count, moved = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
+        for part in (params, trained(params))
+    )
     where = sharding.describe(run.mesh)
-    run.progress.line(
+    run.report.progress.line(
         f"{count:,} parameters, {moved:,} of them trained, on {where['devices']} x {where['kind']}"
         f" ({where['mesh']})"
     )
     if start:
-        run.progress.line(f"resumed from step {start} of {run.config.steps}")
-
-
-def _count(params: Params) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        run.report.progress.line(f"resumed from step {start} of {run.config.steps}")

@@ -16,9 +16,7 @@ from unclip_jax.parallel import distributed
 class Preemption:
     """Whether SIGTERM has come; while in force, the process lives on to save."""
 
-    def __init__(self) -> None:
-        """Nothing has come yet."""
-        self._requested = False
+    _requested = False
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True

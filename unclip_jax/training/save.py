@@ -9,29 +9,20 @@ goes on, or after it stopped. The run is only read.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from absl import logging
 
 from unclip_jax import stages
 from unclip_jax.common import config as settings
-from unclip_jax.common.params import TRAINED, compare_shapes, fingerprint, flatten
-from unclip_jax.errors import UserError, run_command
-from unclip_jax.parallel import sharding
-from unclip_jax.training import checkpoints
+from unclip_jax.common.params import compare_shapes, fingerprint, flatten
+from unclip_jax.errors import UserError, run_command, wrong
+from unclip_jax.training.checkpoints import Params, Saved, damage
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.training.lora import Lora
 from unclip_jax.weights import folder as model_folder
-
-Params = dict[str, Any]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -47,68 +38,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@contextlib.contextmanager
-def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a run, to read alone.
-
-    Meanwhile only errors are logged: Orbax warns of what is asked for, that it only reads.
-
-    Raises:
-        UserError: there are none.
-    """
-    folder = workdir.absolute() / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(
-            f"--workdir: {str(workdir)!r} has no checkpoints; give the --workdir of a train.py run"
-        )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(read_only=True, create=False),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "description": ocp.JsonCheckpointHandler(),
-                "metrics": ocp.JsonCheckpointHandler(),
-            },
-        ) as manager:
-            if not manager.all_steps():
-                raise UserError(
-                    f"--workdir: {str(workdir)!r} has no whole checkpoint yet; train on"
-                )
-            yield manager
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def choose(manager: ocp.CheckpointManager, wanted: str) -> int:
-    """The step of the checkpoint that is asked for: a number, "latest" or "best".
-
-    Raises:
-        UserError: there is none.
-    """
-    steps = sorted(manager.all_steps())
+def choose(saved: Saved, wanted: str) -> int:
+    """The step of the checkpoint asked for, a number, "latest" or "best"; UserError if none is."""
+    steps = saved.steps()
     if wanted == "latest":
         return steps[-1]
     if wanted == "best":
-        return best(manager, steps)
+        return best(saved)
     if not wanted.isdecimal() or int(wanted) not in steps:
-        there = ", ".join(map(str, steps))
-        raise UserError(f"--step: got {wanted!r}, expected latest, best or one of {there}")
+        raise wrong("--step", wanted, f"latest, best or one of {', '.join(map(str, steps))}")
     return int(wanted)
 
 
-def best(manager: ocp.CheckpointManager, steps: list[int]) -> int:
+def best(saved: Saved) -> int:
     """The step at which the run's `train.best` was best."""
-    train = read(manager, steps[-1], "description")["train"]
-    values = {}
-    for step in steps if train.get("best") else []:
-        metrics = manager.directory / str(step) / "metrics" / "metrics"
-        figures = json.loads(metrics.read_text()) if metrics.is_file() else {}
-        if train["best"] in figures:
-            values[step] = figures[train["best"]]
+    train = saved.item(saved.latest(), "description")["train"]
+    figures = {step: saved.figures(step) for step in saved.steps() if train.get("best")}
+    values = {step: row[train["best"]] for step, row in figures.items() if train["best"] in row}
     if not values:
         raise UserError(
             "--step: got best, but this run compared no checkpoints; train with"
@@ -117,79 +63,11 @@ def best(manager: ocp.CheckpointManager, steps: list[int]) -> int:
     return (min if train["best_is"] == "least" else max)(values, key=values.get)
 
 
-def check_intact(manager: ocp.CheckpointManager, step: int) -> None:
-    """Raise UserError if a file of a checkpoint is not as it was written."""
-    folder = manager.directory / str(step)
-    problem = checkpoints.damage(Path(folder))
-    if problem:
-        raise UserError(
-            f"{folder}: the checkpoint is damaged ({problem}); choose another with --step"
-        )
-
-
-def read(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
-    """A JSON item of a checkpoint."""
-    items = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-    return _reading(manager, step, lambda: manager.restore(step, args=items)[item])
-
-
-def read_averaged(manager: ocp.CheckpointManager, step: int) -> Params:
-    """The params of a checkpoint with the average, float32, in place of what is trained.
-
-    The optimizer's state is not read.
-    """
-
-    def wanted(tree: dict[str, Any]) -> dict[str, Any]:
-        constants = {name: part for name, part in tree["params"].items() if name != TRAINED}
-        # Orbax takes an empty dict for a leaf.
-        return {"ema_params": tree["ema_params"]} | ({"params": constants} if constants else {})
-
-    state = read_state(manager, step, wanted)
-    average = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state["ema_params"])
-    return state.get("params", {}) | average
-
-
-def read_state(
-    manager: ocp.CheckpointManager, step: int, wanted: Callable[[dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
-    """The part of a checkpoint's state that `wanted` chooses of it, in the host's memory.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
-
-    def restore() -> dict[str, Any]:
-        tree = manager.item_metadata(step)["state"].tree
-        here = jax.sharding.SingleDeviceSharding(sharding.host_device())
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted(tree)
-        )
-        item = ocp.args.PyTreeRestore(
-            item=shapes,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
-            partial_restore=True,
-        )
-        return manager.restore(step, args=ocp.args.Composite(state=item))["state"]
-
-    return _reading(manager, step, restore)
-
-
-def _reading(manager: ocp.CheckpointManager, step: int, read: Any) -> Any:
-    try:
-        return read()
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise UserError(
-            f"{manager.directory / str(step)}: the checkpoint is damaged ({type(error).__name__}:"
-            f" {reason[:200]}); choose another with --step"
-        ) from error
-
-
 def whole(params: Params, description: dict[str, Any], init: str) -> Params:
-    """The stage's params, with what a checkpoint leaves out because it never changes.
+    """A checkpoint's params with those it leaves out because they never change.
 
     Args:
-        params: of a checkpoint.
+        params: of the checkpoint.
         description: of its run.
         init: the folder that the run started from, "" if it started from none.
 
@@ -198,7 +76,7 @@ def whole(params: Params, description: dict[str, Any], init: str) -> Params:
     """
     if "init" not in description:
         if init:
-            raise UserError(f"--init: got {init!r}, but this run started from no folder; leave it")
+            raise wrong("--init", init, "none: this run started from no folder", "leave it out")
         return params
     if not init:
         raise UserError(
@@ -219,12 +97,13 @@ def whole(params: Params, description: dict[str, Any], init: str) -> Params:
 def main(argv: list[str]) -> None:
     """Read the checkpoint and write the model folder."""
     args = parse(argv)
-    with open_checkpoints(Path(args.workdir)) as manager:
-        step = choose(manager, args.step)
-        check_intact(manager, step)
-        description = read(manager, step, "description")
+    with Saved(Path(args.workdir)) as saved:
+        step = choose(saved, args.step)
+        if problem := damage(saved.folder / str(step)):
+            raise saved.damaged(step, problem)
+        description = saved.item(step, "description")
         stage = stages.build(description["stage"], "checkpoint: stage")
-        params = whole(read_averaged(manager, step), description, args.init)
+        params = whole(saved.averaged(step), description, args.init)
     expected = flatten(jax.eval_shape(stage.init, jax.random.key(0)))
     problems = compare_shapes(flatten(params), expected)
     if problems:

@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: steps done, int32 scalar.
-        params: all of a stage's, of which `optim.trained` names what a step moves.
+        params: all of a stage's, of which `optimizers.trained` names what a step moves.
         ema_params: the exponential moving average of what is trained, in `ema_dtype`.
         opt_state: the optimizer's, of what is trained.
     """
@@ -61,11 +61,10 @@ class TrainState(NamedTuple):
 
 
 def random_params(init: Callable[[jax.Array], Params], key: jax.Array) -> Params:
-    """`init(key)` as one compiled program in the host's memory.
+    """`init(key)` as one compiled program, in the host's memory.
 
-    Called as it is, Flax runs a network's forward pass to find its shapes, and compiles every
-    operation of it and of the drawing apart. The program runs once, so one for few params is
-    compiled in haste: drawing them is over sooner than optimising it.
+    Uncompiled, Flax would compile every operation of a network's forward pass apart. The program
+    runs once: for few params it is compiled in haste, as drawing them is faster than optimising.
     """
     key = jax.device_put(key, sharding.host_device())
     lowered = jax.jit(init).lower(key)
@@ -89,14 +88,7 @@ def init_state(
 def sharded_state(
     params: Params, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
 ) -> TrainState:
-    """`init_state` on a mesh. No device ever holds more than its part.
-
-    Args:
-        params: the same in every process.
-        optimizer: what the step will use.
-        config: gives the dtype of the average.
-        mesh: where the state goes, as `sharding.tree_shardings` says.
-    """
+    """`init_state`, of params that every process has, on a mesh: no device holds but its part."""
     init = functools.partial(init_state, optimizer=optimizer, ema_dtype=config.ema_dtype)
     shapes = state_shapes(params, optimizer, config, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
@@ -108,7 +100,11 @@ def state_shapes(
 ) -> TrainState:
     """Shapes, dtypes and shardings of what `sharded_state` makes; no device holds anything."""
     init = functools.partial(init_state, optimizer=optimizer, ema_dtype=config.ema_dtype)
-    shapes = jax.eval_shape(init, params)
+    return placed(jax.eval_shape(init, params), mesh)
+
+
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """The shapes of params, or of a state of them, with their places on a mesh."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -177,8 +173,7 @@ def _sharpness_aware(
 
     Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412, equations 2 and 3): the
     gradient at params + rho g / |g|, with the same examples and noise. |g| is over the whole
-    batch and all that is trained, whatever the devices and microbatches. Where g is zero, so is
-    the way to go, and the gradient is taken where the params are.
+    batch and all that is trained. Where g is zero, the gradient is taken at the params.
     """
     norm = optax.tree.norm(grads)
     scale = rho / jnp.where(norm > 0, norm, 1.0)

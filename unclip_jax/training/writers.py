@@ -1,8 +1,4 @@
-"""What a run tells: a line on the terminal, `metrics.jsonl`, TensorBoard, and curves.
-
-The writers have the interface of `clu.metric_writers.MetricWriter` (which imports TensorFlow, so
-ours stand in for it): `write_scalars`, `write_images`, `write_texts`, `flush`, `close`.
-"""
+"""What a run tells: a line on the terminal, `metrics.jsonl`, TensorBoard, and curves."""
 
 from __future__ import annotations
 
@@ -10,127 +6,81 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
 
-from unclip_jax.common.files import replacing
+from unclip_jax.common.files import replacing, write_text
 from unclip_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 
 
-class MetricWriter:
-    """Takes what is measured at a step; a writer ignores the kinds its format cannot hold."""
+class Report:
+    """The terminal, the metrics file and TensorBoard as one; `silent`, none of them."""
+
+    def __init__(self, workdir: Path, steps: int, start: int, *, silent: bool = False) -> None:
+        """Tell of steps `start` to `steps`. What an earlier run told of later steps is dropped."""
+        self.progress = Progress(steps, start, io.StringIO() if silent else None)
+        self._silent = silent
+        if not silent:
+            from tensorboardX import SummaryWriter
+
+            self._lines = JsonLinesWriter(workdir / METRICS_FILE, start)
+            # The suffix keeps the files of two runs apart that begin within one second.
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".from_{start}"
+            )
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write numbers measured at `step`."""
+        if not self._silent:
+            self.progress.write_scalars(step, scalars)
+            self._lines.write_scalars(step, scalars)
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Write uint8 pictures [h, w, 3]."""
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Write a uint8 picture [h, w, 3]."""
+        if not self._silent:
+            self._board.add_image(name, image, step, dataformats="HWC")
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write pieces of text."""
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Write Markdown."""
+        if not self._silent:
+            self._board.add_text(name, text, step)
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
+        if not self._silent:
+            self._board.flush()
 
     def close(self) -> None:
         """Flush, and accept no more."""
-        self.flush()
+        self.progress.close()
+        if not self._silent:
+            self._lines.close()
+            self._board.close()
 
 
-class MultiWriter(MetricWriter):
-    """Passes everything on to several writers."""
-
-    def __init__(self, writers: Sequence[MetricWriter]) -> None:
-        """Pass on to `writers`, in this order."""
-        self._writers = tuple(writers)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """See `MetricWriter`."""
-        for writer in self._writers:
-            writer.write_scalars(step, scalars)
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """See `MetricWriter`."""
-        for writer in self._writers:
-            writer.write_images(step, images)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """See `MetricWriter`."""
-        for writer in self._writers:
-            writer.write_texts(step, texts)
-
-    def flush(self) -> None:
-        """See `MetricWriter`."""
-        for writer in self._writers:
-            writer.flush()
-
-    def close(self) -> None:
-        """See `MetricWriter`."""
-        for writer in self._writers:
-            writer.close()
-
-
-class TensorBoardWriter(MetricWriter):
-    """Scalars, images and texts as TensorBoard event files."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        """Write into `folder`; TensorBoard forgets what an earlier run wrote after step `start`."""
-        from tensorboardX import SummaryWriter
-
-        # The suffix keeps the files of two runs apart that begin within one second.
-        self._writer = SummaryWriter(
-            str(folder), purge_step=start + 1, filename_suffix=f".from_{start}"
-        )
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """See `MetricWriter`."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """See `MetricWriter`."""
-        for name, image in images.items():
-            self._writer.add_image(name, image, step, dataformats="HWC")
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """See `MetricWriter`."""
-        for name, text in texts.items():
-            self._writer.add_text(name, text, step)
-
-    def flush(self) -> None:
-        """See `MetricWriter`."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """See `MetricWriter`."""
-        self._writer.close()
-
-
-class JsonLinesWriter(MetricWriter):
+class JsonLinesWriter:
     """Scalars as one JSON object a line: {"step": 100, "train/loss": 0.5, ...}."""
 
     def __init__(self, path: Path, start: int) -> None:
         """Append to `path`, after dropping what an earlier run wrote after step `start`."""
         kept = [record for record in read_metrics(path) if record["step"] <= start]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(map(_json_line, kept)), encoding="utf-8")
+        write_text(path, "".join(map(_json_line, kept)))
         self._file = path.open("a", encoding="utf-8")
+        self.close = self._file.close
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write a line, at once; what is not finite becomes null."""
         self._file.write(_json_line({"step": step} | dict(scalars)))
         self._file.flush()
-
-    def close(self) -> None:
-        """See `MetricWriter`."""
-        self._file.close()
 
 
 def _json_line(record: Mapping[str, float]) -> str:
@@ -141,10 +91,7 @@ def _json_line(record: Mapping[str, float]) -> str:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The records of a metrics.jsonl, null as NaN; none if there is no such file.
 
-    A last line that a killed run left unfinished is dropped.
-
-    Raises:
-        UserError: a line elsewhere that is not a JSON object with a step.
+    A last line that a killed run left unfinished is dropped; any other damaged one is a UserError.
     """
     if not path.is_file():
         return []
@@ -165,24 +112,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return records
 
 
-class Progress(MetricWriter):
+class Progress:
     """Where the run stands: one live line on a terminal, plain lines in a log."""
 
-    def __init__(
-        self,
-        *,
-        steps: int,
-        start: int,
-        batch_size: int,
-        stream: TextIO | None = None,
-        silent: bool = False,
-    ):
-        """Show steps `start` to `steps` on `stream` (standard output by default), or nothing."""
-        if silent:
-            stream = io.StringIO()
+    def __init__(self, steps: int, start: int, stream: TextIO | None = None) -> None:
+        """Show steps `start` to `steps` on `stream`, by default standard output."""
         self._stream = sys.stdout if stream is None else stream
-        self._steps, self._batch_size = steps, batch_size
-        self._bar = None
+        self._steps, self._bar = steps, None
         if self._stream.isatty():
             self._bar = tqdm(
                 total=steps, initial=start, file=self._stream, unit="step", dynamic_ncols=True
@@ -215,10 +151,6 @@ class Progress(MetricWriter):
             words.append(f"time left {_duration((self._steps - step) / speed)}")
         self.line("  ".join(words))
 
-    def flush(self) -> None:
-        """See `MetricWriter`."""
-        self._stream.flush()
-
     def close(self) -> None:
         """Leave the live line as it stands."""
         if self._bar is not None:
@@ -233,28 +165,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def curve(
-    xs: Sequence[float],
-    series: Mapping[str, Sequence[float]],
-    title: str,
-    path: str | Path,
-    *,
-    x_label: str = "step",
-) -> None:
-    """Plot each series [len(xs)] over xs into a PNG; NaNs leave gaps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in series.items():
-        axes.plot(xs, values, label=name, marker="." if len(xs) < 30 else None)
-    _finish(axes, title, x_label)
-    if series:
-        axes.legend(frameon=False)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 def plot_metrics(workdir: Path) -> None:
@@ -282,17 +192,12 @@ def plot_metrics(workdir: Path) -> None:
     for axes, (metric, groups) in zip(grid, panels.items(), strict=False):
         for group, (xs, ys) in groups.items():
             axes.plot(xs, ys, label=group, marker="." if len(xs) < 30 else None)
-        _finish(axes, metric, "step")
+        axes.set(title=metric, xlabel="step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
         if len(groups) > 1:
             axes.legend(frameon=False)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     with replacing(workdir / CURVES_FILE) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def _finish(axes: Any, title: str, x_label: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x_label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

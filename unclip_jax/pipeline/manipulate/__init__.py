@@ -9,56 +9,15 @@ Every value that a user turns, eta, guidance scale, theta, seed and caption, is 
 compiles nothing. The number of steps and of pictures computed together is static.
 """
 
-from unclip_jax.pipeline.manipulate.edits import (
-    inpaint,
-    interpolate,
-    pictures,
-    reconstruct,
-    text_diff,
-    upscale,
-)
-from unclip_jax.pipeline.manipulate.latents import (
-    Latents,
-    Walk,
-    decode,
-    embed,
-    encode,
-    noise,
-    render,
-)
-from unclip_jax.pipeline.manipulate.probes import (
-    ABLATIONS,
-    PCA_DIMS,
-    ablate_prior,
-    check_labels,
-    fit_pca,
-    overlay,
-    pca_embeddings,
-    zero_shot,
-)
-from unclip_jax.pipeline.manipulate.spheres import slerp
+from unclip_jax.common import lazy
 
-__all__ = [
-    "ABLATIONS",
-    "PCA_DIMS",
-    "Latents",
-    "Walk",
-    "ablate_prior",
-    "check_labels",
-    "decode",
-    "embed",
-    "encode",
-    "fit_pca",
-    "inpaint",
-    "interpolate",
-    "noise",
-    "overlay",
-    "pca_embeddings",
-    "pictures",
-    "reconstruct",
-    "render",
-    "slerp",
-    "text_diff",
-    "upscale",
-    "zero_shot",
-]
+__all__, __getattr__, __dir__ = lazy.face(
+    __name__,
+    {
+        "edits": "inpaint interpolate pictures reconstruct text_diff upscale",
+        "latents": "Latents Walk decode embed encode noise render",
+        "probes": "ABLATIONS PCA_DIMS ablate_prior check_labels fit_pca overlay pca_embeddings"
+        " zero_shot",
+        "spheres": "slerp",
+    },
+)

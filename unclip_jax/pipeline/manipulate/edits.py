@@ -1,7 +1,8 @@
 """Edits of pictures by their latents: variations, interpolations, text diffs; and inpainting.
 
 The figures of section 3 of the paper. Every function that decodes returns uint8 pictures at the
-model's full size, or the decoder's with `upsample=False`.
+model's full size, or at the decoder's with `upsample=False`, and calls progress(stage, done, steps)
+on the way.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.data.images import square
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics.psnr import psnr
 from unclip_jax.pipeline.manipulate.latents import (
     Latents,
@@ -28,7 +30,7 @@ from unclip_jax.pipeline.manipulate.latents import (
     squared,
 )
 from unclip_jax.pipeline.manipulate.spheres import slerp
-from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_count, check_prompts
+from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
 
@@ -49,8 +51,7 @@ def reconstruct(
         key: typed PRNG key; without eta, only the upsamplers draw from it.
         images: uint8 [h, w, 3], of any sizes.
         walk: how; with eta = 0 and no guidance the pictures come back, the closer the more steps.
-        upsample: False stops after the decoder.
-        progress: called as progress(stage, done, steps).
+        upsample: see above, like `progress`.
 
     Returns:
         uint8 [b, size, size, 3], and the PSNR [b], in dB, of what the decoder made, at its size.
@@ -61,10 +62,7 @@ def reconstruct(
     truth = squared(images, model.decoder.stage.image_size)
     decoded = np.asarray(to_uint8(small))
     ratios = [psnr(decoded[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
-    again = render(
-        model, keys, small, upsample=upsample, batch_size=walk.batch_size, progress=progress
-    )
-    return again, np.asarray(ratios)
+    return render(model, keys, small, upsample, walk.batch_size, progress), np.asarray(ratios)
 
 
 def pictures(
@@ -88,15 +86,12 @@ def pictures(
         latents: b of them, see `encode`.
         walk: eta, guidance and the rest.
         num: pictures of each latent; they stand side by side.
-        upsample: False stops after the decoder.
-        progress: called as progress(stage, done, steps).
+        upsample: see above, like `progress`.
     """
-    keys = jnp.tile(example_keys(key, check_count("num", num)), len(latents.z_i))
+    keys = jnp.tile(example_keys(key, checks.count("num", num)), len(latents.z_i))
     repeated = Latents(*(np.repeat(np.asarray(part), num, axis=0) for part in latents))
     small = decode(model, keys, repeated, walk, progress=progress)
-    return render(
-        model, keys, small, upsample=upsample, batch_size=walk.batch_size, progress=progress
-    )
+    return render(model, keys, small, upsample, walk.batch_size, progress)
 
 
 def interpolate(latents: Latents, frames: int, x_T: np.ndarray | None = None) -> Latents:
@@ -115,9 +110,7 @@ def interpolate(latents: Latents, frames: int, x_T: np.ndarray | None = None) ->
     """
     if len(latents.z_i) != 2:
         raise UserError(f"interpolation: got {len(latents.z_i)} pictures, expected two")
-    if frames < 2:
-        raise UserError(f"frames: got {frames}, expected at least 2, one for each end")
-    theta = np.linspace(0.0, 1.0, frames, dtype=np.float32)
+    theta = np.linspace(0.0, 1.0, checks.count("frames", frames, least=2), dtype=np.float32)
 
     def between(ends: np.ndarray) -> np.ndarray:
         first, last = (np.repeat(np.asarray(end)[None], frames, axis=0) for end in ends)
@@ -150,7 +143,7 @@ def text_diff(
     """
     theta = np.asarray(thetas, np.float32).reshape(-1)
     if not len(theta) or not np.all((theta >= 0) & (theta <= 1)):
-        raise UserError(f"theta: got {list(thetas)}, expected numbers from 0 to 1")
+        raise wrong("theta", list(thetas), "numbers from 0 to 1")
     check_prompts([target])
     z_t0, z_t = np.asarray(model.embed_text([source, target]))
     difference = z_t - z_t0
@@ -190,8 +183,7 @@ def inpaint(
         hole: bool [h, w], True where to paint; in the proportions of the image.
         walk: eta 1 harmonises best; its caption says what to paint.
         num: how many.
-        upsample: False stops after the decoder.
-        progress: called as progress(stage, done, steps).
+        upsample: see above, like `progress`.
 
     Raises:
         UserError: nothing to paint, or a hole of other proportions.
@@ -210,7 +202,7 @@ def inpaint(
             "mask: nothing to paint in the picture's centre square; paint white, or erase, what is"
             " to be painted anew"
         )
-    keys = example_keys(key, check_count("num", num))
+    keys = example_keys(key, checks.count("num", num))
     if walk.caption:
         z_i = np.asarray(model.sample_prior(keys, [walk.caption] * num, progress=progress))
     else:
@@ -220,9 +212,7 @@ def inpaint(
     known = np.repeat(decoder_size(model, [image]), num, axis=0)
     small = decode(model, keys, start, walk, known=(known, holes), progress=progress)
     small = np.where(holes, small, known)
-    painted = render(
-        model, keys, small, upsample=upsample, batch_size=walk.batch_size, progress=progress
-    )
+    painted = render(model, keys, small, upsample, walk.batch_size, progress)
     size = painted.shape[1]
     return np.where(_hole(mask, size)[None], painted, squared([image], size))
 
@@ -261,7 +251,7 @@ def upscale(
         image: uint8 [h, w, 3].
         num: how many, which differ in what the upsamplers draw.
         batch_size: pictures computed together.
-        progress: called as progress(stage, done, steps).
+        progress: see above.
 
     Returns:
         What entered, uint8 [low, low, 3], and uint8 [num, size, size, 3].
@@ -276,7 +266,7 @@ def upscale(
     ]
     used = model.upsamplers[max(filled, default=0) :]
     low = squared([image], used[0].stage.low_size)
-    small = np.repeat(low.astype(np.float32) / 127.5 - 1.0, check_count("num", num), axis=0)
+    small = np.repeat(low.astype(np.float32) / 127.5 - 1.0, checks.count("num", num), axis=0)
     rest = dataclasses.replace(model, upsamplers=used)
     keys = example_keys(key, num)
     return low[0], render(rest, keys, small, batch_size=batch_size, progress=progress)

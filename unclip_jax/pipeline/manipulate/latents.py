@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.progress import Watchable
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes
-from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, check_count, in_batches, named
+from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, in_batches, named
 from unclip_jax.stages import pixels
 from unclip_jax.stages.conditioning import initial_noise
 
@@ -73,13 +73,10 @@ class Walk:
 
     def __post_init__(self) -> None:
         """Check every field but `steps`, which only a diffusion can judge."""
-        if not 0.0 <= self.eta <= 1.0:
-            raise UserError(
-                f"eta: got {self.eta}, expected 0 (deterministic) to 1 (DDPM's variance)"
-            )
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale: got {self.guidance_scale}, expected a finite number")
-        check_count("batch_size", self.batch_size)
+        checks.number("eta", self.eta, least=0, most=1)
+        if self.guidance_scale is not None:
+            checks.number("guidance_scale", self.guidance_scale)
+        checks.count("batch_size", self.batch_size)
 
     def sampling(self, model: UnCLIP) -> samplers.Sampling:
         """The decoder's DDIM.
@@ -89,9 +86,7 @@ class Walk:
         """
         stage = model.decoder.stage
         if not 2 <= self.steps <= stage.diffusion.steps:
-            raise UserError(
-                f"steps: got {self.steps}, expected 2 to the diffusion's {stage.diffusion.steps}"
-            )
+            raise wrong("steps", self.steps, f"2 to the diffusion's {stage.diffusion.steps}")
         leading = stage.diffusion.prediction == "eps"
         spacing = f"ddim{self.steps}" if leading else ",".join(["1"] * self.steps)
         stage.diffusion.process(spacing)  # a wrong number of steps is an error here, not later
@@ -175,7 +170,6 @@ def render(
     model: UnCLIP,
     keys: jax.Array,
     small: np.ndarray,
-    *,
     upsample: bool = True,
     batch_size: int = 16,
     progress: Progress | None = None,
@@ -201,9 +195,7 @@ def embed(model: UnCLIP, images: Sequence[np.ndarray], batch_size: int = 16) -> 
         UserError: as for `encode`.
     """
     _check_reads_z_i(model)
-    if model.clip is None:
-        raise UserError("this model has no CLIP, which is needed to embed pictures")
-    squares = squared(images, model.clip.stage.image_size)
+    squares = squared(images, model.need("clip", "embed pictures").stage.image_size)
     return in_batches(len(squares), batch_size, lambda rows: model.embed_image(squares[rows]))
 
 
@@ -219,7 +211,7 @@ def squared(images: Sequence[np.ndarray], size: int) -> np.ndarray:
         UserError: no pictures, or one that is none.
     """
     if not len(images):
-        raise UserError("images: got none, expected at least one picture")
+        raise wrong("images", [], "at least one picture")
     squares = []
     for i, image in enumerate(images):
         try:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unclip_jax.common.grids import FONTS
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics import pca
 from unclip_jax.pipeline.manipulate.latents import Latents, Walk, decode, noise, render
 from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
@@ -35,9 +35,7 @@ def fit_pca(model: UnCLIP, config: datasets.DataConfig) -> pca.PCA:
     Raises:
         UserError: no such data, fewer than two different pictures, or a model without CLIP.
     """
-    if model.clip is None:
-        raise UserError("this model has no CLIP, which is needed to embed pictures")
-    size = model.clip.stage.image_size
+    size = model.need("clip", "embed pictures").stage.image_size
     config = dataclasses.replace(config, image_size=size, captions="first", cache_bytes=0)
 
     def moments(batch: dict[str, np.ndarray]) -> pca.Moments:
@@ -75,9 +73,7 @@ def pca_embeddings(components: pca.PCA, z_i: np.ndarray, dims: Sequence[int]) ->
     z_i = np.asarray(z_i, np.float64)
     width = z_i.shape[1]
     if not len(dims) or not all(1 <= k <= width for k in dims):
-        raise UserError(
-            f"PCA dimensions: got {list(dims)}, expected numbers from 1 to CLIP's {width}"
-        )
+        raise wrong("PCA dimensions", list(dims), f"numbers from 1 to CLIP's {width}")
     kept = np.stack([components.reconstruct(components.project(z_i, k)) for k in dims], axis=1)
     lengths = [np.linalg.norm(x, axis=-1, keepdims=True) for x in (z_i[:, None], kept)]
     kept *= lengths[0] / np.maximum(lengths[1], 1e-12)
@@ -119,20 +115,9 @@ def ablate_prior(
     prior = np.asarray(model.sample_prior(keys, prompts, progress=progress))
     rows = []
     for z_i, keep in ((z_t, False), (z_t, True), (prior, True)):
-        small = decode(
-            model,
-            keys,
-            Latents(z_i, x_T),
-            walk,
-            captions=prompts,
-            keep_z_i=keep,
-            progress=progress,
-        )
-        rows.append(
-            render(
-                model, keys, small, upsample=upsample, batch_size=walk.batch_size, progress=progress
-            )
-        )
+        latents, how = Latents(z_i, x_T), {"captions": prompts, "keep_z_i": keep}
+        small = decode(model, keys, latents, walk, progress=progress, **how)
+        rows.append(render(model, keys, small, upsample, walk.batch_size, progress))
     return np.stack(rows)
 
 
@@ -158,7 +143,7 @@ def zero_shot(model: UnCLIP, z_i: np.ndarray, labels: Sequence[str]) -> np.ndarr
 def check_labels(labels: Sequence[str]) -> None:
     """Raise UserError unless there are at least two labels, none of them empty."""
     if len(labels) < 2:
-        raise UserError(f"labels: got {list(labels)}, expected at least two to choose from")
+        raise wrong("labels", list(labels), "at least two to choose from")
     check_prompts(labels)
 
 
@@ -185,7 +170,7 @@ def overlay(image: np.ndarray, word: str) -> np.ndarray:
         UserError: nothing to write.
     """
     if not word.strip() or not word.isprintable():
-        raise UserError(f"word: got {word!r}, expected something to write over the picture")
+        raise wrong("word", word, "something to write over the picture")
     side = max(64, min(image.shape[:2]))
     picture = Image.fromarray(square(image, side))
     font = _fitting(word, width=0.9 * side, height=0.28 * side)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.errors import UserError
+from unclip_jax.stages.normalisation import unit
 
 
 @jax.jit
@@ -53,14 +54,10 @@ def slerp(a: jax.Array, b: jax.Array, theta: float | jax.Array) -> jax.Array:
     omega = jnp.arctan2(across_length, along)
 
     axis = jax.nn.one_hot(jnp.argmin(jnp.abs(u), axis=1), u.shape[1])
-    any_w = _unit(axis - jnp.sum(axis * u, axis=1, keepdims=True) * u)
-    w = jnp.where(across_length > 1e-6, _unit(across), any_w)
+    any_w = unit(axis - jnp.sum(axis * u, axis=1, keepdims=True) * u)
+    w = jnp.where(across_length > 1e-6, unit(across), any_w)
 
     length = (1 - theta) * a_length + theta * b_length
     turned = length * (jnp.cos(theta * omega) * u + jnp.sin(theta * omega) * w)
     turned = jnp.where(theta == 0, a, jnp.where(theta == 1, b, turned))
     return turned.reshape(shape)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.data.images import square
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import manipulate
@@ -22,7 +23,7 @@ from unclip_jax.pipeline.tasks.inputs import (
     walk_of,
 )
 from unclip_jax.pipeline.tasks.outputs import StageBars, grid_size, sources, write
-from unclip_jax.pipeline.unclip import check_count, check_prompts
+from unclip_jax.pipeline.unclip import check_prompts
 
 
 def text2im(args: argparse.Namespace, bars: StageBars) -> None:
@@ -77,7 +78,7 @@ def reconstruct(args: argparse.Namespace, bars: StageBars) -> None:
 def variations(args: argparse.Namespace, bars: StageBars) -> None:
     """Each picture and its variations."""
     images, key, walk = read_images(args), seed_key(args), walk_of(args)
-    check_count("--num", args.num)
+    checks.count("--num", args.num)
     model = load(args)
     latents = manipulate.encode(model, images, walk, bars.update)
     made = manipulate.pictures(
@@ -133,7 +134,7 @@ def textdiff(args: argparse.Namespace, bars: StageBars) -> None:
     images, key, walk = read_images(args), seed_key(args), walk_of(args)
     if not 0.0 <= args.theta_max <= 1.0:
         raise UserError(f"--theta_max: got {args.theta_max}, expected 0 to 1")
-    thetas = np.linspace(0.0, args.theta_max, check_count("--frames", args.frames))
+    thetas = np.linspace(0.0, args.theta_max, checks.count("--frames", args.frames))
     check_prompts([args.to])
     model = load(args)
     latents = manipulate.encode(model, images, walk, bars.update)

@@ -7,13 +7,13 @@ import json
 
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import square
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.manipulate import Latents
 from unclip_jax.pipeline.tasks.inputs import load, read_images, read_prompts, seed_key, walk_of
 from unclip_jax.pipeline.tasks.outputs import Picture, StageBars, shares, sources, write
-from unclip_jax.pipeline.unclip import check_count
 from unclip_jax.stages.conditioning import example_keys
 
 
@@ -107,7 +107,7 @@ def _decoded(args, model, key, images, labels, names, bars) -> list[Picture]:
 
     `names` stand for the labels in the captions.
     """
-    walk, num = walk_of(args, model), check_count("--num", args.num)
+    walk, num = walk_of(args, model), checks.count("--num", args.num)
     z_i = manipulate.embed(model, images, args.batch_size)
     chances = manipulate.zero_shot(model, z_i, labels)
     x_T = manipulate.noise(model, example_keys(key, num))

@@ -16,7 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from unclip_jax.common.files import replacing
+from unclip_jax.common.files import write_text
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.training.doctor import curves, files, settings, weights, workdir
 from unclip_jax.training.doctor.findings import SEVERITIES, Finding
@@ -37,22 +37,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def examine(path: str | Path, clip: str = "", *, files_only: bool = False) -> list[Finding]:
+def examine(run: Workdir, clip: str = "", *, files_only: bool = False) -> list[Finding]:
     """All findings in a workdir, the worst first.
 
     Args:
-        path: of the workdir; nothing in it is changed.
+        run: the workdir, as `workdir.read` gives it; nothing in it is changed.
         clip: the folder of the CLIP that the run stands on; "" looks beside the workdir.
         files_only: whether to leave out what the networks do.
-
-    Raises:
-        UserError: not a workdir of train.py.
     """
-    run = workdir.read(Path(path))
-    return _examine(run, clip, files_only)
-
-
-def _examine(run: Workdir, clip: str, files_only: bool) -> list[Finding]:
     found = [*settings.examine(run), *files.examine(run, clip), *curves.examine(run)]
     if not files_only:
         found += weights.examine(run, files.find_clip(run, clip))
@@ -79,7 +71,7 @@ def main(argv: list[str]) -> None:
     """Look at the run, print the findings, and exit with 1 if something is wrong."""
     args = parse(argv)
     run = workdir.read(Path(args.workdir))
-    findings = _examine(run, args.clip, args.files_only)
+    findings = examine(run, args.clip, files_only=args.files_only)
     print(as_text(run, findings))
     wrong = any(finding.severity != "note" for finding in findings)
     if args.json:
@@ -92,8 +84,7 @@ def main(argv: list[str]) -> None:
             "findings": [dataclasses.asdict(finding) for finding in findings],
         }
         try:
-            with replacing(Path(args.json)) as temporary:
-                temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_text(Path(args.json), json.dumps(content, indent=2) + "\n")
         except OSError as problem:
             raise UserError(f"--json: {args.json!r} cannot be written ({problem})") from problem
     if wrong:

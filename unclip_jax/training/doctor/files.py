@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unclip_jax.errors import UserError
-from unclip_jax.training import checkpoints as resume
-from unclip_jax.training import lock
+from unclip_jax.training import checksums, lock
+from unclip_jax.training.checkpoints import damage
 from unclip_jax.training.doctor.findings import Finding, error, note, warning
 from unclip_jax.training.doctor.workdir import Workdir, clip_of_folder, reads_clip
 
@@ -54,7 +54,7 @@ def checkpoints(run: Workdir) -> Iterator[Finding]:
             )
         return
     for folder in found:
-        problem = resume.damage(folder)
+        problem = damage(folder)
         if problem and not train.best and folder in found[: -train.keep_checkpoints]:
             yield note(
                 "checkpoint_half_deleted",
@@ -72,7 +72,7 @@ def checkpoints(run: Workdir) -> Iterator[Finding]:
                 if later
                 else "copy that folder again; no other checkpoint is left",
             )
-        elif folder == found[-1] and not resume.has_checksums(folder):
+        elif folder == found[-1] and not checksums.exist(folder):
             yield note(
                 "checkpoint_unverified",
                 f"{folder} was written without checksums, so damage would not be noticed",

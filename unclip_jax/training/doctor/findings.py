@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
@@ -30,16 +31,4 @@ class Finding:
     advice: str
 
 
-def error(name: str, evidence: str, advice: str) -> Finding:
-    """The run does not do what it is for."""
-    return Finding("error", name, evidence, advice)
-
-
-def warning(name: str, evidence: str, advice: str) -> Finding:
-    """The run is worse than it could be."""
-    return Finding("warning", name, evidence, advice)
-
-
-def note(name: str, evidence: str, advice: str) -> Finding:
-    """Nothing is wrong."""
-    return Finding("note", name, evidence, advice)
+error, warning, note = (functools.partial(Finding, severity) for severity in SEVERITIES)

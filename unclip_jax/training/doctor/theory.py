@@ -50,24 +50,23 @@ class Band(NamedTuple):
 def band(run: Workdir) -> Band | None:
     """The landmarks of a run's loss; None where its data have no known scale."""
     stage, train = run.stage, run.train
+    guesses = None
     if stage.kind == "clip":
-        compared = train.batch_size // train.grad_accum
-        because = f"log {compared}, what guessing among the {compared} pairs of a microbatch costs"
-        return Band("train/loss", math.log(compared), because)
-    if stage.kind == "ar_prior":
-        because = f"log {stage.model.buckets}, what guessing a code costs"
-        return Band("train/loss", math.log(stage.model.buckets), because)
-    if stage.kind == "classifier":
-        classes = stage.num_classes
-        return Band("train/loss", math.log(classes), f"log {classes}, what guessing a class costs")
+        n = train.batch_size // train.grad_accum
+        guesses = n, f"among the {n} pairs of a microbatch"
+    elif stage.kind == "ar_prior":
+        guesses = stage.model.buckets, "a code"
+    elif stage.kind == "classifier":
+        guesses = stage.num_classes, "a class"
+    if guesses is not None:
+        n, what = guesses
+        return Band("train/loss", math.log(n), f"log {n}, what guessing {what} costs")
     power = data_power(run)
     if power is None:
         return None
-    predicted = stage.diffusion.prediction
-    because = f"the mean squared error per dimension of predicting {predicted} as 0"
-    return Band(
-        "train/mse", ignorant(stage.diffusion, power), because, linear(stage.diffusion, power)
-    )
+    diffusion = stage.diffusion
+    because = f"the mean squared error per dimension of predicting {diffusion.prediction} as 0"
+    return Band("train/mse", ignorant(diffusion, power), because, linear(diffusion, power))
 
 
 def data_power(run: Workdir) -> float | None:

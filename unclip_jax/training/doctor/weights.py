@@ -26,7 +26,8 @@ from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.clip import encode_image, encode_text
-from unclip_jax.training import checkpoints, inputs, save
+from unclip_jax.training import inputs
+from unclip_jax.training.checkpoints import Saved, damage, in_float32
 from unclip_jax.training.doctor.findings import TENTH, Finding, error, note
 from unclip_jax.training.doctor.settings import STD_BAND
 from unclip_jax.training.doctor.workdir import Workdir
@@ -45,7 +46,7 @@ IDENTICAL = 1e-4
 
 def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
     """Findings in the newest checkpoint; `clip` is the folder of the run's CLIP, if it is there."""
-    if not run.checkpoints or checkpoints.damage(run.checkpoints[-1]):
+    if not run.checkpoints or damage(run.checkpoints[-1]):
         return
     if "lora" in run.description:
         yield note(
@@ -78,13 +79,10 @@ def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
 
 def read_weights(run: Workdir) -> tuple[Params, Params]:
     """The params of the newest checkpoint: those last trained, and their average."""
-    step = int(run.checkpoints[-1].name)
-    with save.open_checkpoints(run.path) as manager:
-        state = save.read_state(
-            manager, step, lambda tree: {name: tree[name] for name in ("params", "ema_params")}
-        )
-    average = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state["ema_params"])
-    return state["params"], state["params"] | average
+    parts = ("params", "ema_params")
+    with Saved(run.path) as saved:
+        state = saved.state(saved.latest(), lambda tree: {name: tree[name] for name in parts})
+    return state["params"], state["params"] | in_float32(state["ema_params"])
 
 
 def read_batch(run: Workdir, clip: Path | None) -> Arrays:
@@ -160,11 +158,8 @@ def guidance(run: Workdir, params: Params, cond: Arrays) -> Iterator[Finding]:
     """Whether a condition changes what is predicted, without which guidance leads nowhere."""
     stage = run.stage
     n = len(jax.tree.leaves(cond)[0])
-    shape = (
-        (stage.model.embed_dim,)
-        if isinstance(stage, stages.PriorStage)
-        else (stage.image_size, stage.image_size, 3)
-    )
+    is_prior, size = isinstance(stage, stages.PriorStage), getattr(stage, "image_size", 0)
+    shape = (stage.model.embed_dim,) if is_prior else (size, size, 3)
     x_t = jax.random.normal(jax.random.key(1), (n, *shape))
     t = jnp.full(n, stage.diffusion.steps - 1)
     own = np.asarray(predict(stage, params, cond, x_t, t))
@@ -235,20 +230,14 @@ def worth(run: Workdir, params: Params, batch: Arrays) -> Iterator[Finding]:
     saved = np.zeros(n)
     for i in range(ROUNDS):
         # The noisier half: there the condition says what x_t does not.
-        t = (
-            stage.diffusion.steps
-            - 1
-            - (jnp.arange(n) * ROUNDS + i) * stage.diffusion.steps // (2 * n * ROUNDS)
-        )
+        steps = stage.diffusion.steps
+        t = steps - 1 - (jnp.arange(n) * ROUNDS + i) * steps // (2 * n * ROUNDS)
         noise = jax.random.normal(jax.random.key(i), x_0.shape)
         process = stage.diffusion.process()
         x_t = gaussian.q_sample(process, x_0, t, noise)
         target = gaussian.target(stage.diffusion, process, x_0, t, noise)
-        errors = [
-            np.mean((np.asarray(predict(stage, params, c, x_t, t)) - target) ** 2, axis=axes)
-            for c in (cond, other)
-            for axes in [tuple(range(1, x_0.ndim))]
-        ]
+        wrong = (np.asarray(predict(stage, params, c, x_t, t)) - target for c in (cond, other))
+        errors = [np.mean(w**2, axis=tuple(range(1, x_0.ndim))) for w in wrong]
         saved += (errors[1] - errors[0]) / ROUNDS
     spread = saved.std(ddof=1) / np.sqrt(n)
     if saved.mean() < SURE * spread or saved.mean() <= 0:

@@ -72,11 +72,7 @@ class Workdir:
 
 
 def read(path: Path) -> Workdir:
-    """Read a workdir.
-
-    Raises:
-        UserError: it is none, or what lies there cannot be read.
-    """
+    """Read a workdir; UserError if it is none, or what lies there cannot be read."""
     file = path / "description.json"
     if not file.is_file():
         what = "no such folder" if not path.exists() else "no description.json in it"
