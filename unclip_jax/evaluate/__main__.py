@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.errors import UserError, run_command, wrong
 from unclip_jax.evaluate.measure import Settings, evaluate
 from unclip_jax.evaluate.page import PAGE, as_table, write
 from unclip_jax.parallel import compile_cache
@@ -66,15 +66,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def scales(text: str) -> tuple[float, ...]:
-    """Guidance scales from a list with commas.
-
-    Raises:
-        UserError: something else.
-    """
+    """Guidance scales from a list with commas; UserError for anything else."""
     try:
         return tuple(float(word) for word in text.split(",") if text)
     except ValueError:
-        raise UserError(f"--sweep: got {text!r}, expected numbers, as in 1,2,3") from None
+        raise wrong("--sweep", text, "numbers, as in 1,2,3") from None
 
 
 def main(argv: list[str]) -> None:

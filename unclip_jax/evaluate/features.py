@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import wrong
 from unclip_jax.models.features.efficientnet import EfficientNetLite0
 from unclip_jax.models.features.inception import Inception
 from unclip_jax.parallel import sharding
@@ -54,14 +54,9 @@ def of_clip(clip: Part, mesh: jax.sharding.Mesh | None = None) -> FeatureNetwork
 
 
 def load(name: str, clip: FeatureNetwork) -> FeatureNetwork:
-    """The network that --features names.
+    """The network that --features names; `clip` is the one that measures.
 
-    Args:
-        name: "own-clip", "efficientnet-lite0", or "inception:PATH" with pytorch-fid's weights.
-        clip: the CLIP that measures.
-
-    Raises:
-        UserError: another name, or weights that are missing or of another network.
+    UserError for another name, or for weights that are missing or of another network.
     """
     kind, _, path = name.partition(":")
     if name == OWN_CLIP:
@@ -71,10 +66,9 @@ def load(name: str, clip: FeatureNetwork) -> FeatureNetwork:
     elif kind == INCEPTION and path:
         network, params = Inception(), load_inception(path)
     else:
-        raise UserError(
-            f"--features: got {name!r}, expected {OWN_CLIP}, {LITE0} or {INCEPTION}:PATH, where"
-            " PATH is pytorch-fid's weight file (pt_inception-2015-12-05-6726825d.pth)"
-        )
+        file = "pytorch-fid's weight file (pt_inception-2015-12-05-6726825d.pth)"
+        expected = f"{OWN_CLIP}, {LITE0} or {INCEPTION}:PATH, where PATH is {file}"
+        raise wrong("--features", name, expected)
     if clip.mesh is not None:
         params = sharding.place(params, sharding.tree_shardings(params, clip.mesh))
 

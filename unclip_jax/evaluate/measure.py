@@ -11,8 +11,8 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.data import datasets
-from unclip_jax.errors import UserError
-from unclip_jax.evaluate.features import FeatureNetwork, load, of_clip
+from unclip_jax.errors import UserError, wrong
+from unclip_jax.evaluate.features import load, of_clip
 from unclip_jax.evaluate.pictures import Measurer, Real, Vectors
 from unclip_jax.metrics import pca, zero_shot
 from unclip_jax.metrics.clip_score import clip_score
@@ -64,25 +64,17 @@ class Settings:
     def __post_init__(self) -> None:
         """Check every field."""
         if self.num <= NEIGHBOURS:
-            raise UserError(
-                f"--num: got {self.num}, expected at least {NEIGHBOURS + 1}: precision and recall"
-                f" look at {NEIGHBOURS} neighbours of each picture"
-            )
+            why = f"precision and recall look at {NEIGHBOURS} neighbours of each picture"
+            raise wrong("--num", self.num, f"at least {NEIGHBOURS + 1}", why)
         checks.count("--batch_size", self.batch_size)
-        if self.class_pictures < 0:
-            raise UserError(
-                f"--class_pictures: got {self.class_pictures}, expected a number of pictures, or 0"
-            )
+        checks.count("--class_pictures", self.class_pictures, 0)
         if self.template.count("{}") != 1:
-            raise UserError(
-                f"--template: got {self.template!r}, expected {{}} once, where the class's name"
-                ' goes, as in "a photo of a {}"'
-            )
+            expected = '{} once, where the class\'s name goes, as in "a photo of a {}"'
+            raise wrong("--template", self.template, expected)
         for scale in (self.guidance_scale or 0.0, *self.sweep):
-            if not math.isfinite(scale):
-                raise UserError(f"guidance scale: got {scale}, expected a finite number")
+            checks.number("guidance scale", scale)
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed: got {self.seed}, expected 0 to {2**63 - 1}")
+            raise wrong("--seed", self.seed, f"0 to {2**63 - 1}")
 
 
 class Grid(NamedTuple):
@@ -134,12 +126,10 @@ def evaluate(
             data.
     """
     measurer = _measurer(model, settings, judge)
-    key = jax.random.key(settings.seed)
-    stage = model.decoder.stage
+    key, stage = jax.random.key(settings.seed), model.decoder.stage
     scale = stage.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-    real_data = dataclasses.replace(
-        data, image_size=model.image_size if settings.upsample else stage.image_size
-    )
+    size = model.image_size if settings.upsample else stage.image_size
+    real_data = dataclasses.replace(data, image_size=size)
     heldout_data = dataclasses.replace(
         data,
         split=heldout_split,
@@ -188,7 +178,11 @@ def evaluate(
         "reference_pictures": len(reference),
         "reference": "the other pictures" if disjoint else "all pictures",
         "seed": settings.seed,
-    } | _instruments(measurer, real)
+        "clip_fingerprint": clip_fingerprint(measurer.judge),
+        "features": measurer.network.name,
+        "feature_dims": real.vectors.features.shape[1],
+        "pixels": real.image_size,
+    }
     return Report(about, figures, sweep if settings.sweep else [], subsets, grids)
 
 
@@ -203,24 +197,19 @@ def _measurer(model: UnCLIP, settings: Settings, judge: Part | None) -> Measurer
     if model.mesh is not None:
         where = sharding.tree_shardings(judge.params, model.mesh)
         judge = judge._replace(params=sharding.place(judge.params, where))
-    clip: FeatureNetwork = of_clip(judge, model.mesh)
+    clip = of_clip(judge, model.mesh)
     return Measurer(model, judge, clip, load(settings.features, clip), settings.batch_size)
 
 
 def choose(total: int, num: int, seed: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """Which rows of a split are drawn, which are the reference, and whether none is both.
 
-    The reference is every row that is not drawn, or, where those are fewer than the drawn ones,
-    every row.
-
-    Raises:
-        UserError: too few rows for precision and recall.
+    The reference is every row that is not drawn; where those are fewer than the drawn ones, every
+    row. UserError if there are too few for precision and recall.
     """
     if total <= NEIGHBOURS:
-        raise UserError(
-            f"--data: got {total} pictures in this split, expected at least {NEIGHBOURS + 1}; use"
-            " more data or another --split"
-        )
+        expected = f"at least {NEIGHBOURS + 1} pictures in this split"
+        raise wrong("--data", total, expected, "use more data or another --split")
     chosen = np.sort(np.random.default_rng(seed).permutation(total)[:num])
     others = np.setdiff1d(np.arange(total), chosen)
     disjoint = len(others) >= len(chosen)
@@ -261,16 +250,6 @@ def clip_figures(z_i: np.ndarray, z_t: np.ndarray) -> Figures:
     return image_text_retrieval(z_i, z_t) | {"rank_99": float(pca.rank(z_i))}
 
 
-def _instruments(measurer: Measurer, real: Real) -> dict[str, Any]:
-    """Which networks looked at pictures of which size."""
-    return {
-        "clip_fingerprint": clip_fingerprint(measurer.judge),
-        "features": measurer.network.name,
-        "feature_dims": real.vectors.features.shape[1],
-        "pixels": real.image_size,
-    }
-
-
 def _draw(
     measurer: Measurer, captions: list[str], scales: set[float], settings: Settings, key: jax.Array
 ) -> dict[float, tuple[Vectors, np.ndarray]]:
@@ -298,9 +277,8 @@ def _prior_figures(
     """Cosines of sampled z_i with those of held-out pairs."""
     if judge is not None:  # the prior speaks the language of its own CLIP, whoever measures
         own = measurer.model.clip
-        measurer = measurer.by(own)
-        own_size = own.stage.image_size
-        heldout = measurer.read(dataclasses.replace(heldout_data, image_size=own_size))
+        measurer, size = measurer.by(own), own.stage.image_size
+        heldout = measurer.read(dataclasses.replace(heldout_data, image_size=size))
     drawn = measurer.sample_prior(jax.random.fold_in(key, PRIOR), heldout.captions)
     z_t = measurer.read_captions(heldout.captions)
     return prior_cosines(drawn, heldout.vectors.z_i, z_t)
@@ -349,16 +327,13 @@ def _grids(
 ) -> list[Grid]:
     """Generated beside real pictures, and the same captions at every guidance scale."""
     truth = real.pictures(chosen[:SHOWN])
-    pairs = [
-        (np.concatenate([image, drawn], axis=1), caption)
-        for image, drawn, caption in zip(truth, pictures[scale], captions, strict=False)
-    ]
+    rows = zip(truth, pictures[scale], captions, strict=False)
+    pairs = [(np.concatenate([image, drawn], axis=1), caption) for image, drawn, caption in rows]
     grids = [Grid("generated", "Real pictures, and generated from their captions", 4, pairs)]
     if len(pictures) > 1:
-        rows = min(SHOWN_CAPTIONS, len(captions))
         cells = [
-            (drawn[i], f"{captions[i]}, guidance {each:g}")
-            for i in range(rows)
+            (drawn[i], f"{caption}, guidance {each:g}")
+            for i, caption in enumerate(captions[:SHOWN_CAPTIONS])
             for each, drawn in pictures.items()
         ]
         grids.append(Grid("sweep_pictures", "Guidance scales", len(pictures), cells))

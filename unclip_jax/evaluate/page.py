@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from unclip_jax.common.files import replacing
+from unclip_jax.common.files import replacing, write_text
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.evaluate.measure import Figures, Report
 from unclip_jax.metrics.zero_shot import Subsets
@@ -41,16 +41,14 @@ def as_json(report: Report) -> str:
 
 def as_table(report: Report) -> str:
     """The figures for a terminal, one a line; a dash where one is undefined."""
+    scale = "guidance_scale"
+    tables = list(report.figures.items())
+    tables += [(f"guidance {row[scale]:g}", row) for row in report.sweep]
     rows = [
         (f"{part}/{name}", _number(value))
-        for part, figures in report.figures.items()
+        for part, figures in tables
         for name, value in figures.items()
-    ]
-    rows += [
-        (f"guidance {row['guidance_scale']:g}/{name}", _number(value))
-        for row in report.sweep
-        for name, value in row.items()
-        if name != "guidance_scale"
+        if name != scale
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value:>8}" for name, value in rows)
@@ -75,9 +73,8 @@ def write(report: Report, folder: Path) -> None:
         images.append(f"{grid.name}.png")
         image = captioned_grid(pictures, captions, columns=grid.columns, title=grid.title)
         save_png(image, folder / images[-1], about)
-    for name, text in ((JSON, as_json(report)), (PAGE, _page(report, images))):
-        with replacing(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+    write_text(folder / JSON, as_json(report))
+    write_text(folder / PAGE, _page(report, images))
 
 
 def plot_sweep(sweep: list[Figures], path: Path) -> None:

@@ -111,14 +111,13 @@ class Measurer:
             captions: [n].
             guidance_scale: the decoder's.
             upsample: whether the upsamplers run, too.
-            shown: pictures that are kept.
+            shown: how many pictures are kept.
             name: what the progress bar says.
 
         Returns:
-            the vectors of all, and the first `shown` pictures, uint8 [shown, size, size, 3].
+            The vectors of all, and the first `shown` pictures, uint8 [shown, size, size, 3].
         """
-        model, parts, kept = self.model, [], []
-        keys = example_keys(key, len(captions))
+        model, parts, kept, keys = self.model, [], [], example_keys(key, len(captions))
         with _bar(name, len(captions)) as bar:
             for rows, count in self._batches(len(captions)):
                 chosen, texts, z_i = keys[rows], [captions[i] for i in rows], None
@@ -137,24 +136,16 @@ class Measurer:
         """Every readable picture of a split, with its first caption."""
         config = dataclasses.replace(config, captions="first", cache_bytes=0)
         source, parts, index, labels = datasets.load(config), [], [], []
-        stream = batches.batches(
-            source,
-            config,
-            seed=0,
-            batch_size=self.batch_size,
-            shuffle=False,
-            epochs=1,
-            drop_remainder=False,
-        )
+        how = {"shuffle": False, "epochs": 1, "drop_remainder": False}
+        stream = batches.batches(source, config, seed=0, batch_size=self.batch_size, **how)
         with _bar(f"real pictures, {config.split}", len(source)) as bar:
             for batch in stream:
                 parts.append(self.look(batch["image"]))
                 index.append(batch["index"])
                 labels.append(batch.get("label", np.zeros(0, np.int32)))
                 bar.update(len(batch["index"]))
-        return Real(
-            source, config.image_size, np.concatenate(index), np.concatenate(labels), _join(parts)
-        )
+        rows, classes = np.concatenate(index), np.concatenate(labels)
+        return Real(source, config.image_size, rows, classes, _join(parts))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from unclip_jax.common import command_line
-from unclip_jax.common.files import check_place, replacing
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.common.files import check_place, write_text
+from unclip_jax.errors import UserError, run_command, wrong
 from unclip_jax.parallel import sharding
 from unclip_jax.plan import analysis, report, search
 from unclip_jax.plan.chips import GIB, Topology
@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> None:
     if FIT.value and MESH.value is not None:
         raise UserError("--fit, --mesh: both given, and --fit looks for the mesh; leave one out")
     if SAMPLE.value < 0:
-        raise UserError(f"--sample={SAMPLE.value}: expected a number of pictures, 0 for none")
+        raise wrong("--sample", SAMPLE.value, "a number of pictures, 0 for none")
     if JSON.value is not None:
         check_place("--json", Path(JSON.value))
 
@@ -75,8 +75,7 @@ def parse(argv: list[str]) -> None:
 def parse_mesh(text: str) -> sharding.MeshConfig:
     """The mesh that "data=-1,fsdp=8" means; an axis that is not named keeps its default.
 
-    Raises:
-        UserError: it is not of this form.
+    UserError if it is not of this form.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -92,12 +91,8 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
     """All the figures asked for."""
     mesh = parse_mesh(MESH.value) if MESH.value else None
     devices = topology.devices()
-    found = None
-    if FIT.value:
-        found = search.search(config, topology, devices)
-        plan = found.plan
-    else:
-        plan = Plan.of(config, devices, mesh)
+    found = search.search(config, topology, devices) if FIT.value else None
+    plan = found.plan if found else Plan.of(config, devices, mesh)
     blocks = BLOCKS.value or (not WHOLE.value and plan.stage.kind in SLOW)
     say = functools.partial(print, file=sys.stderr, flush=True)
     figures: dict[str, Any] = {
@@ -110,9 +105,9 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
     }
     try:
         figures["train"] = analysis.train_figures(plan, topology, blocks=blocks, say=say)
-        if SAMPLE.value:
-            sample = analysis.sample_figures(plan, topology, SAMPLE.value, blocks=blocks, say=say)
-            figures["sample"] = sample
+        if rows := SAMPLE.value:
+            how = {"blocks": blocks, "say": say}
+            figures["sample"] = analysis.sample_figures(plan, topology, rows, **how)
     except TooLarge as error:
         limit = topology.chip.hbm_bytes / GIB
         raise UserError(
@@ -135,8 +130,7 @@ def main(argv: list[str]) -> None:
     figures = plan_of(CONFIG.value, topology)
     print(report.in_words(figures))
     if JSON.value is not None:
-        with replacing(Path(JSON.value)) as file:
-            file.write_text(json.dumps(figures, indent=1) + "\n")
+        write_text(Path(JSON.value), json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from unclip_jax.training.optimizers import trained
 DAY = 86400.0
 Say = Callable[[str], None]
 Figures = dict[str, Any]
+Part = tuple[str, int, Measured]  # a distinct block: its label, how often it runs, what it needs
 
 
 def by_blocks(
@@ -68,56 +70,34 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
     Raises:
         TooLarge: it does not fit.
     """
-    passes = plan.train.grad_accum * (2 if plan.train.sam_rho else 1)
-    params, state = plan.params(), plan.state()
-    batch = plan.batch(plan.micro_size)
+    train, loss = plan.train, plan.stage.loss
+    passes = train.grad_accum * (2 if train.sam_rho else 1)
+    params, state, key = plan.params(), plan.state(), jax.random.key(0)
+    shapes = (params, plan.batch(plan.micro_size), key)
     total = flops.count(plan.step(), state, plan.batch())
-    forward = flops.count(plan.stage.loss, params, batch, jax.random.key(0))
-    options = QUICK if plan.mesh.devices.flat[0].platform == "tpu" else {}
-    chips, parts = topology.chips, []
-    if blocks:
-        shapes = (params, batch, jax.random.key(0))
-        split, shell = by_blocks(plan, plan.stage.loss, shapes, plan.micro_size)
-        whole = compiled(plan.lowered_step(shell), plan.mesh, options)
-        say(f"shell: {whole.compile_s:.0f} s")
-        parts = _blocks(split, backward=True, options=options, say=say)
-    else:
-        whole = compiled(plan.lowered_step(), plan.mesh, options)
-    moved, collectives = together([(whole, 1), *((m, n * passes) for _, n, m in parts)])
-    largest = max((m.temporary for _, _, m in parts), default=0)
+    model = 3 * flops.count(loss, *shapes) * passes
+    shell = functools.partial(by_blocks, plan, loss, shapes, plan.micro_size) if blocks else None
+    whole, parts = _programs(plan, shell, plan.lowered_step, backward=True, say=say)
+    figures, peak, line = _figures(topology, total, whole, parts, passes)
     kept = {
         "params": device_bytes(state.params),
         "ema": device_bytes(state.ema_params),
         "optimizer": device_bytes(state.opt_state),
         "gradients": 4 * sum(_elements_held(x) for x in jax.tree.leaves(trained(params))),
     }
-    peak = whole.peak + largest
-    line = Roofline.of(topology.chip, total / chips, moved, collectives)
-    model = 3 * forward * passes
-    return {
-        "mode": "blocks" if blocks else "whole",
-        "batch_size": plan.train.batch_size,
-        "grad_accum": plan.train.grad_accum,
+    bounds = {"least": line.least, "most": line.most}
+    ideal = model / topology.chips / topology.chip.bf16
+    return figures | {
+        "batch_size": train.batch_size,
+        "grad_accum": train.grad_accum,
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
         "bytes": kept | {"activations": peak - sum(kept.values()), "peak": peak},
-        "limit": topology.chip.hbm_bytes,
-        "fits": peak <= topology.chip.hbm_bytes,
-        "flops": {"step": total, "chip": total / chips, "model": model},
-        "moved": moved,
-        "collectives": [dataclasses.asdict(c) for c in collectives],
-        "intensity": total / chips / moved,
-        "roofline": dataclasses.asdict(line) | {"least": line.least, "most": line.most},
-        "mfu": {
-            name: model / chips / topology.chip.bf16 / seconds
-            for name, seconds in (("least", line.least), ("most", line.most))
-        },
-        "days": {
-            "least": plan.train.steps * line.least / DAY,
-            "most": plan.train.steps * line.most / DAY,
-        },
-        "steps": plan.train.steps,
+        "flops": {"step": total, "chip": total / topology.chips, "model": model},
+        "intensity": total / topology.chips / figures["moved"],
+        "mfu": {name: ideal / seconds for name, seconds in bounds.items()},
+        "days": {name: train.steps * seconds / DAY for name, seconds in bounds.items()},
+        "steps": train.steps,
         "parts": [_part(label, count, m) for label, count, m in parts],
-        "compile_s": _compile_s(whole, parts),
     }
 
 
@@ -129,54 +109,70 @@ def sample_figures(plan: Plan, topology: Topology, rows: int, *, blocks: bool, s
     """
     sampler, shapes = plan.sampler(), plan.sampler_shapes(rows)
     total = flops.count(sampler, *shapes)
-    options = QUICK if plan.mesh.devices.flat[0].platform == "tpu" else {}
-    chips, parts = topology.chips, []
-    if blocks:
-        split, shell = by_blocks(plan, sampler, shapes)
-        whole = compiled(jax.jit(shell).lower(*shapes), plan.mesh, options)
-        parts = _blocks(split, backward=False, options=options, say=say)
-    else:
-        whole = compiled(jax.jit(sampler).lower(*shapes), plan.mesh, options)
-    moved, collectives = together([(whole, 1), *((m, n) for _, n, m in parts)])
-    line = Roofline.of(topology.chip, total / chips, moved, collectives)
-    peak = whole.peak + max((m.temporary for _, _, m in parts), default=0)
-    return {
-        "mode": "blocks" if blocks else "whole",
+    shell = functools.partial(by_blocks, plan, sampler, shapes) if blocks else None
+
+    def lower(function: Callable[..., Any] = sampler) -> jax.stages.Lowered:
+        return jax.jit(function).lower(*shapes)
+
+    whole, parts = _programs(plan, shell, lower, backward=False, say=say)
+    figures, peak, _ = _figures(topology, total, whole, parts)
+    return figures | {
         "rows": rows,
         "bytes": {"params": device_bytes(shapes[0]), "peak": peak},
-        "limit": topology.chip.hbm_bytes,
-        "fits": peak <= topology.chip.hbm_bytes,
-        "flops": {"all": total, "chip": total / chips},
-        "moved": moved,
-        "collectives": [dataclasses.asdict(c) for c in collectives],
-        "roofline": dataclasses.asdict(line) | {"least": line.least, "most": line.most},
-        "compile_s": _compile_s(whole, parts),
+        "flops": {"all": total, "chip": total / topology.chips},
     }
+
+
+def _programs(
+    plan: Plan,
+    shell: Callable[[], tuple[Split, Callable[..., Any]]] | None,
+    lower: Callable[..., jax.stages.Lowered],
+    *,
+    backward: bool,
+    say: Say,
+) -> tuple[Measured, list[Part]]:
+    """The whole program compiled, or, with `shell`, that and every distinct block."""
+    options = QUICK if plan.mesh.devices.flat[0].platform == "tpu" else {}
+    if shell is None:
+        return compiled(lower(), plan.mesh, options), []
+    split, function = shell()
+    whole = compiled(lower(function), plan.mesh, options)
+    say(f"shell: {whole.compile_s:.0f} s")
+    parts = []
+    for i, block in enumerate(split.blocks, 1):
+        measured = compiled(split.lowered(block, backward=backward), split.mesh, options)
+        parts.append((block.label, block.count, measured))
+        name = f"block {i} of {len(split.blocks)}: {block.count} x {block.label}"
+        say(f"{name}, {measured.compile_s:.0f} s")
+    return whole, parts
+
+
+def _figures(
+    topology: Topology, total: int, whole: Measured, parts: list[Part], passes: int = 1
+) -> tuple[Figures, int, Roofline]:
+    """What training and sampling are both asked for; the peak of a chip's memory; the roofline."""
+    moved, collectives = together([(whole, 1), *((m, n * passes) for _, n, m in parts)])
+    line = Roofline.of(topology.chip, total / topology.chips, moved, collectives)
+    peak = whole.peak + max((m.temporary for _, _, m in parts), default=0)
+    return (
+        {
+            "mode": "blocks" if parts else "whole",
+            "limit": topology.chip.hbm_bytes,
+            "fits": peak <= topology.chip.hbm_bytes,
+            "moved": moved,
+            "collectives": [dataclasses.asdict(c) for c in collectives],
+            "roofline": dataclasses.asdict(line) | {"least": line.least, "most": line.most},
+            # Of the compiler for all programs, those that were kept from earlier included.
+            "compile_s": whole.compile_s + sum(m.compile_s for _, _, m in parts),
+        },
+        peak,
+        line,
+    )
 
 
 def versions() -> dict[str, str]:
     """Of what the figures come from."""
     return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-
-
-def _blocks(
-    split: Split, *, backward: bool, options: dict[str, str], say: Say
-) -> list[tuple[str, int, Measured]]:
-    """Every distinct block compiled: its label, how often it runs, and what it needs."""
-    parts = []
-    for i, block in enumerate(split.blocks, 1):
-        measured = compiled(split.lowered(block, backward=backward), split.mesh, options)
-        parts.append((block.label, block.count, measured))
-        say(
-            f"block {i} of {len(split.blocks)}: {block.count} x {block.label},"
-            f" {measured.compile_s:.0f} s"
-        )
-    return parts
-
-
-def _compile_s(whole: Measured, parts: list[tuple[str, int, Measured]]) -> float:
-    """Seconds of the compiler for all programs, those that were kept from earlier included."""
-    return whole.compile_s + sum(measured.compile_s for _, _, measured in parts)
 
 
 def _part(label: str, count: int, measured: Measured) -> Figures:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, one_line, wrong
 
 GIB = 2**30
 
@@ -62,22 +62,18 @@ class Topology:
     def parse(cls, text: str) -> Topology:
         """The topology that a name such as "v5p:4x4x8" means.
 
-        Raises:
-            UserError: there is no such chip, or its topologies have another number of axes.
+        UserError if there is no such chip, or if its topologies have another number of axes.
         """
         found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", text)
         kind = found and found[1]
         if kind not in CHIPS:
-            raise UserError(
-                f"--topology={text}: expected CHIP:AxB or CHIP:AxBxC with a chip among"
-                f" {', '.join(CHIPS)}, such as {EXAMPLES}"
-            )
+            form = f"CHIP:AxB or CHIP:AxBxC with a chip among {', '.join(CHIPS)}"
+            raise wrong("--topology", text, f"{form}, such as {EXAMPLES}")
         sides = tuple(int(side) for side in found[2].split("x"))
         if len(sides) != CHIPS[kind].axes or 0 in sides:
-            raise UserError(
-                f"--topology={text}: expected {CHIPS[kind].axes} axes of at least 1 for {kind}, as"
-                f" in {next(e for e in EXAMPLES.split(', ') if e.startswith(kind))}"
-            )
+            example = next(e for e in EXAMPLES.split(", ") if e.startswith(kind))
+            axes = f"{CHIPS[kind].axes} axes of at least 1 for {kind}"
+            raise wrong("--topology", text, f"{axes}, as in {example}")
         return cls(kind, sides)
 
     @property
@@ -98,8 +94,7 @@ class Topology:
     def devices(self) -> list[jax.Device]:
         """Devices to compile for, which cannot run anything.
 
-        Raises:
-            UserError: the TPU compiler is not installed, or it knows no such topology.
+        UserError if the TPU compiler is not installed, or knows no such topology.
         """
         check_compiler()
         # No metadata server to ask, and another process may hold the library's lock.
@@ -109,10 +104,9 @@ class Topology:
             with _without_chatter():
                 found = topologies.get_topology_desc(platform="tpu", topology_name=self.name)
         except Exception as error:  # the compiler's errors share no class
-            why = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--topology={self.name}: the TPU compiler knows no such slice ({why}); try one"
-                f" such as {EXAMPLES}"
+                f"--topology={self.name}: the TPU compiler knows no such slice ({one_line(error)});"
+                f" try one such as {EXAMPLES}"
             ) from error
         return list(found.devices)
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
@@ -73,6 +73,16 @@ class Collective:
         if self.kind == "all-gather":  # the operand is one of n parts
             return self.bytes * (n - 1)
         return self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+
+
+def added_up(collectives: Iterable[tuple[Collective, int]]) -> tuple[Collective, ...]:
+    """Collectives that run so many times each, together, by kind and size of group."""
+    totals: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0])
+    for c, times in collectives:
+        total = totals[c.kind, c.group]
+        total[0] += c.bytes * times
+        total[1] += c.count * times
+    return tuple(Collective(*key, *total) for key, total in sorted(totals.items()))
 
 
 def array_bytes(text: str, *, slow_only: bool = False) -> int:
@@ -147,9 +157,9 @@ class Program:
             for instruction in self.computations[name].values():
                 yield instruction, self.computations[name], times
 
-    def collectives(self) -> list[Collective]:
+    def collectives(self) -> tuple[Collective, ...]:
         """All that runs among several devices, by kind and size of group."""
-        totals: dict[tuple[str, int], list[int]] = {}
+        found = []
         for instruction, around, times in self._executed():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -157,10 +167,8 @@ class Program:
             group = self._group(instruction.rest)
             if group > 1 or kind == "collective-permute":
                 size = sum(array_bytes(around[o].type) for o in instruction.operands)
-                total = totals.setdefault((kind, group), [0, 0])
-                total[0] += size * times
-                total[1] += times
-        return [Collective(*key, *total) for key, total in sorted(totals.items())]
+                found.append((Collective(kind, group, size, 1), times))
+        return added_up(found)
 
     def _group(self, rest: str) -> int:
         """Devices in a collective's group, in any of the forms that HLO writes groups in."""

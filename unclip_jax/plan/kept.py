@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from unclip_jax.common.files import check_place, default_cache_dir, replacing
+from unclip_jax.common.files import check_place, default_cache_dir, write_text
 from unclip_jax.plan import hlo, measure
 from unclip_jax.plan.hlo import Collective
 from unclip_jax.plan.measure import Measured
@@ -41,8 +41,7 @@ def compiled(
         return found
     check_place("UNCLIP_JAX_CACHE", file)
     measured = measure.compiled(lowered, mesh.size, options)
-    with replacing(file) as new:
-        new.write_text(json.dumps(dataclasses.asdict(measured)) + "\n")
+    write_text(file, json.dumps(dataclasses.asdict(measured)) + "\n")
     return measured
 
 
@@ -50,17 +49,13 @@ def digest(lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, str]) -> 
     """SHA-256 of all that the figures depend on: the program, its chips, compiler and reader."""
     chips = [(d.device_kind, d.id) for d in mesh.devices.flat]
     releases = [
-        (name, importlib.metadata.version(name))
+        (name, found.version)
         for name in ("jax", "jaxlib", "libtpu")
-        if _installed(name)
+        for found in importlib.metadata.distributions(name=name)
     ]
     readers = [Path(module.__file__).read_text(encoding="utf-8") for module in (hlo, measure)]
     around = repr((chips, dict(mesh.shape), sorted(options.items()), releases, readers))
     return hashlib.sha256(f"{around}\n{lowered.as_text()}".encode()).hexdigest()
-
-
-def _installed(name: str) -> bool:
-    return any(importlib.metadata.distributions(name=name))
 
 
 def _read(file: Path) -> Measured | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import re
 import time
@@ -11,7 +10,7 @@ from collections.abc import Iterable
 import jax
 
 from unclip_jax.plan.chips import GIB, Chip
-from unclip_jax.plan.hlo import Collective, Program
+from unclip_jax.plan.hlo import Collective, Program, added_up
 
 # The compiler tries fewer ways to tile a fusion: convolutions take half as long to compile, and the
 # program needs the same memory.
@@ -19,16 +18,7 @@ QUICK = {"xla_jf_fusion_max_instruction_count_for_window_config": "1"}
 
 
 class TooLarge(Exception):
-    """A program that does not fit into a chip's memory.
-
-    Attributes:
-        bytes: what it would need.
-    """
-
-    def __init__(self, needed: float) -> None:
-        """Say how much is needed."""
-        super().__init__(f"{needed / GIB:.2f} GiB")
-        self.bytes = needed
+    """A program that does not fit into a chip's memory; it says what it would need."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +48,7 @@ class Measured:
 
 
 def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str]) -> Measured:
-    """Compile a program for a TPU, and read what it needs.
-
-    Raises:
-        TooLarge: it does not fit.
-    """
+    """Compile a program for a TPU, and read what it needs; TooLarge if it does not fit."""
     began = time.perf_counter()
     try:
         program = lowered.compile(compiler_options=options)
@@ -70,7 +56,8 @@ def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str])
         used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
         if used is None:
             raise
-        raise TooLarge(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))) from error
+        needed = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
+        raise TooLarge(f"{needed / GIB:.2f} GiB") from error
     seconds = time.perf_counter() - began
     memory = program.memory_analysis()
     text = Program(program.as_text(), devices)
@@ -79,21 +66,16 @@ def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str])
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         moved=text.bytes(),
-        collectives=tuple(text.collectives()),
+        collectives=text.collectives(),
         compile_s=seconds,
     )
 
 
 def together(parts: Iterable[tuple[Measured, int]]) -> tuple[int, tuple[Collective, ...]]:
     """Bytes moved and collectives of several programs, each run so many times."""
-    moved, totals = 0, collections.defaultdict(lambda: [0, 0])
-    for part, times in parts:
-        moved += part.moved * times
-        for c in part.collectives:
-            total = totals[c.kind, c.group]
-            total[0] += c.bytes * times
-            total[1] += c.count * times
-    return moved, tuple(Collective(*key, *total) for key, total in sorted(totals.items()))
+    parts = list(parts)
+    collectives = added_up((c, times) for part, times in parts for c in part.collectives)
+    return sum(part.moved * times for part, times in parts), collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +96,7 @@ class Roofline:
     def of(
         cls, chip: Chip, flops: float, moved: float, collectives: Iterable[Collective]
     ) -> Roofline:
-        """The roofline of what one chip computes, moves and sends."""
+        """That of what one chip computes, moves and sends."""
         sent = sum(c.sent for c in collectives)
         return cls(flops / chip.bf16, moved / chip.hbm_rate, sent / chip.ici_rate)
 

@@ -17,7 +17,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.parallel import axes, sharding
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.optimizers import make_optimizer
-from unclip_jax.training.step import LossFn, TrainState, init_state, make_train_step
+from unclip_jax.training.step import LossFn, TrainState, make_train_step, placed, state_shapes
 
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct
 
@@ -77,11 +77,7 @@ class Plan:
 
     def state(self) -> TrainState:
         """The train state, as it lies on the mesh."""
-        optimizer = make_optimizer(self.train)
-        made = jax.eval_shape(
-            lambda params: init_state(params, optimizer, self.train.ema_dtype), self.params()
-        )
-        return placed(made, self.mesh)
+        return state_shapes(self.params(), make_optimizer(self.train), self.train, self.mesh)
 
     def batch(self, rows: int | None = None) -> Shapes:
         """A batch of so many rows (the whole batch's by default), split over the mesh."""
@@ -131,15 +127,6 @@ class Plan:
         batch = {name: x for name, x in batch.items() if name != "image"}
         whole = sharding.replicated(self.mesh)
         return self.params(), keys, batch, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-
-
-def placed(tree: Shapes, mesh: Mesh) -> Shapes:
-    """The shapes of params, or of a state of them, with their places on a mesh."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        tree,
-        sharding.tree_shardings(tree, mesh),
-    )
 
 
 def batch_shapes(stage: stages.Stage, rows: int, mesh: Mesh) -> Shapes:

@@ -90,8 +90,7 @@ def _gib(size: float) -> str:
 def table(folder: Path) -> str:
     """A Markdown table of all plans in a folder of JSON files, in the order of their names.
 
-    Raises:
-        UserError: there is none, or one is no plan.
+    UserError if there is none, or one is no plan.
     """
     rows = []
     for file in sorted(folder.glob("*.json")):

@@ -1,8 +1,9 @@
 """The smallest arrangement in which a config fits: which mesh, how many microbatches, what remat.
 
-Memory is modelled, and what the model finds is then compiled. A chip holds its part of the state
-and of the gradients (exact); what the backward pass keeps of its rows (exact for remat "full": the
-blocks' inputs); and, while one block is recomputed, that block's own results and gathered params.
+Memory is modelled, and what the model finds is then compiled. A chip holds three things: its part
+of the state and of the gradients (exact); what the backward pass keeps of its rows (exact for remat
+"full", which keeps the blocks' inputs); and the results and gathered params of the one block that
+is being recomputed.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class RowBytes:
 
     Attributes:
         kept: by remat policy, what lives from the forward to the backward pass.
-        working: what one block has at once, of the one that has most.
-        gathered: bytes of the params of the largest block, and of their gradients, on a chip that
-            gathers them; for no row but for the program.
+        working: what the largest block needs at once.
+        gathered: bytes of the largest block's params and their gradients, on a chip that gathers
+            them; once, not for each row.
     """
 
     kept: Mapping[str, float]
@@ -84,7 +85,7 @@ def search(config: Mapping[str, Any], topology: Topology, devices: list[jax.Devi
                 first, mesh=sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp), devices)
             )
             held, gradients = device_bytes(plan.state()), device_bytes(trained(plan.params()))
-        except UserError:  # it divides not every param
+        except UserError:  # some param does not split into so many parts
             continue
         for accum, policy in itertools.product(MICROBATCHES, REMAT):
             if first.train.batch_size % (accum * topology.chips):
@@ -110,26 +111,24 @@ def row_bytes(split: Split) -> RowBytes:
     """What each row of a microbatch needs, from the traced loss."""
     kept = dict.fromkeys(REMAT, 0.0)
     working = gathered = 0.0
+
+    def has_rows(aval: Any) -> bool:
+        return aval.shape[:1] == (split.rows,)
+
     for block in split.blocks:
-        own = [
-            v.aval
-            for v, spec in zip(block.equation.invars, block.specs, strict=True)
-            if spec is None and v.aval.shape and v.aval.shape[0] == split.rows
-        ]
-        inputs = max((_bytes(aval) for aval in own), default=0)  # the others are shared
+        given = [v.aval for v in block.equation.invars]
+        places = list(zip(given, block.specs, strict=True))
+        own = [_bytes(aval) for aval, spec in places if spec is None and has_rows(aval)]
+        inputs = max(own, default=0)  # the others are shared
         results = [
             (equation.primitive.name, _bytes(v.aval))
             for equation in _all_equations(block.jaxpr)
             for v in equation.outvars
-            if v.aval.shape and v.aval.shape[0] == split.rows
+            if has_rows(v.aval)
         ]
         products = sum(size for name, size in results if name in PRODUCTS)
         everything = sum(size for _, size in results)
-        weights = sum(
-            math.prod(v.aval.shape)
-            for v, spec in zip(block.equation.invars, block.specs, strict=True)
-            if spec is not None
-        )
+        weights = sum(math.prod(aval.shape) for aval, spec in places if spec is not None)
         kept["full"] += block.count * inputs
         kept["dots"] += block.count * (inputs + products)
         kept["none"] += block.count * (inputs + everything)
