@@ -162,7 +162,9 @@ def test_the_reference_is_what_is_not_drawn_if_that_suffices():
     assert disjoint and sorted([*chosen, *reference]) == list(range(10))
     chosen, reference, disjoint = choose(10, 100, seed=0)
     assert not disjoint and list(chosen) == list(reference) == list(range(10))
-    with pytest.raises(UserError, match="--data: got 3, expected at least 4 pictures in this split"):
+    with pytest.raises(
+        UserError, match="--data: got 3, expected at least 4 pictures in this split"
+    ):
         choose(3, 100, seed=0)
 
 

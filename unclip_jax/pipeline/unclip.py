@@ -61,6 +61,11 @@ def _stage_keys(keys: jax.Array, purpose: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
 
 
+def _each(change: Callable[[Part], Part], parts: Any) -> Any:
+    """Parts in a tree, changed."""
+    return jax.tree.map(change, parts, is_leaf=lambda part: isinstance(part, Part))
+
+
 @dataclasses.dataclass(frozen=True)
 class UnCLIP:
     """The whole system. `load` makes it from a folder; every method is deterministic in its key.
@@ -114,11 +119,7 @@ class UnCLIP:
         is_karlo = karlo.is_karlo(folder)
         parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
         if dtype:
-            parts = jax.tree.map(
-                lambda part: part._replace(stage=in_dtype(part.stage, dtype)),
-                parts,
-                is_leaf=lambda part: isinstance(part, Part),
-            )
+            parts = _each(lambda part: part._replace(stage=in_dtype(part.stage, dtype)), parts)
         decoder = parts["decoder"]
         about, length = decoder.description.get("t5"), decoder.stage.context[0]
         loaded = cls(**parts, t5=load_described(t5, about, length), mesh=mesh)
@@ -143,8 +144,7 @@ class UnCLIP:
             return part._replace(params=sharding.place(part.params, where))
 
         parts = {name: getattr(self, name) for name in ("clip", "prior", "decoder", "upsamplers")}
-        is_part = lambda part: isinstance(part, Part)  # noqa: E731
-        return dataclasses.replace(self, mesh=mesh, **jax.tree.map(placed, parts, is_leaf=is_part))
+        return dataclasses.replace(self, mesh=mesh, **_each(placed, parts))
 
     @property
     def nbytes(self) -> int:
@@ -212,8 +212,7 @@ class UnCLIP:
     def embed_image(self, images: np.ndarray) -> jax.Array:
         """z_i [b, e] of uint8 images [b, h, w, 3] of any size.
 
-        Raises:
-            UserError: they are something else, or there is no CLIP, or none with an image tower.
+        UserError if they are something else, or if there is no CLIP with an image tower.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -444,11 +443,7 @@ class UnCLIP:
         return self.upsample(keys, images, noise=noise, progress=progress) if upsample else images
 
     def _pictures(self, make, keys, batch_size, noise) -> np.ndarray:
-        """uint8 pictures of `make(keys, rows, noise)`, in batches of rows.
-
-        Raises:
-            UserError: noise of a part that is not sampled, or for another number of pictures.
-        """
+        """uint8 pictures of `make(keys, rows, noise)`, in batches of rows."""
         noise = {name: np.asarray(array) for name, array in (noise or {}).items()}
         sampled = sorted(set(self.parts()) - {"clip"})
         for name, array in noise.items():

@@ -51,7 +51,6 @@ def reconstruct(
         key: typed PRNG key; without eta, only the upsamplers draw from it.
         images: uint8 [h, w, 3], of any sizes.
         walk: how; with eta = 0 and no guidance the pictures come back, the closer the more steps.
-        upsample: see above, like `progress`.
 
     Returns:
         uint8 [b, size, size, 3], and the PSNR [b], in dB, of what the decoder made, at its size.
@@ -86,7 +85,6 @@ def pictures(
         latents: b of them, see `encode`.
         walk: eta, guidance and the rest.
         num: pictures of each latent; they stand side by side.
-        upsample: see above, like `progress`.
     """
     keys = jnp.tile(example_keys(key, checks.count("num", num)), len(latents.z_i))
     repeated = Latents(*(np.repeat(np.asarray(part), num, axis=0) for part in latents))
@@ -98,15 +96,10 @@ def interpolate(latents: Latents, frames: int, x_T: np.ndarray | None = None) ->
     """The latents between the first of two and the second: figure 4 of the paper.
 
     z_i is slerped. So is x_T, and the ends then decode to the two pictures themselves; or one x_T
-    is kept throughout, and the ends are variations of the two pictures.
-
-    Args:
-        latents: two.
-        frames: how many, both ends included; at least 2.
-        x_T: one to keep, [s, s, 3].
+    [s, s, 3] is kept throughout, and the ends are variations of the two pictures.
 
     Raises:
-        UserError: other than two latents, or too few frames.
+        UserError: other than two latents, or fewer than two frames, which include both ends.
     """
     if len(latents.z_i) != 2:
         raise UserError(f"interpolation: got {len(latents.z_i)} pictures, expected two")
@@ -126,7 +119,7 @@ def text_diff(
     """Latents turned from one caption towards another: figure 5 of the paper.
 
     z_d = norm(z_t - z_t0) and z_theta = slerp(z_i, z_d, theta), with x_T kept. z_d is given the
-    length of z_i, so that a z_i which is not of length one (Karlo's) keeps its length.
+    length of z_i, so a z_i that is not of length one (Karlo's) keeps its length.
 
     Args:
         model: with a CLIP that has its text tower.
@@ -183,7 +176,6 @@ def inpaint(
         hole: bool [h, w], True where to paint; in the proportions of the image.
         walk: eta 1 harmonises best; its caption says what to paint.
         num: how many.
-        upsample: see above, like `progress`.
 
     Raises:
         UserError: nothing to paint, or a hole of other proportions.
@@ -242,8 +234,8 @@ def upscale(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A picture through the upsamplers alone.
 
-    It enters at the upsampler with the largest input that the picture's shorter side fills, and at
-    the first where it fills none.
+    It enters at the upsampler with the largest input that its shorter side fills; if it fills
+    none, at the first.
 
     Args:
         model: with at least one upsampler.
@@ -251,7 +243,6 @@ def upscale(
         image: uint8 [h, w, 3].
         num: how many, which differ in what the upsamplers draw.
         batch_size: pictures computed together.
-        progress: see above.
 
     Returns:
         What entered, uint8 [low, low, 3], and uint8 [num, size, size, 3].

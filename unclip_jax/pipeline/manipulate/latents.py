@@ -5,11 +5,11 @@ this picture and no other: the noise that DDIM inversion of the decoder, conditi
 (Dhariwal & Nichol 2021, arXiv 2105.05233, appendix F). Decoding (z_i, x_T) with DDIM, eta = 0,
 gives the picture back; changing one half and keeping the other edits it.
 
-Both ways walk the same timesteps, and which of them depends on what the network predicts, since
-either prediction is useless at one end. From eps, x_0 is known up to the network's error times
-sigma / sqrt(alpha_bar), 20000 at the end of a cosine schedule: such a network walks 0, s, 2s, ...
-and leaves out the noisiest steps. From x_0, eps is known up to the error times sqrt(alpha_bar) /
-sigma, 160 at timestep 0: such a network walks s - 1, 2s - 1, ... and leaves out the cleanest.
+Both ways walk the same timesteps. Which ones depends on what the network predicts, since either
+prediction is useless at one end. From eps, x_0 is known up to the network's error times sigma /
+sqrt(alpha_bar), 20000 at the end of a cosine schedule: such a network walks 0, s, 2s, ..., without
+the noisiest steps. From x_0, eps is known up to the error times sqrt(alpha_bar) / sigma, 160 at
+timestep 0: such a network walks s - 1, 2s - 1, ..., without the cleanest.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Walk:
             gives exactly: 25, 50, 100 and 250 do for 1000 timesteps.
         eta: DDIM's noise on the way to the picture, 0 (none) to 1 (as much as DDPM's).
         guidance_scale: classifier-free guidance on the way to the picture. None is the
-            conditional model alone, at half the cost, and without clipping: the way inversion
-            went. A number clips as the decoder's own settings say, for guidance overshoots.
+            conditional model alone, without clipping, as inversion went, at half the cost. With a
+            number, x_0 is clipped as the decoder's own settings say, since guidance overshoots.
         caption: what the decoder reads beside z_i, both ways; "" for no caption.
         batch_size: pictures computed together; it changes no picture.
 
@@ -79,11 +79,7 @@ class Walk:
         checks.count("batch_size", self.batch_size)
 
     def sampling(self, model: UnCLIP) -> samplers.Sampling:
-        """The decoder's DDIM.
-
-        Raises:
-            UserError: the decoder's diffusion cannot walk in so many steps.
-        """
+        """The decoder's DDIM; UserError if its diffusion cannot walk in so many steps."""
         stage = model.decoder.stage
         if not 2 <= self.steps <= stage.diffusion.steps:
             raise wrong("steps", self.steps, f"2 to the diffusion's {stage.diffusion.steps}")
@@ -174,10 +170,7 @@ def render(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Small pictures [b, s, s, 3] in [-1, 1] as uint8, through the upsamplers unless told not to.
-
-    Row i depends on keys[i] and on small[i] alone.
-    """
+    """Small pictures [b, s, s, 3] in [-1, 1] as uint8; row i depends on its key and picture alone."""
 
     def make(rows: np.ndarray) -> jax.Array:
         images = jnp.asarray(small[rows])
@@ -189,11 +182,7 @@ def render(
 
 
 def embed(model: UnCLIP, images: Sequence[np.ndarray], batch_size: int = 16) -> np.ndarray:
-    """z_i [b, e] of pictures of any sizes, as CLIP sees their centre squares.
-
-    Raises:
-        UserError: as for `encode`.
-    """
+    """z_i [b, e] of the centre squares of pictures of any sizes; raises what `encode` does."""
     _check_reads_z_i(model)
     squares = squared(images, model.need("clip", "embed pictures").stage.image_size)
     return in_batches(len(squares), batch_size, lambda rows: model.embed_image(squares[rows]))
@@ -205,11 +194,7 @@ def decoder_size(model: UnCLIP, images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def squared(images: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """The centre squares of pictures of any sizes: uint8 [b, size, size, 3].
-
-    Raises:
-        UserError: no pictures, or one that is none.
-    """
+    """Centre squares, uint8 [b, size, size, 3]; UserError for no pictures, or one that is none."""
     if not len(images):
         raise wrong("images", [], "at least one picture")
     squares = []

@@ -32,8 +32,7 @@ _EMBEDDED_TOGETHER = 64
 def fit_pca(model: UnCLIP, config: datasets.DataConfig) -> pca.PCA:
     """Principal components of the z_i of all pictures of a data set, in one pass.
 
-    Raises:
-        UserError: no such data, fewer than two different pictures, or a model without CLIP.
+    UserError for no such data, fewer than two different pictures, or a model without CLIP.
     """
     size = model.need("clip", "embed pictures").stage.image_size
     config = dataclasses.replace(config, image_size=size, captions="first", cache_bytes=0)
@@ -42,15 +41,9 @@ def fit_pca(model: UnCLIP, config: datasets.DataConfig) -> pca.PCA:
         filled = np.resize(batch["image"], (_EMBEDDED_TOGETHER, size, size, 3))
         return pca.Moments.of(np.asarray(model.embed_image(filled))[: len(batch["image"])])
 
-    stream = batches.batches(
-        datasets.load(config),
-        config,
-        seed=0,
-        batch_size=_EMBEDDED_TOGETHER,
-        shuffle=False,
-        epochs=1,
-        drop_remainder=False,
-    )
+    how = {"shuffle": False, "epochs": 1, "drop_remainder": False}
+    source = datasets.load(config)
+    stream = batches.batches(source, config, seed=0, batch_size=_EMBEDDED_TOGETHER, **how)
     return pca.fit(functools.reduce(pca.Moments.merge, map(moments, stream)))
 
 
@@ -122,15 +115,10 @@ def ablate_prior(
 
 
 def zero_shot(model: UnCLIP, z_i: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-    """CLIP's probabilities of labels for pictures, [b, len(labels)]: softmax of scaled cosines.
-
-    Args:
-        model: with both towers of CLIP and its temperature.
-        z_i: float [b, e].
-        labels: captions, at least two.
+    """CLIP's probabilities [b, l] of l labels for z_i [b, e]: softmax of scaled cosines.
 
     Raises:
-        UserError: fewer than two labels, or a CLIP without its temperature.
+        UserError: fewer than two labels, or a CLIP with one tower and so no temperature.
     """
     check_labels(labels)
     clip = model.clip

@@ -52,10 +52,9 @@ def not_finite(run: Workdir) -> Iterator[Finding]:
 
 
 def too_early(run: Workdir, step: float) -> bool:
-    """Whether weights cannot yet have moved by as much as they are large.
+    """Whether the learning rates so far add up to less than the weights' root mean square.
 
-    Adam moves each by at most about the learning rate a step, so the sum of the rates so far is
-    compared with the weights' root mean square.
+    Adam moves a weight by at most about the rate a step: none can have moved as far as it is large.
     """
     steps, rates = run.series("train/learning_rate")
     norm = run.last("train/param_norm")
@@ -76,7 +75,7 @@ def level(run: Workdir, expected: Band | None) -> Iterator[Finding]:
     recent = float(np.mean(values[-3:]))
     where = f"{expected.metric} is {recent:.4g} at step {int(steps[-1]):,}"
     if too_early(run, steps[-1]):
-        if done(run) >= 1.0 and recent > (1 - TENTH) * expected.ignorant:
+        if run.done >= 1.0 and recent > (1 - TENTH) * expected.ignorant:
             yield error(
                 "nothing_learned",
                 f"{where}, and a network that has learned nothing has {expected.ignorant:.4g}; the"
@@ -101,7 +100,7 @@ def level(run: Workdir, expected: Band | None) -> Iterator[Finding]:
             "look at a few examples of the data (python -m unclip_jax evaluate shows pictures), and"
             f" try train.learning_rate ({run.train.learning_rate:g}) three times higher or lower",
         )
-    elif expected.linear is not None and recent > expected.linear and done(run) > 0.5:
+    elif expected.linear is not None and recent > expected.linear and run.done > 0.5:
         yield warning(
             "hardly_learned",
             f"{where}; knowing the data's variance and nothing else gives {expected.linear:.4g}",
@@ -110,15 +109,11 @@ def level(run: Workdir, expected: Band | None) -> Iterator[Finding]:
         )
 
 
-def done(run: Workdir) -> float:
-    """The fraction of the run that lies behind."""
-    return run.step / run.train.steps
-
-
 def shape(run: Workdir) -> Iterator[Finding]:
     """Whether the loss falls, and stays down."""
     steps, losses = run.series("train/loss")
-    steps, losses = steps[steps > run.train.warmup_steps], losses[steps > run.train.warmup_steps]
+    warm = steps > run.train.warmup_steps
+    steps, losses = steps[warm], losses[warm]
     if len(losses) < FEWEST_LINES:
         return
     quarters = np.array_split(losses, 4)
@@ -126,22 +121,17 @@ def shape(run: Workdir) -> Iterator[Finding]:
     best = int(np.argmin(means))
     rise = means[-1] - means[best]
     if rise > TENTH * abs(means[best]) and rise > SURE * _error(quarters[best], quarters[-1]):
-        told = (
-            f"the loss was {means[best]:.4g} on average in the run's quarter {best + 1} and is"
-            f" {means[-1]:.4g} in its last"
-        )
-        advice = (
-            f"lower train.learning_rate ({run.train.learning_rate:g}) to a third, in a new workdir,"
-            " and set train.grad_clip=1 if it is 0"
-        )
         higher = means[-1] > means[0]
-        yield (
-            error("loss_exploded", told, advice) if higher else warning("loss_rising", told, advice)
+        yield (error if higher else warning)(
+            "loss_exploded" if higher else "loss_rising",
+            f"the loss was {means[best]:.4g} on average in the run's quarter {best + 1} and is"
+            f" {means[-1]:.4g} in its last",
+            f"lower train.learning_rate ({run.train.learning_rate:g}) to a third, in a new workdir,"
+            " and set train.grad_clip=1 if it is 0",
         )
     yield from spikes(steps, losses, run)
     fall = means[-2] - means[-1]
-    finished = run.step >= run.train.steps
-    if finished and fall > TENTH * means[-1] and fall > SURE * _error(*quarters[-2:]):
+    if run.done >= 1.0 and fall > TENTH * means[-1] and fall > SURE * _error(*quarters[-2:]):
         yield note(
             "still_falling",
             f"the run is done, and its loss still fell from {means[-2]:.4g} to {means[-1]:.4g} in"
@@ -184,8 +174,7 @@ def spikes(steps: np.ndarray, losses: np.ndarray, run: Workdir) -> Iterator[Find
 def warm_up(run: Workdir) -> Iterator[Finding]:
     """A loss that rises with the learning rate.
 
-    Weights that were trained before lose a little of it as the rate rises. That is as it should be
-    if half has come back since.
+    That of weights trained before does, a little; it is well if half has come back since.
     """
     steps, losses = run.series("train/loss")
     warm = losses[steps <= run.train.warmup_steps]
@@ -239,7 +228,7 @@ def gradients(run: Workdir) -> Iterator[Finding]:
 
 def evaluations(run: Workdir) -> Iterator[Finding]:
     """The last evaluation against chance, or against doing nothing."""
-    if too_early(run, run.step) and done(run) < 1.0:
+    if too_early(run, run.step) and run.done < 1.0:
         return
     if run.stage.kind == "clip":
         yield from retrieval(run)

@@ -17,16 +17,15 @@ GIB = 2**30
 
 def examine(run: Workdir, clip: str) -> Iterator[Finding]:
     """Findings among the files; `clip` is the folder of the run's CLIP, or ""."""
-    holder = lock.holder(run.path)
-    yield from state(run, holder)
+    yield from state(run)
     yield from checkpoints(run)
     yield from disk(run)
     yield from clip_mismatch(run, clip)
 
 
-def state(run: Workdir, holder: str | None) -> Iterator[Finding]:
+def state(run: Workdir) -> Iterator[Finding]:
     """Whether the run lives, is done, or stopped on the way."""
-    if holder is not None:
+    if (holder := lock.holder(run.path)) is not None:
         yield note(
             "running",
             f"{holder} trains here, at step {run.step:,} of {run.train.steps:,}",
@@ -63,15 +62,14 @@ def checkpoints(run: Workdir) -> Iterator[Finding]:
                 "nothing; the next save deletes the rest",
             )
         elif problem:
-            later = [path for path in found if path != folder]
-            yield error(
-                "checkpoint_damaged",
-                f"{folder}: {problem}",
-                "copy that folder again if there is another copy; else go on without it with"
+            instead = (
+                " if there is another copy; else go on without it with"
                 " --config.train.if_damaged=previous"
-                if later
-                else "copy that folder again; no other checkpoint is left",
+                if len(found) > 1
+                else "; no other checkpoint is left"
             )
+            advice = f"copy that folder again{instead}"
+            yield error("checkpoint_damaged", f"{folder}: {problem}", advice)
         elif folder == found[-1] and not checksums.exist(folder):
             yield note(
                 "checkpoint_unverified",

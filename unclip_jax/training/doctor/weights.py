@@ -67,13 +67,14 @@ def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
             + (", with --clip=DIR" if "clip_fingerprint" in run.description else ""),
         )
         batch = None
-    if isinstance(run.stage, stages.PriorStage | stages.DecoderStage):
+    is_conditional = isinstance(run.stage, stages.PriorStage | stages.DecoderStage)
+    if is_conditional:
         cond = synthetic(run.stage) if batch is None else run.stage.data(averaged, batch)[1]
         yield from guidance(run, averaged, cond)
     if batch is not None:
         yield from embeddings(averaged, batch)
         yield from average(run, last, averaged, batch)
-        if isinstance(run.stage, stages.PriorStage | stages.DecoderStage):
+        if is_conditional:
             yield from worth(run, averaged, batch)
 
 
@@ -88,8 +89,7 @@ def read_weights(run: Workdir) -> tuple[Params, Params]:
 def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     """Up to EXAMPLES or PICTURES training examples, with all that the stage reads.
 
-    Raises:
-        UserError: the data are not here or are others by now, or the CLIP is not known.
+    UserError if the data are not here or are others by now, or the CLIP is not known.
     """
     stage = run.stage
     data = settings.build(datasets.DataConfig, run.description["data"], "description.json: data")

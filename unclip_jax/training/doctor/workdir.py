@@ -43,15 +43,19 @@ class Workdir:
     @property
     def checkpoints(self) -> list[Path]:
         """The folders of whole training checkpoints, the oldest first."""
-        folder = self.path / "checkpoints"
-        found = folder.iterdir() if folder.is_dir() else ()
-        return sorted((p for p in found if p.name.isdecimal()), key=lambda p: int(p.name))
+        found = (path for path in self.path.glob("checkpoints/*") if path.name.isdecimal())
+        return sorted(found, key=lambda path: int(path.name))
 
     @property
     def step(self) -> int:
         """The last step that left a trace."""
         logged = [int(record["step"]) for record in self.records]
         return max(logged + [int(path.name) for path in self.checkpoints], default=0)
+
+    @property
+    def done(self) -> float:
+        """The fraction of the run that lies behind."""
+        return self.step / self.train.steps
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps and values of a metric, float64 [n] each; no step where it is missing."""
