@@ -225,9 +225,10 @@ class UnCLIP:
         """The part of that name; UserError, which says what it is needed for, if there is none."""
         part = getattr(self, name)
         if part is None:
+            named = name.replace("clip", "CLIP")
             raise UserError(
-                f"this model has no {name}, which is needed to {purpose}; use a model that has one"
-                " (of Karlo's repositories, text-to-image has the prior)"
+                f"this model has no {named}, which is needed to {purpose}; use a model that has"
+                " one (of Karlo's repositories, text-to-image has the prior)"
             )
         return part
 

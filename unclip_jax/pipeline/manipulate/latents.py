@@ -170,7 +170,7 @@ def render(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Small pictures [b, s, s, 3] in [-1, 1] as uint8; row i depends on its key and picture alone."""
+    """Small pictures [b, s, s, 3] in [-1, 1] as uint8; row i is of its key and picture alone."""
 
     def make(rows: np.ndarray) -> jax.Array:
         images = jnp.asarray(small[rows])

@@ -112,8 +112,8 @@ def level(run: Workdir, expected: Band | None) -> Iterator[Finding]:
 def shape(run: Workdir) -> Iterator[Finding]:
     """Whether the loss falls, and stays down."""
     steps, losses = run.series("train/loss")
-    warm = steps > run.train.warmup_steps
-    steps, losses = steps[warm], losses[warm]
+    past = steps > run.train.warmup_steps
+    steps, losses = steps[past], losses[past]
     if len(losses) < FEWEST_LINES:
         return
     quarters = np.array_split(losses, 4)
