@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import types
 
 import fsspec
 import ml_dtypes
@@ -492,8 +493,9 @@ def test_other_tokens_than_those_stored_are_made_anew(tmp_path):
     np.testing.assert_array_equal(batch["tokens"], Tokenizer(20, 514).encode(captions))
     config = as_data(tmp_path / "store")
     stored = load(config, needs_images=False)
-    batch = next(batches(stored, config, seed=0, batch_size=4, tokenizer=Tokenizer(20, 514)))
-    assert batch["tokens"].shape == (4, 20)
+    encoder = types.SimpleNamespace(tokenizer=Tokenizer(20, 514), states=lambda ids: {"ids": ids})
+    batch = next(batches(stored, config, seed=0, batch_size=4, encoder=encoder))
+    assert batch["tokens"].shape == (4, 20) and batch["ids"] is batch["tokens"]
 
 
 def test_splits_part_the_images_by_name(tmp_path):

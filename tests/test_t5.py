@@ -14,7 +14,6 @@ from tests import t5_folder
 from tests.networks import relative_error
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.text_states import BatchesWithStates
 from unclip_jax.errors import UserError
 from unclip_jax.weights.t5 import T5
 
@@ -125,8 +124,7 @@ def test_batches_carry_the_states_of_their_captions_and_resume(t5, tmp_path):
     pairs = datasets.load(data)
 
     def stream():
-        plain = batches.batches(pairs, data, seed=0, batch_size=3, tokenizer=t5.tokenizer)
-        return BatchesWithStates(plain, t5)
+        return batches.batches(pairs, data, seed=0, batch_size=3, encoder=t5)
 
     feed = stream()
     first, state = next(feed), feed.get_state()

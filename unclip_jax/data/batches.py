@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
@@ -32,6 +32,17 @@ from unclip_jax.data.tokenizer import Encoder, Tokenizer
 from unclip_jax.errors import UserError, wrong
 
 
+class TextEncoder(Protocol):
+    """A frozen network that reads captions: Karlo's CLIP, Imagen's T5."""
+
+    @property
+    def tokenizer(self) -> Encoder:
+        """Captions to the ids [b, l] that it reads."""
+
+    def states(self, tokens: np.ndarray) -> dict[str, Any]:
+        """Ids [b, l] to "text_states" [b, l, d] float32 and "text_mask" [b, l] bool, on devices."""
+
+
 def batches(
     source: Source,
     config: DataConfig,
@@ -43,12 +54,14 @@ def batches(
     drop_remainder: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-    tokenizer: Encoder | None = None,
+    encoder: TextEncoder | None = None,
 ) -> Batches:
     """An iterator of batches, endless unless `epochs` says otherwise.
 
     Each batch is a dict of numpy arrays: `image` uint8 `[b, s, s, 3]`, `tokens` int32 `[b, l]`,
-    `index` int32 `[b]`, and whatever else the source's records carry.
+    `index` int32 `[b]`, and whatever else the source's records carry. An encoder adds its states of
+    the captions as each batch is read. They stay on the device: nothing is stored, so a data set
+    may be of any size.
 
     Args:
         source: the data set.
@@ -62,8 +75,8 @@ def batches(
         process_index: which share of the data this is. A share is commonly a process's,
             `jax.process_index()`; processes that feed the same rows of a batch have the same one.
         process_count: how many shares there are.
-        tokenizer: makes `tokens` of captions; None for CLIP's, of the config's context length and
-            vocabulary.
+        encoder: a frozen network whose tokens and states of the captions batches hold; None for
+            CLIP's tokens alone, of the config's context length and vocabulary.
 
     Raises:
         UserError: an argument has no meaning, or the data set has an end and holds fewer pairs
@@ -89,7 +102,7 @@ def batches(
     # Unshuffled, a process may meet the same pairs in every epoch.
     common = math.gcd(len(source), process_count * batch_size)
     met = 1 if shuffle else min(batch_size, common) / common
-    examples = _Examples(source, config, tokenizer, reachable=int(len(source) * met))
+    examples = _Examples(source, config, encoder, reachable=int(len(source) * met))
 
     grain = extras.load("grain", "train", "batches of a data set")
     stream = grain.MapDataset.range(len(source)).seed(seed)
@@ -115,29 +128,31 @@ def batches(
         "process_count": process_count,
         "batch_size": batch_size,
     }
-    return Batches(iter(batched), examples, settings)
+    return Batches(iter(batched), examples, settings, encoder)
 
 
 class Batches:
     """An iterator of batches whose position can be saved and restored; made by `batches`."""
 
-    def __init__(self, iterator: Any, examples: _Examples, settings: dict):
+    def __init__(
+        self, iterator: Any, examples: _Examples, settings: dict, encoder: TextEncoder | None
+    ):
         """Take a grain.DatasetIterator, and what its states are compared with."""
-        self._iterator = iterator
-        self._examples = examples
-        self._settings = settings
+        self._iterator, self._examples = iterator, examples
+        self._settings, self._encoder = settings, encoder
 
     def __iter__(self) -> Batches:
         """The iterator itself."""
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         """The next batch; `UserError` once it is clear that every record is bad."""
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except StopIteration:
             self._examples.raise_if_all_bad(at_end=True)
             raise
+        return batch | self._encoder.states(batch["tokens"]) if self._encoder else batch
 
     @property
     def skipped(self) -> int:
@@ -256,17 +271,16 @@ class _Examples:
     """
 
     def __init__(
-        self, source: Source, config: DataConfig, tokenizer: Encoder | None, reachable: int
+        self, source: Source, config: DataConfig, encoder: TextEncoder | None, reachable: int
     ):
         self.source = source
         self.earlier = Positions()
         self.bad: set[int] = set()
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
-        self.captions = Captions(
-            source.name, tokenizer or Tokenizer(config.context_length, config.vocab_size)
-        )
+        ours = Tokenizer(config.context_length, config.vocab_size)
+        self.captions = Captions(source.name, encoder.tokenizer if encoder else ours)
         self._size = config.image_size
-        self._takes_tokens = tokenizer is None  # those a record has: they are the config's
+        self._takes_tokens = encoder is None  # those a record has: they are the config's
         self._reachable = reachable
         self._good = False
         self._images: dict[int, np.ndarray] = {}

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from unclip_jax import stages
 from unclip_jax.common.params import TRAINED
-from unclip_jax.data.text_states import stream
+from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import METHODS, analytic
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.training import prepare as runs
@@ -96,7 +96,7 @@ def measure(run: runs.Run, params: Params, *, num: int, batch_size: int, seed: i
         if value < 1:
             raise UserError(f"--{name}: got {value}, expected at least 1")
     stage, steps = run.stage, run.stage.diffusion.steps
-    pairs = stream(run.source, run.data, run.encoder, seed=seed, batch_size=batch_size)
+    pairs = batches(run.source, run.data, encoder=run.encoder, seed=seed, batch_size=batch_size)
     key, residuals = jax.random.key(seed), analytic.init(stage.diffusion)
     for i in tqdm(range(math.ceil(num * steps / batch_size)), desc="Measuring", disable=None):
         t = (i * batch_size + jnp.arange(batch_size)) % steps

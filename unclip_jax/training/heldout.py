@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import stages
+from unclip_jax.data.batches import TextEncoder, batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import Source
-from unclip_jax.data.text_states import TextEncoder, stream
 from unclip_jax.metrics import pca
 from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.psnr import psnr
@@ -62,10 +62,10 @@ class Held:
     def arrays(self) -> Arrays:
         """Up to HELD_OUT_AT_MOST pairs as one batch, evenly spread over the set, plain."""
         plain = dataclasses.replace(self._data, augment=0.0, cache_bytes=0)
-        pairs = stream(
+        pairs = batches(
             self._source,
             plain,
-            self._encoder,
+            encoder=self._encoder,
             seed=0,
             batch_size=min(CHUNK, len(self._source)),
             epochs=1,

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from unclip_jax import stages
 from unclip_jax.common import config as settings
 from unclip_jax.data import batches, datasets
+from unclip_jax.data.batches import Batches, TextEncoder
 from unclip_jax.data.embeddings import store
 from unclip_jax.data.records import Source
-from unclip_jax.data.text_states import BatchesWithStates, TextEncoder, stream
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
@@ -111,14 +111,14 @@ class Run:
     description: dict[str, Any]
     encoder: TextEncoder | None
 
-    def batches(self) -> batches.Batches | BatchesWithStates:
+    def batches(self) -> Batches:
         """The endless training batches: this process's share of each."""
         share = sharding.data_shard(self.mesh)
         sharding.check_batch_size(self.train.batch_size, self.mesh, self.train.grad_accum)
-        return stream(
+        return batches.batches(
             self.source,
             self.data,
-            self.encoder,
+            encoder=self.encoder,
             seed=self.train.seed,
             batch_size=self.train.batch_size // share.count,
             process_index=share.index,

@@ -21,7 +21,7 @@ import numpy as np
 from unclip_jax import stages
 from unclip_jax.common import config as settings
 from unclip_jax.data import datasets
-from unclip_jax.data.text_states import stream
+from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.stages import normalisation
@@ -114,10 +114,10 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     encoder = inputs.text_encoder(stage, part, "", "float32")
     wanted = PICTURES if needs_images else EXAMPLES
     size = {"seed": 0, "batch_size": min(wanted, len(source))}
-    batch = dict(next(stream(source, inputs.data_for(stage, data), encoder, **size)))
+    batch = dict(next(batches(source, inputs.data_for(stage, data), encoder=encoder, **size)))
     if part is not None and "z_i" not in batch:
         seen = inputs.data_for(part.stage, data)
-        pairs = next(stream(datasets.load(seen), seen, None, **size))
+        pairs = next(batches(datasets.load(seen), seen, **size))
         batch["z_i"] = encode_image(part.stage, part.params, pairs["image"])
         batch["z_t"] = encode_text(part.stage, part.params, pairs["tokens"])
     return {name: jnp.asarray(array) for name, array in batch.items()}
