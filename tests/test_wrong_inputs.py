@@ -239,7 +239,7 @@ ROWS = [
     (ANALYTIC + "--batch_size 0", 1, "--batch_size: got 0"),
     (ANALYTIC + "--clip {model}/prior", 1, "holds a prior, expected a clip"),
     (ANALYTIC + "--data no_data", 1, "no_data"),
-    (ANALYTIC + "--seed -1", 1, "seed: -1"),
+    (ANALYTIC + "--seed -1", 1, "seed: got -1"),
     ("analytic --stage {model}/prior", 1, "--data"),
     (ANALYTIC.replace("{model}/prior", "{alone}/decoder"), 1, "0 CLIPs"),
     # python -m unclip_jax class_conditional
