@@ -1,6 +1,6 @@
 """Emoji art that is fetched once: Noto and Fluent, from the npm registry.
 
-Each style is one release of one package, named by its SHA-512: what arrives is that release or
+A style is one release of one package, named by its SHA-512: what arrives is that release or
 nothing. Its archive is kept as it came and read in memory; nothing in it is unpacked or run.
 """
 
@@ -18,7 +18,7 @@ import tarfile
 import urllib.request
 
 from unclip_jax.common.files import replacing
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, one_line
 
 REGISTRY = "https://registry.npmjs.org"
 MAX_ARCHIVE = 64 * 2**20  # bytes; the largest of ours has 3 MB
@@ -27,21 +27,12 @@ TIMEOUT = 60  # seconds without a byte
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One release of the icons of one style, as Iconify publishes them.
+    """One release of the icons of one style, as Iconify publishes them."""
 
-    Attributes:
-        scope: the publisher, "@iconify-json".
-        name: the package under it.
-        version: the release.
-        sha512: of the archive, base64 as npm writes it.
-        attribution: whose art it is, and its licence.
-    """
-
-    scope: str
-    name: str
+    name: str  # of the package, under "@iconify-json"
     version: str
-    sha512: str
-    attribution: str
+    sha512: str  # of the archive, base64 as npm writes it
+    attribution: str  # whose art it is, and its licence
 
     @property
     def archive(self) -> str:
@@ -51,29 +42,23 @@ class Package:
     @property
     def url(self) -> str:
         """Where the archive comes from."""
-        return f"{REGISTRY}/{self.scope}/{self.name}/-/{self.archive}"
+        return f"{REGISTRY}/@iconify-json/{self.name}/-/{self.archive}"
 
 
 # With another release goes another VERSION of the builder.
 NOTO = Package(
-    scope="@iconify-json",
-    name="noto",
-    version="1.2.9",
-    sha512="DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
-    attribution=(
-        "Noto Emoji, copyright Google Inc, licensed under the Apache License 2.0 "
-        "(https://github.com/googlefonts/noto-emoji/blob/main/svg/LICENSE)."
-    ),
+    "noto",
+    "1.2.9",
+    "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+    "Noto Emoji, copyright Google Inc, licensed under the Apache License 2.0 "
+    "(https://github.com/googlefonts/noto-emoji/blob/main/svg/LICENSE).",
 )
 FLUENT = Package(
-    scope="@iconify-json",
-    name="fluent-emoji-flat",
-    version="1.2.6",
-    sha512="RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-    attribution=(
-        "Fluent Emoji (flat), copyright Microsoft Corporation, MIT licence "
-        "(https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE)."
-    ),
+    "fluent-emoji-flat",
+    "1.2.6",
+    "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+    "Fluent Emoji (flat), copyright Microsoft Corporation, MIT licence "
+    "(https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE).",
 )
 
 
@@ -86,7 +71,7 @@ def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
     """The package's archive in `folder`, downloaded unless it is there.
 
     Raises:
-        UserError: if it can't be downloaded or written, or what came is another file.
+        UserError: it can't be downloaded or written, or what came is another file.
     """
     path = pathlib.Path(folder) / package.archive
     if path.exists():
@@ -97,8 +82,9 @@ def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
         with urllib.request.urlopen(package.url, timeout=TIMEOUT) as answer:
             data = answer.read(MAX_ARCHIVE + 1)
     except (OSError, http.client.HTTPException) as error:
+        why = one_line(getattr(error, "reason", None) or error)
         raise UserError(
-            f"{package.url}: can't be downloaded ({_reason(error)}); check the network, {by_hand}"
+            f"{package.url}: can't be downloaded ({why}); check the network, {by_hand}"
         ) from error
     if not _is_release(package, data):
         raise UserError(
@@ -110,7 +96,7 @@ def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
             temporary.write_bytes(data)
     except OSError as error:
         raise UserError(
-            f"cache_dir: {folder}: the emoji art can't be kept there ({_reason(error)}); give "
+            f"cache_dir: {folder}: the emoji art can't be kept there ({one_line(error)}); give "
             "another cache_dir or set UNCLIP_JAX_CACHE"
         ) from error
     return path
@@ -120,7 +106,7 @@ def read(package: Package, folder: str | os.PathLike) -> dict[str, str]:
     """Every drawing of a fetched package: code points without variation selectors -> an SVG.
 
     Raises:
-        UserError: if it hasn't been fetched, or isn't that release.
+        UserError: it hasn't been fetched, or isn't that release.
     """
     path = pathlib.Path(folder) / package.archive
     if not path.exists():
@@ -161,7 +147,3 @@ def _checked(package: Package, path: pathlib.Path) -> bytes:
 
 def _is_release(package: Package, data: bytes) -> bool:
     return base64.b64encode(hashlib.sha512(data).digest()).decode() == package.sha512
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__

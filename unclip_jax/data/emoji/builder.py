@@ -63,8 +63,9 @@ def rasterise(svg: str, size: int) -> bytes:
 
 
 class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders of emoji share."""
+    """What the builders of emoji share; `what` messages call their data."""
 
+    what: str
     # TFDS would look beside this file for checksums of downloads, of which there are none, and
     # needs a package for it that it doesn't install (importlib_resources).
     code_path = None
@@ -115,7 +116,7 @@ class EmojiBuilder(PictureBuilder):
     firefighter, in every skin tone, are on one side.
     """
 
-    name = "emoji"
+    name = what = "emoji"
     RELEASE_NOTES = {"1.0.0": "Twemoji rendered on white, splits by concept."}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -141,67 +142,50 @@ class EmojiBuilder(PictureBuilder):
 
 
 def open_source(config: DataConfig, rest: str = "") -> TfdsSource:
-    """The emoji that a config asks for, rendered into its cache if they weren't before.
-
-    With labels, an emoji's class is its group.
-    """
-    return source(
-        prepared(EmojiBuilder, "the emoji", config.image_size, config.skin_tones, config.cache),
-        config,
-        name_key="codepoints",
-        label_key="category",
-        classes=groups() if config.labels else (),
-    )
+    """The emoji that a config asks for; with labels, an emoji's class is its group."""
+    classes = groups() if config.labels else ()
+    return source(EmojiBuilder, config, "codepoints", "category", classes)
 
 
 def source(
-    builder: PictureBuilder, config: DataConfig, *, label_key: str, **keys: Any
+    builder_class: type[PictureBuilder],
+    config: DataConfig,
+    name_key: str,
+    label_key: str,
+    classes: tuple[str, ...] = (),
 ) -> TfdsSource:
-    """A prepared builder's pictures as a source."""
+    """A builder's pictures, rendered into the config's cache if they weren't before."""
     return TfdsSource(
-        builder,
+        prepared(builder_class, config.image_size, config.skin_tones, config.cache),
         config.split,
         image_key="image",
         caption_key="captions",
         captions=config.captions,
+        name_key=name_key,
         label_key=label_key if config.labels else None,
-        **keys,
+        classes=classes,
     )
 
 
 def prepared(
-    builder_class: type[Builder],
-    what: str,
-    image_size: int,
-    skin_tones: bool,
-    data_dir: str | os.PathLike,
+    builder_class: type[Builder], image_size: int, skin_tones: bool, data_dir: str | os.PathLike
 ) -> Builder:
-    """A builder configured by `EmojiConfig`, its data rendered if they weren't before.
+    """A builder configured by `EmojiConfig`, its data rendered into TFDS's `data_dir` if need be.
 
     The data appear under their final name in one rename: of processes that prepare at once each
     renders, one wins, and all read the same.
-
-    Args:
-        builder_class: the builder; `what` messages call its data.
-        what: "the emoji".
-        image_size: side of the images in pixels.
-        skin_tones: whether the variants with a skin tone are in it.
-        data_dir: TFDS's directory, made where it doesn't exist.
 
     Raises:
         UserError: `data_dir` can't be written.
     """
     config = EmojiConfig(image_size=image_size, skin_tones=skin_tones)
     known = config.name if config.name in builder_class.builder_configs else config
-
-    def build() -> Builder:
-        return builder_class(config=known, data_dir=data_dir, file_format="array_record")
-
-    builder = build()
+    builder = builder_class(config=known, data_dir=data_dir, file_format="array_record")
     final = pathlib.Path(builder.data_dir)
     if final.exists():
         return builder
     tfds.disable_progress_bar()  # TFDS's bars for each shard; ours is per emoji
+    what = f"the {builder_class.what}"
     print(f"Rendering {what} at {image_size} px into {data_dir}", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints of a download
@@ -212,4 +196,4 @@ def prepared(
                 f"cache_dir: {data_dir}: {what} can't be prepared there ({error}); give another "
                 "cache_dir or set UNCLIP_JAX_CACHE"
             ) from error
-    return build()
+    return builder_class(config=known, data_dir=data_dir, file_format="array_record")

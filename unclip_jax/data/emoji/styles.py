@@ -43,21 +43,13 @@ _NOT_SPOKEN_AS_VOWELS = ("uni", "one", "eu")  # "a unicorn", "a one-piece swimsu
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One emoji in one style.
+    """One emoji in one style."""
 
-    Attributes:
-        style: one of `STYLES`.
-        emoji: what it is of; its captions name no style.
-        captions: the canonical one first: "red apple, noto style".
-        svg: the drawing.
-        heldout: whether this concept in this style is kept from training.
-    """
-
-    style: str
-    emoji: Emoji
-    captions: tuple[str, ...]
+    style: str  # one of STYLES
+    emoji: Emoji  # what it is of; its captions name no style
+    captions: tuple[str, ...]  # the canonical one first: "red apple, noto style"
     svg: str
-    heldout: bool
+    heldout: bool  # whether this concept in this style is kept from training
 
 
 def with_article(name: str) -> str:
@@ -114,11 +106,8 @@ def drawings(art: str | os.PathLike, skin_tones: bool = False) -> tuple[Drawing,
     """Every drawing there is, style by style, each ordered by code points.
 
     Args:
-        art: folder with the fetched packages.
+        art: folder with the fetched packages; where one lacks, that is a `UserError`.
         skin_tones: whether the variants with a skin tone are in it; they move no other.
-
-    Raises:
-        UserError: if the art hasn't been fetched.
     """
     svg = {style: emoji_art.read(package, art) for style, package in PACKAGES.items()}
     drawn: dict[str, dict[str, frozenset[str]]] = collections.defaultdict(dict)
@@ -151,7 +140,7 @@ class EmojiStyles(PictureBuilder):
     is seen in training in its other styles.
     """
 
-    name = "emoji_styles"
+    name, what = "emoji_styles", "emoji styles"
     RELEASE_NOTES = {"1.0.0": "Three styles, splits by concept and style."}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -184,20 +173,8 @@ def art_folder(cache_dir: str | os.PathLike) -> pathlib.Path:
 
 
 def open_source(config: DataConfig, rest: str = "") -> TfdsSource:
-    """The emoji in several styles, rendered into the config's cache from the art there.
-
-    With labels, a drawing's class is its style.
-    """
-    return source(
-        _prepared(config.image_size, config.skin_tones, config.cache),
-        config,
-        name_key="name",
-        label_key="style",
-    )
-
-
-def _prepared(image_size: int, skin_tones: bool, cache: pathlib.Path) -> EmojiStyles:
-    return prepared(EmojiStyles, "the emoji styles", image_size, skin_tones, cache)
+    """The emoji in several styles; with labels, a drawing's class is its style."""
+    return source(EmojiStyles, config, "name", "style")
 
 
 def main(argv: list[str]) -> None:
@@ -220,7 +197,7 @@ def main(argv: list[str]) -> None:
     for package in PACKAGES.values():
         print(f"art: {emoji_art.fetch(package, art_folder(cache))}", file=sys.stderr)
     for size in args.size:
-        splits = _prepared(size, args.skin_tones, cache).info.splits
+        splits = prepared(EmojiStyles, size, args.skin_tones, cache).info.splits
         counts = ", ".join(f"{name} {split.num_examples}" for name, split in splits.items())
         print(f"{size} px: {counts}")
     print(ATTRIBUTION)

@@ -29,7 +29,7 @@ from unclip_jax.errors import UserError
 
 FORMAT = 1  # of the file; raised when its layout or what is put in it changes
 _INDEXED_AT_ONCE = 8
-_PLACE, _SIZE, _HELDOUT, _LABEL, _TEXT = range(5)  # the columns of `images`
+_HELDOUT, _TEXT = 2, 4  # columns of `images`
 
 
 class Sample(NamedTuple):
@@ -56,24 +56,19 @@ def shown(key: str) -> str:
 
 
 class Format(Protocol):
-    """A kind of shard.
+    """A kind of shard. Whatever of it can't be read is a `StorageError`."""
 
-    Attributes:
-        settings: what the samples of a shard depend on beside its content, JSON-able.
-    """
-
-    settings: list[Any]
+    settings: list[Any]  # what the samples of a shard depend on beside its content, JSON-able
 
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterable[Sample]:
         """The usable samples of a shard; what isn't goes into `skipped`, name -> reason.
 
         Raises:
             UserError: it is no such shard.
-            StorageError: it can't be read.
         """
 
     def image(self, file: StoredFile, place: int, size: int) -> bytes:
-        """An encoded image; `BadRecord` if it is gone, `StorageError` if it can't be read."""
+        """An encoded image; `BadRecord` if it is gone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,24 +119,20 @@ class ShardIndex:
         """Which images are held out, bool `[n]`."""
         return self.images[:, _HELDOUT] != 0
 
-    def key(self, image: int) -> str:
-        """The key of an image."""
-        return self._text(int(self.images[image, _TEXT])).decode("utf-8", "surrogateescape")
-
-    def caption(self, image: int, number: int) -> str:
-        """A caption of an image, from 0."""
-        return self._text(int(self.images[image, _TEXT]) + 1 + number).decode()
-
-    def label(self, image: int) -> int:
-        """The number of an image's class in the header's "classes"."""
-        return int(self.images[image, _LABEL])
-
-    def place(self, image: int) -> tuple[int, int]:
-        """Place and size of an image, as the shard's format counts."""
-        return int(self.images[image, _PLACE]), int(self.images[image, _SIZE])
-
-    def _text(self, number: int) -> bytes:
-        return self.text[self.ends[number] : self.ends[number + 1]].tobytes()
+    def sample(self, image: int) -> Sample:
+        """An image, as it was put in."""
+        place, size, _, label, first = self.images[image].tolist()
+        key, *captions = (
+            self.text[self.ends[n] : self.ends[n + 1]].tobytes()
+            for n in range(first, first + 1 + self.captions_of[image])
+        )
+        return Sample(
+            key.decode("utf-8", "surrogateescape"),
+            tuple(caption.decode() for caption in captions),
+            place,
+            size,
+            self.header["classes"][label] if label >= 0 else "",
+        )
 
 
 def indexed(

@@ -78,22 +78,17 @@ class ShardedSource:
         shard, local = self._find(index)
         file, part = self._files[shard], self._part(shard)
         number = part.image_of(local)
-        image = int(part.images[number])
         first = int(part.pair_ends[number - 1]) if number else 0
-        name = f"{file.name}/{shown(part.index.key(image))}"
+        sample = part.index.sample(int(part.images[number]))
+        name = f"{file.name}/{shown(sample.key)}"
         try:
-            encoded = self._form.image(file, *part.index.place(image))
+            encoded = self._form.image(file, sample.place, sample.size)
         except (StorageError, BadRecord) as error:
             raise BadRecord(f"{name}: {error}") from error
-        record = {
-            "image": encoded,
-            "caption": part.index.caption(image, local - first),
-            "index": index,
-            "name": name,
-        }
+        caption = sample.captions[local - first]
+        record = {"image": encoded, "caption": caption, "index": index, "name": name}
         if self.classes:
-            label = part.index.header["classes"][part.index.label(image)]
-            record["label"] = np.int32(self._numbers[label])
+            record["label"] = np.int32(self._numbers[sample.label])
         return record
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -111,12 +106,8 @@ class ShardedSource:
                 f"cache_dir: {self._indices[shard]}: gone or damaged ({error}); run again to index "
                 f"{self._files[shard].url} anew"
             ) from error
-        wanted = {
-            "train": ~index.heldout,
-            "heldout": index.heldout,
-            "all": np.ones(len(index.images), bool),
-        }
-        images = np.flatnonzero(wanted[self._split])
+        wanted = index.heldout == (self._split == "heldout")
+        images = np.flatnonzero(wanted | (self._split == "all"))
         captions = np.ones(len(images), int) if self._first_only else index.captions_of[images]
         return _Part(index, images, np.cumsum(captions))
 
@@ -137,17 +128,11 @@ class ShardedSource:
 
 
 class _Part(NamedTuple):
-    """What a split has of a shard.
+    """What a split has of a shard."""
 
-    Attributes:
-        index: of the whole shard.
-        images: which of its images, int64 `[n]`.
-        pair_ends: int64 `[n]`: how many pairs the images have up to and with this one.
-    """
-
-    index: ShardIndex
-    images: np.ndarray
-    pair_ends: np.ndarray
+    index: ShardIndex  # of the whole shard
+    images: np.ndarray  # which of its images, int64 [n]
+    pair_ends: np.ndarray  # how many pairs the images have up to and with this one, int64 [n]
 
     def image_of(self, pair: int) -> int:
         """The place in `images` of a pair of this part."""
