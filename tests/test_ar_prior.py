@@ -17,8 +17,9 @@ from tests.networks import random_params, shapes, size
 from unclip_jax import stages
 from unclip_jax.common import config as settings
 from unclip_jax.errors import UserError
-from unclip_jax.metrics.pca import Moments, fit
+from unclip_jax.metrics.pca import fit
 from unclip_jax.metrics.prior_cosines import prior_cosines
+from unclip_jax.metrics.vectors import Moments
 from unclip_jax.models import presets
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
 from unclip_jax.pipeline.unclip import UnCLIP, _sample

@@ -7,15 +7,16 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
+from unclip_jax import metrics
 from unclip_jax.errors import UserError
-from unclip_jax.metrics import frechet as module
 from unclip_jax.metrics import precision_recall as manifolds
+from unclip_jax.metrics import vectors as module
 from unclip_jax.metrics import zero_shot
 from unclip_jax.metrics.clip_score import clip_score
 from unclip_jax.metrics.cmmd import cmmd
-from unclip_jax.metrics.frechet import frechet, moments
-from unclip_jax.metrics.pca import Moments
+from unclip_jax.metrics.frechet import frechet
 from unclip_jax.metrics.precision_recall import precision_recall
+from unclip_jax.metrics.vectors import Moments, Vectors, moments
 
 
 def normal(*shape, seed=0):
@@ -80,13 +81,13 @@ def test_moments_do_not_depend_on_the_chunks(monkeypatch):
 
 
 def test_frechet_refuses_what_has_no_covariance():
-    with pytest.raises(UserError, match="got 1 vector, expected at least 2"):
+    with pytest.raises(UserError, match="feature vectors: got 1, expected at least 2"):
         frechet(moments(normal(1, 3)), moments(normal(9, 3)))
-    with pytest.raises(UserError, match="widths 3 and 4"):
+    with pytest.raises(UserError, match=r"widths: got \(3, 4\)"):
         frechet(moments(normal(9, 3)), moments(normal(9, 4)))
     with pytest.raises(UserError, match="not finite"):
         moments(np.full((3, 2), np.nan))
-    with pytest.raises(UserError, match=r"shape \(0, 2\)"):
+    with pytest.raises(UserError, match=r"shape: got \(0, 2\)"):
         moments(np.zeros((0, 2)))
 
 
@@ -230,3 +231,22 @@ def test_correlations_are_scipys():
     assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(x, y).statistic)
     assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     assert np.isnan(zero_shot.correlation(x, np.ones(5))["spearman"])
+
+
+# ------------------------------------------------------------------------------------ the room
+
+
+def test_a_metric_is_found_by_what_its_module_defines():
+    names = {function.__module__.split(".")[-1] for function in metrics.found("compare")}
+    assert names == {"cmmd", "frechet", "precision_recall"}
+    (judge,) = metrics.found("judge")
+    drawn = Vectors(normal(9, 3), normal(9, 4), normal(9, 3, seed=1))
+    assert judge(drawn) == {"clip_score": clip_score(drawn.z_i, drawn.z_t)}
+    real = drawn.rows(np.arange(8))
+    found = {}
+    for compare in metrics.found("compare"):
+        found |= compare(drawn, real)
+    assert found == precision_recall(real.features, drawn.features) | {
+        "cmmd": cmmd(drawn.z_i, real.z_i),
+        "frechet": frechet(moments(drawn.features), moments(real.features)),
+    }

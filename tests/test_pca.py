@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from unclip_jax.errors import UserError
-from unclip_jax.metrics.pca import Moments, fit, rank
+from unclip_jax.metrics.pca import fit, rank
+from unclip_jax.metrics.vectors import Moments
 
 
 def spread_over_decades(n, e, seed=0):

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from unclip_jax import metrics
 from unclip_jax.common import checks
 from unclip_jax.data import datasets
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.evaluate.features import load, of_clip
-from unclip_jax.evaluate.pictures import Measurer, Real, Vectors
+from unclip_jax.evaluate.pictures import Measurer, Real
 from unclip_jax.metrics import pca, zero_shot
-from unclip_jax.metrics.clip_score import clip_score
-from unclip_jax.metrics.cmmd import cmmd
 from unclip_jax.metrics.consistency import own_caption
-from unclip_jax.metrics.frechet import frechet, moments
-from unclip_jax.metrics.precision_recall import NEIGHBOURS, precision_recall
+from unclip_jax.metrics.precision_recall import NEIGHBOURS
 from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.retrieval import image_text_retrieval
+from unclip_jax.metrics.vectors import Vectors
 from unclip_jax.parallel import sharding
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights.trained import Part, clip_fingerprint
@@ -156,10 +156,11 @@ def evaluate(
     figures["decoder"] = own_caption(
         drawn[scale][0].z_i, real.vectors.z_i[chosen], np.concatenate([z_t, held_t]), chosen
     )
-    compare = Comparison(real.vectors.rows(reference))
-    rows = {each: compare(vectors, z_t[chosen]) for each, (vectors, _) in drawn.items()}
-    floor = compare.floor(real.vectors.rows(chosen), z_t[chosen], disjoint)
-    figures["pictures"] = rows[scale] | floor
+    others = real.vectors.rows(reference)
+    captioned = functools.partial(dataclasses.replace, z_t=z_t[chosen])
+    rows = {each: picture_figures(captioned(one), others) for each, (one, _) in drawn.items()}
+    floor = picture_figures(captioned(real.vectors.rows(chosen)), others, disjoint)
+    figures["pictures"] = rows[scale] | {f"real_{name}": value for name, value in floor.items()}
     sweep = [{"guidance_scale": each} | row for each, row in rows.items()]
     pictures = {each: shown for each, (_, shown) in drawn.items()}
     grids = _grids(real, chosen, captions, pictures, scale)
@@ -216,33 +217,17 @@ def choose(total: int, num: int, seed: int) -> tuple[np.ndarray, np.ndarray, boo
     return chosen, others if disjoint else np.arange(total), disjoint
 
 
-class Comparison:
-    """Sets of pictures against one reference, whose moments are computed once."""
+def picture_figures(drawn: Vectors, real: Vectors, disjoint: bool = True) -> Figures:
+    """All that `metrics` says of pictures, and of them beside real ones.
 
-    def __init__(self, reference: Vectors) -> None:
-        """Compare with `reference`."""
-        self._reference = reference
-        self._moments = moments(reference.features)
-
-    def __call__(self, vectors: Vectors, z_t: np.ndarray) -> Figures:
-        """Distances, precision and recall of pictures, and their fit to their captions' z_t."""
-        return {
-            "frechet": frechet(moments(vectors.features), self._moments),
-            "cmmd": cmmd(vectors.z_i, self._reference.z_i),
-            "clip_score": clip_score(vectors.z_i, z_t),
-        } | precision_recall(self._reference.features, vectors.features)
-
-    def floor(self, real: Vectors, z_t: np.ndarray, disjoint: bool) -> Figures:
-        """The same figures of real pictures: what perfect ones would have.
-
-        Distances to a reference that these are part of would say nothing, and are NaN.
-        """
-        if disjoint:
-            found = self(real, z_t)
-        else:
-            undefined = dict.fromkeys(("frechet", "cmmd", "precision", "recall"), math.nan)
-            found = undefined | {"clip_score": clip_score(real.z_i, z_t)}
-        return {f"real_{name}": value for name, value in found.items()}
+    Distances to a set that these are part of would say nothing, and are NaN: `disjoint` False.
+    """
+    alone, beside = {}, {}
+    for judge in metrics.found("judge"):
+        alone |= judge(drawn)
+    for compare in metrics.found("compare"):
+        beside |= compare(drawn, real)
+    return alone | (beside if disjoint else dict.fromkeys(beside, math.nan))
 
 
 def clip_figures(z_i: np.ndarray, z_t: np.ndarray) -> Figures:

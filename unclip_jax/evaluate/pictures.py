@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,22 +19,12 @@ from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
 from unclip_jax.data.records import Source
 from unclip_jax.evaluate.features import OWN_CLIP, FeatureNetwork, of_clip
+from unclip_jax.metrics.vectors import Vectors
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.clip import encode_text
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
 from unclip_jax.weights.trained import Part
-
-
-class Vectors(NamedTuple):
-    """What is kept of n pictures: CLIP's z_i [n, e] and a feature network's features [n, d]."""
-
-    z_i: np.ndarray
-    features: np.ndarray
-
-    def rows(self, chosen: np.ndarray) -> Vectors:
-        """Those of some pictures."""
-        return Vectors(self.z_i[chosen], self.features[chosen])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,7 +167,8 @@ class Real:
 
 
 def _join(parts: list[Vectors]) -> Vectors:
-    return Vectors(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    z_i, features = ([getattr(part, name) for part in parts] for name in ("z_i", "features"))
+    return Vectors(np.concatenate(z_i), np.concatenate(features))
 
 
 def _bar(name: str, total: int) -> tqdm:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-
-def unit(z: np.ndarray) -> np.ndarray:
-    """The rows of z [n, e], each with length one; zeros stay zeros."""
-    return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+from unclip_jax.metrics.vectors import Vectors, unit
 
 
 def clip_score(z_i: np.ndarray, z_t: np.ndarray) -> float:
@@ -21,3 +18,8 @@ def clip_score(z_i: np.ndarray, z_t: np.ndarray) -> float:
     """
     cosines = np.sum(unit(np.float64(z_i)) * unit(np.float64(z_t)), axis=-1)
     return float(100.0 * np.mean(np.maximum(cosines, 0.0)))
+
+
+def judge(drawn: Vectors) -> dict[str, float]:
+    """The score of pictures and the captions that they were drawn for."""
+    return {"clip_score": clip_score(drawn.z_i, drawn.z_t)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from unclip_jax.metrics.clip_score import unit
+from unclip_jax.metrics.vectors import Vectors, unit
 
 SIGMA = 10.0  # of the Gaussian kernel, for embeddings of length one
 SCALE = 1000.0
@@ -23,6 +23,11 @@ def cmmd(x: np.ndarray, y: np.ndarray) -> float:
     """
     x, y = (unit(np.float64(z)) for z in (x, y))
     return SCALE * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2.0 * _mean_kernel(x, y))
+
+
+def compare(drawn: Vectors, real: Vectors) -> dict[str, float]:
+    """Of two sets of pictures."""
+    return {"cmmd": cmmd(drawn.z_i, real.z_i)}
 
 
 def _mean_kernel(x: np.ndarray, y: np.ndarray) -> float:

@@ -10,25 +10,15 @@ ranks; for a set beside itself the distance is zero to rounding.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
-from unclip_jax.errors import UserError
-from unclip_jax.metrics.pca import Moments
-
-_CHUNK = 4096  # rows that are in float64 at a time
+from unclip_jax.errors import wrong
+from unclip_jax.metrics.vectors import Moments, Vectors
 
 
-def moments(features: np.ndarray) -> Moments:
-    """Count, mean and scatter of the rows of `features` [n, d], in float64, chunk by chunk.
-
-    Raises:
-        UserError: no rows, another shape, or values that are not finite.
-    """
-    starts = range(0, max(len(features), 1), _CHUNK)
-    chunks = (Moments.of(features[start : start + _CHUNK]) for start in starts)
-    return functools.reduce(Moments.merge, chunks)
+def compare(drawn: Vectors, real: Vectors) -> dict[str, float]:
+    """The distance between two sets of pictures' features."""
+    return {"frechet": frechet(drawn.moments, real.moments)}
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -38,10 +28,8 @@ def frechet(a: Moments, b: Moments) -> float:
         UserError: a set of fewer than two, or features of different widths.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(
-            f"features: got widths {len(a.mean)} and {len(b.mean)}, expected the same; use one"
-            " feature network for both sets"
-        )
+        widths = len(a.mean), len(b.mean)
+        raise wrong("features' widths", widths, "the same", "use one feature network for both")
     roots = [_root(each) for each in (a, b)]
     shared = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
     traces = sum(np.sum(root**2) for root in roots)
@@ -51,10 +39,7 @@ def frechet(a: Moments, b: Moments) -> float:
 def _root(a: Moments) -> np.ndarray:
     """R [d, r] with R R^T the covariance and r its rank."""
     if a.count < 2:
-        raise UserError(
-            f"features: got {a.count} vector, expected at least 2 for a covariance; use more"
-            " pictures"
-        )
+        raise wrong("feature vectors", a.count, "at least 2 for a covariance", "use more pictures")
     eigenvalues, columns = np.linalg.eigh(a.scatter / (a.count - 1))
     # Below this an eigenvalue is the rounding of zero; its root would be far from it.
     kept = eigenvalues > len(eigenvalues) * np.finfo(np.float64).eps * eigenvalues[-1]

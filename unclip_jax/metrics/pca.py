@@ -1,8 +1,7 @@
 """Principal components of CLIP embeddings, from one pass over any number of shards.
 
-What the components need of the data is its count, mean and scatter matrix. Two sets of these
-merge exactly into those of the union (Chan, Golub and LeVeque 1979), so that a data set may be
-read in chunks, in any order, by any number of hosts:
+What the components need of the data is its `Moments`, so that a data set may be read in chunks, in
+any order, by any number of hosts:
 
     total = functools.reduce(Moments.merge, map(Moments.of, chunks))
     components = fit(total)
@@ -18,58 +17,8 @@ import dataclasses
 
 import numpy as np
 
-from unclip_jax.errors import UserError
-
-# What two float32 embeddings that are the same may differ by, as a fraction of their length.
-ROUNDING = 1e-7
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Moments:
-    """What a set of n vectors contributes to its principal components.
-
-    Attributes:
-        count: n.
-        mean: [e] float64.
-        scatter: [e, e] float64, the sum of outer products of the vectors less their mean.
-    """
-
-    count: int
-    mean: np.ndarray
-    scatter: np.ndarray
-
-    @classmethod
-    def of(cls, z: np.ndarray) -> Moments:
-        """The moments of the rows of z [n, e], n >= 1.
-
-        Raises:
-            UserError: another shape, or values that are not finite.
-        """
-        z = np.asarray(z, np.float64)
-        if z.ndim != 2 or not z.size:
-            raise UserError(f"embeddings: got shape {z.shape}, expected [n, e] with n >= 1")
-        if not np.isfinite(z).all():
-            raise UserError("embeddings: some are not finite; check the CLIP they come from")
-        mean = z.mean(axis=0)
-        centred = z - mean[None]
-        return cls(len(z), mean, centred.T @ centred)
-
-    @property
-    def varies(self) -> bool:
-        """Whether the vectors differ by more than the rounding of float32."""
-        variance = np.trace(self.scatter) / self.count
-        return bool(variance > ROUNDING**2 * np.sum(self.mean**2))
-
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both sets together."""
-        count = self.count + other.count
-        apart = other.mean - self.mean
-        between = np.outer(apart, apart) * (self.count * other.count / count)
-        return Moments(
-            count,
-            self.mean + apart * (other.count / count),
-            self.scatter + other.scatter + between,
-        )
+from unclip_jax.errors import UserError, wrong
+from unclip_jax.metrics.vectors import Moments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,10 +60,8 @@ def fit(moments: Moments) -> PCA:
         UserError: fewer than two vectors, or vectors that are all the same.
     """
     if moments.count < 2:
-        raise UserError(
-            f"embeddings: got {moments.count}, expected at least 2 for principal components; use"
-            " a larger data set"
-        )
+        expected = "at least 2 for principal components"
+        raise wrong("embeddings", moments.count, expected, "use a larger data set")
     if not moments.varies:
         raise UserError(
             f"embeddings: all {moments.count} are the same; the CLIP has collapsed: train it"

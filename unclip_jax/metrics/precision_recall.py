@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import wrong
+from unclip_jax.metrics.vectors import Vectors
 
 NEIGHBOURS = 3
 _BLOCK = 1024  # rows compared at a time
@@ -31,16 +32,19 @@ def precision_recall(
     """
     for name, features in (("real", real), ("generated", generated)):
         if len(features) <= neighbours:
-            raise UserError(
-                f"{name} pictures: got {len(features)}, expected at least {neighbours + 1} for"
-                f" precision and recall with {neighbours} neighbours; raise --num or use more data"
-            )
+            expected = f"at least {neighbours + 1}, to have {neighbours} neighbours each"
+            raise wrong(f"{name} pictures", len(features), expected, "raise --num or use more data")
     centre = np.mean(real, axis=0, dtype=np.float64, keepdims=True)  # distances round less there
     real, generated = np.float64(real) - centre, np.float64(generated) - centre
     return {
         "precision": _covered(generated, real, _squared_radii(real, neighbours)),
         "recall": _covered(real, generated, _squared_radii(generated, neighbours)),
     }
+
+
+def compare(drawn: Vectors, real: Vectors) -> dict[str, float]:
+    """Of two sets of pictures' features."""
+    return precision_recall(real.features, drawn.features)
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from unclip_jax.metrics.clip_score import unit
+from unclip_jax.metrics.vectors import unit
 
 
 def prior_cosines(z_hat: np.ndarray, z_i: np.ndarray, z_t: np.ndarray) -> dict[str, float]:

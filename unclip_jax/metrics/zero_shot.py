@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unclip_jax.metrics.clip_score import unit
 from unclip_jax.metrics.retrieval import ranks, recall
+from unclip_jax.metrics.vectors import unit
 
 
 def accuracy(z_i: np.ndarray, labels: np.ndarray, z_t: np.ndarray) -> float:

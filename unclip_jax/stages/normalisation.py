@@ -8,6 +8,7 @@ Both are `(z - mean) / std`. The two vectors live in a stage's params under the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.metrics.vectors import Moments, unit
 
 Normalisation = dict[str, jax.Array]
 
@@ -34,8 +36,7 @@ def scaling(embed_dim: int, scale: float = PAPER_SCALE) -> Normalisation:
 def whitening(chunks: Iterable[np.ndarray], floor: float = 1e-6) -> Normalisation:
     """Mean and standard deviation of every coordinate of all embeddings (Karlo's normalisation).
 
-    One pass over any number of them, in float64: the means and scatters of two sets merge exactly
-    into those of their union (Chan, Golub and LeVeque 1979).
+    One pass over any number of them, in float64, see `metrics.vectors.Moments`.
 
     Args:
         chunks: the embeddings in parts, each [n, e] with n >= 1.
@@ -44,19 +45,15 @@ def whitening(chunks: Iterable[np.ndarray], floor: float = 1e-6) -> Normalisatio
     Raises:
         UserError: fewer than two embeddings, or a coordinate that never varies.
     """
-    count, mean, scatter = 0, np.zeros(()), np.zeros(())
-    for chunk in chunks:
-        z = np.asarray(chunk, np.float64)
-        total = count + len(z)
-        apart = z.mean(axis=0) - mean
-        scatter = scatter + len(z) * z.var(axis=0) + apart**2 * (count * len(z) / total)
-        count, mean = total, mean + apart * (len(z) / total)
+    none = Moments(0, np.zeros(()), np.zeros(()))
+    moments = functools.reduce(Moments.merge, map(Moments.each, chunks), none)
+    count, mean = moments.count, moments.mean
     if count < 2:
         raise UserError(
             f"embeddings: got {count}, expected at least 2 to measure their standard deviation;"
             " use a larger data set"
         )
-    std = np.sqrt(scatter / count)
+    std = np.sqrt(moments.scatter / count)
     if np.any(std < floor):
         raise UserError(
             f"embeddings: {int(np.sum(std < floor))} of {len(std)} coordinates never vary;"
@@ -74,11 +71,6 @@ def normalise(stats: Normalisation, z: jax.Array) -> jax.Array:
 def denormalise(stats: Normalisation, z: jax.Array) -> jax.Array:
     """The network's coordinates to CLIP's: z [b, e] -> [b, e]."""
     return z * stats["std"][None] + stats["mean"][None]
-
-
-def unit(z: jax.Array) -> jax.Array:
-    """Project onto the unit sphere along the last axis."""
-    return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:

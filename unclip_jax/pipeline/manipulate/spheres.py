@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.errors import UserError
-from unclip_jax.stages.normalisation import unit
+from unclip_jax.metrics.vectors import unit
 
 
 @jax.jit
