@@ -23,7 +23,7 @@ COMMANDS = (
     "unclip_jax.training.command",
     "unclip_jax.training.doctor",
 )
-SAME_ELSEWHERE = {"unclip_jax", "unclip_jax.stages.degrade.checks"}
+SAME_ELSEWHERE = {"unclip_jax"}
 
 
 def documented() -> list[str]:

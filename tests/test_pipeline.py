@@ -165,7 +165,7 @@ def test_a_model_may_lack_a_prior_but_not_a_decoder(folder, model):
         ),
         ({"decoder": np.zeros((3, 4, 16, 16, 3))}, "expected one for each of 2 pictures"),
         ({"decoder": np.float32(0)}, "expected one for each of 2 pictures"),
-        ({"decoder": np.zeros((2, 3, 16, 16, 3))}, "noise of the steps: got shape"),
+        ({"decoder": np.zeros((2, 3, 16, 16, 3))}, "noise's shape: got"),
         ({"prior": np.zeros((2, 4, 8))}, "noise"),
     ],
 )

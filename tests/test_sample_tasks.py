@@ -162,7 +162,7 @@ def test_image_files_of_any_mode_are_read_as_they_look(folder):
         (("variations", "--image", "plain.png", "--steps", "0"), "steps: got 0"),
         (("variations", "--image", "plain.png", "--seed", "-1"), "--seed: got -1"),
         (("variations", "--image", "plain.png", "--out", "x.jpg"), r"--out.*\.png"),
-        (("upscale", "--image", "plain.png", "--upsampler_steps", "x"), "spacing='x'"),
+        (("upscale", "--image", "plain.png", "--upsampler_steps", "x"), "spacing: got 'x'"),
         (("interpolate", "--image", "plain.png"), "--image: got 1, expected two"),
         (("interpolate", "--image", "plain.png", "one.png", "--rows", "-1"), "--rows: got -1"),
         (("textdiff", "--image", "plain.png", "--to", ""), r"prompts\[0\]"),

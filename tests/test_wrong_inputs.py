@@ -132,7 +132,7 @@ ROWS = [
     (TRAIN_PRIOR + "--config.clip={model}/clip", 1, "config.stage.model.embed_dim"),
     (TRAIN_PRIOR + "--config.normalisation=none_of_them", 1, "config.normalisation: got"),
     (TRAIN_DECODER + "--config.clip={model}/clip --config.stage.model.embed_dim=8"
-     " --config.stage.sampling.spacing=5000", 1, "spacing='5000'"),
+     " --config.stage.sampling.spacing=5000", 1, "spacing: got '5000'"),
     (TRAIN_DECODER + "--config.stage.diffusion.schedule=sine", 1, "sine"),
     (TRAIN_DECODER + "--config.stage.caption_drop=1.5", 1, "caption_drop: got 1.5"),
     # sample.py

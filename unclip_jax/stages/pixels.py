@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.common import checks
+from unclip_jax.errors import wrong
+
 
 def to_float(images: jax.Array) -> jax.Array:
     """uint8 [b, h, w, c] in 0..255 -> float32 in [-1, 1]."""
@@ -22,3 +25,12 @@ def resize(images: jax.Array, size: int) -> jax.Array:
     if (h, w) == (size, size):
         return images
     return jax.image.resize(images, (b, size, size, c), "cubic", antialias=True)
+
+
+def check_images(images: jax.Array, channels: int | None = None) -> None:
+    """Raise `UserError` unless `images` is float `[b, h, w, channels]` with a pixel in it."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise wrong("images' dtype", images.dtype.name, "floating point", "scale them to [-1, 1]")
+    checks.shape("images", images, (None, None, None, channels))
+    if 0 in images.shape[1:]:
+        raise wrong("images' shape", images.shape, "at least one pixel")

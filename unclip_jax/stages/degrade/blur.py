@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
-from unclip_jax.stages.degrade.checks import check_images, check_one_per_image
+from unclip_jax.common import checks
+from unclip_jax.errors import wrong
+from unclip_jax.stages.pixels import check_images
 
 TINY = 1e-6  # a sigma so small that every weight but the centre's is exactly 0
 
@@ -26,7 +27,7 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array, kernel_size: int = 3) -> 
         UserError: images that are not float `[b, h, w, c]`, sigma not `[b]`, an even kernel.
     """
     check_images(images)
-    check_one_per_image("sigma", sigma, images)
+    checks.shape("sigma", sigma, images.shape[:1])
     scaled = _offsets(kernel_size)[None] / jnp.maximum(sigma.astype(jnp.float32), TINY)[:, None]
     weights = jax.nn.softmax(-0.5 * scaled**2, axis=1)
     blurred = images.astype(jnp.float32)
@@ -59,9 +60,8 @@ def random_gaussian_blur(
     """
     low, high = sigma_range
     if not 0 <= low <= high:
-        raise UserError(f"sigma_range={sigma_range}: expected 0 <= low <= high, in pixels")
-    if not 0 <= probability <= 1:
-        raise UserError(f"probability={probability}: expected a number from 0 to 1")
+        raise wrong("sigma_range", sigma_range, "0 <= low <= high, in pixels")
+    checks.number("probability", probability, least=0, most=1)
 
     def draw(key: jax.Array) -> jax.Array:
         coin, size = jax.random.split(key)
@@ -130,11 +130,9 @@ def correlate(images: jax.Array, kernels: jax.Array) -> jax.Array:
     """
     check_images(images)
     b, h, w, _ = images.shape
-    square = kernels.ndim == 3 and kernels.shape[1] == kernels.shape[2]
-    if not square or kernels.shape[0] != b or kernels.shape[1] % 2 == 0:
-        raise UserError(
-            f"kernels of shape {kernels.shape}: expected [{b}, k, k] with k odd, one per image"
-        )
+    k = kernels.shape[-1]
+    checks.shape("kernels", kernels, (b, k, k))
+    _offsets(k)
     filtered = jax.vmap(lambda image, kernel: correlate_corner(image, kernel, h, w))(
         images.astype(jnp.float32), kernels.astype(jnp.float32)
     )
@@ -177,7 +175,7 @@ def correlate_corner(
 def _offsets(kernel_size: int) -> jax.Array:
     """Pixels from the centre of an odd kernel, float32 `[kernel_size]`."""
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise UserError(f"kernel_size={kernel_size}: expected an odd number of pixels, such as 3")
+        raise wrong("kernel_size", kernel_size, "an odd number of pixels, such as 3")
     radius = kernel_size // 2
     return jnp.arange(-radius, radius + 1, dtype=jnp.float32)
 

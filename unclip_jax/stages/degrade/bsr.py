@@ -27,11 +27,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.diffusion.gaussian import check_keys
+from unclip_jax.errors import wrong
 from unclip_jax.stages.degrade.blur import correlate_corner, gaussian_kernels
-from unclip_jax.stages.degrade.checks import check_rgb
 from unclip_jax.stages.degrade.jpeg import jpeg_corner
 from unclip_jax.stages.degrade.resample import BILINEAR, NEAREST, resize_corner, resize_matrix
+from unclip_jax.stages.pixels import check_images
 
 BLUR, SHRINK, NOISE, JPEG = range(4)
 STEPS = (BLUR, BLUR, SHRINK, SHRINK, NOISE, JPEG)  # in random order; the last SHRINK is the final
@@ -68,10 +70,7 @@ class BSR:
     def __post_init__(self) -> None:
         """Check every field."""
         for name in ("isotropic_probability", "jpeg_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"BSR.{name}={getattr(self, name)}: expected a number from 0 to 1, how often"
-                )
+            checks.number(f"BSR.{name}", getattr(self, name), least=0, most=1)
         limits = {
             "isotropic_sigma": (0, 100),
             "anisotropic_sigma": (0, 100),
@@ -82,12 +81,10 @@ class BSR:
         for name, (least, most) in limits.items():
             low, high = getattr(self, name)
             if not least <= low <= high <= most:
-                raise UserError(
-                    f"BSR.{name}={getattr(self, name)}: expected {least} <= low <= high <= {most}"
-                )
+                raise wrong(f"BSR.{name}", (low, high), f"{least} <= low <= high <= {most}")
         for name in ("blur_radius", "jpeg_quality"):
-            if not all(isinstance(end, int) for end in getattr(self, name)):
-                raise UserError(f"BSR.{name}={getattr(self, name)}: expected two whole numbers")
+            for end in getattr(self, name):
+                checks.count(f"BSR.{name}", end)
 
 
 BSRGAN = BSR(
@@ -115,17 +112,14 @@ def bsr(keys: jax.Array, images: jax.Array, low_size: int, settings: BSR = BSR()
     Raises:
         UserError: images that are not square float RGB, keys not `[b]`, an impossible size.
     """
-    check_rgb(images)
-    b, height, width, _ = images.shape
-    if height != width:
-        raise UserError(f"images of {height} x {width} pixels: expected squares; crop them first")
-    if not 1 <= low_size <= height:
-        raise UserError(f"low_size={low_size}: expected 1 to the images' own {height} pixels")
-    if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raise UserError(
-            f"keys of shape {keys.shape} and dtype {keys.dtype}: expected one typed key per image "
-            f"[{b}]; make them with jax.random.split(jax.random.key(seed), {b})"
-        )
+    check_images(images, channels=3)
+    size = images.shape[1]
+    if size != images.shape[2]:
+        raise wrong("images' shape", images.shape, "squares", "crop them first")
+    if not 1 <= low_size <= size:
+        raise wrong("low_size", low_size, f"1 to the images' own {size} pixels")
+    check_keys(keys)
+    checks.shape("keys", keys, images.shape[:1])
     degrade = functools.partial(_degrade, low_size=low_size, settings=settings)
     return jax.vmap(degrade)(keys, images.astype(jnp.float32)).astype(images.dtype)
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.errors import UserError
-from unclip_jax.stages.degrade.checks import check_one_per_image, check_rgb
+from unclip_jax.common import checks
+from unclip_jax.errors import wrong
+from unclip_jax.stages.pixels import check_images
 
 SUBSAMPLINGS = ("4:2:0", "4:4:4")
 
@@ -75,12 +76,11 @@ def jpeg(images: jax.Array, quality: jax.Array, subsampling: str = "4:2:0") -> j
         UserError: images that are not float `[b, h, w, 3]`, quality not integer `[b]`, an unknown
             subsampling.
     """
-    check_rgb(images)
-    check_one_per_image("quality", quality, images)
+    check_images(images, channels=3)
+    checks.shape("quality", quality, images.shape[:1])
     if not jnp.issubdtype(quality.dtype, jnp.integer):
-        raise UserError(f"quality of dtype {quality.dtype}: expected whole numbers from 1 to 100")
-    if subsampling not in SUBSAMPLINGS:
-        raise UserError(f"subsampling={subsampling!r}: expected one of {', '.join(SUBSAMPLINGS)}")
+        raise wrong("quality's dtype", quality.dtype.name, "whole numbers from 1 to 100")
+    checks.choice("subsampling", subsampling, SUBSAMPLINGS)
     _, h, w, _ = images.shape
     saved = jax.vmap(lambda image, q: jpeg_corner(image, q, h, w, subsampling))(
         images.astype(jnp.float32), quality
