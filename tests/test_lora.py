@@ -59,6 +59,8 @@ def assert_bits_equal(first, second):
         ("unet/down_0_attention_0/qkv/kernel", (6, 3, 2, 4), (6, 24)),
         ("unet/down_0_attention_0/context_kv/kernel", (5, 2, 2, 4), (5, 16)),
         ("unet/down_0_attention_0/out/kernel", (2, 4, 6), (8, 6)),
+        ("pool/key_value/kernel", (6, 2, 3, 4), (6, 24)),
+        ("pool/query/kernel", (6, 3, 4), (6, 12)),
         ("transformer/blocks/qkv/kernel", (9, 6, 3, 2, 4), (9, 6, 24)),
         ("transformer/blocks/out/kernel", (9, 2, 4, 6), (9, 8, 6)),
         ("transformer/blocks/up/kernel", (9, 6, 24), (9, 6, 24)),
@@ -284,7 +286,7 @@ def test_adapters_learn_and_a_stopped_run_goes_on_without_the_base_in_its_checkp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": -1}, r"config\.lora\.rank: got -1, expected at least 0"),
+        ({"rank": -1}, r"config\.lora\.rank: got -1, expected an integer, 0 or more"),
         ({"alpha": 0.0}, r"config\.lora\.alpha: got 0\.0, expected a positive number"),
         ({"dtype": "float16"}, r"config\.lora\.dtype: got 'float16', expected one of float32"),
     ],

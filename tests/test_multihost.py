@@ -200,7 +200,7 @@ def test_environments_are_told_apart():
         (("auto", None, 2, 0), r"--coordinator_address: missing, expected with --num_processes"),
         (("auto", "host", 2, 0), r"--coordinator_address: got 'host', expected HOST:PORT"),
         (("auto", "host:99999", 2, 0), r"--coordinator_address: got 'host:99999'"),
-        (("auto", "host:1", 0, 0), r"--num_processes: got 0, expected at least 1"),
+        (("auto", "host:1", 0, 0), r"--num_processes: got 0, expected an integer, 1 or more"),
         (("auto", "host:1", 2, 2), r"--process_id: got 2, expected 0 to 1"),
         (("off", "host:1", 2, 0), r"--distributed=off: contradicts --coordinator_address"),
     ],

@@ -12,7 +12,7 @@ from tests.toy_run import Batches, assert_same, run
 from unclip_jax.errors import UserError
 from unclip_jax.training import optimizers
 from unclip_jax.training.config import TrainConfig
-from unclip_jax.training.muon import matrix_axes, polar_factor
+from unclip_jax.training.optimizers import matrix_axes, polar_factor
 
 CONFIG = TrainConfig(optimizer="muon", learning_rate=1.0)
 KERNELS = {

@@ -1,11 +1,12 @@
 """What the axes of arrays mean, and where a device mesh puts them.
 
-Two tables hold everything. `MESH_AXES` maps a logical axis, such as "heads", to the axes of the
-mesh that split it. `PARAM_AXES` names the logical axes of every trained param by its path. Networks
-name the axes of their activations where blocks meet, with `constrain`, and know no mesh: outside
-`on(mesh)` it does nothing.
+Two tables hold everything. `MESH_AXES` says which axes of the mesh split a logical axis, such as
+"heads". `PARAM_AXES` names the logical axes of every trained param, once: where a param lies, which
+of its matrices Muon makes orthogonal, and where LoRA factorises it all follow from its row.
+Networks name the axes of their activations where blocks meet, with `constrain`, and know no mesh:
+outside `on(mesh)` it does nothing.
 
-The logical axes:
+The logical axes that a mesh splits:
 
     batch   examples
     height  rows of pixels, of which every device has a band, and a few rows of its neighbours' for
@@ -16,6 +17,16 @@ The logical axes:
     mlp     features inside a block: split, each device computes its part of the block and the
             results are summed (tensor parallelism: Shoeybi et al. 2019, arXiv 1909.08053)
     vocab   rows of a table of token embeddings
+
+and those that stay whole:
+
+    layer   blocks of a scanned stack
+    fused   projections made as one: queries, keys and values
+    head    features of one head
+    window  rows or columns of a convolution's window
+    pixel   channels of pixels
+    row     rows of a small table
+    feature any other features
 """
 
 from __future__ import annotations
@@ -24,101 +35,135 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from unclip_jax.common.params import TRAINED, Params, flatten
 from unclip_jax.errors import UserError
 
 DATA, FSDP, SPATIAL, TENSOR = "data", "fsdp", "spatial", "tensor"
 
-MESH_AXES = {
+MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": (DATA, FSDP),
     "height": (DATA, FSDP, SPATIAL),
     "embed": (FSDP,),
     "heads": (TENSOR,),
     "mlp": (TENSOR,),
     "vocab": (TENSOR,),
-}
+} | dict.fromkeys(("layer", "fused", "head", "window", "pixel", "row", "feature"), ())
 
-Names = tuple[str | None, ...]
-
-# The last one or two names on a param's path and its rank, without the layer axis of a scanned
-# stack; the longer name counts first. What is small stays whole on every device.
-PARAM_AXES: dict[tuple[str, int], Names] = {
+# By the last two names on a param's path, or else the last one: its axes but for the layers of a
+# scanned stack. A kernel's arrow stands between the axes that it sums over and those that it makes.
+PARAM_AXES: dict[str, str] = {
     # Attention.
-    ("qkv/kernel", 4): ("embed", None, "heads", None),
-    ("qkv/bias", 3): (None, "heads", None),
-    ("context_kv/kernel", 4): ("embed", None, "heads", None),
-    ("context_kv/bias", 3): (None, "heads", None),
-    ("key_value/kernel", 4): ("embed", None, "heads", None),
-    ("key_value/bias", 3): (None, "heads", None),
-    ("query/kernel", 3): ("embed", "heads", None),
-    ("query/bias", 2): ("heads", None),
-    ("out/kernel", 3): ("heads", None, "embed"),
+    "qkv/kernel": "embed -> fused heads head",
+    "qkv/bias": "fused heads head",
+    "context_kv/kernel": "embed -> fused heads head",
+    "context_kv/bias": "fused heads head",
+    "key_value/kernel": "embed -> fused heads head",
+    "key_value/bias": "fused heads head",
+    "query/kernel": "embed -> heads head",
+    "query/bias": "heads head",
+    "out/kernel": "heads head -> embed",
     # Perceptrons: of a Transformer's block, and of the timestep.
-    ("up/kernel", 2): ("embed", "mlp"),
-    ("up/bias", 1): ("mlp",),
-    ("down/kernel", 2): ("mlp", "embed"),
-    ("linear_1/kernel", 2): ("embed", "mlp"),
-    ("linear_1/bias", 1): ("mlp",),
-    ("linear_2/kernel", 2): ("mlp", "embed"),
+    "up/kernel": "embed -> mlp",
+    "up/bias": "mlp",
+    "down/kernel": "mlp -> embed",
+    "linear_1/kernel": "embed -> mlp",
+    "linear_1/bias": "mlp",
+    "linear_2/kernel": "mlp -> embed",
     # Convolutions: two of a residual block, and those at the ends.
-    ("conv_1/kernel", 4): (None, None, "embed", "mlp"),
-    ("conv_1/bias", 1): ("mlp",),
-    ("conv_2/kernel", 4): (None, None, "mlp", "embed"),
-    ("conv_in/kernel", 4): (None, None, None, "embed"),
-    ("conv_out/kernel", 4): (None, None, "embed", None),
-    ("patches/kernel", 4): (None, None, None, "embed"),
+    "conv_1/kernel": "window window embed -> mlp",
+    "conv_1/bias": "mlp",
+    "conv_2/kernel": "window window mlp -> embed",
+    "conv_in/kernel": "window window pixel -> embed",
+    "conv_out/kernel": "window window embed -> pixel",
+    "patches/kernel": "window window pixel -> embed",
     # Tables of embeddings.
-    ("tokens/embedding", 2): ("vocab", "embed"),
-    ("latents/embedding", 2): ("vocab", "embed"),
-    ("label_to_emb/embedding", 2): (None, None),
+    "tokens/embedding": "vocab embed",
+    "latents/embedding": "vocab embed",
+    "label_to_emb/embedding": "row feature",
     # Everything else.
-    ("kernel", 2): ("embed", None),
-    ("bias", 1): (None,),
-    ("scale", 1): (None,),
-    ("class_token", 1): (None,),
-    ("query", 1): (None,),
-    ("positions", 2): (None, None),
-    ("padding", 2): (None, None),
-    ("null_z_i", 1): (None,),
-    ("log_scale", 0): (),
+    "kernel": "embed -> feature",
+    "bias": "feature",
+    "scale": "feature",
+    "class_token": "feature",
+    "query": "feature",
+    "positions": "row feature",
+    "padding": "row feature",
+    "null_z_i": "feature",
+    "log_scale": "",
 }
 
 ADAPTERS = ("lora_a", "lora_b")  # of low rank: whole on every device
-STACKED = "blocks"  # what is below it on a path has a layer axis first, which is never split
+STACKED = "blocks"  # what is below it on a path has a layer axis first
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
-def of_param(path: tuple[str, ...], rank: int) -> Names:
-    """The logical axes of the param at `path`, one for each of its `rank` axes.
+class ParamAxes(NamedTuple):
+    """The axes of a param.
+
+    Attributes:
+        names: the logical name of each.
+        inputs: which of them a kernel sums over; () for what is no kernel.
+        outputs: which of them it makes, likewise.
+    """
+
+    names: tuple[str, ...]
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+def of_param(path: tuple[str, ...], rank: int) -> ParamAxes:
+    """The axes of the param at `path`, which has `rank` of them.
 
     Raises:
         UserError: no row of `PARAM_AXES` is for it.
     """
     if path[-1] in ADAPTERS:
-        return (None,) * rank
-    layers = (None,) if STACKED in path else ()
+        return ParamAxes(("feature",) * rank)
+    layers = ("layer",) if STACKED in path else ()
     for name in ("/".join(path[-2:]), path[-1]):
-        row = PARAM_AXES.get((name, rank - len(layers)))
-        if row is not None:
-            return layers + row
+        if (row := PARAM_AXES.get(name)) is None:
+            continue
+        before, arrow, after = (tuple(part.split()) for part in row.partition("->"))
+        names, first = layers + before + after, len(layers + before)
+        if len(names) == rank:
+            inputs, outputs = range(len(layers), first), range(first, rank)
+            return ParamAxes(names, tuple(inputs), tuple(outputs)) if arrow else ParamAxes(names)
     raise UserError(
         f"param {'/'.join(path)!r} with {rank} axes: no row of parallel.axes.PARAM_AXES says what"
         " they are; add one"
     )
 
 
-def spec(names: Names) -> PartitionSpec:
-    """Where a mesh splits an array whose axes have these logical names."""
-    return PartitionSpec(*(None if name is None else MESH_AXES[name] for name in names))
+def checked(network: Params) -> Params:
+    """A network's params as they are, if each of them has a row in `PARAM_AXES`.
+
+    Raises:
+        UserError: one has none.
+    """
+    for name, leaf in flatten(network).items():
+        of_param((TRAINED, *name.split("/")), len(leaf.shape))
+    return network
+
+
+def spec(names: tuple[str | None, ...]) -> PartitionSpec:
+    """Where a mesh splits an array whose axes have these logical names; None stands for whole."""
+    return PartitionSpec(*(None if name is None else MESH_AXES[name] or None for name in names))
 
 
 def split(mesh: Mesh, name: str) -> int:
     """Into how many parts `mesh` splits a logical axis."""
     return math.prod(mesh.shape[axis] for axis in MESH_AXES[name])
+
+
+def splits_params(mesh: Mesh) -> bool:
+    """Whether `mesh` splits any param."""
+    return any(split(mesh, name) > 1 for name in MESH_AXES if name not in ("batch", "height"))
 
 
 @contextlib.contextmanager
@@ -140,7 +185,7 @@ def current() -> Mesh | None:
     return _mesh.get()
 
 
-def fitting(mesh: Mesh, shape: tuple[int, ...], names: Names) -> PartitionSpec:
+def fitting(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
     """Where `mesh` splits an activation of this shape, whose axes have these logical names.
 
     An axis of the mesh splits one axis of the array at most, the first that names it. An axis whose

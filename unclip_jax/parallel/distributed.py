@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.errors import UserError, wrong
 
 MODES = ("auto", "on", "off")
 
@@ -59,8 +60,7 @@ def initialize(
         UserError: the mode is unknown, an argument is missing or has no meaning, or the others
             cannot be reached.
     """
-    if mode not in MODES:
-        raise UserError(f"--distributed: got {mode!r}, expected one of {', '.join(MODES)}")
+    checks.choice("--distributed", mode, MODES)
     given = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
@@ -93,11 +93,10 @@ def _check(explicit: Mapping[str, Any], given: Mapping[str, Any], mode: str) -> 
     address, count, index = given.values()
     host, _, port = address.rpartition(":")
     if not host or not 0 < _number(port) < 65536:
-        raise UserError(f"--coordinator_address: got {address!r}, expected HOST:PORT")
-    if count < 1:
-        raise UserError(f"--num_processes: got {count}, expected at least 1")
+        raise wrong("--coordinator_address", address, "HOST:PORT")
+    checks.count("--num_processes", count)
     if not 0 <= index < count:
-        raise UserError(f"--process_id: got {index}, expected 0 to {count - 1}")
+        raise wrong("--process_id", index, f"0 to {count - 1}")
 
 
 def check_initialized() -> None:

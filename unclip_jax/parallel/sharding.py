@@ -12,6 +12,7 @@ none of this changes what is computed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,9 +23,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.common.params import is_weights
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes
-from unclip_jax.parallel.axes import DATA, FSDP, SPATIAL, TENSOR
+from unclip_jax.parallel.axes import FSDP, SPATIAL, TENSOR
 
 Tree = TypeVar("Tree")
 
@@ -55,10 +56,11 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name, value in dataclasses.asdict(self).items():
+        sizes = dataclasses.asdict(self)
+        for name, value in sizes.items():
             if not isinstance(value, int) or (value != REST and value < 1):
-                raise UserError(f"mesh.{name}: got {value!r}, expected a number of devices, or -1")
-        if list(dataclasses.astuple(self)).count(REST) > 1:
+                raise wrong(f"mesh.{name}", value, "a number of devices, or -1")
+        if list(sizes.values()).count(REST) > 1:
             raise UserError(f"mesh: got {self.text}, expected -1 for one axis at most")
         if self.spatial != 1 and self.tensor != 1:
             raise UserError(
@@ -71,16 +73,16 @@ class MeshConfig:
         """The axes in words."""
         return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
 
-    def shape(self, devices: int) -> tuple[int, int, int, int]:
-        """The mesh's shape (data, fsdp, spatial, tensor) on so many devices.
+    def shape(self, devices: int) -> tuple[int, ...]:
+        """The mesh's shape, in the order of the fields, on so many devices.
 
         Raises:
             UserError: the axes' product is not the number of devices.
         """
         sizes = dataclasses.astuple(self)
-        fixed = int(np.prod([size for size in sizes if size != REST]))
+        fixed = math.prod(size for size in sizes if size != REST)
         whole = tuple(devices // fixed if size == REST else size for size in sizes)
-        if int(np.prod(whole)) != devices:
+        if math.prod(whole) != devices:
             raise UserError(
                 f"mesh: got {self.text}, whose product does not make the {devices} devices there"
                 " are; change one of them, or set one to -1"
@@ -89,8 +91,7 @@ class MeshConfig:
 
 
 def make_mesh(
-    config: MeshConfig = MeshConfig(),
-    devices: Sequence[jax.Device] | None = None,
+    config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """The mesh of all `devices` (every device of every process by default).
 
@@ -104,7 +105,8 @@ def make_mesh(
     shape = config.shape(len(devices))
     # A pod's own axes may have to be split: 8 along "fsdp" is half a side of 16 x 16 chips.
     grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    return Mesh(grid, (DATA, FSDP, SPATIAL, TENSOR), axis_types=(AxisType.Auto,) * len(shape))
+    names = [field.name for field in dataclasses.fields(MeshConfig)]
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
@@ -157,8 +159,8 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         mesh: where they go.
 
     Raises:
-        UserError: an axis of the mesh does not divide an array's axis; or the mesh splits params,
-            and no one knows the axes of this one.
+        UserError: a param has no row in `axes.PARAM_AXES`, or an axis of the mesh does not divide
+            one of its axes.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(_names(path), leaf.shape, mesh)), tree
@@ -166,18 +168,20 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def _names(path: Sequence[Any]) -> tuple[str, ...]:
-    """The keys of dicts on a path, from the network's name on; none for what is in no network."""
+    """The keys on a path from the network's name on; none for what is in no network."""
     keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     starts = [i for i, key in enumerate(keys) if is_weights(key)]
     return keys[starts[0] :] if starts else ()
 
 
 def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    if not path or not shape or mesh.shape[FSDP] == mesh.shape[TENSOR] == 1:
+    if not path or not shape:
         return PartitionSpec()
-    names = axes.of_param(path, len(shape))
+    names = axes.of_param(path, len(shape)).names
+    if not axes.splits_params(mesh):
+        return PartitionSpec()
     for name, size in zip(names, shape, strict=True):
-        if name is not None and size % axes.split(mesh, name):
+        if size % axes.split(mesh, name):
             (axis,) = axes.MESH_AXES[name]
             raise UserError(
                 f"mesh.{axis}: got {mesh.shape[axis]}, expected a divisor of {size}, the axis"
@@ -189,13 +193,12 @@ def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> Partitio
 
 def check_batch_size(batch_size: int, mesh: Mesh, grad_accum: int = 1) -> None:
     """Raise UserError unless every microbatch splits evenly over the devices."""
-    parts = axes.split(mesh, "batch")
-    if batch_size % (parts * grad_accum):
-        raise UserError(
-            f"train.batch_size: got {batch_size}, expected a multiple of {parts * grad_accum}"
-            f" (mesh.data {mesh.shape[DATA]} x mesh.fsdp {mesh.shape[FSDP]} x train.grad_accum"
-            f" {grad_accum}); change one of them"
-        )
+    parts = axes.split(mesh, "batch") * grad_accum
+    if batch_size % parts:
+        factors = [f"mesh.{axis} {mesh.shape[axis]}" for axis in axes.MESH_AXES["batch"]]
+        product = " x ".join([*factors, f"train.grad_accum {grad_accum}"])
+        expected = f"a multiple of {parts} ({product})"
+        raise wrong("train.batch_size", batch_size, expected, "change one of them")
 
 
 def check_spatial(mesh: Mesh, rows: int) -> None:
@@ -207,12 +210,9 @@ def check_spatial(mesh: Mesh, rows: int) -> None:
     """
     spatial = mesh.shape[SPATIAL]
     if spatial > 1 and (rows == 0 or rows % spatial):
-        expected = f"a divisor of the {rows} rows that its U-Net has of an image" if rows else "1"
-        reason = "" if rows else ", as this stage has no U-Net"
-        raise UserError(
-            f"mesh.spatial: got {spatial}, expected {expected}{reason}; change it, and let"
-            " mesh.data take the rest"
-        )
+        divisor = f"a divisor of the {rows} rows that its U-Net has of an image"
+        expected = divisor if rows else "1, as this stage has no U-Net"
+        raise wrong("mesh.spatial", spatial, expected, "change it, and let mesh.data take the rest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,21 +234,18 @@ def data_shard(mesh: Mesh, process: int | None = None) -> DataShard:
     """
     process = jax.process_index() if process is None else process
     rows: dict[int, set[int]] = {}
-    together = mesh.shape[SPATIAL] * mesh.shape[TENSOR]
-    grid = mesh.devices.reshape(-1, together)
+    grid = mesh.devices.reshape(axes.split(mesh, "batch"), -1)
     for row, devices in enumerate(grid):
         for device in devices:
             rows.setdefault(device.process_index, set()).add(row)
     shares = sorted({tuple(sorted(found)) for found in rows.values()})
-    if (
-        sorted(row for share in shares for row in share) != list(range(len(grid)))
-        or len({len(share) for share in shares}) != 1
-    ):
-        axis = TENSOR if mesh.shape[TENSOR] > 1 else SPATIAL
-        raise UserError(
-            f"mesh.{axis}: got {together}, expected a divisor or a multiple of the"
-            f" devices of a process ({len(mesh.local_devices)}), so that each one reads whole"
-            " shares of the batch"
+    once = sorted(row for share in shares for row in share) == list(range(len(grid)))
+    if not once or len({len(share) for share in shares}) != 1:
+        raise wrong(
+            f"mesh.{TENSOR if mesh.shape[TENSOR] > 1 else SPATIAL}",
+            grid.shape[1],
+            f"a divisor or a multiple of the devices of a process ({len(mesh.local_devices)}), so"
+            " that each one reads whole shares of the batch",
         )
     return DataShard(shares.index(tuple(sorted(rows[process]))), len(shares))
 
@@ -294,26 +291,25 @@ def spread(tree: Tree, rows: int, mesh: Mesh) -> Tree:
 
 
 def for_rows(tree: Tree, rows: int, mesh: Mesh, *, work: int = 0) -> tuple[Tree, Mesh]:
-    """Where params on `mesh` compute a batch of so many rows: there, or on its first device.
+    """Params and the mesh on which they compute a batch: all devices, or on a CPU perhaps one.
 
-    Devices of a CPU share its cores. Where rows do not split over them, each would compute the
-    whole batch, in the others' way; one of them has every core, and a copy already. Only large
-    images, whose height is split then (`axes.constrain`), are worth the longer compilation.
+    A CPU's devices share its cores. If they cannot split the rows, every device computes the whole
+    batch, and each slows the others down. The first device alone then does it with all cores, and
+    already has a copy of the params. Large images stay on all devices: they are split by height
+    (`axes.constrain`), which repays the longer compilation.
 
     Args:
         tree: arrays on `mesh`.
         rows: of the batch; 1 where nothing spreads batches.
         mesh: where they lie.
-        work: of the U-Net for one image; 0: it is none.
+        work: `UNetConfig.work` of the network; 0 where it is no U-Net.
 
     Returns:
         The arrays, and the mesh that they are on.
     """
     first = mesh.devices.flat[0]
-    whole = mesh.shape[FSDP] == mesh.shape[TENSOR] == 1
-    if first.platform != "cpu" or rows % axes.split(mesh, "batch") == 0 or not whole:
-        return tree, mesh
-    if work >= LEAST_SPLIT:
+    splits = rows % axes.split(mesh, "batch") == 0 or axes.splits_params(mesh)
+    if first.platform != "cpu" or splits or work >= LEAST_SPLIT:
         return tree, mesh
 
     def as_first_has(x: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
 from unclip_jax.metrics import pca
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
+from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.conditioning import Condition, Params, drop_caption, keep, text_mask
 
@@ -168,7 +169,7 @@ class ARPriorStage:
             "step": jnp.full(m.code_dims, 2.0 / m.buckets),
             "dot_edges": jnp.linspace(-1.0, 1.0, m.dot_buckets + 1)[1:-1],
         }
-        return {"network": variables["params"], "normalisation": quantiser}
+        return {"network": checked(variables["params"]), "normalisation": quantiser}
 
     def condition(
         self, tokens: jax.Array, z_t: jax.Array, mask: jax.Array | None = None

@@ -16,6 +16,7 @@ from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.models.classifier import Classifier, check_classifier
 from unclip_jax.models.unet import UNetConfig
+from unclip_jax.parallel.axes import checked
 from unclip_jax.stages.conditioning import Params, random_timesteps
 from unclip_jax.stages.pixels import to_float
 
@@ -66,7 +67,7 @@ class ClassifierStage:
         """Random params."""
         images = jnp.zeros((1, self.image_size, self.image_size, 3))
         variables = self.network.init(key, images, jnp.zeros((1,), jnp.int32))
-        return {"network": variables["params"]}
+        return {"network": checked(variables["params"])}
 
     def logits(
         self,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.clip import Clip, ClipConfig
-from unclip_jax.parallel.axes import constrain
+from unclip_jax.parallel.axes import checked, constrain
 from unclip_jax.stages.normalisation import unit
 from unclip_jax.stages.pixels import resize, to_float
 
@@ -86,7 +86,7 @@ class ClipStage:
             variables = network.init(key, tokens, method=network.encode_text)
         else:
             variables = network.init(key, images, method=network.encode_image)
-        return {"network": variables["params"]}
+        return {"network": checked(variables["params"])}
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array

@@ -21,6 +21,7 @@ from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.models.unet import UNetConfig
+from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -122,7 +123,7 @@ class DecoderStage:
             jnp.zeros((1,), jnp.int32),
             self._blank_condition(),
         )
-        params = {"network": variables["params"]}
+        params = {"network": checked(variables["params"])}
         if e:
             params["normalisation"] = normalisation.identity(e)
         if self.empty_null:

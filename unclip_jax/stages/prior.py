@@ -18,6 +18,7 @@ from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
 from unclip_jax.models.prior import Prior, PriorConfig
+from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -103,7 +104,10 @@ class PriorStage:
             cond["text"],
             cond["text_mask"],
         )
-        params = {"network": variables["params"], "normalisation": normalisation.identity(e)}
+        params = {
+            "network": checked(variables["params"]),
+            "normalisation": normalisation.identity(e),
+        }
         if self.empty_null:
             c = self.model
             params["null_caption"] = empty_caption(c.context_length, c.text_width, e)

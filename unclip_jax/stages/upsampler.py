@@ -24,6 +24,7 @@ from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNet, UNetConfig
+from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import degrade
 from unclip_jax.stages.conditioning import Params, initial_noise, random_timesteps
 from unclip_jax.stages.decoder import check_channels
@@ -142,10 +143,11 @@ class UpsamplerStage:
         images = jnp.zeros((1, self.crop_size, self.crop_size, 6))
         t = jnp.zeros((1,), jnp.int32)
         level = t if self.noise_max else None
-        params = {"network": self.network.init(key, images, t, level=level)["params"]}
+        variables = self.network.init(key, images, t, level=level)
+        params = {"network": checked(variables["params"])}
         if self.last_steps:
             last = self.network.init(jax.random.fold_in(key, 1), images, t, level=level)
-            params["last_network"] = last["params"]
+            params["last_network"] = checked(last["params"])
         return params
 
     def denoise(

@@ -13,24 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.common.params import TRAINED, flatten, unflatten
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.common.params import TRAINED, Params, flatten, unflatten
+from unclip_jax.errors import wrong
+from unclip_jax.parallel import axes
 
-Params = dict[str, Any]
-
-BASE = "base_network"  # the frozen network's entry beside its adapters; see `checkpoint.is_weights`
+BASE = "base_network"  # the frozen network's entry beside its adapters; see `params.is_weights`
 DTYPES = ("float32", "bfloat16")
-
-# What kernels are called. Of a fused projection the first axis is the input and the rest the
-# output; of all others the last axis is the output and the rest the input.
-_FUSED = ("qkv", "context_kv")
-_CONVOLUTIONS = ("conv_in", "conv_out", "conv_1", "conv_2", "patches")
-_STACKED = "blocks"  # the scanned layers of a Transformer, whose kernels have a layer axis first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +46,10 @@ class Lora:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.rank < 0:
-            raise UserError(f"config.lora.rank: got {self.rank}, expected at least 0")
+        checks.count("config.lora.rank", self.rank, least=0)
         if not self.alpha > 0:
-            raise UserError(f"config.lora.alpha: got {self.alpha}, expected a positive number")
-        if self.dtype not in DTYPES:
-            raise UserError(
-                f"config.lora.dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}"
-            )
+            raise wrong("config.lora.alpha", self.alpha, "a positive number")
+        checks.choice("config.lora.dtype", self.dtype, DTYPES)
 
     @property
     def scale(self) -> float:
@@ -73,6 +62,8 @@ def matrix_shape(
 ) -> tuple[int, ...] | None:
     """A kernel's shape as a matrix: [in, out], or [layers, in, out] where layers are stacked.
 
+    Projections made as one, such as queries, keys and values, are one matrix: they share their A.
+
     Args:
         name: of the param, its path joined by "/".
         shape: of the param.
@@ -80,13 +71,15 @@ def matrix_shape(
 
     Returns:
         None where the param is not adapted: biases, norms, embeddings, positions.
+
+    Raises:
+        UserError: no row of `axes.PARAM_AXES` is for it.
     """
-    *parents, module, leaf = ("", *name.split("/"))
-    if leaf != "kernel" or (module in _CONVOLUTIONS and not convolutions):
+    names, inputs, outputs = axes.of_param(tuple(name.split("/")), len(shape))
+    if not outputs or ("window" in names and not convolutions):
         return None
-    layers, axes = (shape[:1], shape[1:]) if _STACKED in parents else ((), shape)
-    inputs = 1 if module in _FUSED else len(axes) - 1
-    return (*layers, math.prod(axes[:inputs]), math.prod(axes[inputs:]))
+    size = lambda part: math.prod(shape[axis] for axis in part)  # noqa: E731
+    return (*shape[: inputs[0]], size(inputs), size(outputs))
 
 
 def init(config: Lora, key: jax.Array, network: Params) -> Params:

@@ -89,7 +89,7 @@ def make_mesh(
 def _serves(config: MeshConfig, count: int, rows: int, copies: int) -> bool:
     """Whether so many devices make the mesh, divide the rows and leave enough memory."""
     try:
-        data, fsdp, spatial, _ = config.shape(count)
+        data, fsdp, spatial, *_ = config.shape(count)
     except UserError:
         return False
     return rows % (data * fsdp) == 0 and data * spatial <= copies
