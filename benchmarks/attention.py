@@ -47,7 +47,7 @@ def traced(
     unet, tokens = model.unet, model.text.context_length + model.clip_tokens
     mesh = sharding.make_mesh(sharding.MeshConfig(), [device])
     where = sharding.replicated(mesh)
-    block = AttentionBlock(unet.head_channels, unet.groups, unet.dtype)
+    block = AttentionBlock(unet)
 
     def shape(*sides: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *sides), dtype, sharding=where)

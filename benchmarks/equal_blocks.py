@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import remat
-from unclip_jax.models.unet import ResBlock
+from unclip_jax.models.unet import ResBlock, UNetConfig
 from unclip_jax.plan.chips import Topology
 from unclip_jax.plan.measure import QUICK, compiled
 
@@ -54,7 +54,8 @@ def main() -> None:
     def place(tree):
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
 
-    block = remat(ResBlock, "full")(args.channels, "keep", 0.0, True, 32, "bfloat16")
+    config = UNetConfig(channels=args.channels, attention_sizes=(), dtype="bfloat16")
+    block = remat(ResBlock, "full")(config, args.channels)
     x = jax.ShapeDtypeStruct((args.batch, args.side, args.side, args.channels), jnp.bfloat16)
     emb = jax.ShapeDtypeStruct((args.batch, 4 * args.channels), jnp.bfloat16)
     params = jax.eval_shape(block.init, jax.random.key(0), x, emb)["params"]

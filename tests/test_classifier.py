@@ -312,7 +312,7 @@ def test_what_does_not_belong_together_is_named(decoder, classifier):
             draw(*arguments, **options)
     with pytest.raises(UserError, match=r"python -m unclip_jax\.class_conditional"):
         DECODER.condition()
-    with pytest.raises(UserError, match="out_channels = 1: expected the number of classes"):
+    with pytest.raises(UserError, match="out_channels: got 1, expected the number of classes"):
         stages.ClassifierStage(model=dataclasses.replace(UNET, out_channels=1))
 
 

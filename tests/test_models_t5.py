@@ -199,11 +199,17 @@ def test_a_large_residual_stream_is_normalised_without_overflow():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"perceptron": "gelu"}, "T5Config.perceptron = 'gelu': expected one of gated_gelu, relu"),
-        ({"buckets": 10}, "buckets = 10: expected a multiple of 4"),
-        ({"buckets": 8, "max_distance": 2}, "max_distance = 2: expected more than buckets / 4 = 2"),
-        ({"heads": 0}, "heads = 0: expected an integer, 1 or more"),
-        ({"dtype": "float16"}, "dtype = 'float16': expected one of float32, bfloat16"),
+        (
+            {"perceptron": "gelu"},
+            "T5Config.perceptron: got 'gelu', expected one of gated_gelu, relu",
+        ),
+        ({"buckets": 10}, "buckets: got 10, expected a multiple of 4"),
+        (
+            {"buckets": 8, "max_distance": 2},
+            "max_distance: got 2, expected more than buckets / 4 = 2",
+        ),
+        ({"heads": 0}, "heads: got 0, expected an integer, 1 or more"),
+        ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
     ],
 )
 def test_a_config_that_makes_no_network_is_refused(change, message):
@@ -212,5 +218,5 @@ def test_a_config_that_makes_no_network_is_refused(change, message):
 
 
 def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(UserError, match=r"T5 mask has shape \(2, 5\): expected \[2, 4\]"):
+    with pytest.raises(UserError, match=r"T5 mask's shape: got \(2, 5\), expected \[2, 4\]"):
         T5Encoder(TINY).init(jax.random.key(0), jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 5)))

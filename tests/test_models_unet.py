@@ -123,13 +123,13 @@ def test_wrong_inputs_are_user_errors():
         "expected .*12, 12, 3": (X[:, :10, :10], T, None, context),
         "expected .*12, 12, 3.": (X[..., :2], T, None, context),
         "context_dim = 10": (X, T, None, None),
-        "U-Net context has": (X, T, None, context[..., :9]),
-        "U-Net emb has": (X, T, normal(0, 3, 5), context),
-        "U-Net context_mask has": (X, T, None, context, jnp.ones((3, 5), bool)),
+        "U-Net context's shape: got": (X, T, None, context[..., :9]),
+        "U-Net emb's shape: got": (X, T, normal(0, 3, 5), context),
+        "U-Net context_mask's shape: got": (X, T, None, context, jnp.ones((3, 5), bool)),
     }.items():
         with pytest.raises(UserError, match=message):
             jax.eval_shape(network.init, init, *args)
-    with pytest.raises(UserError, match="no context: give both"):
+    with pytest.raises(UserError, match="without a context; give both"):
         jax.eval_shape(UNet(CONVOLUTIONS).init, init, X, T, None, None, jnp.ones((3, 4), bool))
 
 
@@ -351,11 +351,11 @@ def test_conditions_that_are_missing_or_unknown_are_user_errors():
     for message, bad in {
         r"add \['z_i'\]": {k: v for k, v in cond.items() if k != "z_i"},
         r"unknown: \['z_i_msk'\]": cond | {"z_i_msk": jnp.ones(3, bool)},
-        "cond z_i has shape": cond | {"z_i": normal(0, 3, 6)},
-        "cond z_t has shape": cond | {"z_t": normal(0, 3, 6)},
-        "cond text_mask has shape": cond | {"text_mask": jnp.ones((3, 4), bool)},
-        "cond text_states has shape": cond | {"text_states": normal(0, 3, 5, 7)},
-        "cond z_i_mask has shape": cond | {"z_i_mask": jnp.ones((3, 1), bool)},
+        "cond z_i's shape: got": cond | {"z_i": normal(0, 3, 6)},
+        "cond z_t's shape: got": cond | {"z_t": normal(0, 3, 6)},
+        "cond text_mask's shape: got": cond | {"text_mask": jnp.ones((3, 4), bool)},
+        "cond text_states's shape: got": cond | {"text_states": normal(0, 3, 5, 7)},
+        "cond z_i_mask's shape: got": cond | {"z_i_mask": jnp.ones((3, 1), bool)},
     }.items():
         with pytest.raises(UserError, match=message):
             jax.eval_shape(Decoder(KARLO).init, init, SMALL_X, T, bad)
@@ -392,7 +392,7 @@ def test_conditions_that_are_missing_or_unknown_are_user_errors():
     ],
 )
 def test_a_config_that_makes_no_network_is_a_user_error(config, changes):
-    with pytest.raises(UserError, match=rf"{type(config).__name__}\.\w+ = .*: expected"):
+    with pytest.raises(UserError, match=rf"{type(config).__name__}\.\w+: got .*, expected"):
         dataclasses.replace(config, **changes)
 
 

@@ -132,7 +132,7 @@ def test_samples_are_each_their_own_and_in_range(stage):
 
 
 def test_pooling_needs_states():
-    with pytest.raises(UserError, match="pool_text = True: expected False, as text_width is 0"):
+    with pytest.raises(UserError, match="pool_text: got True, expected False, as text_width is 0"):
         dataclasses.replace(GLIDE.model, pool_text=True)
 
 
@@ -214,7 +214,7 @@ def test_imagen_trains_and_its_folder_samples_with_the_same_t5(pictures, t5, tmp
     [
         ("imagen", False, {}, "config.t5: empty, expected the folder of a T5"),
         ("imagen", True, {"stage.model.text_width": 17}, "--config.stage.model.text_width=16"),
-        ("imagen", True, {"t5_dtype": "float16"}, "dtype = 'float16': expected one of float32"),
+        ("imagen", True, {"t5_dtype": "float16"}, "dtype: got 'float16', expected one of float32"),
         ("imagen", True, {"stage.states_length": 1}, "context_length: 1: expected at least 2"),
         ("glide", True, {}, "config.t5: got .* but this decoder reads no text states"),
     ],

@@ -150,7 +150,7 @@ def test_batches_carry_the_states_of_their_captions_and_resume(t5, tmp_path):
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu', expected relu"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05, expected 1e-06"),
         ({"d_model": None}, "without d_model; expected the config.json of a T5"),
-        ({"d_model": "16"}, "width = '16': expected an integer"),
+        ({"d_model": "16"}, "width: got '16', expected an integer"),
         ({"num_layers": 3}, "the tensors do not fit: 9 missing"),
         ({"d_ff": 25}, "of another shape"),
         ({"vocab_size": 20}, "tokenizer.json has 44 ids, but the embedding table 20 rows"),

@@ -1,6 +1,7 @@
 """The networks, each beside its frozen config. None of them knows about diffusion."""
 
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
+from unclip_jax.models.classifier import Classifier
 from unclip_jax.models.clip import Clip, ClipConfig
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.models.prior import Prior, PriorConfig
@@ -11,6 +12,7 @@ from unclip_jax.models.unet import UNet, UNetConfig
 __all__ = [
     "ARPrior",
     "ARPriorConfig",
+    "Classifier",
     "Clip",
     "ClipConfig",
     "Decoder",

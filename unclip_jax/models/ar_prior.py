@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.attention import causal_mask
+from unclip_jax.common import checks
+from unclip_jax.models.attention import caption_mask, causal_mask
 from unclip_jax.models.layers import (
     Cache,
     Embed,
@@ -20,10 +21,10 @@ from unclip_jax.models.layers import (
     check_compute,
     check_counts,
     check_heads,
-    check_shape,
     layer_norm,
     transformer_blocks,
 )
+from unclip_jax.models.prior import Captioned
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,17 @@ class ARPriorConfig:
     """Size of an `ARPrior`.
 
     Attributes:
-      embed_dim: dimension of CLIP's embeddings z_i and z_t.
-      width: features of a token; a multiple of `heads`.
-      layers: Transformer blocks.
-      heads: attention heads.
-      context_length: tokens of every caption, padding included.
-      vocab_size: size of the caption's vocabulary.
-      code_dims: codes that stand for one z_i, at most `embed_dim`.
-      buckets: values that a code can have.
-      dot_buckets: values that the dot product's token can have; even, to have a top half.
-      dtype: compute dtype.
-      remat: "none", "full" or "dots", see `layers.remat`.
+        embed_dim: dimension of CLIP's embeddings z_i and z_t.
+        width: features of a token; a multiple of `heads`.
+        layers: Transformer blocks.
+        heads: attention heads.
+        context_length: tokens of every caption, padding included.
+        vocab_size: size of the caption's vocabulary.
+        code_dims: codes that stand for one z_i, at most `embed_dim`.
+        buckets: values that a code can have.
+        dot_buckets: values that the dot product's token can have; even, to have a top half.
+        dtype: compute dtype.
+        remat: "none", "full" or "dots", see `layers.remat`.
     """
 
     embed_dim: int = 768
@@ -68,13 +69,11 @@ class ARPriorConfig:
         check_compute(self)
 
 
-class ARPrior(nn.Module):
+class ARPrior(Captioned):
     """Predicts the codes of z_i, each from the caption and the codes before it.
 
     A latent is an id below `buckets + dot_buckets`: a code, or `buckets` plus the bucket of the
     dot product, which is always the first. Attention is causal and skips the caption's padding.
-    A caption whose mask is False everywhere is dropped, z_t with it: z_t is then zeroed, and the
-    output depends on neither.
     """
 
     config: ARPriorConfig
@@ -88,8 +87,8 @@ class ARPrior(nn.Module):
         self.z_t_in = nn.Dense(c.width, dtype=c.dtype)
         length = c.context_length + 1 + c.code_dims
         self.positions = self.param("positions", normal, (length, c.width))
-        settings = {"heads": c.heads, "mlp_ratio": 4.0, "activation": "gelu", "dtype": c.dtype}
-        self.blocks = transformer_blocks(c.layers, c.remat, **settings, caches=True)
+        block = {"heads": c.heads, "dtype": c.dtype, "caches": True}
+        self.blocks = transformer_blocks(c.layers, c.remat, **block)
         self.norm_out = layer_norm("norm_out")
         self.out = nn.Dense(c.buckets, dtype=c.dtype)
 
@@ -99,25 +98,25 @@ class ARPrior(nn.Module):
         """Logits of every code, given the true ones before it.
 
         Args:
-          latents: `[b, k]` int: the dot product's latent and all codes but the last.
-          z_t: `[b, e]` text embeddings, projected, not normalised.
-          text: `[b, l]` int tokens, l = `context_length`.
-          text_mask: `[b, l]` bool, True on the caption's tokens.
+            latents: `[b, k]` int: the dot product's latent and all codes but the last.
+            z_t: `[b, e]` text embeddings, projected, not normalised.
+            text: `[b, l]` int tokens, l = `context_length`.
+            text_mask: `[b, l]` bool, True on the caption's tokens.
 
         Returns:
-          `[b, k, buckets]` float32.
+            `[b, k, buckets]` float32.
         """
         c = self.config
-        check_shape("latents", latents, (z_t.shape[0], c.code_dims))
+        checks.shape("latents", latents, (z_t.shape[0], c.code_dims))
         x = jnp.concatenate([self._prefix(z_t, text, text_mask), self._latents(latents)], axis=1)
-        attended = self._attended(text_mask, c.code_dims)
+        attended = caption_mask(text_mask, 1 + c.code_dims)
         x, _ = self.blocks(x, causal_mask(x.shape[1]) & attended, None)
         return self._logits(x[:, -c.code_dims :])
 
     def prefill(self, z_t: jax.Array, text: jax.Array, text_mask: jax.Array) -> Cache:
         """Keys and values of the caption and z_t, with room for every latent's; as `__call__`."""
         x = self._prefix(z_t, text, text_mask)
-        mask = causal_mask(x.shape[1]) & self._attended(text_mask, 0)
+        mask = causal_mask(x.shape[1]) & caption_mask(text_mask, 1)
         _, cache = self.blocks(x, mask, None)
         room = [(0, 0), (0, 0), (0, 0), (0, self.config.code_dims), (0, 0)]
         return tuple(jnp.pad(part, room) for part in cache)
@@ -128,19 +127,19 @@ class ARPrior(nn.Module):
         """Logits of code i, given latent i and the cache of all that comes before.
 
         Args:
-          latent: `[b]` int; the dot product's at i = 0, else code i - 1.
-          i: scalar int, may be traced.
-          cache: from `prefill` or the last `step`.
-          text_mask: `[b, l]` bool, as in `prefill`.
+            latent: `[b]` int; the dot product's at i = 0, else code i - 1.
+            i: scalar int, may be traced.
+            cache: from `prefill` or the last `step`.
+            text_mask: `[b, l]` bool, as in `prefill`.
 
         Returns:
-          `[b, buckets]` float32, and the cache with latent i in it.
+            `[b, buckets]` float32, and the cache with latent i in it.
         """
         c = self.config
         at = c.context_length + 1 + i
         x = self._latents(latent[:, None], i)
         before = jnp.arange(cache[0].shape[3]) < at
-        mask = self._attended(text_mask, c.code_dims) & before[None, None, None, :]
+        mask = caption_mask(text_mask, 1 + c.code_dims) & before[None, None, None, :]
         mask = jnp.pad(mask, [(0, 0)] * 3 + [(0, 1)], constant_values=True)
         x, own = self.blocks(x, mask, cache)
         cache = tuple(
@@ -149,28 +148,12 @@ class ARPrior(nn.Module):
         )
         return self._logits(x)[:, 0], cache
 
-    def _prefix(self, z_t: jax.Array, text: jax.Array, text_mask: jax.Array) -> jax.Array:
-        """Embeddings `[b, l + 1, width]` of the caption and z_t, at their positions."""
-        c = self.config
-        check_shape("z_t", z_t, (None, c.embed_dim))
-        check_shape("text (tokens)", text, (z_t.shape[0], c.context_length))
-        check_shape("text_mask", text_mask, (z_t.shape[0], c.context_length))
-        z_t = jnp.where(text_mask.any(-1, keepdims=True), z_t, 0.0)
-        caption = self.tokens(text).astype(c.dtype)
-        x = jnp.concatenate([caption, self.z_t_in(z_t)[:, None]], axis=1)
-        return x + self.positions[None, : c.context_length + 1].astype(c.dtype)
-
     def _latents(self, latents: jax.Array, start: jax.Array | int = 0) -> jax.Array:
         """Embeddings `[b, m, width]` of latents start..start + m - 1, at their positions."""
         c = self.config
         first = c.context_length + 1 + start
         positions = jax.lax.dynamic_slice_in_dim(self.positions, first, latents.shape[1])
         return self.latents(latents).astype(c.dtype) + positions[None].astype(c.dtype)
-
-    def _attended(self, text_mask: jax.Array, latents: int) -> jax.Array:
-        """`[b, 1, 1, l + 1 + latents]` booleans, False on the caption's padding alone."""
-        after = ((0, 0), (0, 1 + latents))
-        return jnp.pad(text_mask, after, constant_values=True)[:, None, None, :]
 
     def _logits(self, x: jax.Array) -> jax.Array:
         return self.out(self.norm_out(x)).astype(jnp.float32)

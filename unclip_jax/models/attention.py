@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
 from unclip_jax.models import fused_attention
 from unclip_jax.parallel import axes
 from unclip_jax.parallel.axes import constrain
@@ -40,17 +40,14 @@ def implementation(name: str) -> Iterator[None]:
     kernels: JAX would lower one platform's kernel for all of them, and fail.
 
     Args:
-      name: "auto", the default, takes the kernels of the mesh's devices, or of this machine's where
-        there is no mesh. "reference" takes no kernel. "fused" takes kernels for every platform
-        that a program may be lowered for, whatever this machine is: for `jax.export` to TPUs.
+        name: "auto", the default, takes the kernels of the mesh's devices, or of this machine's
+            where there is no mesh. "reference" takes no kernel. "fused" takes kernels for every
+            platform that a program may be lowered for: for `jax.export` to TPUs.
 
     Raises:
-      UserError: there is no such implementation.
+        UserError: there is no such implementation.
     """
-    if name not in IMPLEMENTATIONS:
-        raise UserError(
-            f"attention implementation: got {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    checks.choice("attention implementation", name, IMPLEMENTATIONS)
     with _implementation(name):
         yield
 
@@ -71,15 +68,15 @@ def attention(
     forward mode.
 
     Args:
-      q: `[b, n, l, k]` queries.
-      k: `[b, n, m, k]` keys.
-      v: `[b, n, m, k]` values.
-      mask: boolean, of rank 4 and broadcastable to `[b, n, l, m]`; True = attend.
-      bias: float32 of rank 4, broadcastable likewise, added to the scaled scores; None for none.
-      scale: factor on the products of queries and keys; None stands for 1/sqrt(head dim).
+        q: `[b, n, l, k]` queries.
+        k: `[b, n, m, k]` keys.
+        v: `[b, n, m, k]` values.
+        mask: boolean, of rank 4 and broadcastable to `[b, n, l, m]`; True = attend.
+        bias: float32 of rank 4, broadcastable likewise, added to the scaled scores; None for none.
+        scale: factor on the products of queries and keys; None stands for 1/sqrt(head dim).
 
     Returns:
-      `[b, n, l, k]` in the dtype of `v`.
+        `[b, n, l, k]` in the dtype of `v`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     reference = partial(reference_attention, bias=bias, scale=scale)
@@ -106,16 +103,19 @@ def _wanted(platform: str) -> bool:
     if chosen == "reference":
         return False
     if platform == "cuda":
-        return _on("gpu") and fused_attention.has_cudnn()
-    return chosen == "fused" or _on(platform)
+        return _backend() == "gpu" and fused_attention.has_cudnn(_device())
+    return chosen == "fused" or _backend() == platform
 
 
-def _on(platform: str) -> bool:
-    """Whether the mesh, or where there is none this machine, has devices of `platform`."""
+def _device() -> jax.Device:
+    """The mesh's first device, or where there is no mesh this machine's."""
     mesh = axes.current()
-    if mesh is not None:
-        return mesh.devices.flat[0].platform == platform
-    return jax.default_backend() == platform
+    return jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def _backend() -> str:
+    """The platform of the mesh's devices, or where there is no mesh of this machine's."""
+    return jax.default_backend() if axes.current() is None else _device().platform
 
 
 def reference_attention(
@@ -183,6 +183,11 @@ _narrow_product.defvjp(_narrow_forward, _narrow_backward)
 def split_heads(stacked: jax.Array) -> jax.Array:
     """Several projections side by side, `[b, l, s, n, k]`, heads first: `[s, b, n, l, k]`."""
     return constrain(jnp.moveaxis(stacked, (2, 3), (0, 2)), None, "batch", "heads", None, None)
+
+
+def caption_mask(text_mask: jax.Array, after: int) -> jax.Array:
+    """A mask over keys `[b, 1, 1, l + after]`: captions' own `[b, l]`, then True."""
+    return jnp.pad(text_mask, ((0, 0), (0, after)), constant_values=True)[:, None, None, :]
 
 
 def causal_mask(length: int) -> jax.Array:

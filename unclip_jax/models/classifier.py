@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.attention import attention, split_heads
-from unclip_jax.models.convolution import Conv
-from unclip_jax.models.layers import GroupNorm, TimeEmbedding, check, remat
-from unclip_jax.models.resample import space_to_depth
-from unclip_jax.models.unet import AttentionBlock, ResBlock, UNetConfig
+from unclip_jax.models.layers import GroupNorm, TimeEmbedding, check
+from unclip_jax.models.unet import Blocks, UNetConfig
 from unclip_jax.parallel.axes import constrain
 
 
@@ -31,9 +29,9 @@ class AttentionPool(nn.Module):
     """Attention of the mean over all positions to each of them and to itself, as in CLIP's ResNets.
 
     Attributes:
-      head_channels: features per head.
-      out: features of the result.
-      dtype: compute dtype.
+        head_channels: features per head.
+        out: features of the result.
+        dtype: compute dtype.
     """
 
     head_channels: int
@@ -67,44 +65,21 @@ class Classifier(nn.Module):
         """Apply the network.
 
         Args:
-          x: `[b, h, w, in_channels]` noisy images of the config's size.
-          t: `[b]` timesteps, int or float.
-          deterministic: False in training: dropout then draws from the rng "dropout".
+            x: `[b, h, w, in_channels]` noisy images of the config's size.
+            t: `[b]` timesteps, int or float.
+            deterministic: False in training: dropout then draws from the rng "dropout".
 
         Returns:
-          logits `[b, out_channels]` float32.
+            logits `[b, out_channels]` float32.
 
         Raises:
-          UserError: `x` does not fit the config.
+            UserError: `x` does not fit the config.
         """
         c = self.config
         c.check_image(x)
-        res_block, attention_block = remat(ResBlock, c.remat), remat(AttentionBlock, c.remat)
-        rate = 0.0 if deterministic else c.dropout
         emb = TimeEmbedding(c.channels, c.embedding_features, name="time")(t)
         active = nn.silu(emb).astype(c.dtype)
-
-        def res(h: jax.Array, name: str, mult: int, resample: str = "keep") -> jax.Array:
-            features = c.channels * mult
-            block = res_block(features, resample, rate, c.scale_shift, c.groups, c.dtype, name=name)
-            return block(h, active)
-
-        def attend(h: jax.Array, name: str) -> jax.Array:
-            return attention_block(c.head_channels, c.groups, c.dtype, name=name)(h, None, None)
-
-        h = Conv(c.channels, dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
-        last = len(c.channel_mults) - 1
-        for level, mult in enumerate(c.channel_mults):
-            for i in range(c.res_blocks):
-                h = res(h, f"down_{level}_res_{i}", mult)
-                if c.attends(c.feature_size(level)):
-                    h = attend(h, f"down_{level}_attention_{i}")
-            if level < last:
-                h = res(h, f"down_{level}_halve", mult, "halve")
-
-        h = res(h, "middle_res_0", c.channel_mults[-1])
-        if c.attention_sizes:
-            h = attend(h, "middle_attention")
-        h = res(h, "middle_res_1", c.channel_mults[-1])
+        blocks = Blocks(c, active, 0.0 if deterministic else c.dropout)
+        h = blocks.middle(blocks.down(x)[-1])
         h = nn.silu(GroupNorm(c.groups, name="norm_out")(h))
         return AttentionPool(c.head_channels, c.out_channels, c.dtype, name="pool")(h)

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.attention import causal_mask
 from unclip_jax.models.layers import (
     ACTIVATIONS,
@@ -20,7 +21,6 @@ from unclip_jax.models.layers import (
     check_compute,
     check_counts,
     check_heads,
-    check_shape,
     layer_norm,
 )
 
@@ -33,24 +33,24 @@ class ClipConfig:
     """Size of a `Clip`. The defaults are OpenAI's ViT-L/14.
 
     Attributes:
-      image_size: side of the images in pixels; a multiple of `patch`.
-      patch: side of a patch in pixels.
-      vision_width: features of a patch; a multiple of `vision_heads`.
-      vision_layers: blocks of the image tower.
-      vision_heads: attention heads of the image tower.
-      text_width: features of a token; a multiple of `text_heads`.
-      text_layers: blocks of the text tower.
-      text_heads: attention heads of the text tower.
-      vocab_size: tokens in the vocabulary; the last id ends a caption.
-      context_length: most tokens in a caption.
-      embed_dim: dimension of the shared space.
-      activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact).
-      mlp_ratio: hidden width of both towers' perceptrons over the width.
-      pixel_mean: mean of each channel, of pixels in [0, 1].
-      pixel_std: standard deviation of each channel, of pixels in [0, 1].
-      towers: "both", or "text" or "image" where the weights hold one tower only.
-      dtype: compute dtype.
-      remat: "none", "full" or "dots", see `layers.remat`.
+        image_size: side of the images in pixels; a multiple of `patch`.
+        patch: side of a patch in pixels.
+        vision_width: features of a patch; a multiple of `vision_heads`.
+        vision_layers: blocks of the image tower.
+        vision_heads: attention heads of the image tower.
+        text_width: features of a token; a multiple of `text_heads`.
+        text_layers: blocks of the text tower.
+        text_heads: attention heads of the text tower.
+        vocab_size: tokens in the vocabulary; the last id ends a caption.
+        context_length: most tokens in a caption.
+        embed_dim: dimension of the shared space.
+        activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact).
+        mlp_ratio: hidden width of both towers' perceptrons over the width.
+        pixel_mean: mean of each channel, of pixels in [0, 1].
+        pixel_std: standard deviation of each channel, of pixels in [0, 1].
+        towers: "both", or "text" or "image" where the weights hold one tower only.
+        dtype: compute dtype.
+        remat: "none", "full" or "dots", see `layers.remat`.
     """
 
     image_size: int = 224
@@ -74,7 +74,7 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         """Raise `UserError` where a field makes no network."""
-        check(self, "towers", self.towers in TOWERS, f"one of {', '.join(TOWERS)}")
+        checks.choice("ClipConfig.towers", self.towers, TOWERS)
         check_counts(self, "image_size", "patch", "vision_width", "vision_layers", "vision_heads")
         check_counts(self, "text_width", "text_layers", "text_heads")
         check_counts(self, "vocab_size", "context_length", "embed_dim")
@@ -82,14 +82,18 @@ class ClipConfig:
         check(self, "image_size", tiles, f"a multiple of patch = {self.patch}")
         check_heads(self, "vision_width", "vision_heads")
         check_heads(self, "text_width", "text_heads")
-        names = ", ".join(ACTIVATIONS)
-        check(self, "activation", self.activation in ACTIVATIONS, f"one of {names}")
+        checks.choice("ClipConfig.activation", self.activation, ACTIVATIONS)
         check(self, "mlp_ratio", self.mlp_ratio > 0, "a positive number")
         for field in ("pixel_mean", "pixel_std"):
             as_tuple(self, field)
             check(self, field, len(getattr(self, field)) == 3, "three numbers, one per channel")
         check(self, "pixel_std", all(s > 0 for s in self.pixel_std), "positive numbers")
         check_compute(self)
+
+    def transformer(self, layers: int, heads: int) -> Transformer:
+        """The Transformer of a tower, in the body of its module."""
+        settings = self.mlp_ratio, self.activation, self.dtype, self.remat
+        return Transformer(layers, heads, *settings, name="transformer")
 
 
 @jax.custom_vjp
@@ -114,34 +118,18 @@ class VisionTower(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[b, h, w, 3]` in [-1, 1] to `[b, vision_width]`."""
         c = self.config
-        check_shape("images", images, (None, c.image_size, c.image_size, 3))
+        checks.shape("images", images, (None, c.image_size, c.image_size, 3))
         mean, std = (jnp.array(s).reshape(1, 1, 1, 3) for s in (c.pixel_mean, c.pixel_std))
         pixels = ((images.astype(jnp.float32) + 1.0) / 2.0 - mean) / std
-        patches = nn.Conv(
-            c.vision_width,
-            (c.patch, c.patch),
-            strides=c.patch,
-            padding="VALID",
-            use_bias=False,
-            dtype=c.dtype,
-            name="patches",
-        )(pixels)
-        b, width = images.shape[0], c.vision_width
-        patches = patches.reshape(b, -1, width)
+        b, width, tile = images.shape[0], c.vision_width, (c.patch, c.patch)
+        cut = nn.Conv(width, tile, tile, "VALID", use_bias=False, dtype=c.dtype, name="patches")
+        patches = cut(pixels).reshape(b, -1, width)
         small = nn.initializers.normal(width**-0.5)
         first = self.param("class_token", small, (width,)).astype(c.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (b, 1, width)), patches], axis=1)
         x = x + self.param("positions", small, (x.shape[1], width)).astype(c.dtype)[None]
         x = layer_norm("norm_in")(x)
-        x = Transformer(
-            c.vision_layers,
-            c.vision_heads,
-            c.mlp_ratio,
-            c.activation,
-            c.dtype,
-            c.remat,
-            name="transformer",
-        )(x)
+        x = c.transformer(c.vision_layers, c.vision_heads)(x)
         return layer_norm("norm_out")(x[:, 0])
 
 
@@ -154,27 +142,16 @@ class TextTower(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """`[b, l]` int, l at most `context_length`, to `[b, l, text_width]` float32 states."""
         c = self.config
-        check_shape("tokens", tokens, (None, None))
+        checks.shape("tokens", tokens, (None, None))
         length = tokens.shape[1]
         if length > c.context_length:
-            raise UserError(
-                f"tokens have length {length}: expected at most context_length = "
-                f"{c.context_length}; truncate the captions"
-            )
+            expected = f"at most context_length = {c.context_length}"
+            raise wrong("the tokens' length", length, expected, "truncate the captions")
         embed = Embed(c.vocab_size, c.text_width, name="tokens")
-        positions = self.param(
-            "positions", nn.initializers.normal(0.01), (c.context_length, c.text_width)
-        )
+        small = nn.initializers.normal(0.01)
+        positions = self.param("positions", small, (c.context_length, c.text_width))
         x = embed(tokens) + positions[None, :length]
-        x = Transformer(
-            c.text_layers,
-            c.text_heads,
-            c.mlp_ratio,
-            c.activation,
-            c.dtype,
-            c.remat,
-            name="transformer",
-        )(x, causal_mask(length))
+        x = c.transformer(c.text_layers, c.text_heads)(x, causal_mask(length))
         return layer_norm("norm_out")(x)
 
 
@@ -186,36 +163,32 @@ class Clip(nn.Module):
     def setup(self) -> None:
         """Name the parameters."""
         c = self.config
+
+        def projection(width: int) -> nn.Dense:
+            small = nn.initializers.normal(width**-0.5)
+            return nn.Dense(c.embed_dim, use_bias=False, kernel_init=small)
+
         if c.towers != "text":
             self.vision = VisionTower(c)
-            self.vision_projection = nn.Dense(
-                c.embed_dim,
-                use_bias=False,
-                kernel_init=nn.initializers.normal(c.vision_width**-0.5),
-            )
+            self.vision_projection = projection(c.vision_width)
         if c.towers != "image":
             self.text = TextTower(c)
-            self.text_projection = nn.Dense(
-                c.embed_dim,
-                use_bias=False,
-                kernel_init=nn.initializers.normal(c.text_width**-0.5),
-            )
+            self.text_projection = projection(c.text_width)
         if c.towers == "both":
-            self.log_scale = self.param(
-                "log_scale", nn.initializers.constant(math.log(1 / 0.07)), ()
-            )
+            start = nn.initializers.constant(math.log(1 / 0.07))
+            self.log_scale = self.param("log_scale", start, ())
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Image embeddings z_i, projected but not normalised.
 
         Args:
-          images: `[b, image_size, image_size, 3]` in [-1, 1].
+            images: `[b, image_size, image_size, 3]` in [-1, 1].
 
         Returns:
-          `[b, embed_dim]` float32.
+            `[b, embed_dim]` float32.
 
         Raises:
-          UserError: this CLIP has no image tower.
+            UserError: this CLIP has no image tower.
         """
         self._check_tower("image")
         return self.vision_projection(self.vision(images))
@@ -227,14 +200,14 @@ class Clip(nn.Module):
         one: without it the state at position 0 would be read.
 
         Args:
-          tokens: `[b, l]` int, with l at most `context_length`.
+            tokens: `[b, l]` int, with l at most `context_length`.
 
         Returns:
-          `[b, embed_dim]` float32, and `[b, l, text_width]` float32 outputs of the final
-          LayerNorm, before the projection.
+            `[b, embed_dim]` float32, and `[b, l, text_width]` float32 outputs of the final
+            LayerNorm, before the projection.
 
         Raises:
-          UserError: this CLIP has no text tower.
+            UserError: this CLIP has no text tower.
         """
         self._check_tower("text")
         states = self.text(tokens)

@@ -15,8 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
-from unclip_jax.models.layers import check, check_counts, check_shape, layer_norm
+from unclip_jax.common import checks
+from unclip_jax.errors import wrong
+from unclip_jax.models.layers import check, check_counts, layer_norm
 from unclip_jax.models.text_encoder import TextConfig, TextEncoder
 from unclip_jax.models.unet import UNet, UNetConfig
 
@@ -28,21 +29,21 @@ class DecoderConfig:
     """Size of a `Decoder`, and what it is conditioned on.
 
     Attributes:
-      unet: the U-Net; its `context_dim` is the width of the context tokens, 0 where there are
-        none.
-      text: the decoder's own caption Transformer, as wide as the context; None where there is
-        none.
-      text_width: features of a frozen encoder's text states (CLIP's in Karlo, T5's in Imagen),
-        where those are given instead of tokens; else 0.
-      pool_text: whether the mean of those text states is also normalised, projected and added to
-        the timestep's embedding (Imagen, arXiv 2205.11487, section 2.5).
-      embed_dim: dimension of z_i; 0 for a decoder without it (GLIDE).
-      clip_tokens: context tokens made of z_i.
-      use_z_t: whether CLIP's text embedding z_t, of `embed_dim` too, is projected and added to
-        the timestep's embedding.
-      learned_null: whether a z_i that is left out is a learned embedding; otherwise it is zeros.
-      num_classes: classes, each with a learned embedding added to the timestep's (ADM,
-        arXiv 2105.05233); class `num_classes` itself stands for none. 0 for a decoder without.
+        unet: the U-Net; its `context_dim` is the width of the context tokens, 0 where there are
+            none.
+        text: the decoder's own caption Transformer, as wide as the context; None where there is
+            none.
+        text_width: features of a frozen encoder's text states (CLIP's in Karlo, T5's in Imagen),
+            where those are given instead of tokens; else 0.
+        pool_text: whether the mean of those text states is also normalised, projected and added to
+            the timestep's embedding (Imagen, arXiv 2205.11487, section 2.5).
+        embed_dim: dimension of z_i; 0 for a decoder without it (GLIDE).
+        clip_tokens: context tokens made of z_i.
+        use_z_t: whether CLIP's text embedding z_t, of `embed_dim` too, is projected and added to
+            the timestep's embedding.
+        learned_null: whether a z_i that is left out is a learned embedding; otherwise it is zeros.
+        num_classes: classes, each with a learned embedding added to the timestep's (ADM,
+            arXiv 2105.05233); class `num_classes` itself stands for none. 0 for a decoder without.
     """
 
     unet: UNetConfig
@@ -137,18 +138,18 @@ class Decoder(nn.Module):
         the result depends on neither.
 
         Args:
-          cond: the arrays named by `config.conditions`, and optionally "z_i_mask":
-            "z_i" `[b, e]`; "z_i_mask" `[b]` bool; "tokens" `[b, l]` int or "text_states"
-            `[b, l, text_width]`; "text_mask" `[b, l]` bool; "z_t" `[b, e]`; "label" `[b]` int,
-            where `num_classes` stands for a class that is left out. Other conditions of
-            `CONDITIONS` may be there and are not read.
+            cond: the arrays named by `config.conditions`, and optionally "z_i_mask":
+                "z_i" `[b, e]`; "z_i_mask" `[b]` bool; "tokens" `[b, l]` int or "text_states"
+                `[b, l, text_width]`; "text_mask" `[b, l]` bool; "z_t" `[b, e]`; "label" `[b]` int,
+                where `num_classes` stands for a class that is left out. Other conditions of
+                `CONDITIONS` may be there and are not read.
 
         Returns:
-          What `denoise` takes: "emb" `[b, embedding_features]`, "context" `[b, m, context_dim]`
-          and "context_mask" `[b, m]`, each None where there is none.
+            What `denoise` takes: "emb" `[b, embedding_features]`, "context" `[b, m, context_dim]`
+            and "context_mask" `[b, m]`, each None where there is none.
 
         Raises:
-          UserError: a condition is missing, unknown or of the wrong shape.
+            UserError: a condition is missing, unknown or of the wrong shape.
         """
         c = self.config
         self._check_conditions(cond)
@@ -185,22 +186,18 @@ class Decoder(nn.Module):
         }
 
     def denoise(
-        self,
-        x_t: jax.Array,
-        t: jax.Array,
-        encoded: Mapping[str, Any],
-        deterministic: bool = True,
+        self, x_t: jax.Array, t: jax.Array, encoded: Mapping[str, Any], deterministic: bool = True
     ) -> jax.Array:
         """One evaluation of the U-Net.
 
         Args:
-          x_t: `[b, h, w, in_channels]` noisy images.
-          t: `[b]` timesteps, int or float.
-          encoded: what `encode` returned.
-          deterministic: False in training: dropout then draws from the rng "dropout".
+            x_t: `[b, h, w, in_channels]` noisy images.
+            t: `[b]` timesteps, int or float.
+            encoded: what `encode` returned.
+            deterministic: False in training: dropout then draws from the rng "dropout".
 
         Returns:
-          `[b, h, w, out_channels]` float32.
+            `[b, h, w, out_channels]` float32.
         """
         return self.unet(
             x_t,
@@ -233,19 +230,17 @@ class Decoder(nn.Module):
         missing = [name for name in c.conditions if name not in cond]
         unknown = [name for name in cond if name not in CONDITIONS]
         if missing or unknown:
-            raise UserError(
-                f"decoder cond has {sorted(cond)}: expected {list(c.conditions)}"
-                f"{' and optionally z_i_mask' if c.embed_dim else ''}; "
-                + (f"add {missing}" if missing else f"unknown: {unknown}")
-            )
+            expected = f"{list(c.conditions)}{' and optionally z_i_mask' if c.embed_dim else ''}"
+            do = f"add {missing}" if missing else f"unknown: {unknown}"
+            raise wrong("decoder cond", sorted(cond), expected, do)
         for name in ("z_i", "z_t"):
             if name in c.conditions:
-                check_shape(f"decoder cond {name}", cond[name], (None, c.embed_dim))
+                checks.shape(f"decoder cond {name}", cond[name], (None, c.embed_dim))
         if c.embed_dim and "z_i_mask" in cond:
-            check_shape("decoder cond z_i_mask", cond["z_i_mask"], cond["z_i"].shape[:1])
+            checks.shape("decoder cond z_i_mask", cond["z_i_mask"], cond["z_i"].shape[:1])
         if c.text_width:
             states = cond["text_states"]
-            check_shape("decoder cond text_states", states, (None, None, c.text_width))
-            check_shape("decoder cond text_mask", cond["text_mask"], states.shape[:2])
+            checks.shape("decoder cond text_states", states, (None, None, c.text_width))
+            checks.shape("decoder cond text_mask", cond["text_mask"], states.shape[:2])
         if c.num_classes:
-            check_shape("decoder cond label", cond["label"], (None,))
+            checks.shape("decoder cond label", cond["label"], (None,))

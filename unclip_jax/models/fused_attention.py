@@ -8,7 +8,7 @@ devices each call the kernel for their own examples, heads and rows of pixels, a
 a kernel.
 
 The kernel for TPUs is tested in Pallas's interpreter and compiled by libtpu. The one for GPUs has
-been run on none by us: its conditions are those that JAX's source states.
+not been run: its conditions are those that JAX's source states.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pays(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> bo
     """Whether sequences are so long that a kernel pays, and the mask is one over keys alone.
 
     Args:
-      q, k, v, mask: as in `attention`; a mask over keys is `[b or 1, 1, 1, m]`.
+        q, k, v, mask: as in `attention`; a mask over keys is `[b or 1, 1, 1, m]`.
     """
     long = all(isinstance(n, int) and n >= LEAST for n in (q.shape[2], k.shape[2]))
     by_key = mask is None or mask.shape[1:] == (1, 1, k.shape[2])
@@ -65,14 +65,11 @@ def fits(platform: str, q: jax.Array, k: jax.Array) -> bool:
     return q.dtype in (jnp.bfloat16, jnp.float32) and dim % 8 == 0 and dim <= 256
 
 
-def has_cudnn() -> bool:
-    """Whether this machine's GPUs run cuDNN's kernel: NVIDIA's, Ampere or later."""
-    if jax.default_backend() != "gpu":
+def has_cudnn(gpu: jax.Device) -> bool:
+    """Whether a GPU runs cuDNN's kernel: one of NVIDIA's, Ampere or later."""
+    if "cuda" not in gpu.client.platform_version:
         return False
-    device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return False
-    return tuple(int(part) for part in device.compute_capability.split(".")) >= (8, 0)
+    return tuple(int(part) for part in gpu.compute_capability.split(".")) >= (8, 0)
 
 
 # ---------------------------------------------------------------- kernels
@@ -84,12 +81,12 @@ def tpu_attention(
     """`attention` by JAX's splash attention, a Pallas kernel with a backward pass of its own.
 
     Args:
-      q, k, v: as in `attention`, bfloat16 or float32.
-      mask: `[b or 1, 1, 1, m]` booleans, or None.
-      scale: factor on the products of queries and keys.
+        q, k, v: as in `attention`, bfloat16 or float32.
+        mask: `[b or 1, 1, 1, m]` booleans, or None.
+        scale: factor on the products of queries and keys.
 
     Returns:
-      `[b, n, l, k]` in the dtype of `v`.
+        `[b, n, l, k]` in the dtype of `v`.
     """
     return _on_each_device(_splash, (q * scale).astype(q.dtype), k, v, _seen(k, mask))
 
@@ -164,9 +161,10 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None) ->
     rows = math.ceil(length / block_q) * block_q
     blocks = math.ceil(keys / block_k)
     columns = blocks * block_k
-    # Of several blocks in memory the gradient of the queries is one sum, not one for each.
+    # The backward pass writes a gradient of the queries for each block of keys in memory, and adds
+    # them up afterwards. Larger blocks in memory make fewer.
     held = max(i for i in range(1, blocks + 1) if blocks % i == 0 and i * block_k <= TPU_KEYS)
-    # An array whose last axis is no multiple of the lanes is padded in memory: heads of 64 double.
+    # Memory pads the last axis to whole lanes: heads of 64 would take twice their size there.
     layout = kernels.QKVLayout.SEQ_MINOR if dim % TPU_LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     sizes = kernels.BlockSizes(
         block_q=block_q, block_kv=held * block_k, block_kv_compute=block_k,

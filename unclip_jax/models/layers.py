@@ -7,7 +7,6 @@ is one block scanned over a leading layer axis, so its compile time does not gro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
+from unclip_jax.common import checks
+from unclip_jax.errors import wrong
 from unclip_jax.models.attention import attention, split_heads
 from unclip_jax.parallel.axes import constrain
 
@@ -37,16 +37,13 @@ Cache = tuple[jax.Array, jax.Array]
 def check(config: Any, field: str, ok: bool, expected: str) -> None:
     """Raise a `UserError` naming `config.field` and its value unless `ok`."""
     if not ok:
-        value = getattr(config, field)
-        raise UserError(f"{type(config).__name__}.{field} = {value!r}: expected {expected}")
+        raise wrong(f"{type(config).__name__}.{field}", getattr(config, field), expected)
 
 
 def check_counts(config: Any, *fields: str, least: int = 1) -> None:
     """Every named field of `config` must be an integer of at least `least`."""
     for field in fields:
-        value = getattr(config, field)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        check(config, field, ok, f"an integer, {least} or more")
+        checks.count(f"{type(config).__name__}.{field}", getattr(config, field), least)
 
 
 def check_heads(config: Any, width: str, heads: str) -> None:
@@ -57,8 +54,8 @@ def check_heads(config: Any, width: str, heads: str) -> None:
 
 def check_compute(config: Any) -> None:
     """The fields `dtype` and `remat` must name a compute dtype and a remat policy."""
-    check(config, "dtype", config.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-    check(config, "remat", config.remat in REMAT_POLICIES, f"one of {', '.join(REMAT_POLICIES)}")
+    for field, choices in (("dtype", DTYPES), ("remat", REMAT_POLICIES)):
+        checks.choice(f"{type(config).__name__}.{field}", getattr(config, field), choices)
 
 
 def as_tuple(config: Any, field: str) -> None:
@@ -66,16 +63,6 @@ def as_tuple(config: Any, field: str) -> None:
     value = getattr(config, field)
     check(config, field, isinstance(value, list | tuple), "a sequence")
     object.__setattr__(config, field, tuple(value))
-
-
-def check_shape(name: str, x: jax.Array, expected: Sequence[int | None]) -> None:
-    """Raise a `UserError` unless `x` has the `expected` shape; None stands for any size."""
-    fits = len(x.shape) == len(expected) and all(
-        e is None or s == e for s, e in zip(x.shape, expected, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if e is None else str(e) for e in expected)
-        raise UserError(f"{name} has shape {tuple(x.shape)}: expected [{wanted}]")
 
 
 # ---------------------------------------------------------------- recomputation in the backward
@@ -95,14 +82,14 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
     """`module`, recomputed in the backward pass as `policy` says.
 
     Args:
-      module: a Linen module class whose `__call__` takes positional arrays.
-      policy: "none" keeps every activation; "full" keeps only the module's input; "dots" also
-        keeps the results of matrix products and convolutions with weights.
-      scanned: whether the module is the body of a scan, whose backward loop is apart from its
-        forward loop. Elsewhere the compiler must be kept from merging the two computations.
+        module: a Linen module class whose `__call__` takes positional arrays.
+        policy: "none" keeps every activation; "full" keeps only the module's input; "dots" also
+            keeps the results of matrix products and convolutions with weights.
+        scanned: whether the module is the body of a scan, whose backward loop is apart from its
+            forward loop. Elsewhere the compiler must be kept from merging the two computations.
 
     Returns:
-      A module class with the same parameters and results.
+        A module class with the same parameters and results.
     """
     if policy == "none":
         return module
@@ -110,21 +97,27 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
     return nn.remat(module, prevent_cse=not scanned, policy=keep)
 
 
+def scanned(block: type[nn.Module], layers: int, remat_policy: str, in_axes: Any) -> Any:
+    """`nn.scan` of so many blocks, each `remat`: every param has a layer axis first."""
+    return nn.scan(
+        remat(block, remat_policy, scanned=True),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=layers,
+    )
+
+
 # ---------------------------------------------------------------- time
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
-    """Sinusoids of the timestep, `[cos, sin]` at the frequencies exp(-ln 10000 * i / (dim / 2)).
+    """Timesteps `[b]` to sinusoids `[b, dim]` float32, with an even `dim`.
 
-    Args:
-      t: `[b]`, integer or float timesteps.
-      dim: features, an even number.
-
-    Returns:
-      `[b, dim]` float32.
+    They are `[cos, sin]` at the frequencies exp(-ln 10000 * i / (dim / 2)).
     """
     if dim % 2:
-        raise UserError(f"timestep_embedding dim = {dim}: expected an even number")
+        raise wrong("timestep_embedding's dim", dim, "an even number")
     half = dim // 2
     freqs = jnp.exp(-math.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
     angles = t.astype(jnp.float32)[:, None] * freqs[None, :]
@@ -209,20 +202,20 @@ class TransformerBlock(nn.Module):
     """Pre-LayerNorm residual block: self-attention, then a two-layer perceptron.
 
     Attributes:
-      heads: attention heads; they divide the width.
-      mlp_ratio: hidden width of the perceptron over the width.
-      depth: blocks in the whole stack; the projections into the residual stream start
-        1/sqrt(2 * depth) as large, so that the stream's variance does not grow with depth.
-      activation: a name in `ACTIVATIONS`.
-      dtype: compute dtype.
-      caches: whether the keys and values of x come out, too.
+        heads: attention heads; they divide the width.
+        depth: blocks in the whole stack; the projections into the residual stream start
+            1/sqrt(2 * depth) as large, so that the stream's variance does not grow with depth.
+        mlp_ratio: hidden width of the perceptron over the width.
+        activation: a name in `ACTIVATIONS`.
+        dtype: compute dtype.
+        caches: whether the keys and values of x come out, too.
     """
 
     heads: int
-    mlp_ratio: float
     depth: int
-    activation: str
-    dtype: str
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    dtype: str = "float32"
     caches: bool = False
 
     @nn.compact
@@ -232,66 +225,44 @@ class TransformerBlock(nn.Module):
         """Attend to what came before and to x itself.
 
         Args:
-          x: `[b, l, d]`.
-          mask: boolean, broadcastable to `[b, n, l, m + l]`, or None; the past comes first.
-          past: keys and values of what came before x, each `[b, n, m, k]`; None for nothing.
+            x: `[b, l, d]`.
+            mask: boolean, broadcastable to `[b, n, l, m + l]`, or None; the past comes first.
+            past: keys and values of what came before x, each `[b, n, m, k]`; None for nothing.
 
         Returns:
-          The pair that `nn.scan` wants: `[b, l, d]`, and the keys and values of x alone, or None.
+            The pair that `nn.scan` wants: `[b, l, d]`, and the keys and values of x alone, or None.
         """
-        width = x.shape[-1]
         x = constrain(x, "batch", None, None)
-        into_stream = nn.initializers.variance_scaling(
-            0.5 / self.depth, "fan_in", "truncated_normal"
-        )
+        width, scale = x.shape[-1], 0.5 / self.depth
+        into_stream = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+        dense = partial(nn.DenseGeneral, dtype=self.dtype)
         h = layer_norm("norm_1")(x).astype(self.dtype)
-        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), dtype=self.dtype, name="qkv")(h)
-        q, k, v = split_heads(qkv)
+        q, k, v = split_heads(dense((3, self.heads, width // self.heads), name="qkv")(h))
         own = (k, v) if self.caches else None
         if past is not None:
             k, v = (jnp.concatenate(pair, axis=2) for pair in zip(past, (k, v), strict=True))
         h = jnp.moveaxis(attention(q, k, v, mask), 1, 2)
-        x = x + nn.DenseGeneral(
-            width, axis=(-2, -1), dtype=self.dtype, kernel_init=into_stream, name="out"
-        )(h)
+        x = x + dense(width, axis=(-2, -1), kernel_init=into_stream, name="out")(h)
         h = layer_norm("norm_2")(x).astype(self.dtype)
-        hidden = int(width * self.mlp_ratio)
-        h = ACTIVATIONS[self.activation](nn.Dense(hidden, dtype=self.dtype, name="up")(h))
+        h = ACTIVATIONS[self.activation](dense(int(width * self.mlp_ratio), name="up")(h))
         h = constrain(h, "batch", None, "mlp")
-        x = x + nn.Dense(width, dtype=self.dtype, kernel_init=into_stream, name="down")(h)
+        x = x + dense(width, kernel_init=into_stream, name="down")(h)
         return constrain(x, "batch", None, None), own
 
 
 def transformer_blocks(layers: int, remat_policy: str, **settings: Any) -> nn.Module:
-    """A stack of `TransformerBlock`s under one `nn.scan`: every parameter has a layer axis first.
+    """`scanned` `TransformerBlock`s, which are called like one; `settings` are all but the depth.
 
-    It is called like one block; `past` and the cache that comes out have a layer axis first, too.
-
-    Args:
-      layers: number of blocks.
-      remat_policy: what the backward pass recomputes, see `remat`.
-      settings: of each block but its depth.
+    `past` and the cache that comes out have a layer axis first, too.
     """
-    return nn.scan(
-        remat(TransformerBlock, remat_policy, scanned=True),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
-        length=layers,
-    )(depth=layers, **settings)
+    blocks = scanned(TransformerBlock, layers, remat_policy, (nn.broadcast, 0))
+    return blocks(depth=layers, **settings)
 
 
 class Transformer(nn.Module):
-    """A stack of `transformer_blocks`.
+    """`transformer_blocks` as a module of its own: what they are given are its fields.
 
-    Attributes:
-      layers: number of blocks.
-      heads: attention heads; they divide the width.
-      mlp_ratio: hidden width of the perceptron over the width.
-      activation: a name in `ACTIVATIONS`.
-      dtype: compute dtype, also that of the residual stream.
-      remat: what the backward pass recomputes, see `remat`.
-      caches: whether `extend` gives keys and values.
+    The residual stream is in `dtype`, too.
     """
 
     layers: int
@@ -304,15 +275,9 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         """Name the blocks."""
-        self.blocks = transformer_blocks(
-            self.layers,
-            self.remat,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            activation=self.activation,
-            dtype=self.dtype,
-            caches=self.caches,
-        )
+        block = {"heads": self.heads, "mlp_ratio": self.mlp_ratio, "activation": self.activation}
+        block |= {"dtype": self.dtype, "caches": self.caches}
+        self.blocks = transformer_blocks(self.layers, self.remat, **block)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """`[b, l, d]` to `[b, l, d]` in `dtype`; `mask` as in `attention`."""

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.attention import causal_mask
+from unclip_jax.common import checks
+from unclip_jax.models.attention import caption_mask, causal_mask
 from unclip_jax.models.layers import (
     Embed,
     TimeEmbedding,
@@ -19,7 +20,6 @@ from unclip_jax.models.layers import (
     check_compute,
     check_counts,
     check_heads,
-    check_shape,
     layer_norm,
 )
 
@@ -29,16 +29,16 @@ class PriorConfig:
     """Size of a `Prior`.
 
     Attributes:
-      embed_dim: dimension of CLIP's embeddings z_i and z_t.
-      width: features of a token; even, and a multiple of `heads`.
-      layers: Transformer blocks.
-      heads: attention heads.
-      context_length: tokens of every caption, padding included.
-      vocab_size: size of the vocabulary where the prior embeds token ids itself; 0 where it is
-        given CLIP's text states instead.
-      text_width: features of those text states; 0 where it embeds token ids.
-      dtype: compute dtype.
-      remat: "none", "full" or "dots", see `layers.remat`.
+        embed_dim: dimension of CLIP's embeddings z_i and z_t.
+        width: features of a token; even, and a multiple of `heads`.
+        layers: Transformer blocks.
+        heads: attention heads.
+        context_length: tokens of every caption, padding included.
+        vocab_size: size of the vocabulary where the prior embeds token ids itself; 0 where it is
+            given CLIP's text states instead.
+        text_width: features of those text states; 0 where it embeds token ids.
+        dtype: compute dtype.
+        remat: "none", "full" or "dots", see `layers.remat`.
     """
 
     embed_dim: int = 768
@@ -63,7 +63,33 @@ class PriorConfig:
         check_compute(self)
 
 
-class Prior(nn.Module):
+class Captioned(nn.Module):
+    """What reads a caption and z_t first; its params are "z_t_in", "positions" and "tokens".
+
+    A caption whose mask is False everywhere is dropped, z_t with it: z_t is then zeroed, and the
+    output depends on neither.
+    """
+
+    config: Any
+
+    def _prefix(self, z_t: jax.Array, text: jax.Array, text_mask: jax.Array) -> jax.Array:
+        """Embeddings `[b, l + 1, width]` of the caption and z_t, at their positions."""
+        c = self.config
+        b = z_t.shape[0]
+        checks.shape("z_t", z_t, (None, c.embed_dim))
+        checks.shape("text_mask", text_mask, (b, c.context_length))
+        if c.vocab_size:
+            checks.shape("text (tokens)", text, (b, c.context_length))
+            caption = self.tokens(text).astype(c.dtype)
+        else:
+            checks.shape("text (states)", text, (b, c.context_length, c.text_width))
+            caption = self.text_in(text)
+        z_t = jnp.where(text_mask.any(-1, keepdims=True), z_t, 0.0)
+        x = jnp.concatenate([caption, self.z_t_in(z_t)[:, None]], axis=1)
+        return x + self.positions[: c.context_length + 1].astype(c.dtype)[None]
+
+
+class Prior(Captioned):
     """Predicts a vector, the clean z_i in the paper, from a noised z_i and a caption.
 
     The sequence is: the caption's tokens, z_t, the timestep, the noised z_i, and a learned query
@@ -101,32 +127,29 @@ class Prior(nn.Module):
     ) -> jax.Array:
         """Predict.
 
-        A caption whose mask is False everywhere is dropped, z_t with it: z_t is then zeroed, and
-        the output depends on neither.
-
         Args:
-          z_noised: `[b, e]` noised image embeddings.
-          t: `[b]` timesteps, int or float.
-          z_t: `[b, e]` text embeddings, projected, not normalised.
-          text: `[b, l]` int tokens where `vocab_size` > 0, else `[b, l, text_width]` CLIP text
-            states; l = `context_length`.
-          text_mask: `[b, l]` bool, True on the caption's tokens.
+            z_noised: `[b, e]` noised image embeddings.
+            t: `[b]` timesteps, int or float.
+            z_t: `[b, e]` text embeddings, projected, not normalised.
+            text: `[b, l]` int tokens where `vocab_size` > 0, else `[b, l, text_width]` CLIP text
+                states; l = `context_length`.
+            text_mask: `[b, l]` bool, True on the caption's tokens.
 
         Returns:
-          `[b, e]` float32.
+            `[b, e]` float32.
         """
         x = jnp.concatenate([self._prefix(z_t, text, text_mask), self._last(z_noised, t)], axis=1)
-        mask = causal_mask(x.shape[1]) & _attended(text_mask, 4)
+        mask = causal_mask(x.shape[1]) & caption_mask(text_mask, 4)
         return self._prediction(self.transformer(x, mask))
 
     def encode(self, z_t: jax.Array, text: jax.Array, text_mask: jax.Array) -> dict[str, Any]:
         """All that depends on neither z_noised nor t; arguments as for `__call__`.
 
         Returns:
-          What `denoise` takes: "past", keys and values of the caption and z_t, and "text_mask".
+            What `denoise` takes: "past", keys and values of the caption and z_t, and "text_mask".
         """
         x = self._prefix(z_t, text, text_mask)
-        mask = causal_mask(x.shape[1]) & _attended(text_mask, 1)
+        mask = causal_mask(x.shape[1]) & caption_mask(text_mask, 1)
         _, past = self.transformer.extend(x, mask)
         return {"past": past, "text_mask": text_mask}
 
@@ -134,38 +157,17 @@ class Prior(nn.Module):
         """What `__call__` computes, given what `encode` returned."""
         x = self._last(z_noised, t)
         seen = causal_mask(self.config.context_length + 4)[:, :, -x.shape[1] :]
-        mask = seen & _attended(encoded["text_mask"], 4)
+        mask = seen & caption_mask(encoded["text_mask"], 4)
         return self._prediction(self.transformer.extend(x, mask, encoded["past"])[0])
-
-    def _prefix(self, z_t: jax.Array, text: jax.Array, text_mask: jax.Array) -> jax.Array:
-        """Embeddings `[b, l + 1, width]` of the caption and z_t, at their positions."""
-        c = self.config
-        b = z_t.shape[0]
-        check_shape("z_t", z_t, (None, c.embed_dim))
-        check_shape("text_mask", text_mask, (b, c.context_length))
-        if c.vocab_size:
-            check_shape("text (tokens)", text, (b, c.context_length))
-            caption = self.tokens(text).astype(c.dtype)
-        else:
-            check_shape("text (states)", text, (b, c.context_length, c.text_width))
-            caption = self.text_in(text)
-        z_t = jnp.where(text_mask.any(-1, keepdims=True), z_t, 0.0)
-        x = jnp.concatenate([caption, self.z_t_in(z_t)[:, None]], axis=1)
-        return x + self.positions[: c.context_length + 1].astype(c.dtype)[None]
 
     def _last(self, z_noised: jax.Array, t: jax.Array) -> jax.Array:
         """Embeddings `[b, 3, width]` of the timestep, z_noised and the query, likewise."""
         c = self.config
         b = t.shape[0]
-        check_shape("z_noised", z_noised, (b, c.embed_dim))
+        checks.shape("z_noised", z_noised, (b, c.embed_dim))
         query = jnp.broadcast_to(self.query.astype(c.dtype), (b, c.width))
         x = jnp.stack([self.time(t).astype(c.dtype), self.z_i_in(z_noised), query], axis=1)
         return x + self.positions[c.context_length + 1 :].astype(c.dtype)[None]
 
     def _prediction(self, x: jax.Array) -> jax.Array:
         return self.out(self.norm_out(x[:, -1])).astype(jnp.float32)
-
-
-def _attended(text_mask: jax.Array, after: int) -> jax.Array:
-    """`[b, 1, 1, l + after]` booleans, False on the caption's padding alone."""
-    return jnp.pad(text_mask, ((0, 0), (0, after)), constant_values=True)[:, None, None, :]

@@ -50,11 +50,11 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     products a pixel and pair of channels instead of 36.
 
     Args:
-      x: `[b, h, w, c]`.
-      kernel: `[3, 3, c, f]`; its taps are added up in its own dtype, then cast to that of `x`.
+        x: `[b, h, w, c]`.
+        kernel: `[3, 3, c, f]`; its taps are added up in its own dtype, then cast to that of `x`.
 
     Returns:
-      `[b, 2 * h, 2 * w, f]` of the dtype of `x`.
+        `[b, 2 * h, 2 * w, f]` of the dtype of `x`.
     """
     b, h, w, _ = x.shape
 

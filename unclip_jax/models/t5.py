@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.models.attention import attention
-from unclip_jax.models.layers import check, check_compute, check_counts, check_shape, remat
+from unclip_jax.models.layers import check, check_compute, check_counts, scanned
 
 PERCEPTRONS = ("gated_gelu", "relu")
 NORM_EPS = 1e-6
@@ -34,17 +35,17 @@ class T5Config:
     """Size of a `T5Encoder`. The defaults are T5 v1.1 XXL's.
 
     Attributes:
-      vocab_size: rows of the embedding table, which is padded: the tokenizer has 32100 ids.
-      width: features of a token.
-      layers: Transformer blocks.
-      heads: attention heads; any number, as heads need not divide the width.
-      head_dim: features of a head.
-      mlp_width: hidden width of the perceptron.
-      perceptron: "gated_gelu" (v1.1; tanh's approximation of GELU) or "relu" (v1.0).
-      buckets: ranges of distance that have a bias each, half of them to either side; even.
-      max_distance: all distances from here on share a bias; more than `buckets` / 4.
-      dtype: compute dtype of the matrix products.
-      remat: "none", "full" or "dots", see `layers.remat`.
+        vocab_size: rows of the embedding table, which is padded: the tokenizer has 32100 ids.
+        width: features of a token.
+        layers: Transformer blocks.
+        heads: attention heads; any number, as heads need not divide the width.
+        head_dim: features of a head.
+        mlp_width: hidden width of the perceptron.
+        perceptron: "gated_gelu" (v1.1; tanh's approximation of GELU) or "relu" (v1.0).
+        buckets: ranges of distance that have a bias each, half of them to either side; even.
+        max_distance: all distances from here on share a bias; more than `buckets` / 4.
+        dtype: compute dtype of the matrix products.
+        remat: "none", "full" or "dots", see `layers.remat`.
     """
 
     vocab_size: int = 32128
@@ -64,8 +65,7 @@ class T5Config:
         check_counts(self, "vocab_size", "width", "layers", "heads", "head_dim", "mlp_width")
         check_counts(self, "buckets", least=4)
         check_counts(self, "max_distance")
-        known = self.perceptron in PERCEPTRONS
-        check(self, "perceptron", known, f"one of {', '.join(PERCEPTRONS)}")
+        checks.choice("T5Config.perceptron", self.perceptron, PERCEPTRONS)
         check(self, "buckets", self.buckets % 4 == 0, "a multiple of 4: two sides, near and far")
         far = self.max_distance > self.buckets // 4
         check(self, "max_distance", far, f"more than buckets / 4 = {self.buckets // 4}")
@@ -87,7 +87,7 @@ def distance_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     last all beyond. It is computed with NumPy, so that no accelerator's logarithm moves a border.
 
     Returns:
-      `[length, length]` int, rows are queries, in 0..buckets-1.
+        `[length, length]` int, rows are queries, in 0..buckets-1.
     """
     one_side, near = buckets // 2, buckets // 4
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
@@ -144,19 +144,19 @@ class T5Encoder(nn.Module):
         """Encode captions.
 
         Args:
-          tokens: `[b, l]` int, of any length.
-          mask: `[b, l]` bool, True on the caption's tokens, its end included. The states there
-            depend on nothing else; those under False are of no use.
+            tokens: `[b, l]` int, of any length.
+            mask: `[b, l]` bool, True on the caption's tokens, its end included. The states there
+                depend on nothing else; those under False are of no use.
 
         Returns:
-          `[b, l, width]` float32 states after the final norm.
+            `[b, l, width]` float32 states after the final norm.
 
         Raises:
-          UserError: `tokens` or `mask` is of another shape.
+            UserError: `tokens` or `mask` is of another shape.
         """
         c = self.config
-        check_shape("T5 tokens", tokens, (None, None))
-        check_shape("T5 mask", mask, tokens.shape)
+        checks.shape("T5 tokens", tokens, (None, None))
+        checks.shape("T5 mask", mask, tokens.shape)
         table = self.param(
             "relative_bias", nn.initializers.normal(c.width**-0.5), (c.buckets, c.heads)
         )
@@ -165,13 +165,7 @@ class T5Encoder(nn.Module):
         embed = nn.Embed(
             c.vocab_size, c.width, embedding_init=nn.initializers.normal(1.0), name="tokens"
         )
-        blocks = nn.scan(
-            remat(T5Block, c.remat, scanned=True),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.layers,
-        )
+        blocks = scanned(T5Block, c.layers, c.remat, nn.broadcast)
         x = embed(tokens).astype(jnp.float32)
         x, _ = blocks(c, name="blocks")(x, bias, mask[:, None, None, :])
         return RMSNorm(name="norm_out")(x)

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.common import checks
 from unclip_jax.models.layers import (
     Embed,
     Transformer,
     check_compute,
     check_counts,
     check_heads,
-    check_shape,
     layer_norm,
 )
 
@@ -24,13 +24,13 @@ class TextConfig:
     """Size of a `TextEncoder`.
 
     Attributes:
-      vocab_size: tokens in the vocabulary.
-      context_length: tokens in every caption, padding included.
-      width: features of a token; a multiple of `heads`.
-      layers: Transformer blocks.
-      heads: attention heads.
-      dtype: compute dtype.
-      remat: "none", "full" or "dots", see `layers.remat`.
+        vocab_size: tokens in the vocabulary.
+        context_length: tokens in every caption, padding included.
+        width: features of a token; a multiple of `heads`.
+        layers: Transformer blocks.
+        heads: attention heads.
+        dtype: compute dtype.
+        remat: "none", "full" or "dots", see `layers.remat`.
     """
 
     vocab_size: int = 49408
@@ -63,15 +63,15 @@ class TextEncoder(nn.Module):
         """Encode captions.
 
         Args:
-          tokens: `[b, l]` int, with l = `context_length`; ids under False in `mask` are not read.
-          mask: `[b, l]` bool, True on the caption's tokens.
+            tokens: `[b, l]` int, with l = `context_length`; ids under False in `mask` are not read.
+            mask: `[b, l]` bool, True on the caption's tokens.
 
         Returns:
-          `[b, l, width]` states after the final LayerNorm, in the compute dtype.
+            `[b, l, width]` states after the final LayerNorm, in the compute dtype.
         """
         c = self.config
-        check_shape("tokens", tokens, (None, c.context_length))
-        check_shape("text_mask", mask, tokens.shape)
+        checks.shape("tokens", tokens, (None, c.context_length))
+        checks.shape("text_mask", mask, tokens.shape)
         normal = nn.initializers.normal(0.02)
         table = (c.context_length, c.width)
         positions = self.param("positions", normal, table)

@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
-from unclip_jax.models.attention import attention, split_heads
+from unclip_jax.common import checks
+from unclip_jax.errors import UserError, wrong
+from unclip_jax.models.attention import attention, caption_mask, split_heads
 from unclip_jax.models.convolution import Conv
 from unclip_jax.models.layers import (
     GroupNorm,
@@ -22,7 +23,6 @@ from unclip_jax.models.layers import (
     check,
     check_compute,
     check_counts,
-    check_shape,
     remat,
 )
 from unclip_jax.models.resample import DoublingConv, depth_to_space, double, halve, space_to_depth
@@ -34,27 +34,27 @@ class UNetConfig:
     """Size of a `UNet`.
 
     Attributes:
-      image_size: side of the images in pixels. A U-Net with attention takes this size only; one
-        without takes any size its levels divide.
-      in_channels: channels of the input.
-      out_channels: channels of the output.
-      channels: channels of the first level; a multiple of `groups`, and even.
-      channel_mults: channels of each level over `channels`; each level halves the side.
-      res_blocks: residual blocks per level on the way down; one more on the way up.
-      attention_sizes: feature sides, in features, at which attention follows each residual block.
-        With none, nothing attends; with some, the middle attends too.
-      head_channels: channels per attention head.
-      dropout: rate inside residual blocks, in training.
-      emb_dim: features of the time embedding; 0 stands for 4 * `channels`.
-      context_dim: features of the context tokens that attention also reads; 0 for no context.
-      scale_shift: whether the time embedding scales and shifts the second norm's output (FiLM)
-        or is added before that norm.
-      patch: the image is folded into patches of this side first, and unfolded last: the whole
-        U-Net then works on sides `patch` times smaller.
-      pixel_channels: channels of a `PixelHead` behind the unfolding; 0 for none.
-      groups: groups of every GroupNorm.
-      dtype: compute dtype.
-      remat: "none", "full" or "dots", applied to every block, see `layers.remat`.
+        image_size: side of the images in pixels. A U-Net with attention takes this size only; one
+            without takes any size its levels divide.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        channels: channels of the first level; a multiple of `groups`, and even.
+        channel_mults: channels of each level over `channels`; each level halves the side.
+        res_blocks: residual blocks per level on the way down; one more on the way up.
+        attention_sizes: feature sides, in features, at which attention follows each residual block.
+            With none, nothing attends; with some, the middle attends too.
+        head_channels: channels per attention head.
+        dropout: rate inside residual blocks, in training.
+        emb_dim: features of the time embedding; 0 stands for 4 * `channels`.
+        context_dim: features of the context tokens that attention also reads; 0 for no context.
+        scale_shift: whether the time embedding scales and shifts the second norm's output (FiLM)
+            or is added before that norm.
+        patch: the image is folded into patches of this side first, and unfolded last: the whole
+            U-Net then works on sides `patch` times smaller.
+        pixel_channels: channels of a `PixelHead` behind the unfolding; 0 for none.
+        groups: groups of every GroupNorm.
+        dtype: compute dtype.
+        remat: "none", "full" or "dots", applied to every block, see `layers.remat`.
     """
 
     image_size: int = 64
@@ -123,11 +123,13 @@ class UNetConfig:
 
     @property
     def work(self) -> int:
-        """Measures its FLOPs for one image: positions times channels squared, of each level's
-        residual blocks on the way down."""
+        """A measure of its FLOPs for one image.
+
+        Positions times channels squared, of each level's residual blocks on the way down.
+        """
         sizes = [self.feature_size(level) for level in range(len(self.channel_mults))]
-        sides = zip(sizes, self.channel_mults, strict=True)
-        return self.res_blocks * sum((s * self.channels * mult) ** 2 for s, mult in sides)
+        levels = zip(sizes, self.channel_mults, strict=True)
+        return self.res_blocks * sum((side * self.channels * mult) ** 2 for side, mult in levels)
 
     def feature_size(self, level: int) -> int:
         """Side of the features at a level, 0 being the first."""
@@ -140,58 +142,52 @@ class UNetConfig:
     def check_image(self, x: jax.Array) -> None:
         """Raise `UserError` unless this U-Net can run on `x`, `[b, h, w, c]`."""
         side = self.image_size if self.attention_sizes else None
-        check_shape("U-Net input", x, (None, side, side, self.in_channels))
+        checks.shape("U-Net input", x, (None, side, side, self.in_channels))
         if any(s % self.size_multiple for s in x.shape[1:3]):
-            raise UserError(
-                f"U-Net input has shape {tuple(x.shape)}: expected height and width that are "
-                f"multiples of {self._multiple_in_words}; pad or crop the images"
-            )
+            expected = f"height and width that are multiples of {self._multiple_in_words}"
+            raise wrong("U-Net input's shape", x.shape, expected, "pad or crop the images")
 
 
 class ResBlock(nn.Module):
     """BigGAN's residual block: norm, SiLU, resample, convolve; embedding; norm, SiLU, convolve.
 
     Attributes:
-      features: output channels.
-      resample: "keep", "halve" or "double" the side, on both branches, before the first
-        convolution.
-      dropout: rate before the second convolution; drawn from the rng "dropout".
-      scale_shift: see `UNetConfig`.
-      groups: groups of the norms.
-      dtype: compute dtype.
+        config: of the U-Net that it is part of.
+        features: output channels.
+        resample: "keep", "halve" or "double" the side, on both branches, before the first
+            convolution.
+        dropout: rate before the second convolution; drawn from the rng "dropout".
     """
 
+    config: UNetConfig
     features: int
-    resample: str
-    dropout: float
-    scale_shift: bool
-    groups: int
-    dtype: str
+    resample: str = "keep"
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         """`[b, h, w, c]` and an activated embedding `[b, emb_dim]` to `[b, h', w', features]`."""
+        c, features, dtype = self.config, self.features, self.config.dtype
         x = constrain(x, "batch", "height", None, None)
-        h = nn.silu(GroupNorm(self.groups, name="norm_1")(x)).astype(self.dtype)
+        h = nn.silu(GroupNorm(c.groups, name="norm_1")(x)).astype(dtype)
         if self.resample == "double":
-            h, x = DoublingConv(self.features, self.dtype, name="conv_1")(h), double(x)
+            h, x = DoublingConv(features, dtype, name="conv_1")(h), double(x)
         else:
             h, x = (halve(h), halve(x)) if self.resample == "halve" else (h, x)
-            h = Conv(self.features, dtype=self.dtype, name="conv_1")(h)
+            h = Conv(features, dtype, name="conv_1")(h)
         h = constrain(h, "batch", "height", None, "mlp")
-        width = (1 + self.scale_shift) * self.features
-        emb = nn.Dense(width, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
-        norm_2 = GroupNorm(self.groups, name="norm_2")
-        if self.scale_shift:
+        width = (1 + c.scale_shift) * features
+        emb = nn.Dense(width, dtype=dtype, name="emb")(emb)[:, None, None, :]
+        norm_2 = GroupNorm(c.groups, name="norm_2")
+        if c.scale_shift:
             scale, shift = jnp.split(emb.astype(jnp.float32), 2, axis=-1)
             h = norm_2(h) * (1.0 + scale) + shift
         else:
             h = norm_2(h + emb)
-        h = nn.Dropout(self.dropout, deterministic=False)(nn.silu(h).astype(self.dtype))
-        zeros = nn.initializers.zeros
-        h = Conv(self.features, dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
-        if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
+        h = nn.Dropout(self.dropout, deterministic=False)(nn.silu(h).astype(dtype))
+        h = Conv(features, dtype, nn.initializers.zeros, name="conv_2")(h)
+        if x.shape[-1] != features:
+            x = nn.Dense(features, dtype=dtype, name="skip")(x)
         return constrain(x + h, "batch", "height", None, None)
 
 
@@ -202,9 +198,7 @@ class AttentionBlock(nn.Module):
     projection starts at zero.
     """
 
-    head_channels: int
-    groups: int
-    dtype: str
+    config: UNetConfig
 
     @nn.compact
     def __call__(
@@ -212,23 +206,23 @@ class AttentionBlock(nn.Module):
     ) -> jax.Array:
         """`[b, h, w, c]`, context `[b, m, d]` and its mask `[b, m]` to `[b, h, w, c]`."""
         b, height, width, c = x.shape
-        heads = (c // self.head_channels, self.head_channels)
-        h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
-        qkv = nn.DenseGeneral((3, *heads), dtype=self.dtype, name="qkv")(h.astype(self.dtype))
+        dtype, head_channels = self.config.dtype, self.config.head_channels
+        heads = (c // head_channels, head_channels)
+        h = GroupNorm(self.config.groups, name="norm")(x).reshape(b, height * width, c)
+        qkv = nn.DenseGeneral((3, *heads), dtype=dtype, name="qkv")(h.astype(dtype))
         q, k, v = split_heads(qkv)
         q = constrain(q, "batch", "heads", "height", None)
         mask = None
         if context is not None:
-            kv = nn.DenseGeneral((2, *heads), dtype=self.dtype, name="context_kv")(context)
+            kv = nn.DenseGeneral((2, *heads), dtype=dtype, name="context_kv")(context)
             context_k, context_v = split_heads(kv)
             k = jnp.concatenate([context_k, k], axis=2)
             v = jnp.concatenate([context_v, v], axis=2)
             if context_mask is not None:
-                own = ((0, 0), (0, height * width))
-                mask = jnp.pad(context_mask, own, constant_values=True)[:, None, None, :]
+                mask = caption_mask(context_mask, height * width)
         h = jnp.moveaxis(attention(q, k, v, mask), 1, 2)
         zeros = nn.initializers.zeros
-        h = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=zeros, name="out")(h)
+        h = nn.DenseGeneral(c, axis=(-2, -1), dtype=dtype, kernel_init=zeros, name="out")(h)
         return constrain(x + h.reshape(b, height, width, c), "batch", "height", None, None)
 
 
@@ -240,8 +234,8 @@ class PixelHead(nn.Module):
     short way, and the embedding scales it. The second convolution starts at zero.
 
     Attributes:
-      features: channels between the two.
-      dtype: compute dtype.
+        features: channels between the two.
+        dtype: compute dtype.
     """
 
     features: int
@@ -255,8 +249,63 @@ class PixelHead(nn.Module):
         emb = nn.Dense(2 * self.features, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
         scale, shift = jnp.split(emb, 2, axis=-1)
         h = nn.silu(h * (1 + scale) + shift)
-        zeros = nn.initializers.zeros
-        return y + Conv(y.shape[-1], kernel_init=zeros, name="conv_out")(h)
+        return y + Conv(y.shape[-1], kernel_init=nn.initializers.zeros, name="conv_out")(h)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A U-Net's blocks, to be applied in the body of a Linen module.
+
+    Attributes:
+        config: the U-Net's.
+        active: what every block is told of time and noise, `[b, embedding_features]`.
+        dropout: rate inside residual blocks.
+        context: as `UNet` is given it.
+        context_mask: likewise.
+    """
+
+    config: UNetConfig
+    active: jax.Array
+    dropout: float
+    context: jax.Array | None = None
+    context_mask: jax.Array | None = None
+
+    def res(self, h: jax.Array, name: str, mult: int, resample: str = "keep") -> jax.Array:
+        """A residual block to `mult` times the first channels."""
+        c, block = self.config, remat(ResBlock, self.config.remat)
+        return block(c, c.channels * mult, resample, self.dropout, name=name)(h, self.active)
+
+    def attend(self, h: jax.Array, name: str) -> jax.Array:
+        """An attention block."""
+        block = remat(AttentionBlock, self.config.remat)(self.config, name=name)
+        return block(h, self.context, self.context_mask)
+
+    def step(self, h: jax.Array, way: str, level: int, i: int) -> jax.Array:
+        """Residual block i of a level on the "down" or "up" way, and attention where it is due."""
+        c = self.config
+        h = self.res(h, f"{way}_{level}_res_{i}", c.channel_mults[level])
+        attends = c.attends(c.feature_size(level))
+        return self.attend(h, f"{way}_{level}_attention_{i}") if attends else h
+
+    def down(self, x: jax.Array) -> list[jax.Array]:
+        """The features after every step of the way down, the first convolution's before them."""
+        c = self.config
+        h = Conv(c.channels, dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
+        found = [h]
+        for level, mult in enumerate(c.channel_mults):
+            for i in range(c.res_blocks):
+                found.append(h := self.step(h, "down", level, i))
+            if level < len(c.channel_mults) - 1:
+                found.append(h := self.res(h, f"down_{level}_halve", mult, "halve"))
+        return found
+
+    def middle(self, h: jax.Array) -> jax.Array:
+        """The blocks between the way down and the way up."""
+        mult = self.config.channel_mults[-1]
+        h = self.res(h, "middle_res_0", mult)
+        if self.config.attention_sizes:
+            h = self.attend(h, "middle_attention")
+        return self.res(h, "middle_res_1", mult)
 
 
 class UNet(nn.Module):
@@ -279,66 +328,34 @@ class UNet(nn.Module):
         """Apply the network.
 
         Args:
-          x: `[b, h, w, in_channels]`; see `UNetConfig.image_size` for the sides allowed.
-          t: `[b]` timesteps, int or float.
-          emb: `[b, embedding_features]`, added to the timestep's embedding, or None.
-          context: `[b, m, context_dim]` tokens; required exactly where `context_dim` > 0.
-          context_mask: `[b, m]` bool, True = attend; None attends to every token.
-          level: `[b]` noise level of an image among the input's channels, a timestep of its own,
-            embedded beside `t`'s; only a U-Net that was initialised with one has params for it.
-          deterministic: False in training: dropout then draws from the rng "dropout".
+            x: `[b, h, w, in_channels]`; see `UNetConfig.image_size` for the sides allowed.
+            t: `[b]` timesteps, int or float.
+            emb: `[b, embedding_features]`, added to the timestep's embedding, or None.
+            context: `[b, m, context_dim]` tokens; required exactly where `context_dim` > 0.
+            context_mask: `[b, m]` bool, True = attend; None attends to every token.
+            level: `[b]` noise level of an image among the input's channels, a timestep of its
+                own, embedded beside `t`'s; only a U-Net that was initialised with one has params
+                for it.
+            deterministic: False in training: dropout then draws from the rng "dropout".
 
         Returns:
-          `[b, h, w, out_channels]` float32.
+            `[b, h, w, out_channels]` float32.
 
         Raises:
-          UserError: `x`, `emb` or `context` does not fit the config.
+            UserError: `x`, `emb` or `context` does not fit the config.
         """
         c = self.config
         self._check_inputs(x, emb, context, context_mask)
-        res_block, attention_block = remat(ResBlock, c.remat), remat(AttentionBlock, c.remat)
-        rate = 0.0 if deterministic else c.dropout
         active = self._embedding(t, emb, level)
-        if context is not None:
-            context = context.astype(c.dtype)
-
-        def res(h: jax.Array, name: str, mult: int, resample: str = "keep") -> jax.Array:
-            features = c.channels * mult
-            block = res_block(features, resample, rate, c.scale_shift, c.groups, c.dtype, name=name)
-            return block(h, active)
-
-        def attend(h: jax.Array, name: str) -> jax.Array:
-            block = attention_block(c.head_channels, c.groups, c.dtype, name=name)
-            return block(h, context, context_mask)
-
-        h = Conv(c.channels, dtype=c.dtype, name="conv_in")(space_to_depth(x, c.patch))
-        skips = [h]
-        last = len(c.channel_mults) - 1
-        for scale, mult in enumerate(c.channel_mults):
-            for i in range(c.res_blocks):
-                h = res(h, f"down_{scale}_res_{i}", mult)
-                if c.attends(c.feature_size(scale)):
-                    h = attend(h, f"down_{scale}_attention_{i}")
-                skips.append(h)
-            if scale < last:
-                h = res(h, f"down_{scale}_halve", mult, "halve")
-                skips.append(h)
-
-        h = res(h, "middle_res_0", c.channel_mults[-1])
-        if c.attention_sizes:
-            h = attend(h, "middle_attention")
-        h = res(h, "middle_res_1", c.channel_mults[-1])
-
-        for scale in range(last, -1, -1):
-            mult = c.channel_mults[scale]
+        context = None if context is None else context.astype(c.dtype)
+        blocks = Blocks(c, active, 0.0 if deterministic else c.dropout, context, context_mask)
+        skips = blocks.down(x)
+        h = blocks.middle(skips[-1])
+        for scale in reversed(range(len(c.channel_mults))):
             for i in range(c.res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = res(h, f"up_{scale}_res_{i}", mult)
-                if c.attends(c.feature_size(scale)):
-                    h = attend(h, f"up_{scale}_attention_{i}")
+                h = blocks.step(jnp.concatenate([h, skips.pop()], axis=-1), "up", scale, i)
             if scale > 0:
-                h = res(h, f"up_{scale}_double", mult, "double")
-
+                h = blocks.res(h, f"up_{scale}_double", c.channel_mults[scale], "double")
         h = nn.silu(GroupNorm(c.groups, name="norm_out")(h))
         out = c.out_channels * c.patch**2
         h = Conv(out, kernel_init=nn.initializers.zeros, name="conv_out")(h)
@@ -366,13 +383,13 @@ class UNet(nn.Module):
         c.check_image(x)
         b = x.shape[0]
         if emb is not None:
-            check_shape("U-Net emb", emb, (b, c.embedding_features))
+            checks.shape("U-Net emb", emb, (b, c.embedding_features))
         if (context is None) != (c.context_dim == 0):
-            given = "no context" if context is None else f"a context of shape {context.shape}"
-            raise UserError(f"U-Net got {given}: expected what context_dim = {c.context_dim} says")
+            given = None if context is None else context.shape
+            raise wrong("U-Net context's shape", given, f"what context_dim = {c.context_dim} says")
         if context is not None:
-            check_shape("U-Net context", context, (b, None, c.context_dim))
+            checks.shape("U-Net context", context, (b, None, c.context_dim))
         if context_mask is not None:
             if context is None:
-                raise UserError("U-Net got a context_mask and no context: give both or neither")
-            check_shape("U-Net context_mask", context_mask, context.shape[:2])
+                raise UserError("U-Net context_mask: given without a context; give both or neither")
+            checks.shape("U-Net context_mask", context_mask, context.shape[:2])

@@ -11,7 +11,7 @@ The network is the table `BLOCKS`; its names are those that torchvision gave the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,9 +37,9 @@ class Branch(NamedTuple):
     """One way through a block.
 
     Attributes:
-      pool: what comes first: "average" or "max" over 3x3, or "halve", a maximum with stride 2.
-      steps: convolutions, one after the other.
-      fork: convolutions side by side that end it, their results joined.
+        pool: what comes first: "average" or "max" over 3x3, or "halve", a maximum with stride 2.
+        steps: convolutions, one after the other.
+        fork: convolutions side by side that end it, their results joined.
     """
 
     pool: str = ""
@@ -50,61 +50,51 @@ class Branch(NamedTuple):
 Block = tuple[Branch, ...]
 
 
+def _chain(name: str, *steps: tuple, fork: tuple[Step, ...] = ()) -> Branch:
+    """Convolutions name_1, name_2 and so on, each given by what a `Step` has after its name."""
+    return Branch(
+        steps=tuple(Step(f"{name}_{i}", *step) for i, step in enumerate(steps, 1)), fork=fork
+    )
+
+
+def _one(name: str, *step: Any, pool: str = "") -> Branch:
+    """A single convolution."""
+    return Branch(pool, (Step(name, *step),))
+
+
 def _a(pooled: int) -> Block:
     """35 x 35: 1x1, 5x5 and twice 3x3; `pooled` features from the average."""
     return (
-        Branch(steps=(Step("branch1x1", 64),)),
-        Branch(steps=(Step("branch5x5_1", 48), Step("branch5x5_2", 64, (5, 5)))),
-        Branch(
-            steps=(
-                Step("branch3x3dbl_1", 64),
-                Step("branch3x3dbl_2", 96, (3, 3)),
-                Step("branch3x3dbl_3", 96, (3, 3)),
-            )
-        ),
-        Branch("average", (Step("branch_pool", pooled),)),
+        _one("branch1x1", 64),
+        _chain("branch5x5", (48,), (64, (5, 5))),
+        _chain("branch3x3dbl", (64,), (96, (3, 3)), (96, (3, 3))),
+        _one("branch_pool", pooled, pool="average"),
     )
 
 
 def _c(width: int) -> Block:
     """17 x 17: 7x7 and twice 7x7 as rows and columns, `width` features inside."""
     row, column = (1, 7), (7, 1)
+    twice = (width,), (width, column), (width, row), (width, column), (192, row)
     return (
-        Branch(steps=(Step("branch1x1", 192),)),
-        Branch(
-            steps=(
-                Step("branch7x7_1", width),
-                Step("branch7x7_2", width, row),
-                Step("branch7x7_3", 192, column),
-            )
-        ),
-        Branch(
-            steps=(
-                Step("branch7x7dbl_1", width),
-                Step("branch7x7dbl_2", width, column),
-                Step("branch7x7dbl_3", width, row),
-                Step("branch7x7dbl_4", width, column),
-                Step("branch7x7dbl_5", 192, row),
-            )
-        ),
-        Branch("average", (Step("branch_pool", 192),)),
+        _one("branch1x1", 192),
+        _chain("branch7x7", (width,), (width, row), (192, column)),
+        _chain("branch7x7dbl", *twice),
+        _one("branch_pool", 192, pool="average"),
     )
 
 
 def _e(pool: str) -> Block:
     """8 x 8: 3x3 and twice 3x3, each ending in a row and a column side by side."""
-    row, column = (1, 3), (3, 1)
+
+    def fork(name: str) -> tuple[Step, ...]:
+        return Step(f"{name}a", 384, (1, 3)), Step(f"{name}b", 384, (3, 1))
+
     return (
-        Branch(steps=(Step("branch1x1", 320),)),
-        Branch(
-            steps=(Step("branch3x3_1", 384),),
-            fork=(Step("branch3x3_2a", 384, row), Step("branch3x3_2b", 384, column)),
-        ),
-        Branch(
-            steps=(Step("branch3x3dbl_1", 448), Step("branch3x3dbl_2", 384, (3, 3))),
-            fork=(Step("branch3x3dbl_3a", 384, row), Step("branch3x3dbl_3b", 384, column)),
-        ),
-        Branch(pool, (Step("branch_pool", 192),)),
+        _one("branch1x1", 320),
+        _chain("branch3x3", (384,), fork=fork("branch3x3_2")),
+        _chain("branch3x3dbl", (448,), (384, (3, 3)), fork=fork("branch3x3dbl_3")),
+        _one("branch_pool", 192, pool=pool),
     )
 
 
@@ -126,14 +116,8 @@ BLOCKS: dict[str, Block] = {
     "Mixed_5c": _a(64),
     "Mixed_5d": _a(64),
     "Mixed_6a": (
-        Branch(steps=(Step("branch3x3", 384, *_HALVING),)),
-        Branch(
-            steps=(
-                Step("branch3x3dbl_1", 64),
-                Step("branch3x3dbl_2", 96, (3, 3)),
-                Step("branch3x3dbl_3", 96, *_HALVING),
-            )
-        ),
+        _one("branch3x3", 384, *_HALVING),
+        _chain("branch3x3dbl", (64,), (96, (3, 3)), (96, *_HALVING)),
         Branch("halve"),
     ),
     "Mixed_6b": _c(128),
@@ -141,15 +125,8 @@ BLOCKS: dict[str, Block] = {
     "Mixed_6d": _c(160),
     "Mixed_6e": _c(192),
     "Mixed_7a": (
-        Branch(steps=(Step("branch3x3_1", 192), Step("branch3x3_2", 320, *_HALVING))),
-        Branch(
-            steps=(
-                Step("branch7x7x3_1", 192),
-                Step("branch7x7x3_2", 192, (1, 7)),
-                Step("branch7x7x3_3", 192, (7, 1)),
-                Step("branch7x7x3_4", 192, *_HALVING),
-            )
-        ),
+        _chain("branch3x3", (192,), (320, *_HALVING)),
+        _chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, *_HALVING)),
         Branch("halve"),
     ),
     "Mixed_7b": _e("average"),

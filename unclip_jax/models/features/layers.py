@@ -34,12 +34,12 @@ class ConvNorm(nn.Module):
     """A convolution without bias, its normalisation, and perhaps an activation.
 
     Attributes:
-      features: of the result.
-      kernel: height and width.
-      stride: in both directions.
-      padding: "SAME" or "VALID", as TensorFlow means them.
-      groups: of features that are convolved by themselves.
-      activation: applied last; None for none.
+        features: of the result.
+        kernel: height and width.
+        stride: in both directions.
+        padding: "SAME" or "VALID", as TensorFlow means them.
+        groups: of features that are convolved by themselves.
+        activation: applied last; None for none.
     """
 
     features: int
