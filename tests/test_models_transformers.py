@@ -85,7 +85,7 @@ def test_logit_scale_is_at_most_100_and_can_come_back(log_scale):
 def test_images_and_tokens_that_do_not_fit_are_user_errors(clip):
     _, params, images = clip
     network = Clip(CLIP)
-    with pytest.raises(UserError, match=r"images' shape: got \(3, 8, 8, 3\), expected.*12"):
+    with pytest.raises(UserError, match=r"images's shape: got \(3, 8, 8, 3\), expected.*12"):
         network.apply({"params": params}, images[:, :8, :8], method="encode_image")
     with pytest.raises(UserError, match="truncate"):
         network.apply({"params": params}, jnp.zeros((1, 8), int), method="encode_text")
