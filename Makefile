@@ -26,11 +26,15 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[emoji]"
+	touch $@
+
+$(VENV)/.installed-train: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,emoji]"
 	touch $@
 
 # The CPU build of torch, for the parity tests only; set TORCH= to go without.
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(VENV)/.installed-train
 	$(if $(TORCH),$(BIN)/pip install --quiet --disable-pip-version-check --retries 0 \
 	    --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH))
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable \
@@ -40,14 +44,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 comma := ,
 
-$(VENV)/.installed-docs: $(VENV)/.installed
+$(VENV)/.installed-docs: $(VENV)/.installed-train
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py --out $(DEMO)
 
-demo-train: $(VENV)/.installed
+demo-train: $(VENV)/.installed-train
 	PATH="$(abspath $(BIN)):$$PATH" bash configs/emoji/train.sh $(TRAINED)
 
 test: $(VENV)/.installed-test

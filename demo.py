@@ -1,6 +1,6 @@
 """What unCLIP can do, in a minute: `python demo.py` draws with the box model, offline.
 
-It runs the commands of sample.py that are listed below and writes their pictures, and one page
+It runs the commands that are listed below and writes their pictures, and one page
 that shows them with the commands that made them, into a folder.
 """
 
@@ -18,7 +18,7 @@ PAGE = "index.html"
 
 
 class Show(NamedTuple):
-    """One picture of the page: how sample.py makes it, and what there is to see."""
+    """One picture of the page: how `unclip sample` makes it, and what there is to see."""
 
     name: str
     title: str
@@ -84,8 +84,7 @@ small { color: #666; }
 
 def draw_inputs(folder: Path) -> dict[str, Path]:
     """The emoji of `INPUTS` as PNG files of 256 px, by their keys."""
-    from unclip_jax.data.emoji.builder import rasterise
-    from unclip_jax.data.emoji.catalogue import catalogue
+    from unclip_jax.data.emoji.catalogue import catalogue, rasterise
 
     art = {emoji.captions[0]: emoji.art for emoji in catalogue()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +99,7 @@ def page(commands: dict[str, list[str]], attribution: str) -> str:
     sections = "".join(
         f"<h2>{html.escape(show.title)}</h2>\n<p>{html.escape(show.text)}</p>\n"
         f'<img src="{show.name}.png" alt="{html.escape(show.title)}">\n'
-        f"<pre>python sample.py {html.escape(shlex.join(commands[show.name]))}</pre>\n"
+        f"<pre>unclip sample {html.escape(shlex.join(commands[show.name]))}</pre>\n"
         for show in SHOWS
     )
     return (
@@ -122,7 +121,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     from unclip_jax.common.files import replacing
-    from unclip_jax.data.emoji.styles import ATTRIBUTION
+    from unclip_jax.data.emoji.art import ATTRIBUTION
     from unclip_jax.pipeline.tasks import command
     from unclip_jax.pipeline.tasks.outputs import check_out
     from unclip_jax.pipeline.tasks.run import run

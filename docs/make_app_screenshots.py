@@ -26,8 +26,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from unclip_jax.app.serve import serving
 from unclip_jax.app.tasks import Served
-from unclip_jax.data.emoji.builder import rasterise
-from unclip_jax.data.emoji.catalogue import catalogue
+from unclip_jax.data.emoji.catalogue import catalogue, rasterise
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.pipeline.tasks.inputs import load
 

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -26,7 +27,7 @@ from PIL import Image
 
 from tests import tiny
 from unclip_jax import stages
-from unclip_jax.app import __main__ as command
+from unclip_jax.__main__ import dispatch
 from unclip_jax.app import gate, inputs, look, results, tasks
 from unclip_jax.app.store import Store
 from unclip_jax.app.tasks import Served
@@ -133,8 +134,8 @@ def told(path):
 def test_the_command_shown_draws_the_same_pictures(kept, folder, tmp_path, monkeypatch):
     asked, result = kept
     monkeypatch.chdir(folder)  # where the uploads lie under their names
-    python, script, *argv = shlex.split(result.command)
-    assert (python, script) == ("python", "sample.py")
+    door, task, *argv = shlex.split(result.command)
+    assert (door, task) == ("unclip", "sample")
     sample.main([*argv, "--out", str(tmp_path / "again.png")])
     again = sorted((tmp_path / "again").iterdir())
     assert len(again) == len(result.drawn.cells)
@@ -537,9 +538,10 @@ def test_uploads_have_a_rate(gated):
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"gradio is not installed.*unclip_jax\[app\]"):
-        command.main(["--model", "nowhere"])
+    monkeypatch.delitem(sys.modules, "unclip_jax.app.serve", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"unclip app: needs gradio.*\[app\]"):
+        dispatch(["app", "--model", "nowhere"])
 
 
 @pytest.fixture(scope="module")

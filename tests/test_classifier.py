@@ -310,7 +310,7 @@ def test_what_does_not_belong_together_is_named(decoder, classifier):
     ):
         with pytest.raises(UserError, match=message):
             draw(*arguments, **options)
-    with pytest.raises(UserError, match=r"python -m unclip_jax\.class_conditional"):
+    with pytest.raises(UserError, match="unclip class_conditional"):
         DECODER.condition()
     with pytest.raises(UserError, match="out_channels: got 1, expected the number of classes"):
         stages.ClassifierStage(model=dataclasses.replace(UNET, out_channels=1))

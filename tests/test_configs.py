@@ -55,7 +55,7 @@ def test_config_builds_a_stage_that_initialises(name, variant):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_says_how_it_is_run(name):
     doc = importlib.import_module("configs." + name.replace("/", ".")).__doc__
-    assert f"python train.py --config=configs/{name}.py --workdir=" in doc
+    assert f"unclip train --config={name} --workdir=" in doc
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))

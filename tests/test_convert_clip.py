@@ -11,7 +11,7 @@ from tests.networks import normal, relative_error
 from unclip_jax.errors import UserError
 from unclip_jax.models import ClipConfig
 from unclip_jax.weights.convert import clip
-from unclip_jax.weights.convert.__main__ import main as convert
+from unclip_jax.weights.convert.command import main as convert
 from unclip_jax.weights.trained import load_part
 
 karlo_folders = pytest.importorskip("tests.karlo_folders")

@@ -17,7 +17,7 @@ from unclip_jax.parallel import sharding
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.pixels import to_uint8
 from unclip_jax.weights.convert import karlo
-from unclip_jax.weights.convert.__main__ import main as convert
+from unclip_jax.weights.convert.command import main as convert
 
 torch = karlo_folders.torch
 PIXEL_MEAN, PIXEL_STD = ClipConfig().pixel_mean, ClipConfig().pixel_std

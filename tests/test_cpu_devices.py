@@ -198,8 +198,8 @@ def test_a_large_picture_is_split_and_a_small_one_is_not():
 
 TRAINED = """
 import sys
-import train
-from unclip_jax import cpu_devices
+from unclip_jax.parallel.cpu import devices as cpu_devices
+from unclip_jax.training import command as train
 cpu_devices._cores = lambda: {cores}
 sys.argv[1:] = ["--config=configs/emoji/upsampler.py:smoke", "--workdir={workdir}",
                 "--config.data.name={pictures}", "--config.data.split=all",

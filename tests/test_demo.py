@@ -39,7 +39,7 @@ def test_every_picture_on_the_page_is_there(shown):
 
 def test_the_command_under_a_picture_makes_it_again(shown):
     page = (shown / demo.PAGE).read_text(encoding="utf-8")
-    commands = re.findall(r"<pre>python sample.py (.*?)</pre>", page)
+    commands = re.findall(r"<pre>unclip sample (.*?)</pre>", page)
     words = shlex.split(html.unescape(commands[1]))
     again = shown / "again.png"
     run(command.parse([w for w in words if not w.startswith("--out=")] + [f"--out={again}"]))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from unclip_jax import __main__
+from unclip_jax.common import command_line
 from unclip_jax.common.grids import read_png_metadata
 from unclip_jax.weights import box
 
@@ -20,7 +22,6 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMANDS = (
     "unclip_jax.app",
     "unclip_jax.pipeline.tasks",
-    "unclip_jax.training.command",
     "unclip_jax.training.doctor",
 )
 SAME_ELSEWHERE = {"unclip_jax"}
@@ -39,7 +40,7 @@ def modules() -> set[str]:
     found = set()
     for path in (ROOT / "unclip_jax").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[-1] == "__main__" or ".".join(parts).startswith(COMMANDS):
+        if parts[-1] in ("__main__", "command") or ".".join(parts).startswith(COMMANDS):
             continue
         if parts[-1] == "__init__":
             parts = parts[:-1]
@@ -98,10 +99,10 @@ def test_the_tutorial_on_samplers_is_a_program(tmp_path, monkeypatch, capsys):
 def test_the_tutorial_on_folders_names_what_there_is():
     """Configs, flags of configs and commands; the commands themselves take minutes."""
     page = (DOCS / "tutorials" / "train_on_your_folder.md").read_text(encoding="utf-8")
-    for path in re.findall(r"configs/[\w/]+\.py", page):
-        assert (ROOT / path).is_file()
-    for module in re.findall(r"python -m ([\w.]+)", page):
-        assert importlib.util.find_spec(f"{module}.__main__") or importlib.util.find_spec(module)
+    named = re.findall(r"--config=([\w/]+)", page)
+    assert named and set(named) <= set(command_line.configs())
+    used = re.findall(r"^\s*unclip (\w+)", page, re.MULTILINE)
+    assert used and set(used) <= set(__main__.COMMANDS)
     from configs.emoji import decoder
 
     config = decoder.get_config()

@@ -26,10 +26,10 @@ from unclip_jax.errors import UserError
 from unclip_jax.stages.conditioning import random_timesteps
 from unclip_jax.training import lock, loop, prepare, writers
 from unclip_jax.training.config import TrainConfig
-from unclip_jax.training.doctor import __main__ as doctor
+from unclip_jax.training.doctor import command as doctor
 from unclip_jax.training.doctor import curves, theory, weights, workdir
 from unclip_jax.training.doctor import settings as asked
-from unclip_jax.training.doctor.__main__ import main
+from unclip_jax.training.doctor.command import main
 from unclip_jax.weights import folder as model_folder
 
 COLOURS = {

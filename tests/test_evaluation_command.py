@@ -16,7 +16,7 @@ from unclip_jax.common.params import fingerprint
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError
 from unclip_jax.evaluate import features, page
-from unclip_jax.evaluate.__main__ import main, scales
+from unclip_jax.evaluate.command import main, scales
 from unclip_jax.evaluate.measure import Settings, choose, evaluate
 from unclip_jax.evaluate.pictures import Measurer
 from unclip_jax.pipeline.unclip import UnCLIP

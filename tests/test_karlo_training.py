@@ -15,7 +15,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.training import loop, lora, prepare
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.convert.__main__ import main as convert
+from unclip_jax.weights.convert.command import main as convert
 from unclip_jax.weights.trained import load_part
 
 # One level in each U-Net, and one block: the decoder makes 6 px, the upsampler 24.

@@ -13,8 +13,7 @@ import pytest
 
 from tests import plan_run
 from unclip_jax.errors import UserError
-from unclip_jax.plan import __main__ as command
-from unclip_jax.plan import chips, hlo, kept, measure, report
+from unclip_jax.plan import chips, command, hlo, kept, measure, report
 from unclip_jax.plan.chips import CHIPS, Topology
 from unclip_jax.plan.hlo import Collective, Program
 from unclip_jax.plan.measure import Roofline

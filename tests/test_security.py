@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unclip_jax.app import __main__ as app
+from unclip_jax.app import command as app
 from unclip_jax.app import serve
 
 PACKAGE = Path(__file__).parent.parent / "unclip_jax"

@@ -40,7 +40,7 @@ UPSAMPLER = dataclasses.replace(
 FORKS = """
 import json, os, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
-import unclip_jax.evaluate.__main__, unclip_jax.weights.convert.__main__, unclip_jax.weights.export
+import unclip_jax.evaluate.command, unclip_jax.weights.convert.command, unclip_jax.weights.export
 import unclip_jax.pipeline.class_conditional, unclip_jax.pipeline.tasks.run
 import unclip_jax.training.analytic, unclip_jax.training.embed, unclip_jax.training.save
 import unclip_jax.training.loop, demo
@@ -187,7 +187,7 @@ ROWS = [
     ("sample upscale --model {small} --image {picture} --out {new}.png", 1, "upsampler"),
     ("sample probe typographic --model {model} --image {picture} --label a --label b", 2, "--word"),
     ("sample probe binding --model {model} --prompt a --out {new}.png", 1, "label"),
-    # python -m unclip_jax evaluate
+    # evaluate
     ("evaluate --model nowhere", 1, "nowhere"),
     ("evaluate --model {model} --num many", 2, "--num"),
     ("evaluate --model {model} --data no_data", 1, "no_data"),
@@ -206,7 +206,7 @@ ROWS = [
     (EVALUATE + "--split noon", 1, "noon"),
     (EVALUATE + "--clip nowhere", 1, "nowhere"),
     (EVALUATE + "--out {picture}", 1, "red.png"),
-    # python -m unclip_jax plan
+    # plan
     ("plan --topology=v5e:2x2", 1, "--config"),
     ("plan --config=configs/paper/prior.py", 1, "--topology"),
     ("plan --config=nowhere.py --topology=v5e:2x2", 1, "nowhere.py"),
@@ -222,7 +222,7 @@ ROWS = [
     (PLAN + "--json={pictures}", 1, "--json"),
     (PLAN + "--config.train.steps=some", 1, "steps"),
     ("plan --table=nowhere", 1, "--table=nowhere"),
-    # python -m unclip_jax doctor, python -m unclip_jax app
+    # doctor, app
     ("doctor", 2, "--workdir"),
     ("doctor --workdir nowhere", 1, "nowhere"),
     ("doctor --workdir {pictures}", 1, "pictures"),
@@ -230,7 +230,7 @@ ROWS = [
     ("app --model {picture}", 1, "red.png"),
     ("app --port=some", 2, "--port"),
     ("app --port=99999999", 1, "--port"),
-    # python -m unclip_jax analytic
+    # analytic
     ("analytic", 2, "--stage"),
     (ANALYTIC + "--method euler", 2, "--method"),
     (ANALYTIC + "--stage {model}/upsampler", 1, "holds a upsampler"),
@@ -242,7 +242,7 @@ ROWS = [
     (ANALYTIC + "--seed -1", 1, "seed: got -1"),
     ("analytic --stage {model}/prior", 1, "--data"),
     (ANALYTIC.replace("{model}/prior", "{alone}/decoder"), 1, "0 CLIPs"),
-    # python -m unclip_jax class_conditional
+    # class_conditional
     ("class_conditional --label red", 2, "--decoder"),
     (CLASSES + "--label red --out out.gif", 1, ".png"),
     (CLASSES, 1, "label: none given"),
@@ -255,7 +255,7 @@ ROWS = [
     (CLASSES + "--label red --classifier {classes}", 1, "expected a classifier"),
     (CLASSES + "--label red --upsampler {model}/upsampler --decoder {model}/decoder", 1, "reads"),
     (CLASSES + "--label red --decoder {model}/clip", 1, "holds a clip, expected a decoder"),
-    # python -m unclip_jax convert
+    # convert
     ("convert", 2, "KIND"),
     ("convert vae x --out {new}", 2, "vae"),
     ("convert clip {empty}", 2, "--out"),
@@ -267,12 +267,12 @@ ROWS = [
     ("convert karlo nowhere --out {new}", 1, "'nowhere' is no folder"),
     ("convert diffusers {model} --out {pictures}", 1, "exists"),
     ("convert diffusers {model} --out {new}", 1, "another form than Karlo's"),
-    # python -m unclip_jax save
+    # save
     ("save --out {new}", 2, "--workdir"),
     ("save --workdir {model} --out {new} --dtype int8", 2, "--dtype"),
     ("save --workdir {model} --out {new}", 1, "has no checkpoints"),
     ("save --workdir {unsaved} --out {new}", 1, "no whole checkpoint yet"),
-    # python -m unclip_jax embed
+    # embed
     (EMBED, 2, "--clip"),
     (EMBED + "--clip {model}/clip --dtype int8", 2, "--dtype"),
     (EMBED + "--clip {model}/clip --captions some", 2, "--captions"),
@@ -287,7 +287,7 @@ ROWS = [
      "--coordinator_address: got 'here'"),
     (EMBED + "--clip {model}/clip --coordinator_address a:1 --num_processes 2 --process_id 2", 1,
      "--process_id: got 2"),
-    # python -m unclip_jax export
+    # export
     ("export --model {model} --out {new}", 2, "--stage"),
     (EXPORT + "--stage vae", 2, "--stage"),
     (EXPORT + "--stage prior --dtype float16", 2, "--dtype"),
@@ -303,7 +303,7 @@ ROWS = [
     (EXPORT + "--stage prior --model {pictures}", 1, "no trained stage"),
     (EXPORT + "--stage clip_image --model {model}/prior", 1, "holds a prior, expected a clip"),
 
-    # python -m unclip_jax styles
+    # styles
     ("styles raze", 2, "raze"),
     ("styles build --size 0 --cache_dir {new}", 1, "image_size: got 0"),
     ("styles build --cache_dir {picture}/art", 1, "cache_dir"),

@@ -1,4 +1,4 @@
-"""One door to every command: `python -m unclip_jax COMMAND`, or `unclip COMMAND` once installed.
+"""One door to every command: `unclip COMMAND`, or `unclip COMMAND` once installed.
 
 `unclip` alone lists the commands, `unclip COMMAND --help` says what one does and takes.
 """
@@ -17,16 +17,16 @@ from unclip_jax.errors import run_command, wrong
 COMMANDS = {
     "train": ("unclip_jax.training.command", "train one stage, or go on with its training"),
     "sample": ("unclip_jax.pipeline.tasks.command", "draw from captions, and edit pictures"),
-    "app": ("unclip_jax.app.__main__", "the same with a mouse, as a web page"),
-    "evaluate": ("unclip_jax.evaluate.__main__", "measure a model"),
-    "doctor": ("unclip_jax.training.doctor.__main__", "say what is wrong with a run"),
+    "app": ("unclip_jax.app.command", "the same with a mouse, as a web page"),
+    "evaluate": ("unclip_jax.evaluate.command", "measure a model"),
+    "doctor": ("unclip_jax.training.doctor.command", "say what is wrong with a run"),
     "save": ("unclip_jax.training.save", "make a model folder of a training checkpoint"),
     "analytic": ("unclip_jax.training.analytic", "estimate a stage's analytic variance"),
     "embed": ("unclip_jax.training.embed", "store CLIP's embeddings of a data set"),
     "styles": ("unclip_jax.data.emoji.styles", "fetch the emoji art of several styles"),
-    "convert": ("unclip_jax.weights.convert.__main__", "public weights to model folders and back"),
+    "convert": ("unclip_jax.weights.convert.command", "public weights to model folders and back"),
     "export": ("unclip_jax.weights.export", "write a stage's sampler as StableHLO"),
-    "plan": ("unclip_jax.plan.__main__", "what a run would cost on a pod that is not there"),
+    "plan": ("unclip_jax.plan.command", "what a run would cost on a pod that is not there"),
     "class_conditional": (
         "unclip_jax.pipeline.class_conditional",
         "draw from a class-conditional decoder, guided by a classifier",

@@ -1,7 +1,7 @@
 """CLIP of the box model: emoji in three styles, captions that name the style. 3.5 M parameters.
 
-    python -m unclip_jax styles build --size 48
-    python train.py --config=configs/box/clip.py --workdir=runs/box/clip
+    unclip styles build --size 48
+    unclip train --config=box/clip --workdir=runs/box/clip
 
 After 1000 steps of 256, 69 minutes on two shared CPU cores, the own caption is nearest for 37 % of
 the 469 held-out pictures among their captions (chance 0.2 %).

@@ -1,7 +1,7 @@
 """The decoder of the box model: z_i and caption to a 64 px picture. 10.0 M parameters.
 
-    python -m unclip_jax styles build --size 48 64
-    python train.py --config=configs/box/decoder.py --workdir=runs/box/decoder \
+    unclip styles build --size 48 64
+    unclip train --config=box/decoder --workdir=runs/box/decoder \
         --config.clip=runs/box/clip
 
 The U-Net works on 4x4 patches, so its first level has a side of 16, and too few features to carry

@@ -1,7 +1,7 @@
 """The prior of the box model: caption to CLIP image embedding. 2.8 M parameters.
 
-    python -m unclip_jax styles build --size 48
-    python train.py --config=configs/box/prior.py --workdir=runs/box/prior \
+    unclip styles build --size 48
+    unclip train --config=box/prior --workdir=runs/box/prior \
         --config.clip=runs/box/clip
 """
 

@@ -12,11 +12,11 @@ variant=${2:+:$2}
 
 train() { # folder, config, flags
     echo "== $1"
-    python train.py --config="configs/box/$2.py$variant" --workdir="$out/$1" "${@:3}"
+    unclip train --config="box/$2$variant" --workdir="$out/$1" "${@:3}"
     [[ -d $out/$1/model ]] || exit 0 # stopped by SIGTERM: saved, and not finished
 }
 
-python -m unclip_jax styles build --size 48 64 256
+unclip styles build --size 48 64 256
 train first/clip clip
 train clip clip --config.init="$out/first/clip" --config.data.augment=0.25 \
     --config.train.batch_size=512 --config.train.learning_rate=5e-4 --config.train.steps=400
@@ -27,4 +27,4 @@ train upsampler upsampler
 echo "== evaluate"
 python -c "import sys; from unclip_jax.pipeline.unclip import UnCLIP
 UnCLIP.load(sys.argv[1]).save(sys.argv[1] + '/model', 'bfloat16')" "$out"
-python -m unclip_jax evaluate --model "$out/model" --data emoji_styles --num 500 --out "$out/evaluation"
+unclip evaluate --model "$out/model" --data emoji_styles --num 500 --out "$out/evaluation"

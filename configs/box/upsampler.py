@@ -1,7 +1,7 @@
 """The upsampler of the box model: 64 px to 256 px, trained on 64 px crops. 3.1 M parameters.
 
-python -m unclip_jax styles build --size 256
-python train.py --config=configs/box/upsampler.py --workdir=runs/box/upsampler
+unclip styles build --size 256
+unclip train --config=box/upsampler --workdir=runs/box/upsampler
 """
 
 import dataclasses

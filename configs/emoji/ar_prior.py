@@ -1,6 +1,6 @@
 """The autoregressive prior on emoji: caption to CLIP image embedding, code by code.
 
-    python train.py --config=configs/emoji/ar_prior.py --workdir=runs/emoji/ar_prior \
+    unclip train --config=emoji/ar_prior --workdir=runs/emoji/ar_prior \
         --config.clip=runs/emoji/clip
 
 Instead of the diffusion prior, on the same CLIP. Three minutes on two CPU cores. The paper keeps

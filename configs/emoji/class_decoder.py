@@ -1,10 +1,10 @@
 """ADM on emoji: one of ten groups to a 64 px picture (arXiv 2105.05233).
 
-    python train.py --config=configs/emoji/class_decoder.py --workdir=runs/adm/decoder
+    unclip train --config=emoji/class_decoder --workdir=runs/adm/decoder
 
 It takes as long as configs/emoji/decoder.py and is the same, with a group's embedding in place of
 z_i and caption. Its cascade is configs/emoji/upsampler.py, its guide configs/emoji/classifier.py;
-python -m unclip_jax class_conditional samples all three together. Training leaves the class out one
+unclip class_conditional samples all three together. Training leaves the class out one
 time in ten, so that it can also be guided without a classifier: ADM's was not trained so.
 """
 

@@ -1,6 +1,6 @@
 """The classifier that guides ADM on emoji: which of ten groups is in a noised 64 px picture.
 
-    python train.py --config=configs/emoji/classifier.py --workdir=runs/adm/classifier
+    unclip train --config=emoji/classifier --workdir=runs/adm/classifier
 
 About two minutes on two CPU cores. It guides configs/emoji/class_decoder.py, with whose diffusion
 it must share schedule and steps. Pictures are shifted and scaled a little in training, as few as

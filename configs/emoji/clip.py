@@ -1,6 +1,6 @@
 """CLIP on emoji: the first stage to train; all others stand on it.
 
-    python train.py --config=configs/emoji/clip.py --workdir=runs/emoji/clip
+    unclip train --config=emoji/clip --workdir=runs/emoji/clip
 
 Under three minutes on two CPU cores. What it reaches: docs/training.md.
 """

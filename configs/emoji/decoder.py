@@ -1,6 +1,6 @@
 """The decoder on emoji: CLIP image embedding and caption to a 64 px picture.
 
-    python train.py --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder \
+    unclip train --config=emoji/decoder --workdir=runs/emoji/decoder \
         --config.clip=runs/emoji/clip
 
 About four minutes on two CPU cores. What it reaches: docs/training.md.

@@ -1,6 +1,6 @@
 """GLIDE on emoji: caption to a 64 px picture, with neither CLIP nor prior (arXiv 2112.10741).
 
-    python train.py --config=configs/emoji/glide.py --workdir=runs/emoji/glide
+    unclip train --config=emoji/glide --workdir=runs/emoji/glide
 
 It takes as long as configs/emoji/decoder.py and is the same without z_i: the decoder's own
 Transformer reads the caption, which training leaves out one time in five (section 3.2), so that

@@ -1,6 +1,6 @@
 """Imagen's base model on emoji: a frozen T5 reads the caption (arXiv 2205.11487).
 
-    python train.py --config=configs/emoji/imagen.py --workdir=runs/emoji/imagen \
+    unclip train --config=emoji/imagen --workdir=runs/emoji/imagen \
         --config.t5=DIR
 
 DIR is a copy of google/t5-v1_1-small: config.json, model.safetensors and tokenizer.json. Another

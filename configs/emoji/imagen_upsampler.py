@@ -1,6 +1,6 @@
 """Imagen's first upsampler on emoji, 64 px to 256 px: noise-conditioning augmentation, no blur.
 
-    python train.py --config=configs/emoji/imagen_upsampler.py --workdir=runs/imagen/upsampler
+    unclip train --config=emoji/imagen_upsampler --workdir=runs/imagen/upsampler
 
 It is configs/emoji/upsampler.py, and takes as long, but for one thing: training noises the
 low-resolution picture to a level drawn from 0 to 1 and tells the network which, and sampling noises

@@ -1,6 +1,6 @@
 """The diffusion prior on emoji: caption to CLIP image embedding.
 
-    python train.py --config=configs/emoji/prior.py --workdir=runs/emoji/prior \
+    unclip train --config=emoji/prior --workdir=runs/emoji/prior \
         --config.clip=runs/emoji/clip
 
 Over a minute on two CPU cores. What it reaches: docs/training.md.

@@ -7,7 +7,7 @@ for stage in clip prior decoder upsampler; do
     echo "== $stage"
     clip=()
     if [[ $stage == prior || $stage == decoder ]]; then clip=("--config.clip=$out/clip"); fi
-    python train.py --config="configs/emoji/$stage.py" --workdir="$out/$stage" "${clip[@]}"
+    unclip train --config="emoji/$stage" --workdir="$out/$stage" "${clip[@]}"
 done
 
 echo "== sample"
@@ -15,9 +15,9 @@ prompts=("red apple" "green heart" "blue book" "yellow heart" "pizza" "cat face"
     "sunflower" "full moon" "green apple" "orange circle" "evergreen tree")
 args=()
 for prompt in "${prompts[@]}"; do args+=(--prompt "$prompt"); done
-python sample.py text2im --model "$out" "${args[@]}" --num 4 --seed 0 --out "$out/grid.png"
+unclip sample text2im --model "$out" "${args[@]}" --num 4 --seed 0 --out "$out/grid.png"
 
 echo "== evaluate"
-python -m unclip_jax evaluate --model "$out" --data emoji --num 100 --out "$out/evaluation"
+unclip evaluate --model "$out" --data emoji --num 100 --out "$out/evaluation"
 
 echo "Look at $out/grid.png; every stage's previews and curves are beside its checkpoints."

@@ -1,6 +1,6 @@
 """The upsampler on emoji: 64 px to 256 px, trained on 64 px crops.
 
-    python train.py --config=configs/emoji/upsampler.py --workdir=runs/emoji/upsampler
+    unclip train --config=emoji/upsampler --workdir=runs/emoji/upsampler
 
 About one minute on two CPU cores. What it reaches: docs/training.md.
 """

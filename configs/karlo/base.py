@@ -3,7 +3,7 @@
 First convert Karlo. Training needs CLIP's image tower, which only the repository for image
 variations has, so give both:
 
-    python -m unclip_jax convert karlo kakaobrain/karlo-v1-alpha \
+    unclip convert karlo kakaobrain/karlo-v1-alpha \
         kakaobrain/karlo-v1-alpha-image-variations --out runs/karlo
 
 Then name your own pairs, a folder or a prepared TFDS data set, and train any stage:

@@ -1,6 +1,6 @@
 """Fine-tune Karlo's decoder: CLIP image embedding and caption to 64 px, 0.89 B parameters.
 
-    python train.py --config=configs/karlo/decoder.py --workdir=runs/mine/decoder \
+    unclip train --config=karlo/decoder --workdir=runs/mine/decoder \
         --config.init=runs/karlo/decoder --config.clip=runs/karlo/clip --config.data.name=YOUR_DATA
 
 A chip holds, with adapters of rank 16 on the 127 kernels of attention and linear layers (5.9 M

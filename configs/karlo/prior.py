@@ -1,6 +1,6 @@
 """Fine-tune Karlo's prior: caption to CLIP image embedding, 1.02 B parameters.
 
-    python train.py --config=configs/karlo/prior.py --workdir=runs/mine/prior \
+    unclip train --config=karlo/prior --workdir=runs/mine/prior \
         --config.init=runs/karlo/prior --config.clip=runs/karlo/clip --config.data.name=YOUR_DATA
 
 A chip holds, with adapters of rank 16 on all 10 kernels (10.8 M parameters; the 20 layers are

@@ -1,6 +1,6 @@
 """Fine-tune Karlo's upsampler from 64 to 256 px, 0.69 B parameters.
 
-    python train.py --config=configs/karlo/upsampler.py --workdir=runs/mine/upsampler_256 \
+    unclip train --config=karlo/upsampler --workdir=runs/mine/upsampler_256 \
         --config.init=runs/karlo/upsampler_256 --config.data.name=YOUR_DATA
 
 It has no attention and few linear layers, so its convolutions have adapters as well: 131 kernels,

@@ -1,6 +1,6 @@
 """The paper's autoregressive prior: 319 codes, 1 B parameters.
 
-    python train.py --config=configs/paper/ar_prior.py --workdir=runs/paper/ar_prior \
+    unclip train --config=paper/ar_prior --workdir=runs/paper/ar_prior \
         --config.clip=runs/paper/clip --config.data.name=tfds:YOUR_DATA
 
 The paper's table gives its latent decoder a context of 384; what that holds is in presets.py.

@@ -1,6 +1,6 @@
 """The paper's CLIP: ViT-H/16 at 256 px, text 1024 wide and 24 deep.
 
-    python train.py --config=configs/paper/clip.py --workdir=runs/paper/clip \
+    unclip train --config=paper/clip --workdir=runs/paper/clip \
         --config.data.name=tfds:YOUR_DATA
 
 The paper gives the learning rate, 3e-4, and trains with SAM, rho 0.1, which halves the speed and

@@ -1,6 +1,6 @@
 """The paper's decoder: 3.5 B parameters at 64 px, 250 sampling steps with learned variance.
 
-    python train.py --config=configs/paper/decoder.py --workdir=runs/paper/decoder \
+    unclip train --config=paper/decoder --workdir=runs/paper/decoder \
         --config.clip=runs/paper/clip --config.data.name=tfds:YOUR_DATA
 """
 

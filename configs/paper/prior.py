@@ -1,12 +1,12 @@
 """The paper's diffusion prior: 1 B parameters, 64 sampling steps.
 
-    python train.py --config=configs/paper/prior.py --workdir=runs/paper/prior \
+    unclip train --config=paper/prior --workdir=runs/paper/prior \
         --config.clip=runs/paper/clip --config.data.name=tfds:YOUR_DATA
 
 Sampling is DDPM with the fixed variance. The paper used the analytic one, which is measured on the
 trained prior, and stays in its folder:
 
-    python -m unclip_jax analytic --stage runs/paper/prior --clip runs/paper/clip
+    unclip analytic --stage runs/paper/prior --clip runs/paper/clip
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The paper's second upsampler, 256 to 1024 px: 300 M parameters, 15 DDIM steps, linear schedule.
 
-    python train.py --config=configs/paper/upsampler_1024.py --workdir=runs/paper/upsampler_1024 \
+    unclip train --config=paper/upsampler_1024 --workdir=runs/paper/upsampler_1024 \
         --config.data.name=tfds:YOUR_DATA
 
 Trained on 256 px crops, the low-resolution image corrupted by BSR degradation, as in the paper. It

@@ -1,6 +1,6 @@
 """The paper's first upsampler, 64 to 256 px: 700 M parameters, 27 DDIM steps.
 
-    python train.py --config=configs/paper/upsampler_256.py --workdir=runs/paper/upsampler_256 \
+    unclip train --config=paper/upsampler_256 --workdir=runs/paper/upsampler_256 \
         --config.data.name=tfds:YOUR_DATA
 
 Trained on 64 px crops; the low-resolution image is blurred by a random Gaussian half of the time.

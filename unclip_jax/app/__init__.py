@@ -1,4 +1,4 @@
-"""The web page: `python -m unclip_jax app`. Needs the extra `app`, which installs gradio.
+"""The web page: `unclip app`. Needs the extra `app`, which installs gradio.
 
     worker   the one queue in front of the device
     inputs   what people type and upload, checked
@@ -9,7 +9,7 @@
     look     colours, and the page's own bits of HTML
     page     the layout, and what a click does
 
-Only `page` and `__main__` import gradio; everything else is tested without it.
+Only `page`, `widgets` and `serve` import gradio; everything else is tested without it.
 """
 
 import os

@@ -20,7 +20,7 @@ Shown = tuple[str, str]  # a picture's file, and its caption
 
 _FRAME_MS, _END_MS = 120, 600
 
-# Where sample.py's flag has another name than what it is stored as.
+# Where `unclip sample`'s flag has another name than what it is stored as.
 _FLAGS = {"source": "from"}
 
 
@@ -31,8 +31,8 @@ class Result:
     Attributes:
         drawn: what was drawn.
         settings: with which settings, by name.
-        command: sample.py's command line that draws the same; "" where it has none.
-        grid: one PNG with all pictures and their captions, as sample.py writes it.
+        command: `unclip sample`'s command line that draws the same; "" where it has none.
+        grid: one PNG with all pictures and their captions, as `unclip sample` writes it.
         pictures: each alone, a PNG with the settings in its metadata.
         walk: those along theta, with captions that say theta alone.
         gif: there and back along theta; None for tasks without.
@@ -100,8 +100,8 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, comment: str) -> None:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command line of sample.py that `args` could have come from, every flag given once."""
-    words = ["python", "sample.py", args.task, *([args.probe] if "probe" in args else [])]
+    """The `unclip sample` that `args` could have come from, every flag given once."""
+    words = ["unclip", "sample", args.task, *([args.probe] if "probe" in args else [])]
     for name, value in _named(args).items():
         flag = f"--{_FLAGS.get(name, name)}"
         if value is True:

@@ -1,7 +1,7 @@
-"""What each tab draws: the tasks of sample.py, with a model that stays loaded.
+"""What each tab draws: the tasks of `unclip sample`, with a model that stays loaded.
 
 A tab's function takes the fields of its form and checks them, and gives a `Request`: the settings,
-named as sample.py names them, so that its command line draws the same pictures, and the work.
+named as `unclip sample` names them, so that its command line draws the same pictures, and the work.
 How many pictures are drawn, and in how many steps, is one of a few numbers, since each makes a
 program of its own; all else is traced.
 """
@@ -65,9 +65,9 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Settings, as sample.py's parser would give them, and what draws with them.
+    """Settings, as the parser of `unclip sample` would give them, and what draws with them.
 
-    `again` says whether sample.py can draw the same; it has no task for labels alone.
+    `again` says whether `unclip sample` can draw the same; it has no task for labels alone.
     """
 
     args: argparse.Namespace

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # what --help of a command without a config does not wait for
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
+_ARGV: list[str] = []  # the command line at hand, where --config looks for fields
+
 _HELP = {"-h", "--h", "-help", "--help", "-helpfull", "--helpfull"}
 
 
@@ -72,6 +74,19 @@ def name_of(values: flags.FlagValues) -> str:
     return path + colon + variant
 
 
+def define_config(values: flags.FlagValues) -> flags.FlagHolder:
+    """The flag --config, and with it --config.FIELD for every field."""
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A config of the package, such as emoji/clip, or a file.",
+        flag_values=values,
+        sys_argv=_ARGV,
+    )
+
+
 def parse(values: flags.FlagValues, argv: Sequence[str], command: str, about: str | None) -> None:
     """Read a command line into flags, one of which is --config; --help prints and exits.
 
@@ -92,6 +107,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], command: str, about: st
             given[i] = f"{flag}={find(config)}"
         elif i and given[i - 1] in ("-config", "--config"):
             given[i] = find(word)
+    _ARGV[:] = [command, *given]
     with _telling(given):
         rest = values([command, *given])
         if rest[1:]:
@@ -138,7 +154,7 @@ def _telling(argv: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         given = next((word for word in argv if word.startswith("--config=")), "--config")
         if isinstance(error, ModuleNotFoundError) and extras.lacking(error, given):
-            raise extras.lacking(error, given) from error
+            raise  # told by the door, which knows the command
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{given}: cannot be loaded: {reason}; correct the file") from error
 

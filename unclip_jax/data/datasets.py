@@ -50,10 +50,10 @@ class DataConfig:
     """A data set and what is made of its pairs.
 
     Attributes:
-        name: "emoji"; "emoji_styles", whose art `python -m unclip_jax styles` fetches; the path of
+        name: "emoji"; "emoji_styles", whose art `unclip styles` fetches; the path of
             a folder of images; "tfds:NAME", a TFDS data set; "wds:PATTERN", webdataset's tar
             shards; "parquet:PATTERN", parquet files with images in them; "embeddings:FOLDER", what
-            `python -m unclip_jax embed` stored, without pictures. A pattern is a path or address
+            `unclip embed` stored, without pictures. A pattern is a path or address
             (gs://, s3://, http://) with `{00000..00123}` or `*`.
         split: "train", "heldout" or "all"; for TFDS whatever it calls its splits.
         image_size: side of the square images, in pixels.

@@ -1,6 +1,6 @@
 """Pictures of a class, from a cascade with classifier guidance: ADM (arXiv 2105.05233).
 
-    python -m unclip_jax class_conditional --decoder runs/adm/decoder \
+    unclip class_conditional --decoder runs/adm/decoder \\
         --classifier runs/adm/classifier --upsampler runs/adm/upsampler --label food --out food.png
 
 The decoder draws a small picture of the class: by its class embedding, by the gradient of a
@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import stages
-from unclip_jax.common import checks
+from unclip_jax.common import checks, command_line
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.diffusion import guidance
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.errors import UserError
 from unclip_jax.pipeline.unclip import DECODER, UnCLIP
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
@@ -161,10 +160,7 @@ def check(decoder: Part, classifier: Part | None) -> list[str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unclip_jax class_conditional", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("class_conditional", __doc__)
     add = parser.add_argument
     add("--decoder", required=True, metavar="DIR", help="a trained decoder of classes")
     add("--classifier", metavar="DIR", help="a classifier of noised images that guides it")
@@ -210,7 +206,3 @@ def main(argv: list[str]) -> None:
     settings = {name: value for name, value in vars(args).items() if value is not None}
     save_png(grid, Path(args.out), {"settings": json.dumps(settings)})
     print(f"{args.out}: {len(images)} pictures of {images.shape[1]} px")
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

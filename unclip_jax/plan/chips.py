@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
+from unclip_jax.common import extras
 from unclip_jax.errors import UserError, one_line, wrong
 
 GIB = 2**30
@@ -113,7 +114,7 @@ class Topology:
 
 def check_compiler() -> None:
     """Raise UserError unless the TPU compiler is there, of the release that this jax reads."""
-    install = "pip install 'unclip_jax[plan]', which needs no TPU"
+    install = f"{extras.how('plan')}, which needs no TPU"
     try:
         found = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

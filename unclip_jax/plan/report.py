@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def in_words(plan: Mapping[str, Any]) -> str:
-    """The whole report of a plan, as `python -m unclip_jax plan` prints it."""
+    """The whole report of a plan, as `unclip plan` prints it."""
     chip = CHIPS[plan["topology"].split(":")[0]]
     lines = [
         f"{plan['config']} on {plan['topology']}: {plan['chips']} chips as {plan['mesh']}",

@@ -70,7 +70,7 @@ def check_analytic(sampling: samplers.Sampling, analytic: bool) -> None:
     if sampling.method == "analytic" and not analytic:
         raise UserError(
             'stage.sampling.method: got "analytic", but this stage has no analytic variance; use'
-            " another method, such as ddpm, until python -m unclip_jax analytic --stage DIR has"
+            " another method, such as ddpm, until unclip analytic --stage DIR has"
             " measured it on the trained stage in DIR"
         )
 

@@ -53,7 +53,7 @@ class DecoderStage:
             kept in the params under `null_caption`, rather than no caption at all.
         states_length: tokens of a caption where the decoder reads another network's text states.
         analytic: whether the statistic of the analytic variance is in the params, under
-            `analytic`; `python -m unclip_jax analytic` measures it on a trained stage.
+            `analytic`; `unclip analytic` measures it on a trained stage.
     """
 
     kind: ClassVar[str] = "decoder"
@@ -168,7 +168,7 @@ class DecoderStage:
             if label is None:
                 raise UserError(
                     "label: none given, but this decoder draws one of"
-                    f" {self.model.num_classes} classes; use python -m unclip_jax class_conditional"
+                    f" {self.model.num_classes} classes; use unclip class_conditional"
                 )
             cond["label"] = label
         if self.model.has_text:

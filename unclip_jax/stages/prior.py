@@ -48,7 +48,7 @@ class PriorStage:
         empty_null: whether a dropped caption is the empty caption as CLIP encodes it (Karlo),
             kept in the params under `null_caption`, rather than no caption at all.
         analytic: whether the statistic of the analytic variance is in the params, under
-            `analytic`; `python -m unclip_jax analytic` measures it on a trained stage.
+            `analytic`; `unclip analytic` measures it on a trained stage.
     """
 
     kind: ClassVar[str] = "prior"

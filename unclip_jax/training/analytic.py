@@ -1,6 +1,6 @@
 """Measure the analytic variance of a trained stage, with which it then samples in few steps.
 
-    python -m unclip_jax analytic --stage runs/emoji/prior
+    unclip analytic --stage runs/emoji/prior
 
 Sampling in few steps wants another variance than the fixed ones (Analytic-DPM, arXiv 2201.06503;
 the paper samples its prior so, in 64 steps). How large it is depends on how well the network knows
@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 from unclip_jax import stages
+from unclip_jax.common import command_line
 from unclip_jax.common.params import TRAINED
 from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import METHODS, analytic
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.errors import UserError
 from unclip_jax.training import prepare as runs
 from unclip_jax.training.inputs import reads_clip
 from unclip_jax.weights import folder as model_folder
@@ -44,8 +44,7 @@ KINDS = ("prior", "decoder")
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax analytic", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("analytic", __doc__)
     add = parser.add_argument
     add("--stage", required=True, metavar="DIR", help="a trained prior or decoder; it is changed")
     add("--clip", default="", metavar="DIR", help="its CLIP (default: the one beside it)")
@@ -197,7 +196,3 @@ def main(argv: list[str]) -> None:
         f"{folder}: Var(x_0 | x_t) is {', '.join(quarter)} from the first to the last timestep;"
         f" sampling is now {args.method}"
     )
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

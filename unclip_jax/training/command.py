@@ -16,14 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from unclip_jax.common import command_line
 
 FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A config of the package, such as emoji/clip, or a file.", flag_values=FLAGS
-)
+CONFIG = command_line.define_config(FLAGS)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and previews go.", flag_values=FLAGS
 )

@@ -1,13 +1,13 @@
 """Compute the CLIP embeddings of a data set, once, on any number of hosts.
 
-    python -m unclip_jax embed --clip runs/clip --data photos/ --split all --out photos-clip
+    unclip embed --clip runs/clip --data photos/ --split all --out photos-clip
 
 The same command on every host of a pod shares the work: of n processes, process p computes the
 shards p, p + n, ... Interrupted, the same command goes on after the last finished shard, with the
 same number of processes or another. The store then serves
 
-    train.py --config=configs/paper/prior.py --config.data.name=embeddings:photos-clip
-    train.py --config=configs/paper/decoder.py --config.data.name=photos/ \\
+    unclip train --config=paper/prior --config.data.name=embeddings:photos-clip
+    unclip train --config=paper/decoder --config.data.name=photos/ \\
         --config.data.split=all --config.embeddings=photos-clip
 
 See docs/data.md.
@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from unclip_jax.common import command_line
 from unclip_jax.data import datasets
 from unclip_jax.data.batches import threads_for
 from unclip_jax.data.embeddings.shards import DTYPES, Meta
@@ -35,7 +36,7 @@ from unclip_jax.data.embeddings.writer import (
     default_shards,
     missing_shards,
 )
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed
 from unclip_jax.stages.pixels import to_float
 from unclip_jax.weights.trained import Part, clip_fingerprint, load_part
@@ -46,8 +47,7 @@ SECONDS_BETWEEN_LOOKS = 2.0  # at what the other processes have finished
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax embed", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("embed", __doc__)
     add = parser.add_argument
     add("--clip", required=True, metavar="DIR", help="a trained CLIP")
     add("--data", required=True, metavar="NAME", help="as config.data.name: emoji, a folder, ...")
@@ -166,7 +166,3 @@ def data_config(args: argparse.Namespace, clip: Part) -> datasets.DataConfig:
         context_length=context_length,
         vocab_size=vocab_size,
     )
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

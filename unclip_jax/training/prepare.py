@@ -275,7 +275,7 @@ def check_from_the_beginning(given: Settings, stage: stages.Stage) -> None:
     if getattr(stage, "analytic", False):
         raise UserError(
             "config.stage.analytic: got True, expected False without config.init: the statistic is"
-            " measured on the trained stage, by python -m unclip_jax analytic --stage DIR"
+            " measured on the trained stage, by unclip analytic --stage DIR"
         )
     if reads_clip(stage):
         check_normalisation(given.normalisation, stage)

@@ -1,6 +1,6 @@
 """A model folder from a training checkpoint: the averaged weights and all they stand on.
 
-    python -m unclip_jax save --workdir runs/emoji/decoder --out decoder-at-2000 --step 2000
+    unclip save --workdir runs/emoji/decoder --out decoder-at-2000 --step 2000
 
 train.py writes WORKDIR/model when it ends; this command takes any checkpoint, also while the run
 goes on, or after it stopped. The run is only read.
@@ -9,16 +9,16 @@ goes on, or after it stopped. The run is only read.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from unclip_jax import stages
+from unclip_jax.common import command_line
 from unclip_jax.common import config as settings
 from unclip_jax.common.params import compare_shapes, fingerprint, flatten
-from unclip_jax.errors import UserError, run_command, wrong
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.training.checkpoints import Params, Saved, damage
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.training.lora import Lora
@@ -27,8 +27,7 @@ from unclip_jax.weights import folder as model_folder
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax save", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("save", __doc__)
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="what train.py was given")
     add("--out", required=True, metavar="DIR", help="the model folder to write")
@@ -113,7 +112,3 @@ def main(argv: list[str]) -> None:
         description["fingerprint"] = fingerprint(params)
     model_folder.save_stage(args.out, params=params, description=description, dtype=args.dtype)
     print(f"{args.out}: the {stage.kind} at step {step} of {args.workdir}")
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

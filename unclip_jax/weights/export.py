@@ -1,6 +1,6 @@
 """Export a trained stage as a program that plain JAX runs, without this package.
 
-    python -m unclip_jax export --model runs/emoji --stage decoder --out decoder-program
+    unclip export --model runs/emoji --stage decoder --out decoder-program
 
 The folder holds `program.bin`, the stage's sampler as StableHLO serialised by jax.export, for any
 batch size on CPU, CUDA and TPU; `params.safetensors`, its weights, which are arguments of the
@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +31,10 @@ import numpy as np
 from jax import export as jax_export
 
 from unclip_jax import stages
+from unclip_jax.common import command_line
 from unclip_jax.common.files import making_folder
 from unclip_jax.common.params import Params, flatten, unflatten
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.errors import UserError
 from unclip_jax.models import attention
 from unclip_jax.stages.pixels import to_float
 from unclip_jax.weights import box
@@ -342,8 +342,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax export", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("export", __doc__)
     add = parser.add_argument
     add("--model", metavar="DIR", help="a model folder, or one stage's (default: the box model)")
     add("--stage", required=True, choices=tuple(KINDS), help="what to export")
@@ -437,7 +436,3 @@ def main(argv: list[str]) -> None:
     exported = write(args.out, part, args.stage, platforms)
     size = len(exported.mlir_module_serialized)
     print(f"{args.out}: the {args.stage} for {args.platforms}, a program of {size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from unclip_jax import __version__
 from unclip_jax.common.files import flush, making_folder, remove_leftovers
 from unclip_jax.common.params import (
     Fingerprint,
@@ -70,7 +70,7 @@ def save_stage(
     mark = fingerprint(params)
     config = {
         "schema_version": SCHEMA_VERSION,
-        "unclip_jax_version": _version(),
+        "unclip_jax_version": __version__,
         "params_fingerprint": mark,
         "storage_dtype": dtype,
         "description": dict(description),
@@ -154,13 +154,6 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("unclip_jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed (run from its source folder)"
-
-
 def read_description(folder: str | Path) -> dict[str, Any]:
     """The description in a model folder, without touching its weights.
 
@@ -200,7 +193,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         writer = config.get("unclip_jax_version", "unknown")
         raise UserError(
             f"{path}: schema_version {version!r}, written by unclip_jax {writer}; this"
-            f" unclip_jax {_version()} reads {SCHEMA_VERSION}; use the version that wrote it"
+            f" unclip_jax {__version__} reads {SCHEMA_VERSION}; use the version that wrote it"
         )
     missing = {"description", "params_fingerprint", "storage_dtype"} - set(config)
     if missing or not isinstance(config["description"], dict):

@@ -75,8 +75,7 @@ class EmbeddingStore:
         names = folder.names()
         if META not in names:
             raise UserError(
-                f"embeddings: {folder}: no stored embeddings; compute them with"
-                " python -m unclip_jax embed"
+                f"embeddings: {folder}: no stored embeddings; compute them with unclip embed"
             )
         meta = Meta.from_json(folder.read_text(META), str(folder))
         store = cls(folder, meta)
@@ -85,7 +84,7 @@ class EmbeddingStore:
         if missing:
             raise UserError(
                 f"embeddings: {folder}: {missing} of {meta.shards} shards are missing; run the same"
-                " python -m unclip_jax embed again, which goes on where it stopped"
+                " unclip embed again, which goes on where it stopped"
             )
         return store
 
@@ -158,7 +157,7 @@ class EmbeddingStore:
         except Damaged as error:
             raise UserError(
                 f"embeddings: {self._name(shard)}: damaged ({error}); delete that file and run the"
-                " same python -m unclip_jax embed again (or delete the folder, if it is a cache)"
+                " same unclip embed again (or delete the folder, if it is a cache)"
             ) from error
 
 

@@ -18,6 +18,7 @@ import tarfile
 import urllib.request
 
 from unclip_jax.common.files import replacing
+from unclip_jax.data.emoji.catalogue import ATTRIBUTION as TWEMOJI_ATTRIBUTION
 from unclip_jax.errors import UserError, one_line
 
 REGISTRY = "https://registry.npmjs.org"
@@ -59,6 +60,11 @@ FLUENT = Package(
     "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
     "Fluent Emoji (flat), copyright Microsoft Corporation, MIT licence "
     "(https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE).",
+)
+PACKAGES = {"noto": NOTO, "fluent": FLUENT}
+ATTRIBUTION = " ".join(
+    ["Emoji art:", TWEMOJI_ATTRIBUTION.removeprefix("Emoji graphics: ")]
+    + [package.attribution for package in PACKAGES.values()]
 )
 
 
@@ -111,8 +117,7 @@ def read(package: Package, folder: str | os.PathLike) -> dict[str, str]:
     path = pathlib.Path(folder) / package.archive
     if not path.exists():
         raise UserError(
-            f"cache_dir: {path}: not there; fetch the emoji art with "
-            "python -m unclip_jax styles build"
+            f"cache_dir: {path}: not there; fetch the emoji art with unclip styles build"
         )
     with tarfile.open(fileobj=io.BytesIO(_checked(package, path)), mode="r:gz") as archive:
         icons = json.load(archive.extractfile("package/icons.json"))
@@ -140,7 +145,7 @@ def _checked(package: Package, path: pathlib.Path) -> bytes:
     if not _is_release(package, data):
         raise UserError(
             f"{path}: not release {package.version} of {package.name} (its SHA-512 differs); "
-            "delete it and run python -m unclip_jax styles build"
+            "delete it and run unclip styles build"
         )
     return data
 

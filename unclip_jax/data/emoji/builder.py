@@ -15,13 +15,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import resvg_py
 import tensorflow_datasets as tfds
-from PIL import Image
 from tqdm import tqdm
 
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.emoji.catalogue import ATTRIBUTION, Emoji, catalogue, groups
+from unclip_jax.data.emoji.catalogue import ATTRIBUTION, Emoji, catalogue, groups, rasterise
 from unclip_jax.data.records import is_heldout
 from unclip_jax.data.tfds import TfdsSource
 from unclip_jax.errors import UserError, wrong
@@ -49,17 +47,6 @@ class EmojiConfig(tfds.core.BuilderConfig):
         if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
             raise wrong("image_size", self.image_size, f"1 to {MAX_IMAGE_SIZE} pixels for emoji")
         self.name = f"{self.image_size}_skin_tones" if self.skin_tones else f"{self.image_size}"
-
-
-def rasterise(svg: str, size: int) -> bytes:
-    """A drawing as a PNG file: RGB, `size` x `size`, centred on white."""
-    drawing = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    drawn = Image.open(io.BytesIO(drawing)).convert("RGBA")
-    canvas = Image.new("RGBA", (size, size), "white")
-    canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
-    file = io.BytesIO()
-    canvas.convert("RGB").save(file, "PNG")
-    return file.getvalue()
 
 
 class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

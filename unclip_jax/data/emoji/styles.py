@@ -1,6 +1,6 @@
 """Emoji in several styles, "red apple, noto style": the art of Noto and Fluent beside Twemoji's.
 
-    python -m unclip_jax styles build
+    unclip styles build
 
 downloads 4 MB from the npm registry, two releases named by their SHA-512, and renders them. After
 that `DataConfig(name="emoji_styles")` is a data set, at any size. Importing this module registers
@@ -9,7 +9,6 @@ its TFDS builder as `emoji_styles`.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -21,21 +20,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from unclip_jax.common import command_line
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.emoji import art as emoji_art
+from unclip_jax.data.emoji.art import ATTRIBUTION, PACKAGES
 from unclip_jax.data.emoji.builder import EmojiConfig, PictureBuilder, prepared, source
-from unclip_jax.data.emoji.catalogue import ATTRIBUTION as TWEMOJI_ATTRIBUTION
 from unclip_jax.data.emoji.catalogue import Emoji, catalogue
 from unclip_jax.data.records import HELDOUT_FRACTION
 from unclip_jax.data.tfds import TfdsSource
-from unclip_jax.errors import run_command
 
-PACKAGES = {"noto": emoji_art.NOTO, "fluent": emoji_art.FLUENT}
 STYLES = ("twemoji", *PACKAGES)
-ATTRIBUTION = " ".join(
-    ["Emoji art:", TWEMOJI_ATTRIBUTION.removeprefix("Emoji graphics: ")]
-    + [package.attribution for package in PACKAGES.values()]
-)
 
 _NO_ARTICLE = frozenset({"men", "women", "people"})  # first words
 _NOT_SPOKEN_AS_VOWELS = ("uni", "one", "eu")  # "a unicorn", "a one-piece swimsuit"
@@ -179,11 +173,7 @@ def open_source(config: DataConfig, rest: str = "") -> TfdsSource:
 
 def main(argv: list[str]) -> None:
     """Fetch, render, and say what there is and whose art it is."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unclip_jax styles",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("styles", __doc__)
     add = parser.add_argument
     add("command", choices=["build"])
     add("--cache_dir", default="", help="default $UNCLIP_JAX_CACHE, else ~/.cache/unclip_jax")
@@ -201,7 +191,3 @@ def main(argv: list[str]) -> None:
         counts = ", ".join(f"{name} {split.num_examples}" for name, split in splits.items())
         print(f"{size} px: {counts}")
     print(ATTRIBUTION)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,1 +1,1 @@
-"""The tasks of sample.py: from files and captions to a labelled grid and single pictures."""
+"""The tasks of `unclip sample`: from files and captions to a labelled grid and single pictures."""

@@ -1,13 +1,13 @@
 """Sample from a trained model, and edit pictures with it.
 
-    python sample.py text2im --prompt "red apple, noto style" --out apple.png
+    unclip sample text2im --prompt "red apple, noto style" --out apple.png
 
 draws with the box model and writes apple.png, a grid with the captions under the pictures and the
 settings in its metadata, and every picture alone in the folder apple/. So does every other task:
 
-    python sample.py variations --model runs/emoji --image apple.png
+    unclip sample variations --model runs/emoji --image apple.png
 
-`python sample.py --help` lists them, docs/manipulations.md shows what they make.
+`unclip sample --help` lists them, docs/manipulations.md shows what they make.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import math
 
+from unclip_jax.common import command_line
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; `--help` of each task says the rest."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description="Sample from a trained unclip_jax model."
-    )
+    parser = command_line.parser("sample", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     _text2im(tasks)
     _edits(tasks)

@@ -1,4 +1,4 @@
-"""Run one task of sample.py: its name to its function."""
+"""Run one task of `unclip sample`: its name to its function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a training run, in words: `python -m unclip_jax doctor --workdir DIR`.
+"""What is wrong with a training run, in words: `unclip doctor --workdir DIR`.
 
 `workdir` reads what train.py left there, `theory` says what loss a network that has learned nothing
 would have, and four modules look for faults: `settings` (in what was asked for), `files` (lock,

@@ -97,7 +97,7 @@ def level(run: Workdir, expected: Band | None) -> Iterator[Finding]:
             "nothing_learned",
             f"{where}, what a network has that has learned nothing: {expected.ignorant:.4g}"
             f" ({expected.because})",
-            "look at a few examples of the data (python -m unclip_jax evaluate shows pictures), and"
+            "look at a few examples of the data (unclip evaluate shows pictures), and"
             f" try train.learning_rate ({run.train.learning_rate:g}) three times higher or lower",
         )
     elif expected.linear is not None and recent > expected.linear and run.done > 0.5:

@@ -52,8 +52,7 @@ def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
         yield note(
             "weights_not_seen",
             "the run trains adapters, and its checkpoints hold nothing else",
-            "python -m unclip_jax save makes a model folder, and python -m unclip_jax evaluate"
-            " measures it",
+            "unclip save makes a model folder, and unclip evaluate measures it",
         )
         return
     last, averaged = read_weights(run)

@@ -1,24 +1,23 @@
-"""The web page: `python -m unclip_jax app [--model runs/emoji]`, then open the address it prints.
+"""The web page: `unclip app [--model runs/emoji]`, then open the address it prints.
 
 Text to image, variations, interpolation, text diffs and probes, each with the settings and the
-command of sample.py that draws the same. docs/app.md says more.
+command that draws the same. docs/app.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import signal
 import sys
 import threading
 
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.common import command_line
+from unclip_jax.errors import UserError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax app", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("app", __doc__)
     add = parser.add_argument
     add(
         "--model",
@@ -41,10 +40,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Load the model and serve the page until interrupted."""
     args = parse(argv)
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError(
-            'gradio is not installed, which the page is made with; pip install "unclip_jax[app]"'
-        )
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UserError(f"--port: got {args.port}, expected 1 to 65535")
 
@@ -63,7 +58,3 @@ def main(argv: list[str]) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the files go, too
         print(f"open {address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

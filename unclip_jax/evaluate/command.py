@@ -1,4 +1,4 @@
-"""Measure a trained model: `python -m unclip_jax evaluate --model runs/emoji --out report`.
+"""Measure a trained model: `unclip evaluate --model runs/emoji --out report`.
 
 Prints a table and, with --out, writes figures.json, plots, grids of pictures and index.html, which
 shows them all. Measured are:
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
+from unclip_jax.common import command_line
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.errors import UserError, run_command, wrong
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.evaluate.measure import Settings, evaluate
 from unclip_jax.evaluate.page import PAGE, as_table, write
 from unclip_jax.parallel import compile_cache
@@ -35,8 +35,7 @@ _KEYS = ("image_key", "caption_key", "label_key")
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax evaluate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("evaluate", __doc__)
     add, usual = parser.add_argument, Settings()
     add("--model", metavar="DIR", help="a model folder (default: the box model)")
     add("--clip", metavar="DIR", help="stage folder of a CLIP to measure by (default the model's)")
@@ -94,7 +93,3 @@ def main(argv: list[str]) -> None:
     if args.out:
         write(report, Path(args.out))
         print(f"written to {Path(args.out) / PAGE}")
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

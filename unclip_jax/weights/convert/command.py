@@ -1,8 +1,8 @@
 """Convert public weights to model folders of ours, and back.
 
-    python -m unclip_jax convert karlo FOLDER [FOLDER ...] --out runs/karlo
-    python -m unclip_jax convert clip FOLDER_OR_FILE --out runs/clip
-    python -m unclip_jax convert diffusers runs/karlo --out karlo-diffusers
+    unclip convert karlo FOLDER [FOLDER ...] --out runs/karlo
+    unclip convert clip FOLDER_OR_FILE --out runs/clip
+    unclip convert diffusers runs/karlo --out karlo-diffusers
 
 `karlo` reads Karlo-v1-alpha in diffusers' layout (the text-to-image repository, the one for image
 variations, or both) or in the original one; `clip` reads CLIP from Hugging Face, OpenCLIP or
@@ -13,13 +13,12 @@ the name of a repository on the Hugging Face hub.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+from unclip_jax.common import command_line
 from unclip_jax.common.params import flatten
-from unclip_jax.errors import run_command
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights import hub
 from unclip_jax.weights.convert import clip, karlo, to_diffusers
@@ -30,10 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unclip_jax convert",
-        description="Public weights to model folders of unclip_jax, and back.",
-    )
+    parser = command_line.parser("convert", __doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     help_dtype = "of the weights written (default: as they are in the files)"
     add = kinds.add_parser("karlo", help="Karlo-v1-alpha to a model folder").add_argument
@@ -82,7 +78,3 @@ def main(argv: list[str]) -> None:
     else:
         for name in to_diffusers.diffusers(hub.local_folder(args.source), out):
             print(f"{out / name}")
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

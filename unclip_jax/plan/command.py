@@ -19,11 +19,10 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from unclip_jax.common import command_line
 from unclip_jax.common.files import check_place, write_text
-from unclip_jax.errors import UserError, run_command, wrong
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import sharding
 from unclip_jax.plan import analysis, report, search
 from unclip_jax.plan.chips import GIB, Topology
@@ -35,9 +34,7 @@ SLOW = ("decoder", "upsampler", "classifier")  # U-Nets
 FLAGS = flags.FlagValues()
 _string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _boolean = functools.partial(flags.DEFINE_boolean, default=False, flag_values=FLAGS)
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A config of the package, such as paper/prior, or a file.", flag_values=FLAGS
-)
+CONFIG = command_line.define_config(FLAGS)
 TOPOLOGY = _string("topology", None, "Slice of a pod, such as v5e:16x16 or v5p:4x4x8.")
 MESH = _string("mesh", None, "Such as data=-1,fsdp=8,tensor=1; the config's own by default.")
 JSON = _string("json", None, "Also write the figures here.")
@@ -131,7 +128,3 @@ def main(argv: list[str]) -> None:
     print(report.in_words(figures))
     if JSON.value is not None:
         write_text(Path(JSON.value), json.dumps(figures, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

@@ -1,7 +1,7 @@
 """What is wrong with a training run, in words, and what to do about it.
 
-    python -m unclip_jax doctor --workdir runs/emoji/prior
-    python -m unclip_jax doctor --workdir runs/emoji/prior --clip runs/emoji/clip --json found.json
+    unclip doctor --workdir runs/emoji/prior
+    unclip doctor --workdir runs/emoji/prior --clip runs/emoji/clip --json found.json
 
 Reads what train.py left in the workdir, also while it trains, and writes nothing there. The exit
 status is 0 if nothing is wrong (notes do not count), 1 if something is.
@@ -16,8 +16,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+from unclip_jax.common import command_line
 from unclip_jax.common.files import write_text
-from unclip_jax.errors import UserError, run_command
+from unclip_jax.errors import UserError
 from unclip_jax.training.doctor import curves, files, settings, weights, workdir
 from unclip_jax.training.doctor.findings import SEVERITIES, Finding
 from unclip_jax.training.doctor.workdir import Workdir
@@ -27,8 +28,7 @@ WIDTH = 100
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m unclip_jax doctor", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser("doctor", __doc__)
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="what train.py was given")
     add("--clip", default="", metavar="DIR", help="the run's CLIP, if not beside the workdir")
@@ -89,7 +89,3 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--json: {args.json!r} cannot be written ({problem})") from problem
     if wrong:
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
