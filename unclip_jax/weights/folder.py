@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from unclip_jax import __version__
+import unclip_jax
 from unclip_jax.common.files import flush, making_folder, remove_leftovers
 from unclip_jax.common.params import (
     Fingerprint,
@@ -70,7 +70,7 @@ def save_stage(
     mark = fingerprint(params)
     config = {
         "schema_version": SCHEMA_VERSION,
-        "unclip_jax_version": __version__,
+        "unclip_jax_version": unclip_jax.__version__,
         "params_fingerprint": mark,
         "storage_dtype": dtype,
         "description": dict(description),
@@ -193,7 +193,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         writer = config.get("unclip_jax_version", "unknown")
         raise UserError(
             f"{path}: schema_version {version!r}, written by unclip_jax {writer}; this"
-            f" unclip_jax {__version__} reads {SCHEMA_VERSION}; use the version that wrote it"
+            f" unclip_jax {unclip_jax.__version__} reads {SCHEMA_VERSION}; use the"
+            " version that wrote it"
         )
     missing = {"description", "params_fingerprint", "storage_dtype"} - set(config)
     if missing or not isinstance(config["description"], dict):
