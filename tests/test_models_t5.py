@@ -16,7 +16,7 @@ from tests.networks import (
     size,
 )
 from unclip_jax.errors import UserError
-from unclip_jax.models import t5
+from unclip_jax.models import presets
 from unclip_jax.models.t5 import T5Config, T5Encoder, distance_buckets
 from unclip_jax.weights.convert.t5 import t5_table
 from unclip_jax.weights.convert.tables import Tensors, to_ours, to_theirs
@@ -109,13 +109,13 @@ def test_published_sizes_are_those_that_transformers_builds():
     transformers = pytest.importorskip("transformers")
     sizes = {}
     for name in ("SMALL", "BASE", "LARGE", "XL", "XXL"):
-        config = getattr(t5, f"T5_V1_1_{name}")
+        config = getattr(presets, f"T5_V1_1_{name}")
         with torch.device("meta"):
             theirs = transformers.T5EncoderModel(transformers.T5Config(**t5_kwargs(config)))
         ours = shapes(T5Encoder(config), *inputs(2, [2]))
         sizes[name] = size(ours)
         assert sizes[name] == sum(p.numel() for p in theirs.parameters())
-    xxl = t5.T5_V1_1_XXL
+    xxl = presets.T5_V1_1_XXL
     assert 4.6e9 < sizes["XXL"] - xxl.vocab_size * xxl.width < 4.7e9
     assert sizes["SMALL"] < sizes["BASE"] < sizes["LARGE"] < sizes["XL"] < sizes["XXL"]
 

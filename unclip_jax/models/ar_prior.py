@@ -34,8 +34,7 @@ class ARPriorConfig:
     Attributes:
         embed_dim: dimension of CLIP's embeddings z_i and z_t.
         width: features of a token; a multiple of `heads`.
-        layers: Transformer blocks.
-        heads: attention heads.
+        layers, heads: Transformer blocks, and attention heads of each.
         context_length: tokens of every caption, padding included.
         vocab_size: size of the caption's vocabulary.
         code_dims: codes that stand for one z_i, at most `embed_dim`.

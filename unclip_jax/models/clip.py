@@ -36,18 +36,15 @@ class ClipConfig:
         image_size: side of the images in pixels; a multiple of `patch`.
         patch: side of a patch in pixels.
         vision_width: features of a patch; a multiple of `vision_heads`.
-        vision_layers: blocks of the image tower.
-        vision_heads: attention heads of the image tower.
+        vision_layers, vision_heads: blocks, and attention heads, of the image tower.
         text_width: features of a token; a multiple of `text_heads`.
-        text_layers: blocks of the text tower.
-        text_heads: attention heads of the text tower.
+        text_layers, text_heads: likewise of the text tower.
         vocab_size: tokens in the vocabulary; the last id ends a caption.
         context_length: most tokens in a caption.
         embed_dim: dimension of the shared space.
         activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact).
         mlp_ratio: hidden width of both towers' perceptrons over the width.
-        pixel_mean: mean of each channel, of pixels in [0, 1].
-        pixel_std: standard deviation of each channel, of pixels in [0, 1].
+        pixel_mean, pixel_std: of each channel, of pixels in [0, 1].
         towers: "both", or "text" or "image" where the weights hold one tower only.
         dtype: compute dtype.
         remat: "none", "full" or "dots", see `layers.remat`.

@@ -1,4 +1,4 @@
-"""Network sizes that have names: CLIP's, the paper's (arXiv 2204.06125, table 3) and Karlo's.
+"""Network sizes that have names: CLIP's, T5's, the paper's (arXiv 2204.06125, table 3) and Karlo's.
 
 They are constants. `dataclasses.replace(PAPER_PRIOR, dtype="bfloat16")` makes a variant.
 """
@@ -11,6 +11,7 @@ from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.prior import PriorConfig
+from unclip_jax.models.t5 import T5Config
 from unclip_jax.models.text_encoder import TextConfig
 from unclip_jax.models.unet import UNetConfig
 
@@ -31,6 +32,13 @@ CLIP_TINY = ClipConfig(
     image_size=32, patch=8, vision_width=128, vision_layers=4, vision_heads=4,
     text_width=128, text_layers=4, text_heads=4, embed_dim=128, activation="gelu",
 )
+
+# T5 v1.1's encoders. Imagen's is XXL.
+T5_V1_1_XXL = T5Config()
+T5_V1_1_XL = T5Config(width=2048, heads=32, mlp_width=5120)
+T5_V1_1_LARGE = T5Config(width=1024, heads=16, mlp_width=2816)
+T5_V1_1_BASE = T5Config(width=768, layers=12, heads=12, mlp_width=2048)
+T5_V1_1_SMALL = T5Config(width=512, layers=8, heads=6, mlp_width=1024)
 
 # The paper. Its priors embed the caption's tokens themselves; its decoder has its own caption
 # Transformer, of 1.2 B of the decoder's 3.5 B parameters. The autoregressive prior reads 384

@@ -31,8 +31,7 @@ class PriorConfig:
     Attributes:
         embed_dim: dimension of CLIP's embeddings z_i and z_t.
         width: features of a token; even, and a multiple of `heads`.
-        layers: Transformer blocks.
-        heads: attention heads.
+        layers, heads: Transformer blocks, and attention heads of each.
         context_length: tokens of every caption, padding included.
         vocab_size: size of the vocabulary where the prior embeds token ids itself; 0 where it is
             given CLIP's text states instead.

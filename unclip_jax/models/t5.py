@@ -72,13 +72,6 @@ class T5Config:
         check_compute(self)
 
 
-T5_V1_1_XXL = T5Config()
-T5_V1_1_XL = T5Config(width=2048, heads=32, mlp_width=5120)
-T5_V1_1_LARGE = T5Config(width=1024, heads=16, mlp_width=2816)
-T5_V1_1_BASE = T5Config(width=768, layers=12, heads=12, mlp_width=2048)
-T5_V1_1_SMALL = T5Config(width=512, layers=8, heads=6, mlp_width=1024)
-
-
 def distance_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
     """The bucket of every pair's distance, key minus query.
 

@@ -27,8 +27,7 @@ class TextConfig:
         vocab_size: tokens in the vocabulary.
         context_length: tokens in every caption, padding included.
         width: features of a token; a multiple of `heads`.
-        layers: Transformer blocks.
-        heads: attention heads.
+        layers, heads: Transformer blocks, and attention heads of each.
         dtype: compute dtype.
         remat: "none", "full" or "dots", see `layers.remat`.
     """

@@ -36,8 +36,7 @@ class UNetConfig:
     Attributes:
         image_size: side of the images in pixels. A U-Net with attention takes this size only; one
             without takes any size its levels divide.
-        in_channels: channels of the input.
-        out_channels: channels of the output.
+        in_channels, out_channels: of the input and of the output.
         channels: channels of the first level; a multiple of `groups`, and even.
         channel_mults: channels of each level over `channels`; each level halves the side.
         res_blocks: residual blocks per level on the way down; one more on the way up.
@@ -152,10 +151,9 @@ class ResBlock(nn.Module):
     """BigGAN's residual block: norm, SiLU, resample, convolve; embedding; norm, SiLU, convolve.
 
     Attributes:
-        config: of the U-Net that it is part of.
+        config: of the U-Net.
         features: output channels.
-        resample: "keep", "halve" or "double" the side, on both branches, before the first
-            convolution.
+        resample: "keep", "halve" or "double" the side of both branches.
         dropout: rate before the second convolution; drawn from the rng "dropout".
     """
 
@@ -333,9 +331,8 @@ class UNet(nn.Module):
             emb: `[b, embedding_features]`, added to the timestep's embedding, or None.
             context: `[b, m, context_dim]` tokens; required exactly where `context_dim` > 0.
             context_mask: `[b, m]` bool, True = attend; None attends to every token.
-            level: `[b]` noise level of an image among the input's channels, a timestep of its
-                own, embedded beside `t`'s; only a U-Net that was initialised with one has params
-                for it.
+            level: `[b]` timesteps that an image among the input's channels was noised to; only a
+                U-Net that was initialised with them has params for it.
             deterministic: False in training: dropout then draws from the rng "dropout".
 
         Returns:
