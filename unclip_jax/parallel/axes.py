@@ -163,7 +163,8 @@ def split(mesh: Mesh, name: str) -> int:
 
 def splits_params(mesh: Mesh) -> bool:
     """Whether `mesh` splits any param."""
-    return any(split(mesh, name) > 1 for name in MESH_AXES if name not in ("batch", "height"))
+    names = set(" ".join(PARAM_AXES.values()).split()) - {"->"}
+    return any(split(mesh, name) > 1 for name in names)
 
 
 @contextlib.contextmanager
