@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.networks import normal, relative_error
+from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.models import ClipConfig
 from unclip_jax.weights.convert import clip
 from unclip_jax.weights.convert.command import main as convert
-from unclip_jax.weights.trained import load_part
+from unclip_jax.weights.trained import load_part, tokenizer
 
 karlo_folders = pytest.importorskip("tests.karlo_folders")
 torch, transformers = karlo_folders.torch, karlo_folders.transformers
@@ -44,14 +47,15 @@ class QuickGELU(torch.nn.Module):
 class Block(torch.nn.Module):
     """The residual block that OpenAI's and OpenCLIP's checkpoints are laid out for."""
 
-    def __init__(self, width, heads, activation):
+    def __init__(self, width, heads, activation, hidden=0):
         super().__init__()
         linear = torch.nn.Linear
         self.attn = torch.nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
-        layers = {"c_fc": linear(width, 4 * width), "gelu": activation}
+        hidden = hidden or 4 * width
+        layers = {"c_fc": linear(width, hidden), "gelu": activation}
         self.mlp = torch.nn.Sequential()
-        for name, layer in (layers | {"c_proj": linear(4 * width, width)}).items():
+        for name, layer in (layers | {"c_proj": linear(hidden, width)}).items():
             self.mlp.add_module(name, layer)
 
     def forward(self, x, mask):
@@ -61,9 +65,9 @@ class Block(torch.nn.Module):
 
 
 class Tower(torch.nn.Module):
-    def __init__(self, width, layers, heads, activation):
+    def __init__(self, width, layers, heads, activation, hidden=0):
         super().__init__()
-        blocks = [Block(width, heads, activation) for _ in range(layers)]
+        blocks = [Block(width, heads, activation, hidden) for _ in range(layers)]
         self.resblocks = torch.nn.ModuleList(blocks)
 
     def forward(self, x, mask):
@@ -80,7 +84,8 @@ class Visual(torch.nn.Module):
         self.class_embedding = torch.nn.Parameter(torch.zeros(width))
         self.positional_embedding = torch.nn.Parameter(torch.zeros(tokens, width))
         self.ln_pre, self.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
-        self.transformer = Tower(width, c.vision_layers, c.vision_heads, activation)
+        hidden = int(width * (c.vision_mlp_ratio or c.mlp_ratio))
+        self.transformer = Tower(width, c.vision_layers, c.vision_heads, activation, hidden)
         self.proj = torch.nn.Parameter(torch.zeros(width, c.embed_dim))
 
     def forward(self, pixels):
@@ -115,27 +120,51 @@ class TheirClip(torch.nn.Module):
         return self.visual(pixels), z_t
 
 
-def their_clip(activation):
+def their_clip(activation, config=CONFIG):
     torch.manual_seed(0)
     layer = QuickGELU() if activation == "quick_gelu" else torch.nn.GELU()
-    return karlo_folders.randomise(TheirClip(CONFIG, layer), 0)
+    return karlo_folders.randomise(TheirClip(config, layer), 0)
 
 
-def pixels_of(images):
-    mean, std = (np.array(s).reshape(1, 1, 1, 3) for s in (CONFIG.pixel_mean, CONFIG.pixel_std))
+def pixels_of(images, c=CONFIG):
+    mean, std = (np.array(s).reshape(1, 1, 1, 3) for s in (c.pixel_mean, c.pixel_std))
     pixels = ((np.asarray(images) + 1) / 2 - mean) / std
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
 
 
-def check_embeddings(part, z_i, z_t):
+def check_embeddings(part, z_i, z_t, tokens=TOKENS):
     stage = dataclasses.replace(part.stage, unit_embeddings=False)
     assert relative_error(stage.encode_image(part.params, IMAGES), z_i) < TOLERANCE
-    assert relative_error(stage.encode_text(part.params, TOKENS)[0], z_t) < TOLERANCE
+    assert relative_error(stage.encode_text(part.params, tokens)[0], z_t) < TOLERANCE
 
 
-def embeddings(model):
+def embeddings(model, config=CONFIG):
     with torch.no_grad():
-        return model(pixels_of(IMAGES), torch.from_numpy(np.array(TOKENS)).long())
+        return model(pixels_of(IMAGES, config), torch.from_numpy(np.array(TOKENS)).long())
+
+
+def openclip_settings(config=CONFIG):
+    """model_cfg of OpenCLIP."""
+    heads = config.vision_width // config.vision_heads
+    image = {"image_size": config.image_size, "layers": config.vision_layers}
+    image |= {"width": config.vision_width, "patch_size": config.patch, "head_width": heads}
+    text = {"context_length": config.context_length, "vocab_size": config.vocab_size}
+    text |= {"width": config.text_width, "heads": config.text_heads, "layers": config.text_layers}
+    if config.vision_mlp_ratio:
+        image["mlp_ratio"] = config.vision_mlp_ratio
+    settings = {"embed_dim": config.embed_dim, "vision_cfg": image, "text_cfg": text}
+    return settings | ({"quick_gelu": True} if config.activation == "quick_gelu" else {})
+
+
+def save_openclip(model, folder, settings, preprocess=None):
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    constants = ("input_resolution", "context_length", "vocab_size")
+    state = {k: v for k, v in model.state_dict().items() if k not in constants}
+    save_file(state, folder / "open_clip_model.safetensors")
+    text = json.dumps({"model_cfg": settings, "preprocess_cfg": preprocess or {}})
+    (folder / "open_clip_config.json").write_text(text)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -168,46 +197,102 @@ def test_openai_in_half_precision(tmp_path):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_openclip(quick, tmp_path):
-    from safetensors.torch import save_file
-
-    model = their_clip("quick_gelu" if quick else "gelu")
-    constants = ("input_resolution", "context_length", "vocab_size")
-    state = {k: v for k, v in model.state_dict().items() if k not in constants}
-    save_file(state, tmp_path / "open_clip_model.safetensors")
-    settings = {
-        "embed_dim": 11,
-        "vision_cfg": {"image_size": 14, "layers": 2, "width": 128, "patch_size": 7},
-        "text_cfg": {
-            "context_length": 9,
-            "vocab_size": 40,
-            "width": 64,
-            "heads": 1,
-            "layers": 3,
-        },
-    } | ({"quick_gelu": True} if quick else {})
-    config = tmp_path / "open_clip_config.json"
-    config.write_text(json.dumps({"model_cfg": settings, "preprocess_cfg": {}}))
+    config = dataclasses.replace(CONFIG, activation="quick_gelu" if quick else "gelu")
+    model, settings = their_clip(config.activation), openclip_settings(config)
+    save_openclip(model, tmp_path, settings)
     part = clip.load(tmp_path)
-    assert part.stage.model.activation == ("quick_gelu" if quick else "gelu")
+    assert part.stage.model == config
     check_embeddings(part, *embeddings(model))
     settings["vision_cfg"]["timm_model_name"] = "convnext"
-    config.write_text(json.dumps({"model_cfg": settings}))
+    save_openclip(model, tmp_path, settings)
     with pytest.raises(UserError, match="timm_model_name"):
         clip.load(tmp_path)
 
 
-def huggingface(activation="quick_gelu"):
+# As bigG and g are: other heads, and a perceptron of another width in the image tower.
+ODD = dataclasses.replace(
+    CONFIG, activation="gelu", vision_width=104, vision_heads=1, vision_mlp_ratio=4.9231
+)
+
+
+def test_openclip_with_odd_heads_and_its_own_pixels(tmp_path):
+    pixels = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.2, 0.3, 0.4)}
+    config = dataclasses.replace(ODD, **pixels)
+    model = their_clip("gelu", config)
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "resize_mode": "shortest"}
+    save_openclip(model, tmp_path, openclip_settings(config), preprocess)
+    part = clip.load(tmp_path)
+    assert part.stage.model == config
+    check_embeddings(part, *embeddings(model, config))
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"),
+    [
+        (
+            {"resize_mode": "squash"},
+            "resize_mode: got 'squash', expected 'shortest'",
+        ),
+        ({"interpolation": "bilinear"}, "interpolation: got 'bilinear', expected 'bicubic'"),
+        ({"mean": 0.5}, "mean of the pixels: got 0.5, expected three numbers"),
+        ({"size": 28}, "preprocess_cfg.size: got 28, expected vision_cfg.image_size = 14"),
+    ],
+)
+def test_pictures_prepared_in_another_way_are_refused(preprocess, message, tmp_path):
+    save_openclip(their_clip("gelu"), tmp_path, openclip_settings(), preprocess)
+    with pytest.raises(UserError, match=message):
+        clip.load(tmp_path)
+
+
+def test_a_file_that_does_not_say_what_it_is(tmp_path):
+    model = their_clip("gelu", ODD)
+    save_openclip(model, tmp_path, openclip_settings(ODD))
+    file = tmp_path / "open_clip_model.safetensors"
+    with pytest.raises(UserError, match=r"does not say its activation.*give the folder.*--arch"):
+        clip.load(file)
+    with pytest.raises(UserError, match="arch: got 'ViT-H-14', but the folder"):
+        clip.load(tmp_path, arch="ViT-H-14")
+    with pytest.raises(UserError, match="arch: got 'RN50', expected one of openai, ViT-B-32"):
+        clip.load(file, arch="RN50")
+    with pytest.raises(UserError, match="--arch: got 'openai', expected one with heads that"):
+        clip.load(file, arch="openai")
+    convert(["clip", str(file), "--out", str(tmp_path / "ours"), "--arch", "ViT-bigG-14"])
+    part = load_part(tmp_path / "ours")
+    assert (part.stage.model.activation, part.stage.model.vision_heads) == ("gelu", 1)
+    check_embeddings(part, *embeddings(model))
+
+
+def test_of_two_layouts_the_one_with_weights_counts(tmp_path):
+    """Hugging Face's weights beside OpenCLIP's settings, and the other way round."""
+    theirs, other = huggingface(), their_clip("quick_gelu")
+    theirs.save_pretrained(tmp_path)
+    settings = openclip_settings()
+    save_openclip(other, tmp_path / "openclip", settings)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    check_embeddings(clip.load(tmp_path), *hf_embeddings(theirs))
+    weights = "open_clip_model.safetensors"
+    (tmp_path / "openclip" / weights).rename(tmp_path / weights)
+    check_embeddings(clip.load(tmp_path), *embeddings(other))
+    (tmp_path / "model.safetensors").unlink()
+    check_embeddings(clip.load(tmp_path), *embeddings(other))
+    (tmp_path / weights).unlink()
+    with pytest.raises(UserError, match="no weights"):
+        clip.load(tmp_path)
+
+
+def huggingface(activation="quick_gelu", text_changes=None, **vision_changes):
     text, vision = karlo_folders.clip_settings(dataclasses.replace(CONFIG, activation=activation))
+    text, vision = text | (text_changes or {}), vision | vision_changes
     settings = transformers.CLIPConfig(
         projection_dim=CONFIG.embed_dim, text_config=text, vision_config=vision
     )
     return karlo_folders.randomise(transformers.CLIPModel(settings), 0)
 
 
-def hf_embeddings(model):
+def hf_embeddings(model, config=CONFIG, tokens=TOKENS):
     with torch.no_grad():
-        text = model.text_model(torch.from_numpy(np.array(TOKENS)))
-        vision = model.vision_model(pixels_of(IMAGES))
+        text = model.text_model(torch.from_numpy(np.array(tokens)))
+        vision = model.vision_model(pixels_of(IMAGES, config))
         z_i = model.visual_projection(vision.pooler_output)
         return z_i, model.text_projection(text.pooler_output)
 
@@ -220,6 +305,133 @@ def test_huggingface_by_the_command(activation, tmp_path):
     part = load_part(tmp_path / "ours", kind="clip")
     assert part.stage.unit_embeddings
     check_embeddings(part, *hf_embeddings(model))
+
+
+def edit(path, change):
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+
+
+# Each caption has ids 2, 7, 38 and 39 once or twice, in another order.
+MANY_ENDS = jnp.array([[38, 5, 2, 7, 39, 3, 7, 2, 0], [1, 39, 7, 3, 38, 2, 39, 7, 0]])
+
+
+@pytest.mark.parametrize("end", [7, 38, 39, 2])
+def test_text_is_pooled_where_transformers_pools(end, tmp_path):
+    """2 is an old mistake of many files: transformers then reads where the highest id is."""
+    model = huggingface(text_changes={"eos_token_id": end})
+    model.save_pretrained(tmp_path / "theirs")
+    convert(["clip", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
+    part = load_part(tmp_path / "ours")
+    check_embeddings(part, *hf_embeddings(model, tokens=MANY_ENDS), tokens=MANY_ENDS)
+
+
+def test_legacy_settings_are_read_as_transformers_reads_them(tmp_path):
+    """Old files say text_config_dict, which counts before text_config."""
+    model = huggingface("gelu")
+    model.save_pretrained(tmp_path)
+
+    def as_of_old(settings):
+        for name in ("text_config", "vision_config"):
+            settings[f"{name}_dict"] = settings.pop(name)
+        settings["text_config"] = {"hidden_size": 999, "num_attention_heads": 9}
+
+    edit(tmp_path / "config.json", as_of_old)
+    check_embeddings(clip.load(tmp_path), *hf_embeddings(model))
+
+
+def test_towers_with_perceptrons_of_their_own_width(tmp_path):
+    """bigG's is 8192 / 1664 of the width, which no float is exactly."""
+    model = huggingface("gelu", intermediate_size=173)
+    model.save_pretrained(tmp_path)
+    check_embeddings(clip.load(tmp_path), *hf_embeddings(model))
+    for hidden, width in ((8192, 1664), (6144, 1408), *((h, 97) for h in range(1, 400))):
+        assert int(width * clip._ratio(hidden, width)) == hidden
+
+
+def test_pixels_are_normalised_as_the_folder_says(tmp_path):
+    model = huggingface()
+    model.save_pretrained(tmp_path)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    processor = transformers.CLIPImageProcessor(
+        size=14, crop_size=14, image_mean=list(mean), image_std=list(std)
+    )
+    processor.save_pretrained(tmp_path)
+    convert(["clip", str(tmp_path), "--out", str(tmp_path / "ours")])
+    config = dataclasses.replace(CONFIG, pixel_mean=mean, pixel_std=std)
+    part = load_part(tmp_path / "ours")
+    assert part.stage.model == config
+    check_embeddings(part, *hf_embeddings(model, config))
+    edit(tmp_path / "preprocessor_config.json", lambda s: s.update(do_normalize=False))
+    config = dataclasses.replace(CONFIG, pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3)
+    check_embeddings(clip.load(tmp_path), *hf_embeddings(model, config))
+    for change, message in (
+        ({"size": {"height": 14, "width": 14}}, "size: got .*'height': 14.*shorter side"),
+        ({"resample": 2}, "resample: got 2, expected 3"),
+        ({"do_center_crop": False}, "do_center_crop: got False"),
+        ({"crop_size": 28}, "crop_size"),
+        ({"rescale_factor": 1.0}, "rescale_factor: got 1.0, expected 1/255"),
+        ({"image_mean": [0.5]}, "mean of the pixels"),
+    ):
+        processor.save_pretrained(tmp_path)
+        edit(tmp_path / "preprocessor_config.json", lambda s, c=change: s.update(c))
+        with pytest.raises(UserError, match=message):
+            clip.load(tmp_path)
+
+
+CAPTIONS = [
+    "a photo of a cat", "", "the ‘curly’ “quotes”", "&lt;b&gt; &amp; entities",
+    "naïve café ΟΔΥΣΣΕΥΣ", "🍎 red apple", "ﬁne ａｂ", "spelled <|endoftext|> out!",
+    "many words " * 9, "schÃ¶n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["CLIP's vocabulary", "another"])
+def test_the_folders_tokenizer_travels(odd, tmp_path):
+    """The ids of AutoTokenizer, from the public folder and from ours, padding included."""
+    config = dataclasses.replace(CONFIG, vocab_size=700)
+    text, vision = karlo_folders.clip_settings(config)
+    settings = transformers.CLIPConfig(projection_dim=11, text_config=text, vision_config=vision)
+    transformers.CLIPModel(settings).save_pretrained(tmp_path / "theirs")
+    Tokenizer(9, 700).save(tmp_path / "theirs")
+    if odd:
+        merges = tmp_path / "theirs" / "merges.txt"
+        merges.write_text("\n".join(merges.read_text().splitlines()[:150]) + "\n")
+        edit(tmp_path / "theirs" / "tokenizer_config.json", lambda s: s.update(pad_token="!"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    expected = theirs(CAPTIONS, padding="max_length", truncation=True, max_length=9).input_ids
+    convert(["clip", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
+    size = (tmp_path / "ours" / "config.json").stat().st_size
+    assert size < 6_000 or odd  # CLIP's own vocabulary is not written again
+    with pytest.warns(UserWarning, match="longer than 9 tokens"):
+        for part in (clip.load(tmp_path / "theirs"), load_part(tmp_path / "ours")):
+            np.testing.assert_array_equal(tokenizer(part).encode(CAPTIONS), expected)
+        assert not np.array_equal(Tokenizer(9, 700).encode(CAPTIONS[2:3]), expected[2:3])
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    huggingface().save_pretrained(tmp_path)
+    Tokenizer(9, 700).save(tmp_path)
+    with pytest.raises(UserError, match="eos_token_id is 39, but its tokenizer ends a text with"):
+        clip.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        clip.load(tmp_path)
+
+
+def test_a_folder_is_read_without_pytorch(tmp_path):
+    """As where torch is not installed; transformers says nothing of it."""
+    huggingface().save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(size=14, crop_size=14).save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from unclip_jax.weights.convert import clip\n"
+        "assert 'transformers' not in sys.modules\n"
+        f"print(clip.load({str(tmp_path)!r}).stage.model.vocab_size)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("40\n", "")
 
 
 def test_towers_cut_apart(tmp_path):
@@ -245,8 +457,11 @@ def test_towers_cut_apart(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "siglip", "model_type 'siglip'"),
-        ("vision_config", None, "no vision_config"),
+        ("model_type", "siglip", "model_type: got 'siglip', expected clip or"),
+        ("vision_config", None, "do not fit"),  # transformers takes ViT-B/32 then
+        ("text_config", {"hidden_size": "16"}, "transformers refuses it"),
+        ("text_config", {"hidden_act": "relu"}, "towers differ in hidden_act"),
+        ("text_config", {"eos_token_id": 50000}, "eos_token_id: got 50000, expected one id below"),
         ("projection_dim", 12, "do not fit"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_sentencepiece_model_alone_says_how_to_convert_it(tmp_path):
 
 
 def test_wrong_arguments_are_named(folder, tmp_path):
-    with pytest.raises(UserError, match="context_length: 1: expected at least 2"):
+    with pytest.raises(UserError, match="context_length: got 1, expected an integer, 2 or more"):
         T5Tokenizer(folder, 1)
     with pytest.raises(UserError, match=r"nowhere.*no such folder"):
         T5Tokenizer(tmp_path / "nowhere", 8)

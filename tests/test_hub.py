@@ -115,7 +115,7 @@ def test_a_download_writes_nothing_outside_the_cache(served, tmp_path, second):
     address, hub_of = served
     hub_of.names = ("model_index.json", second.format(root=tmp_path))
     script = (
-        "from unclip_jax import errors, hub\n"
+        "from unclip_jax import errors\nfrom unclip_jax.weights import hub\n"
         "errors.run_command(lambda _: print(hub.local_folder('someone/karlo')), [])"
     )
     env = environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "home"), NO_PROXY="127.0.0.1")

@@ -25,7 +25,7 @@ FLOORS = (
 RESERVED = {
     "flax": {"models"},
     "torch": set(),
-    "transformers": set(),
+    "transformers": {"weights"},
     "diffusers": set(),
     "tensorflow": set(),
     "pickle": set(),

@@ -54,7 +54,7 @@ def batches(
     drop_remainder: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-    encoder: TextEncoder | None = None,
+    encoder: TextEncoder | Encoder | None = None,
 ) -> Batches:
     """An iterator of batches, endless unless `epochs` says otherwise.
 
@@ -75,8 +75,8 @@ def batches(
         process_index: which share of the data this is. A share is commonly a process's,
             `jax.process_index()`; processes that feed the same rows of a batch have the same one.
         process_count: how many shares there are.
-        encoder: a frozen network whose tokens and states of the captions batches hold; None for
-            CLIP's tokens alone, of the config's context length and vocabulary.
+        encoder: a frozen network whose tokens and states of the captions batches hold, or the
+            tokenizer alone; None for this package's, of the config's context length and vocabulary.
 
     Raises:
         UserError: an argument has no meaning, or the data set has an end and holds fewer pairs
@@ -128,7 +128,8 @@ def batches(
         "process_count": process_count,
         "batch_size": batch_size,
     }
-    return Batches(iter(batched), examples, settings, encoder)
+    reads = None if isinstance(encoder, Encoder) else encoder
+    return Batches(iter(batched), examples, settings, reads)
 
 
 class Batches:
@@ -271,14 +272,18 @@ class _Examples:
     """
 
     def __init__(
-        self, source: Source, config: DataConfig, encoder: TextEncoder | None, reachable: int
+        self,
+        source: Source,
+        config: DataConfig,
+        encoder: TextEncoder | Encoder | None,
+        reachable: int,
     ):
         self.source = source
         self.earlier = Positions()
         self.bad: set[int] = set()
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
         ours = Tokenizer(config.context_length, config.vocab_size)
-        self.captions = Captions(source.name, encoder.tokenizer if encoder else ours)
+        self.captions = Captions(source.name, getattr(encoder, "tokenizer", encoder) or ours)
         self._size = config.image_size
         self._takes_tokens = encoder is None  # those a record has: they are the config's
         self._reachable = reachable

@@ -39,11 +39,13 @@ class ClipConfig:
         vision_layers, vision_heads: blocks, and attention heads, of the image tower.
         text_width: features of a token; a multiple of `text_heads`.
         text_layers, text_heads: likewise of the text tower.
-        vocab_size: tokens in the vocabulary; the last id ends a caption.
+        vocab_size: tokens in the vocabulary.
         context_length: most tokens in a caption.
         embed_dim: dimension of the shared space.
         activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact).
         mlp_ratio: hidden width of both towers' perceptrons over the width.
+        vision_mlp_ratio: that of the image tower, where it differs; 0 stands for `mlp_ratio`.
+        end_token: the id that ends a caption, where z_t is read; -1 stands for the last one.
         pixel_mean, pixel_std: of each channel, of pixels in [0, 1].
         towers: "both", or "text" or "image" where the weights hold one tower only.
         dtype: compute dtype.
@@ -63,6 +65,8 @@ class ClipConfig:
     embed_dim: int = 768
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
+    vision_mlp_ratio: float = 0.0
+    end_token: int = -1
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     towers: str = "both"
@@ -81,15 +85,23 @@ class ClipConfig:
         check_heads(self, "text_width", "text_heads")
         checks.choice("ClipConfig.activation", self.activation, ACTIVATIONS)
         check(self, "mlp_ratio", self.mlp_ratio > 0, "a positive number")
+        check(self, "vision_mlp_ratio", self.vision_mlp_ratio >= 0, "a positive number, or 0")
+        known = -1 <= self.end_token < self.vocab_size
+        check(self, "end_token", known, f"an id below vocab_size = {self.vocab_size}, or -1")
         for field in ("pixel_mean", "pixel_std"):
             as_tuple(self, field)
             check(self, field, len(getattr(self, field)) == 3, "three numbers, one per channel")
         check(self, "pixel_std", all(s > 0 for s in self.pixel_std), "positive numbers")
         check_compute(self)
 
-    def transformer(self, layers: int, heads: int) -> Transformer:
+    @property
+    def end(self) -> int:
+        """The id that ends a caption."""
+        return self.vocab_size - 1 if self.end_token < 0 else self.end_token
+
+    def transformer(self, layers: int, heads: int, mlp_ratio: float) -> Transformer:
         """The Transformer of a tower, in the body of its module."""
-        settings = self.mlp_ratio, self.activation, self.dtype, self.remat
+        settings = mlp_ratio, self.activation, self.dtype, self.remat
         return Transformer(layers, heads, *settings, name="transformer")
 
 
@@ -126,7 +138,7 @@ class VisionTower(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (b, 1, width)), patches], axis=1)
         x = x + self.param("positions", small, (x.shape[1], width)).astype(c.dtype)[None]
         x = layer_norm("norm_in")(x)
-        x = c.transformer(c.vision_layers, c.vision_heads)(x)
+        x = c.transformer(c.vision_layers, c.vision_heads, c.vision_mlp_ratio or c.mlp_ratio)(x)
         return layer_norm("norm_out")(x[:, 0])
 
 
@@ -148,7 +160,7 @@ class TextTower(nn.Module):
         small = nn.initializers.normal(0.01)
         positions = self.param("positions", small, (c.context_length, c.text_width))
         x = embed(tokens) + positions[None, :length]
-        x = c.transformer(c.text_layers, c.text_heads)(x, causal_mask(length))
+        x = c.transformer(c.text_layers, c.text_heads, c.mlp_ratio)(x, causal_mask(length))
         return layer_norm("norm_out")(x)
 
 
@@ -193,8 +205,8 @@ class Clip(nn.Module):
     def encode_text(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Text embeddings z_t, projected but not normalised, and the states they are read from.
 
-        z_t is read at the first end-of-text token, id `vocab_size - 1`. Every caption must have
-        one: without it the state at position 0 would be read.
+        z_t is read at the first end-of-text token, id `config.end`. Every caption must have one:
+        without it the state at position 0 would be read.
 
         Args:
             tokens: `[b, l]` int, with l at most `context_length`.
@@ -208,7 +220,7 @@ class Clip(nn.Module):
         """
         self._check_tower("text")
         states = self.text(tokens)
-        end = jnp.argmax(tokens == self.config.vocab_size - 1, axis=-1)
+        end = jnp.argmax(tokens == self.config.end, axis=-1)
         pooled = jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
         return self.text_projection(pooled), states
 

@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 
 from unclip_jax import stages
 from unclip_jax.common import checks
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.diffusion import progress as loops
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
@@ -35,7 +34,7 @@ from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.convert import karlo
 from unclip_jax.weights.t5 import T5, load_described
-from unclip_jax.weights.trained import Part, clip_fingerprint, in_dtype, load_parts
+from unclip_jax.weights.trained import Part, clip_fingerprint, in_dtype, load_parts, tokenizer
 
 # Called as progress(stage, done, steps), in order and at last with done = steps. What it raises
 # ends the sampling.
@@ -201,8 +200,7 @@ class UnCLIP:
 
     def tokens(self, part: Part, prompts: Sequence[str]) -> np.ndarray:
         """Prompts as the token ids [b, l] that one part reads."""
-        context_length, vocab_size = part.stage.context
-        return Tokenizer(context_length=context_length, vocab_size=vocab_size).encode(list(prompts))
+        return tokenizer(part).encode(list(prompts))
 
     def embed_text(self, prompts: Sequence[str]) -> jax.Array:
         """z_t [b, e] of b captions."""

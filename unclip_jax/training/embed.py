@@ -39,7 +39,7 @@ from unclip_jax.data.embeddings.writer import (
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed
 from unclip_jax.stages.pixels import to_float
-from unclip_jax.weights.trained import Part, clip_fingerprint, load_part
+from unclip_jax.weights.trained import Part, clip_fingerprint, load_part, tokenizer
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where it goes into a log
 SECONDS_BETWEEN_LOOKS = 2.0  # at what the other processes have finished
@@ -142,7 +142,8 @@ def main(argv: list[str]) -> None:
         compute(
             source, encoder(clip, devices), args.out, meta,
             image_size=clip.stage.image_size, batch_size=args.batch_size,
-            threads=threads_for(data), process_index=index, process_count=count, on_pairs=show,
+            tokenizer=tokenizer(clip), threads=threads_for(data),
+            process_index=index, process_count=count, on_pairs=show,
         )  # fmt: skip
         written = bar.n
     # JAX takes a process that leaves minutes before the others for a failure of the run.

@@ -19,6 +19,7 @@ from unclip_jax import stages
 from unclip_jax.data.batches import TextEncoder, batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import Source
+from unclip_jax.data.tokenizer import Encoder
 from unclip_jax.metrics import pca
 from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.psnr import psnr
@@ -47,7 +48,7 @@ class Held:
     """
 
     def __init__(
-        self, source: Source, data: DataConfig, previews: int, encoder: TextEncoder | None
+        self, source: Source, data: DataConfig, previews: int, encoder: TextEncoder | Encoder | None
     ) -> None:
         """Keep what is needed to read `source`; the first `previews` pairs are previewed."""
         self._source, self._data, self._previews = source, data, previews

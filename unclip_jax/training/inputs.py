@@ -22,7 +22,7 @@ from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.weights import classes
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
-from unclip_jax.weights.trained import Part, load_part
+from unclip_jax.weights.trained import Part, load_part, tokenizer
 
 EMBED_BATCH = 64
 
@@ -160,6 +160,8 @@ def cached_embeddings(
     """The folder in the cache with a source's embeddings, which are computed the first time."""
     length = "unit" if clip.stage.unit_embeddings else "projected"
     folder = cache / f"{of_clip['clip_fingerprint']}-{length}-{source.fingerprint}"
+    if "tokenizer" in clip.description:  # its own; without, captions have this package's ids
+        folder = folder.with_name(f"{folder.name}-own-tokens")
     if folder.exists():
         return folder
     seen = data_for(clip.stage, data)
@@ -183,6 +185,7 @@ def cached_embeddings(
             folder,
             meta,
             image_size=seen.image_size,
+            tokenizer=tokenizer(clip),
             batch_size=EMBED_BATCH,
             threads=batches.threads_for(seen),
             on_pairs=lambda done, of: bar.update(done - bar.n),

@@ -20,6 +20,7 @@ from unclip_jax.data import batches, datasets
 from unclip_jax.data.batches import Batches, TextEncoder
 from unclip_jax.data.embeddings import store
 from unclip_jax.data.records import Source
+from unclip_jax.data.tokenizer import Encoder, FileTokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
@@ -95,7 +96,8 @@ class Run:
         preview: pictures with captions, made with the EMA params.
         export: the params of the stage, made of those that trained.
         description: what a checkpoint or model folder says of itself.
-        encoder: the frozen text encoder, where the stage reads its states.
+        encoder: the frozen text encoder, where the stage reads its states; or the tokenizer,
+            where it is another than this package's.
     """
 
     stage: stages.Stage
@@ -109,7 +111,7 @@ class Run:
     preview: Preview
     export: Callable[[Params], Params]
     description: dict[str, Any]
-    encoder: TextEncoder | None
+    encoder: TextEncoder | Encoder | None
 
     def batches(self) -> Batches:
         """The endless training batches: this process's share of each."""
@@ -152,6 +154,11 @@ def prepare(config: Mapping[str, Any]) -> Run:
     heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
     heldout = datasets.load(heldout_data, needs_images=needs_images)
     description = describe(given, stage, source, origin)
+    if origin is not None and stage.kind == "clip":
+        trained = model_folder.read_description(origin.folder)
+        if "tokenizer" in trained:
+            description["tokenizer"] = trained["tokenizer"]
+            encoder = FileTokenizer.of(trained["tokenizer"], stage.context[0])
     if isinstance(encoder, T5):
         description["t5"] = {"fingerprint": encoder.fingerprint, "dtype": encoder.config.dtype}
     if clip is not None:

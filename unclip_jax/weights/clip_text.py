@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.tokenizer import Encoder
 from unclip_jax.stages import ClipStage
 from unclip_jax.stages.conditioning import text_mask
+from unclip_jax.weights import trained
 from unclip_jax.weights.trained import Part
 
 
@@ -28,6 +29,7 @@ class ClipText:
 
     stage: ClipStage
     params: dict[str, Any]
+    tokenizer: Encoder
 
     @classmethod
     def of(cls, clip: Part) -> ClipText:
@@ -35,18 +37,14 @@ class ClipText:
         model = dataclasses.replace(clip.stage.model, towers="text")
         network = clip.params["network"]
         tower = {name: network[name] for name in ("text", "text_projection")}
-        return cls(dataclasses.replace(clip.stage, model=model), {"network": tower})
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """CLIP's own."""
-        return Tokenizer(*self.stage.context)
+        stage = dataclasses.replace(clip.stage, model=model)
+        return cls(stage, {"network": tower}, trained.tokenizer(clip))
 
     def encode(self, tokens: np.ndarray | jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Ids [b, l] to z_t [b, e], and to what `states` gives."""
         tokens = jnp.asarray(tokens)
         z_t, states = _encode(self.stage, self.params, tokens)
-        mask = text_mask(tokens, self.stage.context[1])
+        mask = text_mask(tokens, self.stage.model.end + 1)
         return z_t, {"text_states": states, "text_mask": mask}
 
     def states(self, tokens: np.ndarray | jax.Array) -> dict[str, jax.Array]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint, flatten
+from unclip_jax.data.tokenizer import Encoder, FileTokenizer, Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.weights import folder as model_folder
@@ -31,6 +32,14 @@ def clip_fingerprint(clip: Part) -> str:
     fingerprint in its description; the stages that stand on it name that one.
     """
     return clip.description.get("fingerprint") or fingerprint(clip.params)
+
+
+def tokenizer(part: Part) -> Encoder:
+    """What makes the tokens that a stage reads: public weights' own, or that of this package."""
+    length, vocab_size = part.stage.context
+    if "tokenizer" in part.description:
+        return FileTokenizer.of(part.description["tokenizer"], length)
+    return Tokenizer(length, vocab_size)
 
 
 def find_parts(folder: Path) -> dict[str, list[Path]]:

@@ -26,7 +26,7 @@ from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import FIRST, HELDOUT, META, VALID, Meta, Pair, ShardWriter
 from unclip_jax.data.images import square
 from unclip_jax.data.records import BadRecord, Source, is_heldout
-from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.tokenizer import Encoder, Tokenizer
 from unclip_jax.errors import UserError
 
 Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
@@ -48,6 +48,7 @@ def compute(
     image_size: int,
     batch_size: int,
     threads: int,
+    tokenizer: Encoder | None = None,
     process_index: int = 0,
     process_count: int = 1,
     on_pairs: Callable[[int, int], None] = lambda done, of: None,
@@ -63,6 +64,7 @@ def compute(
         meta: what the store will say of itself.
         image_size: s, CLIP's, in pixels.
         batch_size: pairs encoded at once.
+        tokenizer: makes the tokens of captions; None for this package's, of meta's sizes.
         threads: that read and decode ahead, such as `batches.threads_for` gives.
         process_index: this process.
         process_count: how many there are.
@@ -76,7 +78,7 @@ def compute(
     _agree(folder, meta)
     mine = [s for s in _missing(folder, meta) if s % process_count == process_index]
     total = sum(len(meta.shard_pairs(s)) for s in mine)
-    examples = _Examples(source, meta, image_size)
+    examples = _Examples(source, meta, image_size, tokenizer)
     numbers = itertools.chain.from_iterable(map(meta.shard_pairs, mine))
     with contextlib.closing(_ahead(examples, numbers, threads, 2 * batch_size)) as read:
         pairs = _encoded(read, encode, batch_size, source.name)
@@ -115,7 +117,7 @@ def compute_whole(
     """`compute` in one process; the folder appears once all of it is there, or is left as it is.
 
     For a cache that several processes may want to fill at once: the first one's stays. `settings`
-    are `image_size`, `batch_size`, `threads` and `on_pairs`.
+    are those of `compute` from `image_size` to `tokenizer`, and `on_pairs`.
     """
     folder = pathlib.Path(folder).expanduser()
     if folder.exists():
@@ -144,9 +146,10 @@ def _agree(folder: Folder, meta: Meta) -> None:
 class _Examples:
     """Index -> a pair without its embeddings, and its pixels, if it has any. For threads."""
 
-    def __init__(self, source: Source, meta: Meta, image_size: int):
+    def __init__(self, source: Source, meta: Meta, image_size: int, tokenizer: Encoder | None):
         self._source, self._size = source, image_size
-        self._captions = Captions(source.name, Tokenizer(meta.context_length, meta.vocab_size))
+        own = tokenizer or Tokenizer(meta.context_length, meta.vocab_size)
+        self._captions = Captions(source.name, own)
         self._blank = np.zeros((image_size, image_size, 3), np.uint8)
         self._no_tokens = np.zeros(meta.context_length, np.int32)
 

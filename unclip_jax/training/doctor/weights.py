@@ -116,7 +116,8 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     batch = dict(next(batches(source, inputs.data_for(stage, data), encoder=encoder, **size)))
     if part is not None and "z_i" not in batch:
         seen = inputs.data_for(part.stage, data)
-        pairs = next(batches(datasets.load(seen), seen, **size))
+        own = trained.tokenizer(part)
+        pairs = next(batches(datasets.load(seen), seen, encoder=own, **size))
         batch["z_i"] = encode_image(part.stage, part.params, pairs["image"])
         batch["z_t"] = encode_text(part.stage, part.params, pairs["tokens"])
     return {name: jnp.asarray(array) for name, array in batch.items()}

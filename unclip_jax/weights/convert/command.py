@@ -40,6 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("source", metavar="SOURCE", help="a folder, a hub name, or OpenAI's file")
     add("--out", required=True, metavar="DIR", help="the stage folder to write")
     add("--dtype", choices=DTYPES, default="", help=help_dtype)
+    add("--arch", choices=clip.ARCHS, default="", metavar="NAME",
+        help="of a file that does not say what it is: " + ", ".join(clip.ARCHS))  # fmt: skip
     add = kinds.add_parser("diffusers", help="a Karlo of ours to diffusers' layout").add_argument
     add("source", metavar="MODEL", help="a model folder, as `karlo` writes it")
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
@@ -74,7 +76,8 @@ def main(argv: list[str]) -> None:
         for name, part in karlo.read(folders, args.dtype):
             save(out / name, part, args.dtype)
     elif args.kind == "clip":
-        save(out, clip.load(hub.local_folder(args.source), dtype=args.dtype), args.dtype)
+        part = clip.load(hub.local_folder(args.source), dtype=args.dtype, arch=args.arch)
+        save(out, part, args.dtype)
     else:
         for name in to_diffusers.diffusers(hub.local_folder(args.source), out):
             print(f"{out / name}")

@@ -38,16 +38,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def weights_in(folder: Path, stems: Sequence[str] = STEMS) -> Path:
+def weights_in(folder: Path, stems: Sequence[str] = STEMS, needed: bool = True) -> Path | None:
     """The weight file, or the index of its shards, in a network's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; where none is `needed`, None is returned instead.
     """
     names = [stem + ending for ending in _ENDINGS for stem in stems]
     for name in names:
         if (folder / name).is_file():
             return folder / name
+    if not needed:
+        return None
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; copy or download the whole model again")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"

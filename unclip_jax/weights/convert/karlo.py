@@ -163,7 +163,13 @@ def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part
         return karlo_configs.read_scheduler(read_json(path), steps, str(path))
 
     towers = [find("text_encoder"), find("image_encoder", needed=False)]
-    part = clip.load_huggingface([t for t in towers if t], dtype=dtype, unit_embeddings=False)
+    part = clip.load_huggingface(
+        [t for t in towers if t],
+        tokenizer=find("tokenizer", needed=False),
+        pixels=find("feature_extractor", needed=False),
+        dtype=dtype,
+        unit_embeddings=False,
+    )
     yield "clip", part
     mark, empty = part.description["fingerprint"], _empty_caption(part)
     folder = find("prior", needed=False)
@@ -210,7 +216,7 @@ def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part
 def _read_original(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part]]:
     """As the original program: networks of one size, x_0 of the prior clipped at 10."""
     files = {kind: _original_file(folders, kind) for kind in ORIGINAL}
-    part = clip.load(files["clip"], dtype=dtype, unit_embeddings=False)
+    part = clip.load(files["clip"], dtype=dtype, unit_embeddings=False, arch="openai")
     yield "clip", part
     mark, empty = part.description["fingerprint"], _empty_caption(part)
     cosine = Diffusion(schedule="cosine", variance="fixed_small_log")

@@ -6,37 +6,19 @@ safetensors or PyTorch's format; in one file or in shards with an index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.common import checks
 from unclip_jax.errors import UserError
 from unclip_jax.models.t5 import T5Config, T5Encoder
-from unclip_jax.weights.convert.folders import read_json, weights_in
+from unclip_jax.weights.convert.folders import weights_in
+from unclip_jax.weights.convert.huggingface import CONFIG_FILE, read_config
 from unclip_jax.weights.convert.tables import Params, Row, Tensors, row, to_ours
 from unclip_jax.weights.convert.tensor_files import open_tensors
 
-CONFIG_FILE = "config.json"
-
-# Their name of each field of ours that is a size.
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "width": "d_model",
-    "layers": "num_layers",
-    "heads": "num_heads",
-    "head_dim": "d_kv",
-    "mlp_width": "d_ff",
-}
-# Fields that the first T5's config.json lacks, and what the code then took.
-_LATER = {
-    "feed_forward_proj": "relu",
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "layer_norm_epsilon": 1e-6,
-}
 _PERCEPTRONS = {"relu": "relu", "gated-gelu": "gated_gelu"}
 
 
@@ -59,37 +41,25 @@ def t5_table(config: T5Config) -> list[Row]:
     ]
 
 
-def t5_config(settings: Mapping[str, Any], origin: str, dtype: str = "float32") -> T5Config:
-    """Our config from the settings in a T5's `config.json`.
-
-    Args:
-      settings: what the file holds.
-      origin: the file's name, for messages.
-      dtype: compute dtype, which the file does not say.
+def t5_config(path: Path, dtype: str = "float32") -> T5Config:
+    """Our config of a T5's `config.json`; `dtype` is the compute dtype.
 
     Raises:
-      UserError: the settings are no T5's, or of one with other parts than ours.
+        UserError: the settings are no T5's, or of one with other parts than ours.
     """
-    missing = [name for name in ("model_type", *_SIZES.values()) if name not in settings]
-    if missing:
-        raise UserError(f"{origin}: without {', '.join(missing)}; expected the config.json of a T5")
-    settings = _LATER | dict(settings)
-    allowed = {
-        "model_type": ("t5", "mt5"),
-        "feed_forward_proj": tuple(_PERCEPTRONS),
-        "layer_norm_epsilon": (1e-6,),
-    }
-    for name, values in allowed.items():
-        if settings[name] not in values:
-            raise UserError(
-                f"{origin}: {name} is {settings[name]!r}, expected"
-                f" {' or '.join(map(str, values))}; give the folder of a T5 or T5 v1.1"
-            )
+    found = read_config(path, ("t5", "mt5"))
+    checks.choice(f"{path}: feed_forward_proj", found.feed_forward_proj, _PERCEPTRONS)
+    checks.choice(f"{path}: layer_norm_epsilon", found.layer_norm_epsilon, (1e-6,))
     return T5Config(
-        **{ours: settings[theirs] for ours, theirs in _SIZES.items()},
-        perceptron=_PERCEPTRONS[settings["feed_forward_proj"]],
-        buckets=settings["relative_attention_num_buckets"],
-        max_distance=settings["relative_attention_max_distance"],
+        vocab_size=found.vocab_size,
+        width=found.d_model,
+        layers=found.num_layers,
+        heads=found.num_heads,
+        head_dim=found.d_kv,
+        mlp_width=found.d_ff,
+        perceptron=_PERCEPTRONS[found.feed_forward_proj],
+        buckets=found.relative_attention_num_buckets,
+        max_distance=found.relative_attention_max_distance,
         dtype=dtype,
     )
 
@@ -113,7 +83,7 @@ def load_t5(folder: str | Path, dtype: str = "float32") -> tuple[T5Config, Param
             f"T5 {str(folder)!r}: no such folder; expected one with {CONFIG_FILE},"
             f" model.safetensors and tokenizer.json, such as a copy of google/t5-v1_1-small"
         )
-    config = t5_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE), dtype)
+    config = t5_config(folder / CONFIG_FILE, dtype)
     weights = weights_in(folder)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), bool)

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from unclip_jax import stages
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.models import ClipConfig
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.convert import clip_names, karlo_configs, karlo_names
+from unclip_jax.weights.convert import clip_names, huggingface, karlo_configs, karlo_names
 from unclip_jax.weights.convert.karlo import INDEX
 from unclip_jax.weights.convert.tables import Tensors, to_theirs
-from unclip_jax.weights.trained import Part, find_parts, load_part
+from unclip_jax.weights.trained import Part, find_parts, load_part, tokenizer
 
 Settings = dict[str, Any]
 
@@ -150,16 +149,19 @@ def _write_clip(part: Part, out: Path) -> Iterator[_Component]:
         _write_json(out / name / "config.json", about | settings(config))
         yield name, "transformers", class_name
     if "vision" in network:
-        _write_json(out / "feature_extractor" / "preprocessor_config.json", _pixels(config))
+        _write_json(
+            out / "feature_extractor" / "preprocessor_config.json",
+            huggingface.pixel_settings(config),
+        )
         yield "feature_extractor", "transformers", "CLIPImageProcessor"
-    Tokenizer(config.context_length, config.vocab_size).save(out / "tokenizer")
+    tokenizer(part).save(out / "tokenizer")
     yield "tokenizer", "transformers", "CLIPTokenizer"
 
 
-def _shared(config: ClipConfig, width: int, layers: int, heads: int) -> Settings:
+def _shared(config: ClipConfig, width: int, layers: int, heads: int, ratio: float) -> Settings:
     return {
         "hidden_size": width,
-        "intermediate_size": int(width * config.mlp_ratio),
+        "intermediate_size": int(width * ratio),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "projection_dim": config.embed_dim,
@@ -170,37 +172,24 @@ def _shared(config: ClipConfig, width: int, layers: int, heads: int) -> Settings
 
 def text_settings(config: ClipConfig) -> Settings:
     """config.json of transformers' text tower."""
-    shared = _shared(config, config.text_width, config.text_layers, config.text_heads)
+    sizes = config.text_width, config.text_layers, config.text_heads, config.mlp_ratio
+    shared = _shared(config, *sizes)
     return shared | {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "bos_token_id": config.vocab_size - 2,
-        "eos_token_id": config.vocab_size - 1,
+        "eos_token_id": config.end,
         "pad_token_id": 0,
     }
 
 
 def _vision_settings(config: ClipConfig) -> Settings:
-    shared = _shared(config, config.vision_width, config.vision_layers, config.vision_heads)
+    ratio = config.vision_mlp_ratio or config.mlp_ratio
+    shared = _shared(config, config.vision_width, config.vision_layers, config.vision_heads, ratio)
     return shared | {
         "image_size": config.image_size,
         "patch_size": config.patch,
         "num_channels": 3,
-    }
-
-
-def _pixels(config: ClipConfig) -> Settings:
-    """preprocessor_config.json of transformers' CLIPImageProcessor; 3 stands for bicubic."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": config.image_size,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "image_mean": list(config.pixel_mean),
-        "image_std": list(config.pixel_std),
-        "resample": 3,
-        "size": config.image_size,
     }
 
 
