@@ -1,6 +1,8 @@
 """The model in the package: whole, small, and obeying captions."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -35,6 +37,19 @@ def test_no_machine_is_named_in_it():
     for path in box.folder().rglob("config.json"):
         text = json.dumps(json.loads(path.read_text(encoding="utf-8")))
         assert "/" not in text.replace("configs/", "").replace("image/png", ""), path
+
+
+def test_drawing_with_the_box_imports_neither_transformers_nor_torch():
+    """They are for public weights; the package alone imports not even JAX."""
+    code = (
+        "import sys; import unclip_jax; assert 'jax' not in sys.modules\n"
+        "import jax; model = unclip_jax.UnCLIP.load()\n"
+        "keys = jax.random.split(jax.random.key(0), 1)\n"
+        "model.sample_prior(keys, ['a red apple'])\n"
+        "assert not {'transformers', 'torch', 'diffusers'} & set(sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}

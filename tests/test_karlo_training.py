@@ -16,7 +16,7 @@ from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.training import loop, lora, prepare
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.convert.command import main as convert
-from unclip_jax.weights.trained import load_part
+from unclip_jax.weights.trained import load_part, tokenizer
 
 # One level in each U-Net, and one block: the decoder makes 6 px, the upsampler 24.
 SIZES = karlo_folders.tiny(12, 3, 35, (1,), (6,), 6, 1, "quick_gelu")
@@ -288,6 +288,22 @@ def test_another_clip_is_refused(karlo, pictures, tmp_path):
         UserError, match=r"config\.clip: .* holds CLIP \w+, but .*prior' was trained"
     ):
         prepare.prepare(config)
+
+
+def test_a_converted_clip_trains_on_in_its_own_tokens(karlo, pictures, tmp_path):
+    """Whatever reads captions for it does so with the tokenizer that its folder brought."""
+    clip = load_part(karlo / "clip")
+    config = importlib.import_module("configs.emoji.clip").get_config("smoke")
+    config.data.update(name=str(pictures), split="all", cache_dir=str(tmp_path), cache_bytes=0)
+    config.update_from_flattened_dict({"heldout_split": "all", "init": str(karlo / "clip")})
+    config.stage = {"kind": "clip"}
+    config.train.batch_size = 4
+    run = prepare.prepare(config)
+    assert run.description["tokenizer"] == clip.description["tokenizer"]
+    batch = next(run.batches())
+    captions = [run.source[int(i)]["caption"] for i in batch["index"]]
+    np.testing.assert_array_equal(batch["tokens"], tokenizer(clip).encode(captions))
+    assert (batch["tokens"][:, -1] == clip.stage.model.end).all()  # padding as theirs, not 0
 
 
 def test_what_needs_a_folder_to_start_from_says_so(karlo, pictures):
