@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,42 +81,42 @@ def write(report: Report, folder: Path) -> None:
 
 def plot_sweep(sweep: list[Figures], path: Path) -> None:
     """Quality against fit to the caption, and precision and recall, along guidance scales."""
-    from matplotlib.figure import Figure
-
-    scales = [row["guidance_scale"] for row in sweep]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    scores, distances = ([row[name] for row in sweep] for name in ("clip_score", "frechet"))
-    left.plot(scores, distances, marker="o")
-    for scale, x, y in zip(scales, scores, distances, strict=True):
-        left.annotate(f"{scale:g}", (x, y), xytext=(5, 5), textcoords="offset points")
-    _label(left, "CLIP score (higher fits better)", "Fréchet distance (lower is nearer)")
-    for name in ("precision", "recall"):
-        right.plot(scales, [row[name] for row in sweep], marker="o", label=name)
-    right.legend(frameon=False)
-    _label(right, "guidance scale", "fraction")
-    _save(figure, path)
+    columns = {name: [row[name] for row in sweep] for name in sweep[0]}
+    scales, scores, distances = (columns[n] for n in ("guidance_scale", "clip_score", "frechet"))
+    with _two_panels(path) as (left, right):
+        left.plot(scores, distances, marker="o")
+        for scale, x, y in zip(scales, scores, distances, strict=True):
+            left.annotate(f"{scale:g}", (x, y), xytext=(5, 5), textcoords="offset points")
+        left.set(
+            xlabel="CLIP score (higher fits better)", ylabel="Fréchet distance (lower is nearer)"
+        )
+        for name in ("precision", "recall"):
+            right.plot(scales, columns[name], marker="o", label=name)
+        right.legend(frameon=False)
+        right.set(xlabel="guidance scale", ylabel="fraction")
 
 
 def plot_subsets(subsets: Subsets, path: Path) -> None:
     """Both scores of generated pictures against the accuracy on real ones, a dot per subset."""
+    with _two_panels(path) as panels:
+        for axes, name in zip(panels, ("own_class", "direction"), strict=True):
+            axes.scatter(getattr(subsets, name), subsets.accuracy, alpha=0.7)
+            axes.set(
+                xlabel=f"{name} of generated pictures", ylabel="zero-shot accuracy on real ones"
+            )
+
+
+@contextlib.contextmanager
+def _two_panels(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Two empty panels side by side, to be drawn in; then the figure is a PNG at `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = zip(figure.subplots(1, 2), ("own_class", "direction"), strict=True)
-    for axes, name in panels:
-        axes.scatter(getattr(subsets, name), subsets.accuracy, alpha=0.7)
-        _label(axes, f"{name} of generated pictures", "zero-shot accuracy on real ones")
-    _save(figure, path)
-
-
-def _label(axes: Any, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, path: Path) -> None:
+    panels = figure.subplots(1, 2)
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    yield panels
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

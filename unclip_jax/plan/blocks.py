@@ -51,13 +51,14 @@ class Block:
         return self.equation.params["jaxpr"]
 
     @property
+    def inputs(self) -> list[tuple[Any, PartitionSpec | None]]:
+        """The shape and the place of each input."""
+        return [(v.aval, s) for v, s in zip(self.equation.invars, self.specs, strict=True)]
+
+    @property
     def label(self) -> str:
         """The shapes of its largest input and of its output, without rows."""
-        stream = [
-            v.aval.shape[1:]
-            for v, spec in zip(self.equation.invars, self.specs, strict=True)
-            if spec is None and len(v.aval.shape) >= 3
-        ]
+        stream = [a.shape[1:] for a, s in self.inputs if s is None and len(a.shape) >= 3]
         out = self.equation.outvars[0].aval.shape[1:]
         sides = (max(stream, key=math.prod, default=out), out)
         return " -> ".join("x".join(map(str, side)) for side in sides)
@@ -131,15 +132,15 @@ class Split:
     def lowered(self, block: Block, *, backward: bool) -> jax.stages.Lowered:
         """A block ready to compile: forward, and then, if asked for, the backward pass."""
         whole = core.jaxpr_as_fun(core.ClosedJaxpr(block.jaxpr, ()))
-        avals = [v.aval for v in block.equation.invars]
-        places = [self.place(a, s) for a, s in zip(avals, block.specs, strict=True)]
-        inputs = [
-            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p)
-            for a, p in zip(avals, places, strict=True)
-        ]
+
+        def placed(aval: Any, spec: PartitionSpec | None) -> jax.ShapeDtypeStruct:
+            where = self.place(aval, spec)
+            return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=where)
+
+        inputs = [placed(*given) for given in block.inputs]
         if not backward:
             return jax.jit(whole).lower(*inputs)
-        moving = [i for i, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.floating)]
+        moving = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
         def both(args: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> Any:
             def apply(*floats: jax.Array) -> Any:
@@ -150,13 +151,10 @@ class Split:
             again = jax.checkpoint(apply, prevent_cse=True, policy=policy)
             out, pull = jax.vjp(again, *(args[i] for i in moving))
             grads = pull(list(cotangents))
-            where = [places[i] for i in moving]
+            where = [inputs[i].sharding for i in moving]
             return out, jax.lax.with_sharding_constraint(list(grads), where)
 
-        outs = [
-            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=self.place(v.aval, None))
-            for v in block.equation.outvars
-        ]
+        outs = [placed(v.aval, None) for v in block.equation.outvars]
         return jax.jit(both).lower(inputs, outs)
 
     def shell(self, *args: Any) -> Any:

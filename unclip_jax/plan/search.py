@@ -116,9 +116,7 @@ def row_bytes(split: Split) -> RowBytes:
         return aval.shape[:1] == (split.rows,)
 
     for block in split.blocks:
-        given = [v.aval for v in block.equation.invars]
-        places = list(zip(given, block.specs, strict=True))
-        own = [_bytes(aval) for aval, spec in places if spec is None and has_rows(aval)]
+        own = [_bytes(aval) for aval, spec in block.inputs if spec is None and has_rows(aval)]
         inputs = max(own, default=0)  # the others are shared
         results = [
             (equation.primitive.name, _bytes(v.aval))
@@ -128,7 +126,7 @@ def row_bytes(split: Split) -> RowBytes:
         ]
         products = sum(size for name, size in results if name in PRODUCTS)
         everything = sum(size for _, size in results)
-        weights = sum(math.prod(aval.shape) for aval, spec in places if spec is not None)
+        weights = sum(math.prod(aval.shape) for aval, spec in block.inputs if spec is not None)
         kept["full"] += block.count * inputs
         kept["dots"] += block.count * (inputs + products)
         kept["none"] += block.count * (inputs + everything)

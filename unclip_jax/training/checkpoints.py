@@ -39,17 +39,8 @@ T = TypeVar("T")
 
 # Settings of `train` that a resumed run may change: none of them touches what a step computes,
 # except that a cosine schedule ends at `steps`.
-CHANGEABLE = (
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.preview_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.best",
-    "train.best_is",
-    "train.if_damaged",
-)
+_FREE = "steps log_every eval_every preview_every checkpoint_every keep_checkpoints best best_is"
+CHANGEABLE = tuple(f"train.{name}" for name in (*_FREE.split(), "if_damaged"))
 
 _LISTED = 3
 _ITEMS = ("state", "data", "description")
@@ -334,15 +325,9 @@ class Checkpoints(Saved):
     ) -> None:
         """Begin to write a checkpoint; returns once the state is copied off the devices.
 
-        Args:
-            step: its number.
-            state: pytree of arrays.
-            positions: in the data, JSON-able as `description` is.
-            description: of the run.
-            figures: of the evaluation at this step, empty if there was none.
-
-        Raises:
-            UserError: this one or the one before could not be written.
+        The positions in the data and the description of the run are JSON-able; `figures` are of the
+        evaluation at this step, if there was one. UserError if this checkpoint or the one before
+        could not be written.
         """
         if step == self.latest():
             return
@@ -351,21 +336,19 @@ class Checkpoints(Saved):
             data=ocp.args.JsonSave(dict(positions)),
             description=ocp.args.JsonSave(dict(description)),
         )
-        self._check_space(step, state)
-        with self._writing(f"checkpoint {step}"):
-            self._manager.save(step, args=items, metrics=dict(figures) or None)
-
-    def _check_space(self, step: int, state: Any) -> None:
-        """Raise UserError if a checkpoint would not fit: better none than a part of one."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
+        size, free = (
+            sum(x.nbytes for x in jax.tree.leaves(state)),
+            shutil.disk_usage(self.folder).free,
+        )
+        if free < size:  # better no checkpoint than a part of one
             self._manager.wait_until_finished()
             raise UserError(
                 f"{self.folder}: checkpoint {step} would not fit ({size / 2**20:,.1f} MiB, and"
                 f" {free / 2**20:,.1f} MiB are free); free some space there, then run the same"
                 " command again"
             )
+        with self._writing(f"checkpoint {step}"):
+            self._manager.save(step, args=items, metrics=dict(figures) or None)
 
     def wait(self) -> None:
         """Wait until everything is on disk; UserError if it could not be written."""
@@ -390,8 +373,7 @@ class Checkpoints(Saved):
 
         Args:
             step: which one.
-            like: arrays or their `jax.ShapeDtypeStruct`, with the names, shapes, dtypes and
-                shardings to restore.
+            like: the names, shapes, dtypes and shardings to restore: arrays, or shapes with places.
 
         Raises:
             UserError: the checkpoint is damaged, or its params are other than those of `like`.
@@ -420,27 +402,20 @@ def in_float32(params: Params) -> Params:
 
 
 def check_description(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
-    """Raise UserError if the run to resume is described otherwise than this one.
-
-    The fields in `CHANGEABLE` may differ.
-    """
+    """Raise UserError if the run to resume and this one differ in more than `CHANGEABLE`."""
     before, now = _leaves(saved), _leaves(current)
     differing = [
-        name
+        f"{name} was {before.get(name, 'absent')}, now {now.get(name, 'absent')}"
         for name in sorted(before.keys() | now.keys())
         if name not in CHANGEABLE and before.get(name) != now.get(name)
     ]
-    if not differing:
-        return
-    shown = "; ".join(
-        f"{name} was {before.get(name, 'absent')}, now {now.get(name, 'absent')}"
-        for name in differing[:_LISTED]
-    )
-    more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
-    raise UserError(
-        f"workdir {str(where)!r}: holds a run with other settings: {shown}{more}; resume with the"
-        f" same ones (only {', '.join(CHANGEABLE)} may change) or use another workdir"
-    )
+    if differing:
+        more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+        raise UserError(
+            f"workdir {str(where)!r}: holds a run with other settings:"
+            f" {'; '.join(differing[:_LISTED])}{more}; resume with the same ones (only"
+            f" {', '.join(CHANGEABLE)} may change) or use another workdir"
+        )
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, str]:

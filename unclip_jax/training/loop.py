@@ -31,9 +31,9 @@ from unclip_jax.common.files import remove_leftovers, write_text
 from unclip_jax.common.params import TRAINED, is_weights
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import distributed, sharding
-from unclip_jax.training import checkpoints as resume
 from unclip_jax.training import lock, writers
 from unclip_jax.training import step as steps
+from unclip_jax.training.checkpoints import Checkpoints, check_description, disk_in_words
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.feed import BatchIterator, Feed
 from unclip_jax.training.optimizers import Params, make_optimizer, trained
@@ -74,7 +74,7 @@ class _Run:
     config: TrainConfig
     workdir: Path
     description: dict[str, Any]
-    checkpoints: resume.Checkpoints
+    checkpoints: Checkpoints
     report: writers.Report
     preemption: Preemption
     feed: Feed
@@ -151,19 +151,28 @@ def _kept(state: TrainState) -> TrainState:
 
 
 def _begin(
-    checkpoints: resume.Checkpoints,
+    checkpoints: Checkpoints,
     feed: Feed,
-    step: int,
+    described: dict[str, Any],
     init_params: Callable[[], Params],
     config: TrainConfig,
     mesh: Mesh,
-) -> TrainState:
-    """The first state, or, with data to match, that of checkpoint `step`: devices hold it once."""
+) -> tuple[int, TrainState]:
+    """The step to go on from and its state, with data to match; 0 and the first state if none is.
+
+    No device ever holds more than its part of one state.
+    """
+    step, workdir = checkpoints.resumable(), checkpoints.folder.parent
+    if step is not None:
+        check_description(checkpoints.item(step, "description"), described, workdir)
+        if step > config.steps:
+            at = f"at least {step}, where {str(workdir)!r} is already"
+            raise wrong("train.steps", config.steps, at, "raise it, or use another workdir")
     with jax.default_device(sharding.host_device()):  # one device may be too small for them
         params = init_params()
     optimizer = make_optimizer(config)
-    if not step:
-        return steps.sharded_state(params, optimizer, config, mesh)
+    if step is None:
+        return 0, steps.sharded_state(params, optimizer, config, mesh)
     like = steps.state_shapes(params, optimizer, config, mesh)
     state, positions = checkpoints.restore(step, like=_kept(like))
     feed.restore(positions)
@@ -172,7 +181,7 @@ def _begin(
         for name, part in params.items()
         if name not in state.params
     }
-    return state._replace(params=frozen | state.params)
+    return step, state._replace(params=frozen | state.params)
 
 
 def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> TrainState:
@@ -248,7 +257,7 @@ def train(
         config: settings of the loop.
         workdir: a local folder of this run alone; created if missing.
         description: JSON-able; a run resumes only under the same description (and the same
-            `config`, but for `resume.CHANGEABLE`).
+            `config`, but for `checkpoints.CHANGEABLE`).
         mesh: of all devices, by default along "data"; a run may resume on another mesh.
         evaluate: (averaged params, step) -> figures on held-out data.
         preview: (averaged params, step) -> uint8 images [h, w, 3] with captions.
@@ -277,10 +286,9 @@ def train(
     with (
         _owned(workdir),
         preemption.in_force(),
-        resume.Checkpoints(workdir / "checkpoints", config) as checkpoints,
+        Checkpoints(workdir / "checkpoints", config) as checkpoints,
     ):
-        start = _check_resumable(checkpoints, described, config, workdir)
-        state = _begin(checkpoints, feed, start, init_params, config, mesh)
+        start, state = _begin(checkpoints, feed, described, init_params, config, mesh)
         silent = not distributed.is_lead()
         report = writers.Report(workdir, config.steps, start, silent=silent)
         with contextlib.closing(report):
@@ -331,29 +339,12 @@ def _open_workdir(workdir: str | Path) -> Path:
 def _owned(workdir: Path) -> Iterator[None]:
     """`workdir` for this run alone, free of what killed ones left; a full disk in words."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(resume.disk_in_words(workdir))
+        stack.enter_context(disk_in_words(workdir))
         if distributed.is_lead():
             stack.enter_context(lock.hold(workdir))
             for folder in (workdir, workdir / "previews"):
                 remove_leftovers(folder)
         yield
-
-
-def _check_resumable(
-    checkpoints: resume.Checkpoints,
-    described: dict[str, Any],
-    config: TrainConfig,
-    workdir: Path,
-) -> int:
-    """The step to go on from, 0 if there is no checkpoint."""
-    start = checkpoints.resumable()
-    if start is None:
-        return 0
-    resume.check_description(checkpoints.item(start, "description"), described, workdir)
-    if start > config.steps:
-        at = f"at least {start}, where {str(workdir)!r} is already"
-        raise wrong("train.steps", config.steps, at, "raise it, or use another workdir")
-    return start
 
 
 def _introduce(run: _Run, params: Params, start: int) -> None:
