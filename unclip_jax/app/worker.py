@@ -1,8 +1,8 @@
 """One queue in front of the device: jobs run one after the other, whole or until cancelled.
 
 A sampler that is watched reports its progress between stretches of a quarter of a second or one
-step, whichever is longer, and what the report raises ends it (see `loops`). That is how a running
-job is cancelled: nothing more is computed for it, and the device goes to the next.
+step, whichever is longer, and what the report raises ends it (see `diffusion.progress`). So a job
+that runs is cancelled: nothing more is computed for it, and the device goes to the next.
 """
 
 from __future__ import annotations

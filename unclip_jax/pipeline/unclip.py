@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 
 from unclip_jax import stages
 from unclip_jax.common import checks
-from unclip_jax.diffusion import progress as loops
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes, sharding
@@ -51,12 +50,13 @@ def _sample(stage, params, keys, cond, mesh=None, *, loop, **settings):
         return stage.sample(params, keys, cond, loop=loop, **settings)
 
 
-def named(progress: Progress | None, stage: str) -> loops.Progress | None:
+def named(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
     """Progress of one stage as that of the whole."""
     return progress and functools.partial(progress, stage)
 
 
-def _stage_keys(keys: jax.Array, purpose: int) -> jax.Array:
+def stage_keys(keys: jax.Array, purpose: int) -> jax.Array:
+    """The keys [b] that a stage draws with."""
     return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
 
 
@@ -314,7 +314,7 @@ class UnCLIP:
             if not hasattr(part.stage, "sampling"):
                 raise UserError(f"noise: given for a {part.stage.kind}, which has none")
             settings["noise"] = jnp.asarray(noise, jnp.float32)
-        keys = _stage_keys(keys, purpose)
+        keys = stage_keys(keys, purpose)
         given = (keys, cond, settings)
         params, (keys, cond, settings), mesh = self.lay(part, given, len(keys))
         return _sample(

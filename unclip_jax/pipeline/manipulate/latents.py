@@ -30,7 +30,7 @@ from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes
-from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, in_batches, named
+from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, in_batches, named, stage_keys
 from unclip_jax.stages import pixels
 from unclip_jax.stages.conditioning import initial_noise
 
@@ -225,11 +225,7 @@ def _check_reads_z_i(model: UnCLIP) -> None:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return initial_noise(_decoder_keys(keys), shape)[0]
-
-
-def _decoder_keys(keys: jax.Array) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, DECODER))(keys)
+    return initial_noise(stage_keys(keys, DECODER), shape)[0]
 
 
 @functools.partial(Watchable, static=("stage", "sampling", "mesh"))
@@ -260,7 +256,7 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *
     )
     if known is not None:
         denoise = knowing(denoise, *known, stage.diffusion)
-    _, step_keys, _ = initial_noise(_decoder_keys(keys), x_T.shape[1:])
+    _, step_keys, _ = initial_noise(stage_keys(keys, DECODER), x_T.shape[1:])
     with axes.on(mesh):
         return samplers.sample(
             denoise, x_T, step_keys, stage.diffusion, sampling, eta=eta, loop=loop
