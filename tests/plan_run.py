@@ -124,7 +124,7 @@ def fits():
     for memory in (2**30, 350_000, 230_000, 10_000):
         chips.CHIPS["v5e"] = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=memory)
         try:
-            plan = search.search(config, chips.Topology("v5e", (2, 4)), jax.devices()).plan
+            plan, _ = search.search(config, chips.Topology("v5e", (2, 4)), jax.devices())
             remat = search.remat_of(plan.stage)
             found.append([plan.mesh.shape["fsdp"], plan.train.grad_accum, remat])
         except UserError as error:

@@ -112,7 +112,7 @@ def test_an_upsampler_of_another_size_is_refused(model):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "empty list"),
+        ([], {}, "prompts: got .., expected at least one caption"),
         ("a dog", {}, "expected a list"),
         (["a dog", " "], {}, r"prompts\[1\]"),
         ([None], {}, r"prompts\[0\]"),
@@ -183,7 +183,7 @@ def test_variations_of_something_else_are_refused(model, images):
 
 
 def test_an_unknown_dtype_is_named(folder):
-    with pytest.raises(UserError, match="got 'fp16', expected float32 or bfloat16"):
+    with pytest.raises(UserError, match="got 'fp16', expected one of float32, bfloat16"):
         UnCLIP.load(folder, dtype="fp16")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from unclip_jax.data.records import Source
 from unclip_jax.evaluate.features import OWN_CLIP, FeatureNetwork, of_clip
 from unclip_jax.metrics.vectors import Vectors
 from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.pipeline.unclip import batches as row_batches
 from unclip_jax.stages.clip import encode_text
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
@@ -61,7 +62,7 @@ class Measurer:
     def read_captions(self, captions: Sequence[str]) -> np.ndarray:
         """z_t [n, e] of any number of captions."""
         parts = []
-        for rows, count in self._batches(len(captions)):
+        for rows, count in row_batches(len(captions), self.batch_size):
             tokens = self.model.tokens(self.judge, [captions[i] for i in rows])
             z_t = encode_text(self.judge.stage, self.judge.params, tokens)
             parts.append(np.asarray(z_t)[:count])
@@ -71,17 +72,11 @@ class Measurer:
         """One z_i [n, e] of the prior for each caption."""
         keys, parts = example_keys(key, len(captions)), []
         with _bar("embeddings of the prior", len(captions)) as bar:
-            for rows, count in self._batches(len(captions)):
+            for rows, count in row_batches(len(captions), self.batch_size):
                 drawn = self.model.sample_prior(keys[rows], [captions[i] for i in rows])
                 parts.append(np.asarray(drawn)[:count])
                 bar.update(count)
         return np.concatenate(parts)
-
-    def _batches(self, total: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Row numbers [batch_size] of each batch and how many count: the last one is filled up."""
-        for start in range(0, total, self.batch_size):
-            rows = np.arange(start, start + self.batch_size)
-            yield np.where(rows < total, rows, start), min(self.batch_size, total - start)
 
     def draw(
         self,
@@ -108,7 +103,7 @@ class Measurer:
         """
         model, parts, kept, keys = self.model, [], [], example_keys(key, len(captions))
         with _bar(name, len(captions)) as bar:
-            for rows, count in self._batches(len(captions)):
+            for rows, count in row_batches(len(captions), self.batch_size):
                 chosen, texts, z_i = keys[rows], [captions[i] for i in rows], None
                 if model.decoder.stage.model.embed_dim:
                     z_i = model.sample_prior(chosen, texts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -460,17 +460,19 @@ class UnCLIP:
 
 
 def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Array]) -> np.ndarray:
-    """`make(rows)` of one batch of row numbers after the other, joined.
-
-    The last batch is filled up with its first row, so that no second program is compiled for its
-    size.
-    """
+    """`make(rows)` of one batch of row numbers after the other, joined."""
     size = min(checks.count("batch_size", batch_size), total)
-    parts = []
+    return np.concatenate([np.asarray(make(rows)) for rows, _ in batches(total, size)])[:total]
+
+
+def batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Row numbers [size] of each batch, and how many of them count.
+
+    The last batch is filled up with its first row, so no second program is compiled for its size.
+    """
     for start in range(0, total, size):
         rows = np.arange(start, start + size)
-        parts.append(np.asarray(make(np.where(rows < total, rows, start))))
-    return np.concatenate(parts)[:total]
+        yield np.where(rows < total, rows, start), min(size, total - start)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -88,8 +88,11 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
     """All the figures asked for."""
     mesh = parse_mesh(MESH.value) if MESH.value else None
     devices = topology.devices()
-    found = search.search(config, topology, devices) if FIT.value else None
-    plan = found.plan if found else Plan.of(config, devices, mesh)
+    suggestion = ""
+    if FIT.value:
+        plan, suggestion = search.search(config, topology, devices)
+    else:
+        plan = Plan.of(config, devices, mesh)
     blocks = BLOCKS.value or (not WHOLE.value and plan.stage.kind in SLOW)
     say = functools.partial(print, file=sys.stderr, flush=True)
     figures: dict[str, Any] = {
@@ -111,8 +114,8 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
             f"--topology={topology.name}: the program needs {error} of a chip, expected at most"
             f" {limit:.2f} GiB; raise mesh.fsdp or train.grad_accum, or let --fit look for them"
         ) from error
-    if found is not None:
-        figures["suggestion"] = found.text
+    if suggestion:
+        figures["suggestion"] = suggestion
     return figures
 
 

@@ -30,7 +30,7 @@ FREE = {
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = r"%?([\w.\-]+)"
-_INSTRUCTION = re.compile(rf"^\s*(ROOT )?{_NAME} = (.*?[\]}})]) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?{_NAME} = (.*?[\]}})]) ([a-z][\w\-]*)\((.*)$")
 _HEADER = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
 _CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={_NAME}")
 _FAST_MEMORY = re.compile(r"S\([1-9]\d*\)")
@@ -45,7 +45,6 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     rest: str
-    is_root: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +109,10 @@ class Program:
                 current = self.computations.setdefault(header[2], {})
                 self.entry = header[2] if header[1] else self.entry
             elif (found := _INSTRUCTION.match(line)) is not None:
-                root, name, type_, opcode, rest = found.groups()
+                name, type_, opcode, rest = found.groups()
                 inside, after = _split_parenthesis(rest)
                 names = tuple(re.findall(r"%([\w.\-]+)", inside))
-                read = Instruction(name, type_, opcode, names, f"{inside}){after}", bool(root))
-                current[name] = read
+                current[name] = Instruction(name, type_, opcode, names, f"{inside}){after}")
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:

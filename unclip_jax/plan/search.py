@@ -34,19 +34,6 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What fits, by the model.
-
-    Attributes:
-        plan: with it.
-        text: it, in words.
-    """
-
-    plan: Plan
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class RowBytes:
     """Bytes of activations for each row of a microbatch.
 
@@ -66,8 +53,12 @@ class RowBytes:
         return rows * (self.kept[policy] + self.working) + self.gathered
 
 
-def search(config: Mapping[str, Any], topology: Topology, devices: list[jax.Device]) -> Found:
+def search(
+    config: Mapping[str, Any], topology: Topology, devices: list[jax.Device]
+) -> tuple[Plan, str]:
     """The least sharded mesh that fits, with the fewest microbatches and the least recomputation.
+
+    It comes as a plan and in words.
 
     Raises:
         UserError: nothing fits.
@@ -99,7 +90,7 @@ def search(config: Mapping[str, Any], topology: Topology, devices: list[jax.Devi
                     f" {topology.chip.hbm_bytes / GIB:.1f}; compiled above"
                 )
                 train = dataclasses.replace(plan.train, grad_accum=accum)
-                return Found(with_remat(dataclasses.replace(plan, train=train), policy), text)
+                return with_remat(dataclasses.replace(plan, train=train), policy), text
     raise UserError(
         f"--topology={topology.name}: too small for this config at any mesh, with train.grad_accum"
         f" up to {MICROBATCHES[-1]} and remat 'full'; name a larger slice, or a smaller"

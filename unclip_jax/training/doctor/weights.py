@@ -81,7 +81,8 @@ def read_weights(run: Workdir) -> tuple[Params, Params]:
     """The params of the newest checkpoint: those last trained, and their average."""
     parts = ("params", "ema_params")
     with Saved(run.path) as saved:
-        state = saved.state(saved.latest(), lambda tree: {name: tree[name] for name in parts})
+        step = int(run.checkpoints[-1].name)
+        state = saved.state(step, lambda tree: {name: tree[name] for name in parts})
     return state["params"], state["params"] | in_float32(state["ema_params"])
 
 
