@@ -1,8 +1,9 @@
 """Edits of pictures by their latents: variations, interpolations, text diffs; and inpainting.
 
-The figures of section 3 of the paper. Every function that decodes returns uint8 pictures at the
-model's full size, or at the decoder's with `upsample=False`, and calls progress(stage, done, steps)
-on the way.
+The figures of section 3 of the paper. Every function that decodes takes a model with CLIP and a
+decoder that reads z_i. It returns uint8 pictures at the model's full size, or at the decoder's with
+`upsample=False`; the i-th of `num` of the same draws from fold_in(key, i), and they stand side by
+side. It calls progress(stage, done, steps).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def reconstruct(
     """Pictures encoded and decoded again.
 
     Args:
-        model: with CLIP and a decoder that reads z_i.
+        model: see above.
         key: typed PRNG key; without eta, only the upsamplers draw from it.
         images: uint8 [h, w, 3], of any sizes.
         walk: how; with eta = 0 and no guidance the pictures come back, the closer the more steps.
@@ -74,17 +75,10 @@ def pictures(
     upsample: bool = True,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Pictures of latents, uint8 [b * num, size, size, 3].
+    """Pictures of b latents, uint8 [b * num, size, size, 3].
 
     With eta = 0 all `num` of one latent are the same but for the upsamplers; with eta > 0 they are
     variations of it, figure 3 of the paper: what z_i leaves open differs, the more the larger eta.
-
-    Args:
-        model: as for `reconstruct`.
-        key: number i of any latent uses fold_in(key, i), as `UnCLIP.generate` does.
-        latents: b of them, see `encode`.
-        walk: eta, guidance and the rest.
-        num: pictures of each latent; they stand side by side.
     """
     keys = jnp.tile(example_keys(key, checks.count("num", num)), len(latents.z_i))
     repeated = Latents(*(np.repeat(np.asarray(part), num, axis=0) for part in latents))
@@ -126,10 +120,8 @@ def text_diff(
         latents: b of them.
         source: what the pictures show, y_0; "" for the empty caption.
         target: what they shall show, y.
-        thetas: how far to turn, 0 (not at all) to 1 (to z_d); the paper goes to 0.25 to 0.5.
-
-    Returns:
-        b * len(thetas) latents, those of one picture side by side.
+        thetas: how far to turn, 0 (not at all) to 1 (to z_d); the paper goes to 0.25 to 0.5. They
+            give b * len(thetas) latents, those of one picture side by side.
 
     Raises:
         UserError: a theta out of range, or two captions with the same embedding.
@@ -170,12 +162,11 @@ def inpaint(
     the mean colour of the rest. Outside of the hole the result is the given picture, at full size.
 
     Args:
-        model: as for `reconstruct`, with a prior if the walk has a caption.
-        key: picture i uses fold_in(key, i).
+        model: with a prior if the walk has a caption.
+        key: see above.
         image: uint8 [h, w, 3].
         hole: bool [h, w], True where to paint; in the proportions of the image.
         walk: eta 1 harmonises best; its caption says what to paint.
-        num: how many.
 
     Raises:
         UserError: nothing to paint, or a hole of other proportions.
@@ -237,15 +228,9 @@ def upscale(
     It enters at the upsampler with the largest input that its shorter side fills; if it fills
     none, at the first.
 
-    Args:
-        model: with at least one upsampler.
-        key: picture i uses fold_in(key, i).
-        image: uint8 [h, w, 3].
-        num: how many, which differ in what the upsamplers draw.
-        batch_size: pictures computed together.
-
     Returns:
-        What entered, uint8 [low, low, 3], and uint8 [num, size, size, 3].
+        What entered, uint8 [low, low, 3], and uint8 [num, size, size, 3], which differ in what the
+        upsamplers draw.
 
     Raises:
         UserError: a model without upsamplers.
