@@ -170,7 +170,10 @@ def test_a_tfds_class_label_is_read_and_stands_for_a_caption(tmp_path):
         except BadRecord as error:
             assert "no known class" in str(error)
     assert sorted(found) == [("round", 0), ("square", 1), ("square", 1)]
-    for key, message in (("kind", "no such feature; it has .*image"), ("number", "no ClassLabel")):
+    for key, message in (
+        ("kind", "got 'kind', expected a feature of .*image"),
+        ("number", "a ClassLabel of .* that has names"),
+    ):
         with pytest.raises(UserError, match=message):
             load(dataclasses.replace(config, label_key=key))
 

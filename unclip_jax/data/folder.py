@@ -6,11 +6,9 @@ Captions stand in one of three places, never mixed:
 - `captions.csv` or `metadata.csv`: a header, then a row for each caption;
 - where there is no such table, a `.txt` beside each image, each line of it a caption.
 
-In the tables the image is under `file`, `image` or `file_name`, relative to the folder,
-and the text under `caption` or `text`. Several rows may name one image.
-
-Where classes are asked for, the first sub-folder on an image's path is its class, and its caption,
-if it has no other.
+In the tables the image is under `file`, `image` or `file_name`, relative to the folder, and the
+text under `caption` or `text`. Several rows may name one image. Where classes are asked for, the
+first sub-folder on an image's path is its class, and its caption, if it has no other.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.records import SPLITS, BadRecord, is_heldout, warn_of_skipped
+from unclip_jax.data.records import SPLITS, BadRecord, is_heldout, nothing_in, warn_of_skipped
 from unclip_jax.errors import UserError, wrong
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
@@ -59,7 +57,7 @@ class FolderSource:
 
         Args:
             folder: the folder; its sub-folders count, hidden ones don't.
-            split: "train", "heldout" or "all".
+            split: as in `DataConfig`, like the next two.
             captions: "all", or "first" for one pair an image.
             labels: whether records carry `label`, the class that is their sub-folder.
 
@@ -82,10 +80,7 @@ class FolderSource:
             name for name in captioned if split == "all" or is_heldout(name) == (split == "heldout")
         )
         if not self._images:
-            raise UserError(
-                f"split: {split!r}: none of the {len(captioned)} images of {self.name} falls in "
-                "it; use split 'all', or add images"
-            )
+            raise nothing_in(split, f"{len(captioned)} images of {self.name}")
         kept = None if captions == "all" else 1
         self._pairs = [
             (number, caption)
@@ -155,7 +150,11 @@ def _captioned_images(
     else:
         captioned = {name: _beside(root / name) for name in images}
     if labels:
-        _check_sub_folders(root, images)
+        if outside := [name for name in images if "/" not in name]:
+            raise UserError(
+                f"labels: {root}: {outside[0]} lies in no sub-folder, and the sub-folders are the"
+                f" classes; move it ({len(outside)} such images) into one"
+            )
         captioned = {name: captioned.get(name) or [_class(name)] for name in images}
     for name in images:
         if not captioned.get(name):
@@ -168,15 +167,6 @@ def _captioned_images(
             f"or {os.path.splitext(images[0])[0]}.txt beside {images[0]} and so on"
         )
     return kept
-
-
-def _check_sub_folders(root: pathlib.Path, images: list[str]) -> None:
-    outside = [name for name in images if "/" not in name]
-    if outside:
-        raise UserError(
-            f"labels: {root}: {outside[0]} lies in no sub-folder, and the sub-folders are the"
-            f" classes; move it ({len(outside)} such images) into one"
-        )
 
 
 def _beside(image: pathlib.Path) -> list[str]:

@@ -26,16 +26,16 @@ def formats() -> tuple[str, ...]:
 def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
     """An image, from a file's bytes or from pixels, as 8-bit RGB.
 
-    Transparency goes on white, EXIF rotation is applied, 16-bit grey is scaled
-    to 8, and of an animation the first frame is taken.
+    Transparency goes on white, EXIF rotation is applied, 16-bit grey is scaled to 8, and of an
+    animation the first frame is taken.
 
     Args:
         image: an image file's bytes, or uint8 `[h, w]` or `[h, w, 1 | 3 | 4]`.
-        size: the side wanted later: a JPEG may be decoded at a fraction of its size that
-            is still at least twice this.
+        size: the side wanted later: a JPEG may be decoded at a fraction of its size that is still
+            at least twice this.
 
     Raises:
-        BadRecord: if it isn't an image, is truncated, or has more than `MAX_PIXELS`.
+        BadRecord: it isn't an image, is truncated, or has more than `MAX_PIXELS`.
     """
     try:
         opened = _from_pixels(image) if isinstance(image, np.ndarray) else _from_file(image, size)
@@ -83,17 +83,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """The centre square of an image, resized (bicubic, antialiased).
+    """The centre square of an image, resized (bicubic, antialiased): uint8 `[size, size, 3]`.
 
-    Args:
-        image: as for `open_rgb`.
-        size: side of the result, in pixels.
-
-    Returns:
-        uint8 `[size, size, 3]`.
-
-    Raises:
-        BadRecord: as for `open_rgb`.
+    What it may be, and when it is a `BadRecord`, `open_rgb` says.
     """
     rgb = open_rgb(image, size)
     side = min(rgb.size)
@@ -105,19 +97,15 @@ def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
 
 
 def jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A randomly scaled and shifted copy of an image; white fills what it uncovers.
+    """A randomly scaled and shifted copy, uint8 `[s, s, 3]`; white fills what it uncovers.
 
-    The picture is seen through a square window whose side is uniform in
-    `1 - strength .. 1 + strength` times the image's and whose centre is off by up to
-    `strength / 2` of it, in x and in y.
+    The picture is seen through a square window whose side is uniform in `1 - strength .. 1 +
+    strength` times the image's and whose centre is off by up to `strength / 2` of it, in x and y.
 
     Args:
         image: uint8 `[s, s, 3]`.
         strength: from 0 (an unchanged image) to below 1.
         rng: where the three random numbers come from.
-
-    Returns:
-        uint8 `[s, s, 3]`.
     """
     size = image.shape[0]
     if strength == 0.0:

@@ -1,10 +1,9 @@
 """Which positions of a stream each share of a batch holds, and which have been read.
 
-A batch of n shares of b rows is n b positions in a row, the first b of them the first share's: so a
-batch holds the same examples in the same rows however many shares it has. Each share goes on at its
-own pace, since bad records make some of them look further for a full batch. So what n shares have
-read is said by n counts, and what was read before, by another number of shares, by the counts of
-that time.
+A batch of n shares of b rows is n b positions in a row, the first b of them the first share's. So a
+batch holds the same examples in the same rows, however many shares it has. Each share goes on at
+its own pace, since bad records make some look further for a full batch: what n shares have read is
+said by n counts. What another number of shares read before is said by the counts of that time.
 """
 
 from __future__ import annotations
@@ -14,17 +13,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The positions of one share: of every `count * block` in a row, `block` from its place on.
+    """The positions of one share: of every `count * block` in a row, `block` from its place on."""
 
-    Attributes:
-        index: which share, from 0.
-        count: how many there are.
-        block: rows of a batch that are the share's.
-    """
-
-    index: int
-    count: int
-    block: int
+    index: int  # which share, from 0
+    count: int  # how many there are
+    block: int  # rows of a batch that are the share's
 
     def position(self, j: int) -> int:
         """The position that is the share's j-th, from 0."""
@@ -63,13 +56,9 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """A finite set of positions.
+    """A finite set of positions."""
 
-    Attributes:
-        layouts: one for each number of shares there has been.
-    """
-
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[Layout, ...] = ()  # one for each number of shares there has been
 
     def __contains__(self, position: int) -> bool:
         """Whether a position, from 0, has been read."""

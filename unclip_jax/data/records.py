@@ -7,11 +7,14 @@ skipped. Only when nothing is left is that a `UserError`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from absl import logging
+
+from unclip_jax.errors import UserError
 
 HELDOUT_FRACTION = 0.1
 SPLITS = ("train", "heldout", "all")
@@ -82,6 +85,16 @@ def is_heldout(name: str) -> bool:
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < HELDOUT_FRACTION * 2**64
+
+
+def fingerprint_of(known: Any) -> str:
+    """A `Source`'s fingerprint, from what JSON can hold of its pairs."""
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def nothing_in(split: str, of: str, more: str = "use split 'all', or more data") -> UserError:
+    """The error for a split with nothing in it."""
+    return UserError(f"split: {split!r}: none of the {of} is in it; {more}")
 
 
 def warn_of_skipped(name: str, skipped: Mapping[str, str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
+import operator
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,7 +15,7 @@ from absl import logging
 from tensorflow_datasets.core import read_only_builder
 
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.records import BadRecord
+from unclip_jax.data.records import BadRecord, fingerprint_of
 from unclip_jax.errors import UserError, one_line, wrong
 
 
@@ -55,30 +55,36 @@ class TfdsSource:
         Args:
             builder: a `tfds.core.DatasetBuilder` whose data are prepared.
             split: a split as TFDS writes them: "train", "all", "train[:10%]".
-            image_key: the feature with the image; "a/b" for a nested one.
-            caption_key: the feature with the text, or list of texts; likewise.
+            image_key: the feature with the image; "a/b" for a nested one, here and below.
+            caption_key: the feature with the text, or list of texts.
             captions: "all", or "first" for one pair a record.
             name_key: a text feature that names a record in messages; else its row does.
-            label_key: the feature with the class of a record, "a/b" likewise, that records then
-                carry as `label`. Where there is no feature `caption_key`, the class's name is the
-                caption.
+            label_key: the feature with the class of a record, its `label`. Where there is no
+                feature `caption_key`, the class's name is the caption.
             classes: what that feature says of each class, if it is a text.
 
         Raises:
             UserError: the data aren't prepared for random access, or lack the split or a key.
         """
         self.name = f"tfds:{builder.info.full_name}"
+        leaves = dict(_leaves(builder.info.features))
+        caption_key = label_key if label_key and caption_key not in leaves else caption_key
         self._image_key, self._caption_key, self._name_key = image_key, caption_key, name_key
-        features = builder.info.features
-        self._label_key = label_key
-        self.classes = _classes(features, label_key, classes, self.name) if label_key else ()
-        if label_key and _lookup(features, caption_key) is None:
-            self._caption_key = label_key
-        self._rows = _open(builder, split, self.name, image_key, self._caption_key)
+        keys = {"label_key": label_key, "image_key": image_key, "caption_key": caption_key}
+        for field, key in keys.items():
+            if key is not None and key not in leaves:
+                raise wrong(field, key, f"a feature of {self.name}: {', '.join(leaves)}")
+        if leaves[image_key].several:
+            raise UserError(f"image_key: {image_key!r}: {self.name} has several there; name one")
+        self._label_key, self.classes = label_key, ()
+        if label_key:
+            self.classes = classes or tuple(getattr(leaves[label_key].feature, "names", ()))
+            if not self.classes:
+                raise wrong("label_key", label_key, f"a ClassLabel of {self.name} that has names")
+        self._rows = _open(builder, split, self.name, image_key, leaves[image_key].feature)
         self.image_count = len(self._rows)
         self.skipped: dict[str, str] = {}
-        several = _is_list(features, self._caption_key)
-        self._pairs = self._all_pairs(captions) if several else None
+        self._pairs = self._all_pairs(captions) if leaves[caption_key].several else None
         if len(self) == 0:
             raise UserError(f"split: {split!r}: {self.name} has no captioned record in it")
         self.fingerprint = self._fingerprint(builder, split)
@@ -154,7 +160,7 @@ class TfdsSource:
             known += [builder.info.full_name, len(self), sizes]
         else:
             known += self._pairs
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        return fingerprint_of(known)
 
 
 def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
@@ -185,15 +191,10 @@ def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
         raise UserError(f"name: tfds:{name}: TFDS can't open it ({one_line(error)})") from error
 
 
-def _open(builder: Any, split: str, name: str, image_key: str, caption_key: str) -> Any:
+def _open(builder: Any, split: str, name: str, image_key: str, image: Any) -> Any:
     """TFDS's data source of a split, images left encoded."""
-    features = builder.info.features
-    for field, key in (("image_key", image_key), ("caption_key", caption_key)):
-        _check_feature(features, field, key, name)
-    if _is_list(features, image_key):
-        raise UserError(f"image_key: {image_key!r}: {name} has several images there; name one")
     decoders = None
-    if isinstance(_lookup(features, image_key), tfds.features.Image):
+    if isinstance(image, tfds.features.Image):
         decoders = tfds.decode.SkipDecoding()
         for part in reversed(image_key.split("/")):
             decoders = {part: decoders}
@@ -217,44 +218,25 @@ def _open(builder: Any, split: str, name: str, image_key: str, caption_key: str)
         raise wrong("split", split, f"one that {name} has: {there}", one_line(error)) from error
 
 
-def _check_feature(features: Any, field: str, key: str, name: str) -> None:
-    if _lookup(features, key) is None:
-        raise wrong(field, key, f"a feature of {name}: {', '.join(_leaves(features))}")
+class _Leaf(NamedTuple):
+    feature: Any
+    several: bool  # whether it is a list, or lies inside one
 
 
-def _classes(features: Any, label_key: str, given: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """The names of the classes: what a ClassLabel says, or those given for a text."""
-    _check_feature(features, "label_key", label_key, name)
-    found = given or tuple(getattr(_lookup(features, label_key), "names", ()))
-    if not found:
-        raise wrong("label_key", label_key, f"a ClassLabel of {name} that has names")
-    return found
-
-
-def _lookup(nested: Any, key: str) -> Any:
-    """The part of nested features, or of a nested example, at "a/b"; None if there is none."""
-    for part in key.split("/"):
-        nested = getattr(nested, "feature", nested)  # a Sequence of a dict
-        if part not in nested:
-            return None
-        nested = nested[part]
-    return nested
-
-
-def _is_list(features: Any, key: str) -> bool:
-    """Whether the feature at "a/b" is a list, or lies inside one."""
-    path = key.split("/")
-    along = ["/".join(path[: depth + 1]) for depth in range(len(path))]
-    return any(hasattr(_lookup(features, part), "feature") for part in along)
-
-
-def _leaves(features: Any, prefix: str = "") -> Iterable[str]:
+def _leaves(features: Any, prefix: str = "", several: bool = False) -> Iterator[tuple[str, _Leaf]]:
+    """The path "a/b" of every feature, and what is there."""
     for key, value in features.items():
         inner = getattr(value, "feature", value)
+        leaf = _Leaf(inner, several or inner is not value)
         if hasattr(inner, "items"):
-            yield from _leaves(inner, f"{prefix}{key}/")
+            yield from _leaves(inner, f"{prefix}{key}/", leaf.several)
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", leaf
+
+
+def _lookup(example: dict, key: str) -> Any:
+    """What an example has at "a/b"."""
+    return functools.reduce(operator.getitem, key.split("/"), example)
 
 
 def _text(value: Any) -> str:

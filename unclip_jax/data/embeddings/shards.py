@@ -27,7 +27,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import ml_dtypes
@@ -58,36 +58,20 @@ _READ_BUFFER = 32768
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a store says of itself.
+    """What a store says of itself."""
 
-    Attributes:
-        clip_fingerprint: of the CLIP the embeddings were computed with.
-        data_fingerprint: of the pairs they were computed from.
-        count: N, the number of pairs.
-        width: e, CLIP's dimension.
-        context_length: of the tokens, CLIP's own.
-        vocab_size: of the tokens.
-        unit_embeddings: whether the embeddings have length one.
-        dtype: that they are stored in: "float32", "float16" or "bfloat16".
-        shards: S, the number of shards.
-    """
-
-    clip_fingerprint: str
-    data_fingerprint: str
-    count: int
-    width: int
-    context_length: int
-    vocab_size: int
-    unit_embeddings: bool
-    dtype: str = "float32"
-    shards: int = 1
+    clip_fingerprint: str  # of the CLIP the embeddings were computed with
+    data_fingerprint: str  # of the pairs they were computed from
+    count: int  # N, the number of pairs
+    width: int  # e, CLIP's dimension
+    context_length: int  # of the tokens, CLIP's own
+    vocab_size: int  # of the tokens
+    unit_embeddings: bool  # whether the embeddings have length one
+    dtype: str = "float32"  # of what is stored, one of DTYPES
+    shards: int = 1  # S, the number of shards
 
     def __post_init__(self):
-        """Check the numbers.
-
-        Raises:
-            UserError: a dtype isn't known, or there are more shards than pairs.
-        """
+        """Check the numbers: `UserError` for an unknown dtype, or more shards than pairs."""
         checks.choice("dtype", self.dtype, DTYPES)
         checks.count("embeddings: width", self.width)
         checks.count("embeddings: pairs", self.count)
@@ -132,31 +116,25 @@ class Meta:
         """The pairs that a shard holds."""
         return range(*(s * self.count // self.shards for s in (shard, shard + 1)))
 
+    def missing(self, names: Collection[str]) -> list[int]:
+        """The shards whose files are not among `names`."""
+        return [shard for shard in range(self.shards) if self.shard_name(shard) not in names]
+
     def shard_of(self, index: int) -> int:
         """The shard that holds a pair."""
         return ((index + 1) * self.shards - 1) // self.count
 
 
 class Pair(NamedTuple):
-    """One pair as it is stored.
+    """One pair as it is stored."""
 
-    Attributes:
-        index: its place in the data set.
-        flags: VALID | HELDOUT | FIRST.
-        name: its image's name in messages.
-        caption: its text; empty where it couldn't be read.
-        tokens: of the caption, int32 `[l]`.
-        z_i: image embedding, float32 `[e]`; None where it isn't valid.
-        z_t: text embedding, likewise.
-    """
-
-    index: int
-    flags: int
-    name: str
-    caption: str
-    tokens: np.ndarray
-    z_i: np.ndarray | None
-    z_t: np.ndarray | None
+    index: int  # its place in the data set
+    flags: int  # VALID | HELDOUT | FIRST
+    name: str  # its image's, in messages
+    caption: str  # empty where it couldn't be read
+    tokens: np.ndarray  # of the caption, int32 [l]
+    z_i: np.ndarray | None  # image embedding, float32 [e]; None where it isn't valid
+    z_t: np.ndarray | None  # text embedding, likewise
 
 
 class Damaged(Exception):

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -31,7 +29,7 @@ from unclip_jax.data.embeddings.shards import (
     Pair,
     ShardReader,
 )
-from unclip_jax.data.records import SPLITS, BadRecord, Source
+from unclip_jax.data.records import SPLITS, BadRecord, Source, fingerprint_of, nothing_in
 from unclip_jax.errors import UserError
 
 _READ_TOGETHER = 8192  # pairs of a chunk
@@ -80,11 +78,10 @@ class EmbeddingStore:
         meta = Meta.from_json(folder.read_text(META), str(folder))
         store = cls(folder, meta)
         store.check(**expected)
-        missing = sum(meta.shard_name(s) not in names for s in range(meta.shards))
-        if missing:
+        if missing := meta.missing(names):
             raise UserError(
-                f"embeddings: {folder}: {missing} of {meta.shards} shards are missing; run the same"
-                " unclip embed again, which goes on where it stopped"
+                f"embeddings: {folder}: {len(missing)} of {meta.shards} shards are missing; run the"
+                " same unclip embed again, which goes on where it stopped"
             )
         return store
 
@@ -239,16 +236,13 @@ class EmbeddingSource:
             self._among &= flags & FIRST > 0
         self._pairs = np.flatnonzero(self._among)
         if not len(self._pairs):
-            raise UserError(
-                f"split: {split!r}: none of the {len(flags)} pairs of {self.name} falls in it; use"
-                " split 'all', or more data"
-            )
+            raise nothing_in(split, f"{len(flags)} pairs of {self.name}")
         self._images = np.cumsum(flags & FIRST > 0)
         self.image_count = len(np.unique(self._images[self._pairs]))
         wanted = (config.context_length, config.vocab_size)
         self._has_tokens = (meta.context_length, meta.vocab_size) == wanted
         known = [meta.clip_fingerprint, meta.data_fingerprint, split, captions]
-        self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint_of(known)
 
     def __len__(self) -> int:
         """The number of pairs in the split."""

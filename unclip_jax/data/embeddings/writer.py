@@ -76,7 +76,7 @@ def compute(
     """
     folder = Folder(out, cache_dir="")  # nothing is read, so nothing is kept in a cache
     _agree(folder, meta)
-    mine = [s for s in _missing(folder, meta) if s % process_count == process_index]
+    mine = [s for s in meta.missing(folder.names()) if s % process_count == process_index]
     total = sum(len(meta.shard_pairs(s)) for s in mine)
     examples = _Examples(source, meta, image_size, tokenizer)
     numbers = itertools.chain.from_iterable(map(meta.shard_pairs, mine))
@@ -103,12 +103,7 @@ def compute(
 
 def missing_shards(out: str | os.PathLike, meta: Meta) -> int:
     """How many shards of a store are not there yet."""
-    return len(_missing(Folder(out, cache_dir=""), meta))
-
-
-def _missing(folder: Folder, meta: Meta) -> list[int]:
-    names = folder.names()
-    return [shard for shard in range(meta.shards) if meta.shard_name(shard) not in names]
+    return len(meta.missing(Folder(out, cache_dir="").names()))
 
 
 def compute_whole(

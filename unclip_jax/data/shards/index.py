@@ -33,21 +33,13 @@ _HELDOUT, _TEXT = 2, 4  # columns of `images`
 
 
 class Sample(NamedTuple):
-    """One image of a shard.
+    """One image of a shard."""
 
-    Attributes:
-        key: its name, which decides its split.
-        captions: its texts, none empty.
-        place: where the image is, as the shard's format counts.
-        size: of the image in bytes, or of what it is stored with.
-        label: its class; "" where classes weren't asked for.
-    """
-
-    key: str
-    captions: tuple[str, ...]
-    place: int
-    size: int
-    label: str = ""
+    key: str  # its name, which decides its split
+    captions: tuple[str, ...]  # its texts, none empty
+    place: int  # where the image is, as the shard's format counts
+    size: int  # of the image in bytes, or of what it is stored with
+    label: str = ""  # its class; "" where classes weren't asked for
 
 
 def shown(key: str) -> str:
@@ -73,15 +65,14 @@ class Format(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """An index, open; see the module for what is in it.
+    """An index, open.
 
     Attributes:
         header: "counts", split -> [images, pairs]; "classes", the classes met, sorted;
             "skipped", name -> reason; "digest" of keys, sizes and captions.
         images: int64 `[n, 5]`: place, size, whether held out, number of the class in "classes",
             number of the first of its texts, which is its key; its captions follow.
-        ends: int64: where each text ends in `text`, beginning with a 0.
-        text: uint8.
+        ends: int64: where each text ends in `text`, uint8, beginning with a 0.
     """
 
     header: dict[str, Any]
@@ -141,10 +132,8 @@ def indexed(
     """The index of each shard, made where there is none of this shard as it is now.
 
     Processes that share `cache_dir` share the work: each goes through the shards in an order of its
-    own, and leaves out those that another has done.
-
-    Raises:
-        UserError: a shard can't be read or is none, or `cache_dir` can't be written.
+    own, and leaves out those that another has done. `UserError` if a shard can't be read or is
+    none, or `cache_dir` can't be written.
     """
     folder = pathlib.Path(cache_dir).expanduser() / "shards"
     paths = [folder / _file_name(file, form) for file in files]

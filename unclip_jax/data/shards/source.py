@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.records import SPLITS, BadRecord, warn_of_skipped
+from unclip_jax.data.records import SPLITS, BadRecord, fingerprint_of, nothing_in, warn_of_skipped
 from unclip_jax.data.shards.index import Format, ShardIndex, indexed, shown
 from unclip_jax.data.shards.storage import StorageError, find
 from unclip_jax.errors import UserError, wrong
@@ -55,13 +53,11 @@ class ShardedSource:
         self.image_count = int(self._image_ends[-1])
         if not self.image_count:
             there = sum(header["images"] for header in headers)
-            raise UserError(
-                f"split: {split!r}: none of the {there} captioned images of {name} is in it"
-                + self._why_none(there)
-            )
+            why = [f"{name}: {reason}, and so on" for name, reason in self.skipped.items()][:1]
+            why = () if there else (*why, "the shards are empty")[:1]
+            raise nothing_in(split, f"{there} captioned images of {name}", *why)
         digests = [header["digest"] for header in headers]
-        known = json.dumps(["shards", split, config.captions, digests]).encode()
-        self.fingerprint = hashlib.sha256(known).hexdigest()[:16]
+        self.fingerprint = fingerprint_of(["shards", split, config.captions, digests])
 
     def __len__(self) -> int:
         """The number of (image, caption) pairs."""
@@ -119,12 +115,6 @@ class ShardedSource:
         }
         warn_of_skipped(self.name, skipped)
         return skipped
-
-    def _why_none(self, there: int) -> str:
-        if there:
-            return "; use split 'all', or more data"
-        first = next(iter(self.skipped.items()), None)
-        return f"; {first[0]}: {first[1]}, and so on" if first else "; the shards are empty"
 
 
 class _Part(NamedTuple):

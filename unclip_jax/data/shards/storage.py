@@ -40,17 +40,11 @@ class StorageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """A file of which byte ranges can be read, from any thread.
+    """A file of which byte ranges can be read, from any thread."""
 
-    Attributes:
-        url: its address, or absolute path.
-        size: in bytes.
-        version: differs where the content does, as far as its store tells.
-    """
-
-    url: str
-    size: int
-    version: str
+    url: str  # its address, or absolute path
+    size: int  # in bytes
+    version: str  # differs where the content does, as far as its store tells
     _filesystem: Any = dataclasses.field(repr=False)
     _path: str = dataclasses.field(repr=False)
 
@@ -135,11 +129,7 @@ def find(pattern: str) -> list[StoredFile]:
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """The patterns that one with braces stands for.
-
-    Raises:
-        UserError: braces hold no range and no list, or stand for more than `MAX_FILES`.
-    """
+    """The patterns that one with braces stands for, at most `MAX_FILES`."""
     pieces = _BRACES.split(pattern)
     choices = [_choices(inside, pattern) for inside in pieces[1::2]]
     if any(mark in piece for piece in pieces[::2] for mark in "{}"):
@@ -174,11 +164,7 @@ def _protocol(pattern: str) -> str:
 
 
 def filesystem(pattern: str, field: str) -> Any:
-    """The `fsspec.AbstractFileSystem` of a path or URL.
-
-    Raises:
-        UserError: nobody knows its protocol, or a package lacks; it names `field`.
-    """
+    """The `fsspec.AbstractFileSystem` of a path or URL; `UserError`, with `field`, if none is."""
     protocol = _protocol(pattern)
     fsspec = extras.load("fsspec", "train", f"{field}: {pattern}")
     try:
@@ -217,11 +203,7 @@ def _look(question: Callable[[], T], url: str) -> T:
 
 
 def patiently(attempt: Callable[[], T], url: str) -> T:
-    """What `attempt` returns; where its failure may pass, it is called up to five times.
-
-    Raises:
-        StorageError: it failed for good.
-    """
+    """What `attempt` returns; `StorageError` if it fails for good, or five times in a row."""
     for wait in (*WAITS, None):
         try:
             return attempt()

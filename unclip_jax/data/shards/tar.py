@@ -1,8 +1,8 @@
 """The members of a tar file, from its headers alone: POSIX ustar and pax, and GNU's long names.
 
-A tar is a row of members, each a header of 512 bytes and its data, filled up to a multiple
-of 512. A header that doesn't fit its own checksum is none. Nothing here touches a disk: a
-member is a name, taken for no path, and a place.
+A tar is a row of members, each a header of 512 bytes and its data, filled up to a multiple of 512.
+A header that doesn't fit its own checksum is none. Nothing here touches a disk: a member is a name,
+taken for no path, and a place.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ class Member(NamedTuple):
 
 
 class Damaged(Exception):
-    """A tar can't be read further; the message says why and where.
-
-    Attributes:
-        offset: where, in bytes; 0 if it is no tar at all.
-    """
+    """A tar can't be read further; the message says why and where."""
 
     def __init__(self, why: str, offset: int):
-        """`why`, at byte `offset`."""
+        """`why`, at byte `offset`, which is 0 if it is no tar at all."""
         super().__init__(f"{why} at byte {offset}")
         self.offset = offset
 
@@ -45,7 +41,7 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
         size: of the tar, in bytes.
 
     Raises:
-        Damaged: where the tar ends early or turns into something else.
+        Damaged: the tar ends early or turns into something else.
     """
     if size < BLOCK:
         raise Damaged(f"only {size} bytes", 0)

@@ -1,8 +1,8 @@
 """Webdataset's tar shards, read in any order.
 
-A sample is a run of members that share a key: their path up to the first dot of the file's
-name. What follows the dot says what a member is: an image by its usual suffix; `.txt`, the
-caption; `.json`, with the caption under "caption" or "text"; `.cls`, the class.
+A sample is a run of members that share a key: their path up to the first dot of the file's name.
+What follows says what a member is: an image by its usual suffix; `.txt`, the caption; `.json`, with
+the caption under "caption" or "text"; `.cls`, the class.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ class TarShards:
 
         Args:
             image_key: the suffix of the image, "seg.png"; "" for any usual one.
-            caption_key: the field of the `.json` that has the caption or captions; "" for
-                `.txt`, or where there is none, "caption" or "text" of the `.json`.
-            labels: whether the class is read from `.cls`, and is the caption where there is
-                no other.
+            caption_key: the field of the `.json` that has the caption or captions; "" for `.txt`,
+                or where there is none, "caption" or "text" of the `.json`.
+            labels: whether `.cls` is the class, and the caption where there is no other.
         """
         self.settings = ["webdataset", image_key, caption_key, labels]
         self._images = (image_key,) if image_key else IMAGES
@@ -80,11 +79,10 @@ class TarShards:
         yield from self._finished(sample, skipped)
 
     def image(self, file: StoredFile, place: int, size: int) -> bytes:
-        """The bytes of an image; `StorageError` if they can't be read."""
+        """The bytes of an image."""
         return file.read(place, place + size)
 
     def _finished(self, sample: _Parts, skipped: dict[str, str]) -> Iterator[Sample]:
-        """The sample if it is usable."""
         if not sample.key:
             return
         label = sample.text("cls") if self._labels else ""
@@ -123,19 +121,12 @@ class TarShards:
 
 
 class _Parts:
-    """The members of one sample.
-
-    Attributes:
-        key: what they share.
-        offset: of the first.
-        members: suffix -> member.
-        texts: suffix -> content of those that are read while indexing.
-    """
+    """The members of one sample."""
 
     def __init__(self, key: str, offset: int):
-        self.key, self.offset = key, offset
-        self.members: dict[str, tar.Member] = {}
-        self.texts: dict[str, bytes] = {}
+        self.key, self.offset = key, offset  # what they share, where the first is
+        self.members: dict[str, tar.Member] = {}  # by suffix
+        self.texts: dict[str, bytes] = {}  # likewise, the content of those read while indexing
 
     def text(self, suffix: str) -> str:
         return self.texts.get(suffix, b"").decode("utf-8", "replace").strip()
