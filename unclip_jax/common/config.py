@@ -1,8 +1,7 @@
 """Plain settings to frozen dataclasses and back: strict, and exact both ways.
 
 `build(TrainConfig, {"batch_size": 8, ...}, "config.train")` makes a dataclass from an
-`ml_collections.ConfigDict` or from what `json.load` returns; `to_dict` is its inverse. A field
-nobody knows, a missing one and a value of the wrong type are errors that name the whole path.
+`ml_collections.ConfigDict` or from what `json.load` returns; `to_dict` is its inverse.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import ml_collections
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 
 T = TypeVar("T")
 
@@ -26,20 +25,21 @@ T = TypeVar("T")
 def build(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
     """Make the dataclass `cls` from plain settings.
 
-    Fields may be bool, int, float, str, `None`, `Literal`, unions of these, tuples (given as
-    lists or tuples), string-keyed dicts and further dataclasses (given as mappings). A whole
-    number serves as a float; a float never serves as an int, nor a bool as either.
+    A field may be a bool, int, float, str, `None` or `Literal`, or a union of these. It may be a
+    tuple, given as a list or tuple; a dict with strings as keys; or another dataclass, given as a
+    mapping. A whole number is taken as a float. A float is not taken as an int, and a bool is
+    neither.
 
     Args:
         cls: a dataclass type.
-        mapping: a ConfigDict or dict with one entry per field; fields with a default may lack.
+        mapping: a ConfigDict or dict; only fields with a default may lack.
         path: where the mapping stands, for messages: `config.train`.
 
     Raises:
-        UserError: an unknown or missing field, or a value of the wrong type.
+        UserError: an unknown or missing field, or a value of the wrong type; it has the whole path.
     """
     if not _is_mapping(mapping):
-        raise _wrong(path, mapping, f"the fields of {cls.__name__}")
+        raise wrong(path, mapping, f"the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -86,13 +86,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value if isinstance(value, hint) else build(hint, value, path)
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
-            raise _wrong(path, value, _describe(hint))
+            raise wrong(path, value, _describe(hint))
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
     if hint is dict or origin is dict:
         if not _is_mapping(value):
-            raise _wrong(path, value, _describe(hint))
+            raise wrong(path, value, _describe(hint))
         item = arguments[1] if arguments else Any
         return {key: _convert(item, entry, f"{path}.{key}") for key, entry in _items(value, path)}
     return _convert_scalar(hint, value, path)
@@ -110,18 +110,18 @@ def _convert_union(choices: tuple[Any, ...], value: Any, path: str) -> Any:
             return _convert(choice, value, path)
         except UserError:
             continue
-    raise _wrong(path, value, " or ".join(_describe(choice) for choice in choices))
+    raise wrong(path, value, " or ".join(_describe(choice) for choice in choices))
 
 
 def _convert_tuple(items: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise _wrong(path, value, "a list")
+        raise wrong(path, value, "a list")
     if not items:
         items = (Any,) * len(value)
     elif items[-1] is Ellipsis:
         items = items[:1] * len(value)
     if len(items) != len(value):
-        raise _wrong(path, value, f"a list of {len(items)}")
+        raise wrong(path, value, f"a list of {len(items)}")
     pairs = enumerate(zip(items, value, strict=True))
     return tuple(_convert(item, entry, f"{path}[{i}]") for i, (item, entry) in pairs)
 
@@ -134,7 +134,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
         return int(value)
     if hint is float and isinstance(value, numbers.Real) and not is_bool:
         if not math.isfinite(value):
-            raise _wrong(path, value, "a finite number")
+            raise wrong(path, value, "a finite number")
         return float(value)
     if hint is str and isinstance(value, str):
         return value
@@ -142,7 +142,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
         return None
     if hint not in _NAMES:
         raise TypeError(f"{path}: fields of type {hint} cannot be built from plain settings")
-    raise _wrong(path, value, _describe(hint))
+    raise wrong(path, value, _describe(hint))
 
 
 _NAMES = {
@@ -180,10 +180,6 @@ def _items(mapping: Any, path: str) -> list[tuple[str, Any]]:
         except ml_collections.config_dict.RequiredValueError:
             raise UserError(f"{path}.{name}: required, but not set; give it a value") from None
     return items
-
-
-def _wrong(path: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{path}: got {value!r} ({type(value).__name__}), expected {expected}")
 
 
 def _suggestion(name: str, known: list[str]) -> str:

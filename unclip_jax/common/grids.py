@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
+from unclip_jax.common import checks
 from unclip_jax.common.files import replacing
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 
 FONTS = Path(__file__).parent / "fonts"
 
@@ -55,8 +56,8 @@ def captioned_grid(
             f"grid: got {len(images)} images and {len(captions)} captions, expected one caption"
             " for each of at least one image"
         )
-    if columns is not None and columns < 1:
-        raise UserError(f"grid columns: got {columns}, expected at least 1")
+    if columns is not None:
+        checks.count("grid columns", columns)
     pictures = _enlarge([_picture(image, i) for i, image in enumerate(images)], min_side)
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     rows = math.ceil(len(pictures) / columns)
@@ -96,10 +97,9 @@ def _picture(image: np.ndarray, index: int) -> Image.Image:
         or image.shape[2] not in (1, 3)
         or 0 in image.shape
     ):
-        raise UserError(
-            f"grid image {index}: got {image.dtype.name}{list(image.shape)}, expected"
-            " uint8[h, w, 3]; convert floats in [-1, 1] first"
-        )
+        found = f"{image.dtype.name}{list(image.shape)}"
+        do = "convert floats in [-1, 1] first"
+        raise wrong(f"grid image {index}", found, "uint8[h, w, 3]", do)
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3))))
 
 
@@ -157,28 +157,18 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write a PNG, whole or not at all, with one Unicode text chunk (iTXt) per entry.
-
-    Raises:
-        UserError: a key that PNG does not allow (1 to 79 Latin-1 characters).
-    """
+    """Write a PNG, whole or not at all, with one Unicode text chunk (iTXt) per entry."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         if not 1 <= len(key) <= 79 or not key.isprintable() or max(map(ord, key)) > 255:
-            raise UserError(
-                f"PNG metadata key {key!r}: expected 1 to 79 printable Latin-1 characters"
-            )
+            raise wrong("PNG metadata key", key, "1 to 79 printable Latin-1 characters")
         chunks.add_itxt(key, value.replace("\0", "").encode("utf-8", "replace").decode("utf-8"))
     with replacing(Path(path)) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG file.
-
-    Raises:
-        UserError: no such file, or not a whole PNG.
-    """
+    """The text chunks of a PNG file; `UserError` if it is none, or not a whole one."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
