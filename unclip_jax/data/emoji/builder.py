@@ -12,8 +12,8 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -47,6 +47,17 @@ class EmojiConfig(tfds.core.BuilderConfig):
         if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
             raise wrong("image_size", self.image_size, f"1 to {MAX_IMAGE_SIZE} pixels for emoji")
         self.name = f"{self.image_size}_skin_tones" if self.skin_tones else f"{self.image_size}"
+
+
+class Drawing(NamedTuple):
+    """One picture of a data set."""
+
+    name: str
+    emoji: Emoji  # what it is of
+    captions: tuple[str, ...]  # the canonical one first
+    svg: str
+    heldout: bool  # whether it is kept from training
+    features: dict[str, str]  # what this data set has beside those that all have
 
 
 class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -83,17 +94,30 @@ class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             supervised_keys=("caption", "image"),
         )
 
-    def _example(
-        self, svg: str, captions: Sequence[str], emoji: Emoji, **features: str
-    ) -> Mapping[str, Any]:
+    def _split_generators(self, dl_manager):
+        del dl_manager  # everything is here
+        drawings = self._drawings()
         return {
-            "image": io.BytesIO(rasterise(svg, self.builder_config.image_size)),
-            "caption": captions[0],
-            "captions": list(captions),
-            "category": emoji.category,
-            "concept": emoji.concept,
-            **features,
+            "train": self._generate_examples([d for d in drawings if not d.heldout]),
+            "heldout": self._generate_examples([d for d in drawings if d.heldout]),
         }
+
+    def _drawings(self) -> Sequence[Drawing]:
+        raise NotImplementedError
+
+    def _generate_examples(self, chosen: Sequence[Drawing]) -> Iterator[tuple[str, dict]]:
+        for drawing in tqdm(chosen, desc="Rendering", unit="", disable=None):
+            yield (
+                drawing.name,
+                {
+                    "image": io.BytesIO(rasterise(drawing.svg, self.builder_config.image_size)),
+                    "caption": drawing.captions[0],
+                    "captions": list(drawing.captions),
+                    "category": drawing.emoji.category,
+                    "concept": drawing.emoji.concept,
+                    **drawing.features,
+                },
+            )
 
 
 class EmojiBuilder(PictureBuilder):
@@ -114,18 +138,18 @@ class EmojiBuilder(PictureBuilder):
             codepoints=tfds.features.Text(doc="hexadecimal, joined by hyphens"),
         )
 
-    def _split_generators(self, dl_manager):
-        del dl_manager  # everything comes from installed packages
-        emoji = catalogue(self.builder_config.skin_tones)
-        return {
-            "train": self._generate_examples([e for e in emoji if not is_heldout(e.concept)]),
-            "heldout": self._generate_examples([e for e in emoji if is_heldout(e.concept)]),
-        }
-
-    def _generate_examples(self, chosen: Sequence[Emoji]) -> Iterator[tuple[str, Mapping]]:
-        for e in tqdm(chosen, desc="Rendering", unit="", disable=None):
-            svg = e.art.read_text(encoding="utf-8")
-            yield e.codepoints, self._example(svg, e.captions, e, codepoints=e.codepoints)
+    def _drawings(self) -> Sequence[Drawing]:
+        return [
+            Drawing(
+                e.codepoints,
+                e,
+                e.captions,
+                e.art.read_text(encoding="utf-8"),
+                is_heldout(e.concept),
+                {"codepoints": e.codepoints},
+            )
+            for e in catalogue(self.builder_config.skin_tones)
+        ]
 
 
 def open_source(config: DataConfig, rest: str = "") -> TfdsSource:

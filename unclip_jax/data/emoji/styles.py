@@ -10,21 +10,19 @@ its TFDS builder as `emoji_styles`.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
 from unclip_jax.common import command_line
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.emoji import art as emoji_art
 from unclip_jax.data.emoji.art import ATTRIBUTION, PACKAGES
-from unclip_jax.data.emoji.builder import EmojiConfig, PictureBuilder, prepared, source
+from unclip_jax.data.emoji.builder import Drawing, EmojiConfig, PictureBuilder, prepared, source
 from unclip_jax.data.emoji.catalogue import Emoji, catalogue
 from unclip_jax.data.records import HELDOUT_FRACTION
 from unclip_jax.data.tfds import TfdsSource
@@ -33,17 +31,6 @@ STYLES = ("twemoji", *PACKAGES)
 
 _NO_ARTICLE = frozenset({"men", "women", "people"})  # first words
 _NOT_SPOKEN_AS_VOWELS = ("uni", "one", "eu")  # "a unicorn", "a one-piece swimsuit"
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """One emoji in one style."""
-
-    style: str  # one of STYLES
-    emoji: Emoji  # what it is of; its captions name no style
-    captions: tuple[str, ...]  # the canonical one first: "red apple, noto style"
-    svg: str
-    heldout: bool  # whether this concept in this style is kept from training
 
 
 def with_article(name: str) -> str:
@@ -96,37 +83,6 @@ def withheld_style(concept: str, drawn: dict[str, frozenset[str]]) -> str | None
     return may[int(choice * len(may))] if chance < HELDOUT_FRACTION * len(may) else None
 
 
-def drawings(art: str | os.PathLike, skin_tones: bool = False) -> tuple[Drawing, ...]:
-    """Every drawing there is, style by style, each ordered by code points.
-
-    Args:
-        art: folder with the fetched packages; where one lacks, that is a `UserError`.
-        skin_tones: whether the variants with a skin tone are in it; they move no other.
-    """
-    svg = {style: emoji_art.read(package, art) for style, package in PACKAGES.items()}
-    drawn: dict[str, dict[str, frozenset[str]]] = collections.defaultdict(dict)
-    for emoji in catalogue(skin_tones=True):
-        others = {style for style in PACKAGES if emoji_art.bare(emoji.codepoints) in svg[style]}
-        drawn[emoji.concept][emoji.codepoints] = frozenset({"twemoji", *others})
-    withheld = {concept: withheld_style(concept, styles) for concept, styles in drawn.items()}
-    return tuple(
-        Drawing(
-            style=style,
-            emoji=emoji,
-            captions=captions_of(emoji, style),
-            svg=(
-                emoji.art.read_text(encoding="utf-8")
-                if style == "twemoji"
-                else svg[style][emoji_art.bare(emoji.codepoints)]
-            ),
-            heldout=withheld[emoji.concept] == style,
-        )
-        for style in STYLES
-        for emoji in catalogue(skin_tones)
-        if style in drawn[emoji.concept][emoji.codepoints]
-    )
-
-
 class EmojiStyles(PictureBuilder):
     """Emoji in the styles of Twemoji, Noto and Fluent, captioned by name and style.
 
@@ -146,19 +102,26 @@ class EmojiStyles(PictureBuilder):
             name=tfds.features.Text(doc="style/code points"),
         )
 
-    def _split_generators(self, dl_manager):
-        del dl_manager  # the art has been fetched
+    def _drawings(self) -> list[Drawing]:
+        """Style by style, each ordered by code points; those with a skin tone move no other."""
         cache = pathlib.Path(self.data_dir).parents[2]  # above name, configuration and version
-        every = drawings(art_folder(cache), self.builder_config.skin_tones)
-        return {
-            "train": self._generate_examples([d for d in every if not d.heldout]),
-            "heldout": self._generate_examples([d for d in every if d.heldout]),
-        }
-
-    def _generate_examples(self, chosen: Sequence[Drawing]) -> Iterator[tuple[str, Mapping]]:
-        for d in tqdm(chosen, desc="Rendering", unit="", disable=None):
-            name = f"{d.style}/{d.emoji.codepoints}"
-            yield name, self._example(d.svg, d.captions, d.emoji, style=d.style, name=name)
+        svg = {style: emoji_art.read(p, art_folder(cache)) for style, p in PACKAGES.items()}
+        drawn: dict[str, dict[str, frozenset[str]]] = collections.defaultdict(dict)
+        for emoji in catalogue(skin_tones=True):
+            others = {style for style in PACKAGES if emoji_art.bare(emoji.codepoints) in svg[style]}
+            drawn[emoji.concept][emoji.codepoints] = frozenset({"twemoji", *others})
+        withheld = {concept: withheld_style(concept, styles) for concept, styles in drawn.items()}
+        found = []
+        for style, e in itertools.product(STYLES, catalogue(self.builder_config.skin_tones)):
+            if style not in drawn[e.concept][e.codepoints]:
+                continue
+            name = f"{style}/{e.codepoints}"
+            theirs = svg.get(style, {}).get(emoji_art.bare(e.codepoints))
+            drawing = e.art.read_text(encoding="utf-8") if theirs is None else theirs
+            heldout = withheld[e.concept] == style
+            more = {"style": style, "name": name}
+            found.append(Drawing(name, e, captions_of(e, style), drawing, heldout, more))
+        return found
 
 
 def art_folder(cache_dir: str | os.PathLike) -> pathlib.Path:
