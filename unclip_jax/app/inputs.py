@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unclip_jax.common import checks
 from unclip_jax.data import images
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.pipeline.tasks.inputs import read_image
 
 MAX_BYTES = 20 * 2**20  # of an upload
@@ -52,32 +52,20 @@ def lines(name: str, value: object, *, least: int, most: int) -> list[str]:
     return found
 
 
-def number(name: str, value: object, low: float, high: float) -> float:
-    """A number in a range.
-
-    Raises:
-        UserError: it is none, or out of range.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        raise UserError(f"{name}: got {_shown(value)}, expected a number from {low:g} to {high:g}")
-    return float(value)
-
-
 def scale(name: str, value: object) -> float | None:
     """A guidance scale; None where the field is left empty."""
-    return None if value is None else number(name, value, 0.0, 30.0)
+    return None if value is None else checks.number(name, value, 0, 30)
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:
-    """A whole number in a range.
+    """A whole number in a range, which browsers may send as a float.
 
     Raises:
         UserError: it is none, or out of range.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value != int(value) or not low <= value <= high:
-        raise UserError(f"{name}: got {_shown(value)}, expected a whole number, {low} to {high}")
+    found = checks.number(name, value, low, high)
+    if found != int(found):
+        raise wrong(name, value, f"a whole number, {low} to {high}")
     return int(value)
 
 
@@ -87,15 +75,9 @@ def choice(name: str, value: object, choices: Sequence[int]) -> int:
     Raises:
         UserError: another one.
     """
-    if isinstance(value, bool) or value not in choices:
-        raise UserError(
-            f"{name}: got {_shown(value)}, expected one of {', '.join(map(str, choices))}"
-        )
-    return int(value)
-
-
-def _shown(value: object) -> str:
-    return "nothing" if value is None else f"{value!r:.40}"
+    if isinstance(value, bool):
+        raise wrong(name, value, f"one of {', '.join(map(str, choices))}")
+    return int(checks.choice(name, value, choices))
 
 
 def picture(name: str, path: object) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unclip_jax.app.tasks import Drawn, Request
+from unclip_jax.app.tasks import Request
 from unclip_jax.common.files import replacing
-from unclip_jax.pipeline.tasks.outputs import write
+from unclip_jax.pipeline.tasks.outputs import Drawn, write
 
 Shown = tuple[str, str]  # a picture's file, and its caption
 
@@ -52,11 +51,7 @@ def keep(request: Request, drawn: Drawn, folder: Path) -> Result:
     stem = f"{request.args.task}-seed{request.args.seed}"
     args = argparse.Namespace(**vars(request.args), out=str(folder / f"{stem}.png"))
     captions = [caption for _, caption in drawn.cells]
-    about = {"prompt": json.dumps(args.prompt)} if "prompt" in args else None
-    each = None
-    if args.task == "text2im":
-        each = [{"prompt": text, "sample": str(i)} for i, text in enumerate(captions)]
-    write(args, drawn.cells, drawn.columns, title=drawn.title, about=about, each=each)
+    write(args, drawn)
     files = [str(folder / stem / f"{i:04d}.png") for i in range(len(captions))]
     is_same = len(set(captions)) == 1  # then it is the prompt, which stands beside the pictures
     shown = [(file, "" if is_same else text) for file, text in zip(files, captions, strict=True)]

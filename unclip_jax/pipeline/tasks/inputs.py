@@ -54,11 +54,6 @@ def read_image(path: str, flag: str = "--image") -> np.ndarray:
         raise UserError(f"{flag} {path!r}: {error}; give an image file") from error
 
 
-def read_images(args: argparse.Namespace) -> list[np.ndarray]:
-    """The files of --image."""
-    return [read_image(path) for path in args.image]
-
-
 def load(args: argparse.Namespace) -> UnCLIP:
     """The model, on all devices, with the numbers of sampling steps that are asked for.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,34 @@ from unclip_jax.data.images import square
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline.unclip import UnCLIP
 
+Images = Sequence[np.ndarray]  # uint8 [h, w, 3]
 Picture = tuple[np.ndarray, str]  # uint8 [h, w, 3] and its caption
 
 # What of the command line is not a setting of the pictures.
 _NOT_SETTINGS = ("task", "probe", "prompt", "prompts", "out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a task came to.
+
+    Attributes:
+        cells: pictures with captions, as the grid shows them, row by row.
+        columns: of the grid.
+        title: above the grid.
+        each: metadata of each picture; by default its caption, as "label".
+        walk: which of the cells lie along theta.
+        chances: CLIP's probabilities of labels, {label: one for each of `seen`}.
+        seen: what was judged.
+    """
+
+    cells: list[Picture]
+    columns: int
+    title: str | None = None
+    each: Sequence[Mapping[str, str]] | None = None
+    walk: range = range(0)
+    chances: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
+    seen: Sequence[str] = ()
 
 
 def check_out(out: str) -> None:
@@ -59,24 +84,10 @@ class StageBars:
             bar.close()
 
 
-def write(
-    args: argparse.Namespace,
-    pictures: Sequence[Picture],
-    columns: int,
-    *,
-    title: str | None = None,
-    about: Mapping[str, str] | None = None,
-    each: Sequence[Mapping[str, str]] | None = None,
-) -> None:
+def write(args: argparse.Namespace, drawn: Drawn) -> None:
     """The grid `args.out`, and every picture alone in the folder of the same name.
 
-    Args:
-        args: the command line, whose settings go into the metadata.
-        pictures: row by row, with captions.
-        columns: of the grid.
-        title: above it.
-        about: more metadata of the grid.
-        each: more metadata of each picture; by default its caption, as "label".
+    The settings go into the metadata of all; the grid's says the captions, too.
     """
     settings = {"model": "the box model"} | {
         name: value
@@ -85,18 +96,20 @@ def write(
     }
     common = {"task": " ".join([args.task, *filter(None, [getattr(args, "probe", None)])])}
     common["settings"] = json.dumps(settings)
-    images, captions = zip(*pictures, strict=True)
-    grid = captioned_grid(images, captions, columns=columns, title=title)
+    prompts = getattr(args, "prompt", None)
+    about = {"prompt": json.dumps(prompts)} if isinstance(prompts, list) else {}
+    images, captions = zip(*drawn.cells, strict=True)
+    grid = captioned_grid(images, captions, columns=drawn.columns, title=drawn.title)
     out = Path(args.out)
-    save_png(grid, out, common | dict(about or {}))
-    for i, (image, caption) in enumerate(pictures):
-        metadata = {"label": caption} if each is None else each[i]
+    save_png(grid, out, common | about)
+    for i, (image, caption) in enumerate(drawn.cells):
+        metadata = {"label": caption} if drawn.each is None else drawn.each[i]
         path = out.with_suffix("") / f"{i:04d}.png"
         save_png(Image.fromarray(image), path, common | dict(metadata))
-    print(f"{out}: {len(pictures)} pictures; each alone in {out.with_suffix('')}/")
+    print(f"{out}: {len(drawn.cells)} pictures; each alone in {out.with_suffix('')}/")
 
 
-def sources(args: argparse.Namespace, images: Sequence[np.ndarray], size: int) -> list[Picture]:
+def sources(args: argparse.Namespace, images: Images, size: int) -> list[Picture]:
     """The given pictures, their centre squares, as the grid shows them."""
     return [
         (square(image, size), Path(path).name)

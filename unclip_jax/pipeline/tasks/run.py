@@ -7,7 +7,8 @@ import argparse
 from unclip_jax.parallel import compile_cache
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.pipeline.tasks import edits, probes
-from unclip_jax.pipeline.tasks.outputs import StageBars, check_out
+from unclip_jax.pipeline.tasks.inputs import load, read_image, read_prompts, seed_key
+from unclip_jax.pipeline.tasks.outputs import StageBars, check_out, write
 
 TASKS = {
     "text2im": edits.text2im,
@@ -17,20 +18,26 @@ TASKS = {
     "textdiff": edits.textdiff,
     "inpaint": edits.inpaint,
     "upscale": edits.upscale,
-}
-PROBES = {
-    "pca": probes.pca,
-    "prior": probes.prior,
-    "typographic": probes.typographic,
-    "binding": probes.binding,
+    "probe pca": probes.pca,
+    "probe prior": probes.prior,
+    "probe typographic": probes.typographic,
+    "probe binding": probes.binding,
 }
 
 
 def run(args: argparse.Namespace) -> None:
-    """One task, named `args.task`, or `args.probe` where that is "probe"."""
-    task = PROBES[args.probe] if args.task == "probe" else TASKS[args.task]
+    """One task, with what the command line names: everything is checked before a model is loaded.
+
+    Raises:
+        UserError: a wrong setting, or a file or model that cannot be used.
+    """
     check_out(args.out)
     cpu_devices.use()
     compile_cache.use()
+    seed_key(args)
+    if "prompts" in args:
+        args.prompt = read_prompts(args)
+    images = [read_image(path) for path in getattr(args, "image", ())]
+    draw = TASKS[f"probe {args.probe}" if args.task == "probe" else args.task](args, images)
     with StageBars() as bars:
-        task(args, bars)
+        write(args, draw(load(args), bars.update))
