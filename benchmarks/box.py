@@ -29,8 +29,8 @@ from unclip_jax.errors import run_command
 from unclip_jax.evaluate.features import load, of_clip
 from unclip_jax.evaluate.measure import choose
 from unclip_jax.evaluate.pictures import Measurer, Real
-from unclip_jax.metrics.consistency import own_caption
 from unclip_jax.metrics.frechet import frechet
+from unclip_jax.metrics.retrieval import own_caption
 from unclip_jax.metrics.vectors import moments
 from unclip_jax.parallel import compile_cache
 from unclip_jax.parallel.cpu import memory as host_memory

@@ -13,8 +13,7 @@ from unclip_jax.diffusion.gaussian import (
     eps_from_x_0,
     interpret,
     normal,
-    predict_eps,
-    predict_x_0,
+    predict,
     q_posterior,
     q_sample,
     target,
@@ -114,8 +113,9 @@ def test_predictions_invert_q_sample(prediction, shape):
     x_t = q_sample(process, x_0, i, noise)
     output = target(diffusion, process, x_0, i, noise)
     # dividing by sqrt(alpha_bar) or sqrt(1 - alpha_bar), both above 6e-3, magnifies float32's error
-    np.testing.assert_allclose(predict_x_0(diffusion, process, output, x_t, i), x_0, atol=1e-4)
-    np.testing.assert_allclose(predict_eps(diffusion, process, output, x_t, i), noise, atol=1e-4)
+    found = predict(diffusion, process, output, x_t, i)
+    np.testing.assert_allclose(found[0], x_0, atol=1e-4)
+    np.testing.assert_allclose(found[1], noise, atol=1e-4)
 
 
 def test_q_sample_has_the_marginals_of_the_chain_of_single_steps():

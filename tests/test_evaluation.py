@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from unclip_jax.metrics.consistency import own_caption
 from unclip_jax.metrics.prior_cosines import prior_cosines
-from unclip_jax.metrics.retrieval import image_text_retrieval, ranks
+from unclip_jax.metrics.retrieval import image_text_retrieval, own_caption, ranks
 
 
 def test_perfect_and_collapsed_embeddings():

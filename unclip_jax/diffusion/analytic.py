@@ -23,7 +23,7 @@ from unclip_jax.diffusion.gaussian import (
     Denoise,
     Diffusion,
     mean_of_dims,
-    predict_x_0,
+    predict,
     q_sample,
     split_variance,
 )
@@ -62,7 +62,7 @@ def update(
     x_0 = x_0.astype(jnp.float32)
     x_t = q_sample(process, x_0, t, noise.astype(jnp.float32))
     prediction, _ = split_variance(diffusion, denoise(x_t, t), x_t)
-    error = (x_0 - predict_x_0(diffusion, process, prediction, x_t, t)) ** 2
+    error = (x_0 - predict(diffusion, process, prediction, x_t, t)[0]) ** 2
     return Residuals(
         residuals.squared_error.at[t].add(mean_of_dims(error)),
         residuals.count.at[t].add(1.0),

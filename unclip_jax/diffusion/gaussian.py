@@ -1,10 +1,8 @@
 r"""The mathematics of discrete-time Gaussian diffusion; it knows no network.
 
 **Forward process.** Ho et al. 2020 (arXiv 2006.11239) destroy `x_0` in `steps` small steps
-
-    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
-
-Composing Gaussians with alpha_bar_t = prod_{s<=t} (1 - beta_s) gives any step at once (eq. 4):
+q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I). Any step is taken at once (eq. 4), with
+alpha_bar_t the product of 1 - beta_s over s <= t:
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,     eps ~ N(0, I).               (1)
 
@@ -17,10 +15,8 @@ arXiv 2202.00512) turns (x_0, eps) by the angle whose cosine is sqrt(alpha_bar):
     eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)
         = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v                                         (2)
 
-A network may predict any of them; everything below speaks of x_0.
-
-**Posterior.** q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0), a product
-of two Gaussians in x_{t-1}: precisions add, means add weighted by precision (eqs. 6, 7):
+**Posterior.** q(x_{t-1} | x_t, x_0) is, but for a factor, q(x_t | x_{t-1}) q(x_{t-1} | x_0), two
+Gaussians in x_{t-1}: precisions add, means add weighted by precision (eqs. 6, 7):
 
     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
     mean = [sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t]
@@ -32,8 +28,8 @@ between beta_tilde (x_0 known) and beta (x_0 ~ N(0, I)); a network may learn whe
 
     log variance = (w + 1)/2 log beta_t + (1 - w)/2 log beta_tilde_t.                          (4)
 
-**Respacing.** Everything above holds for a process of fewer steps unchanged (`schedules`), so a
-learned variance keeps working. The network is still handed the *original* timestep.
+All of it holds for a process of fewer steps (`schedules`), so a learned variance keeps working; the
+network is still handed the *original* timestep.
 
 Conventions: `i` indexes a `Process` (0 is the cleanest step), `t` is an original timestep. Either
 is a scalar or int32 `[b]`. Arrays are `[b, ...]` of any rank; the mathematics is float32.
@@ -169,37 +165,21 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
+def levels(process: Process, i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at step i, shaped to multiply `x`."""
+    return at(process.sqrt_alpha_bar, i, x), at(process.sqrt_one_minus_alpha_bar, i, x)
+
+
 def q_sample(process: Process, x_0: jax.Array, i: jax.Array, noise: jax.Array) -> jax.Array:
     """x_t ~ q(x_t | x_0), equation (1)."""
-    return at(process.sqrt_alpha_bar, i, x_0) * x_0 + (
-        at(process.sqrt_one_minus_alpha_bar, i, x_0) * noise
-    )
-
-
-def x_0_from_eps(process: Process, x_t: jax.Array, i: jax.Array, eps: jax.Array) -> jax.Array:
-    """Equation (2)."""
-    noise = at(process.sqrt_one_minus_alpha_bar, i, x_t) * eps
-    return (x_t - noise) / at(process.sqrt_alpha_bar, i, x_t)
+    alpha, sigma = levels(process, i, x_0)
+    return alpha * x_0 + sigma * noise
 
 
 def eps_from_x_0(process: Process, x_t: jax.Array, i: jax.Array, x_0: jax.Array) -> jax.Array:
     """Equation (2)."""
-    signal = at(process.sqrt_alpha_bar, i, x_t) * x_0
-    return (x_t - signal) / at(process.sqrt_one_minus_alpha_bar, i, x_t)
-
-
-def x_0_from_v(process: Process, x_t: jax.Array, i: jax.Array, v: jax.Array) -> jax.Array:
-    """Equation (2)."""
-    return at(process.sqrt_alpha_bar, i, x_t) * x_t - (
-        at(process.sqrt_one_minus_alpha_bar, i, x_t) * v
-    )
-
-
-def eps_from_v(process: Process, x_t: jax.Array, i: jax.Array, v: jax.Array) -> jax.Array:
-    """Equation (2)."""
-    return at(process.sqrt_one_minus_alpha_bar, i, x_t) * x_t + (
-        at(process.sqrt_alpha_bar, i, x_t) * v
-    )
+    alpha, sigma = levels(process, i, x_t)
+    return (x_t - alpha * x_0) / sigma
 
 
 def target(
@@ -210,9 +190,8 @@ def target(
         return noise
     if diffusion.prediction == "x_0":
         return x_0
-    return at(process.sqrt_alpha_bar, i, x_0) * noise - (
-        at(process.sqrt_one_minus_alpha_bar, i, x_0) * x_0
-    )
+    alpha, sigma = levels(process, i, x_0)
+    return alpha * noise - sigma * x_0
 
 
 def q_posterior(
@@ -229,24 +208,16 @@ def q_posterior(
 # ------------------------------------------------------------------- reading a network's output
 
 
-def predict_x_0(
+def predict(
     diffusion: Diffusion, process: Process, output: jax.Array, x_t: jax.Array, i: jax.Array
-) -> jax.Array:
-    """The x_0 that a prediction, without its variance channels, stands for."""
-    if diffusion.prediction == "x_0":
-        return output
-    convert = x_0_from_eps if diffusion.prediction == "eps" else x_0_from_v
-    return convert(process, x_t, i, output)
-
-
-def predict_eps(
-    diffusion: Diffusion, process: Process, output: jax.Array, x_t: jax.Array, i: jax.Array
-) -> jax.Array:
-    """The eps that a prediction, without its variance channels, stands for."""
+) -> tuple[jax.Array, jax.Array]:
+    """The x_0 and the eps that a prediction, without its variance channels, stands for: (2)."""
+    alpha, sigma = levels(process, i, x_t)
     if diffusion.prediction == "eps":
-        return output
-    convert = eps_from_x_0 if diffusion.prediction == "x_0" else eps_from_v
-    return convert(process, x_t, i, output)
+        return (x_t - sigma * output) / alpha, output
+    if diffusion.prediction == "x_0":
+        return output, eps_from_x_0(process, x_t, i, output)
+    return alpha * x_t - sigma * output, sigma * x_t + alpha * output
 
 
 def threshold(x_0: jax.Array, clip_x_0: float, dynamic_percentile: float) -> jax.Array:
@@ -303,12 +274,12 @@ def interpret(
 
     Args:
         diffusion: what the network predicts.
-        process: the process being walked, respaced or not; `i` indexes it.
+        process: the process being walked, respaced or not.
         output: `[b, ...]`, any float dtype; its last axis doubled for a learned variance.
         x_t: `[b, ...]`.
         i: int scalar or `[b]`.
-        clip_x_0: see `threshold`.
-        dynamic_percentile: see `threshold`.
+        clip_x_0: as `dynamic_percentile`, see `threshold`.
+        dynamic_percentile: 0 for off.
 
     Returns:
         x_0 within its range, the eps that belongs to that x_0, and the log variance of
@@ -318,12 +289,10 @@ def interpret(
         UserError: the output's shape does not fit.
     """
     prediction, fraction = split_variance(diffusion, output, x_t)
-    x_0 = predict_x_0(diffusion, process, prediction, x_t, i)
+    x_0, eps = predict(diffusion, process, prediction, x_t, i)
     if clip_x_0 or dynamic_percentile:
         x_0 = threshold(x_0, clip_x_0, dynamic_percentile)
         eps = eps_from_x_0(process, x_t, i, x_0)
-    else:
-        eps = predict_eps(diffusion, process, prediction, x_t, i)
     small = at(process.posterior_log_variance, i, x_t)
     large = at(process.log_betas, i, x_t)
     if fraction is not None:

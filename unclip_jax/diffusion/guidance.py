@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion.gaussian import Denoise, Diffusion, at, split_variance
+from unclip_jax.diffusion.gaussian import Denoise, Diffusion, levels, split_variance
 from unclip_jax.errors import wrong
 
 Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -59,9 +59,8 @@ def classifier_free(
         conditional, unconditional = output[:, 0], output[:, 1]
         variance = []
         if learned_variance:
-            conditional, fraction = jnp.split(conditional, 2, axis=-1)
+            conditional, *variance = jnp.split(conditional, 2, axis=-1)
             unconditional, _ = jnp.split(unconditional, 2, axis=-1)
-            variance = [fraction]
         extra = _per_example(scale, x_t) - 1.0
         guided = conditional + extra * (conditional - unconditional)
         return jnp.concatenate([guided, *variance], axis=-1)
@@ -99,8 +98,7 @@ def classifier_guided(
     def guided(x_t: jax.Array, t: jax.Array) -> jax.Array:
         prediction, fraction = split_variance(diffusion, denoise(x_t, t), x_t)
         gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x_t).astype(jnp.float32)
-        sigma = at(full.sqrt_one_minus_alpha_bar, t, x_t)
-        alpha = at(full.sqrt_alpha_bar, t, x_t)
+        alpha, sigma = levels(full, t, x_t)
         size = {"eps": -sigma, "x_0": sigma**2 / alpha, "v": -sigma / alpha}[diffusion.prediction]
         prediction += _per_example(scale, x_t) * size * gradient
         variance = [] if fraction is None else [fraction]

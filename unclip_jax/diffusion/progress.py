@@ -97,8 +97,6 @@ class Watchable:
             static: the names of its static arguments.
         """
         self._function, self._signature = function, inspect.signature(function)
-        kinds = {p.kind: name for name, p in self._signature.parameters.items()}
-        self._others = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
         compiled = functools.partial(jax.jit, static_argnames=tuple(static))
         self._whole = compiled(functools.partial(function, loop=whole))
         self._begin, self._stretch = compiled(self._to_the_loop), compiled(self._some_steps)
@@ -106,8 +104,7 @@ class Watchable:
 
     def __call__(self, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Any:
         """What the function returns."""
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given |= given.pop(self._others, {})
+        given = self._signature.bind_partial(*args).arguments | kwargs
         if progress is None:
             return self._whole(**given)
         computed, carry, steps = self._begin(**given)

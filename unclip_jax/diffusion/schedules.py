@@ -118,7 +118,7 @@ def tables(steps: int, schedule: str, spacing: str = "") -> Process:
     posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
     log_betas = np.log(betas)
     first = np.log(posterior_variance[1:2]) if len(betas) > 1 else log_betas
-    computed = dict(
+    exact = dict(
         betas=betas,
         alpha_bar=alpha_bar,
         alpha_bar_prev=alpha_bar_prev,
@@ -133,7 +133,7 @@ def tables(steps: int, schedule: str, spacing: str = "") -> Process:
         posterior_log_variance=np.append(first, np.log(posterior_variance[1:])),
         log_betas=log_betas,
     )
-    computed = {name: table.astype(np.float32) for name, table in computed.items()}
-    for table in (timesteps, *computed.values()):
+    rounded = {name: table.astype(np.float32) for name, table in exact.items()}
+    for table in (timesteps, *rounded.values()):
         table.setflags(write=False)  # the cache hands the same arrays to everyone
-    return Process(timesteps=timesteps, **computed)
+    return Process(timesteps=timesteps, **rounded)

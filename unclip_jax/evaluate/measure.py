@@ -17,10 +17,9 @@ from unclip_jax.errors import UserError, wrong
 from unclip_jax.evaluate.features import load, of_clip
 from unclip_jax.evaluate.pictures import Measurer, Real
 from unclip_jax.metrics import pca, zero_shot
-from unclip_jax.metrics.consistency import own_caption
 from unclip_jax.metrics.precision_recall import NEIGHBOURS
 from unclip_jax.metrics.prior_cosines import prior_cosines
-from unclip_jax.metrics.retrieval import image_text_retrieval
+from unclip_jax.metrics.retrieval import image_text_retrieval, own_caption
 from unclip_jax.metrics.vectors import Vectors
 from unclip_jax.parallel import sharding
 from unclip_jax.pipeline.unclip import UnCLIP

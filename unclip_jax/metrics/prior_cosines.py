@@ -24,10 +24,9 @@ def prior_cosines(z_hat: np.ndarray, z_i: np.ndarray, z_t: np.ndarray) -> dict[s
     n = len(z_hat)
     scores = z_hat @ z_i.T
     own = np.trace(scores)
+    others = float((scores.sum() - own) / (n * (n - 1))) if n > 1 else float("nan")
     return {
         "cosine_z_i": float(own / n),
-        "cosine_z_i_shuffled": float((scores.sum() - own) / (n * (n - 1)))
-        if n > 1
-        else float("nan"),
+        "cosine_z_i_shuffled": others,
         "cosine_z_t": float(np.mean(np.sum(z_hat * z_t, axis=-1))),
     }

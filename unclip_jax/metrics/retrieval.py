@@ -1,4 +1,4 @@
-"""Retrieval by CLIP: whether pictures and captions find each other."""
+"""Retrieval by CLIP: whether pictures, drawn ones too, and captions find each other."""
 
 from __future__ import annotations
 
@@ -43,15 +43,30 @@ def image_text_retrieval(z_i: np.ndarray, z_t: np.ndarray) -> dict[str, float]:
         z_i: image embeddings [n, e].
         z_t: text embeddings [n, e]; row i belongs to row i of z_i.
     """
-    n = len(z_i)
-    own = np.arange(n)
-    to_text, to_image = ranks(z_i, z_t, own), ranks(z_t, z_i, own)
-    return {
-        "image_to_text_r1": recall(to_text, 1),
-        "image_to_text_r5": recall(to_text, 5),
-        "text_to_image_r1": recall(to_image, 1),
-        "text_to_image_r5": recall(to_image, 5),
-        "chance_r1": 1 / n,
-        "chance_r5": min(5, n) / n,
-        "pairs": float(n),
-    }
+    own = np.arange(len(z_i))
+    found = {"image_to_text": ranks(z_i, z_t, own), "text_to_image": ranks(z_t, z_i, own)}
+    return _figures(found, len(z_i)) | {"pairs": float(len(z_i))}
+
+
+def own_caption(
+    generated: np.ndarray, real: np.ndarray, z_t: np.ndarray, own: np.ndarray
+) -> dict[str, float]:
+    """How many pictures have their own caption as the nearest of all captions.
+
+    Args:
+        generated: z_i of generated pictures [n, e].
+        real: z_i of the true pictures of the same captions [n, e].
+        z_t: embeddings of all captions [c, e].
+        own: [n] index of each picture's caption.
+
+    Returns:
+        `generated_r1`, `generated_r5`, the same for `real`, beside chance.
+    """
+    found = {"generated": ranks(generated, z_t, own), "real": ranks(real, z_t, own)}
+    return _figures(found, len(z_t)) | {"pictures": float(len(own)), "captions": float(len(z_t))}
+
+
+def _figures(found: dict[str, np.ndarray], candidates: int) -> dict[str, float]:
+    """R@1 and R@5 of ranks by name, and what chance would find among so many candidates."""
+    figures = {f"{name}_r{k}": recall(rank, k) for name, rank in found.items() for k in (1, 5)}
+    return figures | {f"chance_r{k}": min(k, candidates) / candidates for k in (1, 5)}
