@@ -40,7 +40,7 @@ STAGE = stages.ARPriorStage(model=MODEL, guidance_scale=1.5)
 def params():
     """Random params of a network that minds its tokens, a quantiser of random embeddings."""
     cond, (codes, _) = conditions(1), some_codes(1)
-    network = random_params(STAGE.network, codes, cond["z_t"], cond["text"], cond["text_mask"])
+    network = random_params(STAGE.network, codes, cond["z_t"], cond["tokens"], cond["text_mask"])
     for table in ("tokens", "latents"):
         network[table] = jax.tree.map(lambda x: 20.0 * x, network[table])
     quantiser = ar_prior.fit_quantiser(MODEL, chunked(*gaussian_pairs(200)))
@@ -165,7 +165,7 @@ def test_a_dropped_caption_is_not_heard_and_padding_never_is(params):
     nulls = [STAGE.null(params, c) for c in (first, second)]
     dropped = [call(STAGE, "logits", params, codes, dot, c) for c in nulls]
     np.testing.assert_allclose(*dropped, atol=1e-6)
-    padded = first | {"text": jnp.where(first["text_mask"], first["text"], 7)}
+    padded = first | {"tokens": jnp.where(first["text_mask"], first["tokens"], 7)}
     other = call(STAGE, "logits", params, codes, dot, padded)
     np.testing.assert_allclose(other, heard[0], atol=1e-6)
 
@@ -179,7 +179,7 @@ def test_decoding_with_the_cache_equals_the_whole_forward_pass(params):
     @jax.jit
     def decode(codes):
         cache = network.apply(
-            variables, cond["z_t"], cond["text"], cond["text_mask"], method=network.prefill
+            variables, cond["z_t"], cond["tokens"], cond["text_mask"], method=network.prefill
         )
         latents = jnp.concatenate([MODEL.buckets + dot[:, None], codes[:, :-1]], axis=1)
 
@@ -434,6 +434,15 @@ def test_describe_and_build_are_inverse():
     assert stages.describe(STAGE)["kind"] == "ar_prior"
 
 
+def normalised(name, stage):
+    """Begin to train a stage with a normalisation of its embeddings."""
+    given = settings.build(
+        prepare.Settings,
+        {"stage": stages.describe(stage), "data": {}, "train": {}, "normalisation": name},
+    )
+    prepare.check_from_the_beginning(given, stage)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -443,8 +452,8 @@ def test_describe_and_build_are_inverse():
         (lambda: dataclasses.replace(MODEL, code_dims=9), "code_dims = 9: .*at most embed_dim = 8"),
         (lambda: dataclasses.replace(MODEL, dot_buckets=5), "dot_buckets = 5: .*even"),
         (lambda: dataclasses.replace(MODEL, heads=3), "width = 16: .*multiple of heads = 3"),
-        (lambda: prepare.check_normalisation("whiten", STAGE), "'whiten', expected codes"),
-        (lambda: prepare.check_normalisation("codes", tiny.PRIOR), "'codes', expected whiten"),
+        (lambda: normalised("whiten", STAGE), "'whiten', expected one of codes"),
+        (lambda: normalised("codes", tiny.PRIOR), "'codes', expected one of whiten"),
     ],
 )
 def test_wrong_settings_are_named(change, message):

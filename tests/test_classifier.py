@@ -27,7 +27,6 @@ from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.pipeline import class_conditional
 from unclip_jax.training import prepare
-from unclip_jax.weights import classes
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.trained import Part
 
@@ -49,7 +48,7 @@ UNCONDITIONAL = dataclasses.replace(DECODER, model=DecoderConfig(unet=UNET))
 
 
 def part(stage, params):
-    return Part(stage, params, {"classes": NAMES} if classes.reads_labels(stage) else {})
+    return Part(stage, params, {"classes": NAMES} if stage.num_classes else {})
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +188,15 @@ def test_an_emojis_class_is_its_group(tmp_path):
 
 def test_a_class_is_known_by_the_beginning_of_its_name():
     known = ["Food & Drink", "Flags", "Flag", "Smileys & Emotion"]
-    assert [classes.number(n, known) for n in (" smileys", "FOOD", "flag", "flags")] == [3, 0, 2, 1]
+    assert [class_conditional.number(n, known) for n in (" smileys", "FOOD", "flag", "flags")] == [
+        3,
+        0,
+        2,
+        1,
+    ]
     for name, why in (("fl", "begins 2 classes"), ("dog", "is no class"), ("", "is no class")):
         with pytest.raises(UserError, match=f"{why}; expected one of: Food & Drink, Flags"):
-            classes.number(name, known)
+            class_conditional.number(name, known)
 
 
 # ----------------------------------------------------------------------------------- networks

@@ -49,7 +49,7 @@ def test_a_step_of_the_prior_computes_three_tokens():
         return flops.count(made.sample, params, jax.random.split(jax.random.key(0), 2), cond)
 
     network = {"params": params["network"]}
-    x_t, text = batch["z_i"], (cond["z_t"], cond["text"], cond["text_mask"])
+    x_t, text = batch["z_i"], (cond["z_t"], cond["tokens"], cond["text_mask"])
     whole = flops.count(stage.network.apply, network, x_t, jnp.zeros(2), *text)
     last_three = (of(12) - of(2)) / 10
     tokens = stage.model.context_length + 4

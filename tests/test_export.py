@@ -118,7 +118,7 @@ def inputs_of(name: str, size: int) -> dict[str, np.ndarray]:
         "images": BATCH["image"] if name == "clip_image" else SMALL,
         "guidance_scale": jnp.float32(SCALE),
     }
-    wanted = export._SAMPLERS[name](STAGES[name]).inputs
+    wanted = export.sampler(STAGES[name], name).inputs
     return {key: np.asarray(every[key][:size] if every[key].ndim else every[key]) for key in wanted}
 
 
@@ -252,7 +252,7 @@ NOISED = dataclasses.replace(UPSAMPLER, noise_max=0.5, noise_level=0.1, last_ste
 )
 def test_what_a_stage_reads_are_its_programs_inputs(name, stage, expected):
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    sampler = export._SAMPLERS[name](stage)
+    sampler = export.sampler(stage, name)
     program = export.program(sampler, flatten(shapes), ("cpu",))
     assert set(sampler.inputs) == {"keys"} | expected
     size = stage.image_size

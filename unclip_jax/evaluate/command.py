@@ -27,7 +27,7 @@ from unclip_jax.evaluate.page import PAGE, as_table, write
 from unclip_jax.parallel import compile_cache
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
-from unclip_jax.pipeline import on_all_devices
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights.trained import load_part
 
 _KEYS = ("image_key", "caption_key", "label_key")
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     cpu_devices.use()
     compile_cache.use()
     host_memory.keep_freed()
-    model = on_all_devices.load(args.model, args.dtype, args.t5)
+    model = UnCLIP.load(args.model, args.dtype, args.t5, mesh="all")
     judge = load_part(args.clip, "clip") if args.clip else None
     report = evaluate(model, data, args.heldout_split, settings, judge)
     report.about["model"] = "the box model" if args.model is None else args.model

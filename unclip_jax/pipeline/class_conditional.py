@@ -28,10 +28,9 @@ from unclip_jax.common import checks, command_line
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline.unclip import DECODER, UnCLIP
+from unclip_jax.pipeline.unclip import DECODER, UnCLIP, in_batches, stage_keys
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
-from unclip_jax.weights import classes
 from unclip_jax.weights.trained import Part, load_part
 
 Params = dict[str, Any]
@@ -80,7 +79,7 @@ def generate(
         key: typed PRNG key. Sample i of any class uses fold_in(key, i), so a picture never depends
             on the other classes or on how many there are.
         decoder: of classes; or, with a classifier, one without any condition.
-        labels: names of classes, at least one; see `classes.number`.
+        labels: names of classes, at least one; see `number`.
         classifier: of the decoder's images, noised as it noises them; None for no such guidance.
         upsamplers: from small to large.
         num: pictures per class.
@@ -98,7 +97,7 @@ def generate(
     known = check(decoder, classifier)
     if not labels:
         raise UserError(f"label: none given; expected one of: {', '.join(known)}")
-    numbers = np.repeat([classes.number(name, known) for name in labels], checks.count("num", num))
+    numbers = np.repeat([number(name, known) for name in labels], checks.count("num", num))
     cascade = UnCLIP(clip=None, prior=None, decoder=decoder, upsamplers=tuple(upsamplers))
     cascade.check()
     scale = decoder.stage.guidance_scale if guidance_scale is None else guidance_scale
@@ -109,17 +108,49 @@ def generate(
     guiding = (None, None) if classifier is None else classifier[:2]
 
     keys = jnp.tile(example_keys(key, num), len(labels))
-    total, batches = len(numbers), []
-    batch_size = min(checks.count("batch_size", batch_size), total)
-    for start in range(0, total, batch_size):
-        # The last batch is filled up with its first row: no second program for its size.
-        rows = np.arange(start, start + batch_size)
-        rows = np.where(rows < total, rows, start)
-        own = jax.vmap(lambda key: jax.random.fold_in(key, DECODER))(keys[rows])
-        label, strength = jnp.int32(numbers[rows]), jnp.float32(classifier_scale)
+    strength = jnp.float32(classifier_scale)
+
+    def make(rows: np.ndarray) -> jax.Array:
+        own = stage_keys(keys[rows], DECODER)
+        label = jnp.int32(numbers[rows])
         small = _draw(decoder.stage, decoder.params, own, label, away, *guiding, strength)
-        batches.append(np.asarray(to_uint8(cascade.upsample(keys[rows], small))))
-    return np.concatenate(batches)[:total]
+        return to_uint8(cascade.upsample(keys[rows], small))
+
+    return in_batches(len(numbers), batch_size, make)
+
+
+def names(part: Part) -> list[str]:
+    """The names of a trained stage's classes, by number.
+
+    Raises:
+        UserError: its description has none.
+    """
+    found, count = part.description.get("classes") or [], part.stage.num_classes
+    if len(found) != count:
+        raise UserError(
+            f"{part.stage.kind}: its description names {len(found)} classes, expected {count}; use"
+            " a folder that train.py wrote"
+        )
+    return found
+
+
+def number(name: str, classes: Sequence[str]) -> int:
+    """The number of a class: of its whole name, or of the only one that begins so.
+
+    Upper and lower case are the same.
+
+    Raises:
+        UserError: no class begins so, or several do.
+    """
+    wanted = name.strip().casefold()
+    folded = [known.casefold() for known in classes]
+    if wanted in folded:
+        return folded.index(wanted)
+    found = [i for i, known in enumerate(folded) if wanted and known.startswith(wanted)]
+    if len(found) != 1:
+        why = "is no class" if not found else f"begins {len(found)} classes"
+        raise UserError(f"label: {name!r} {why}; expected one of: {', '.join(classes)}")
+    return found[0]
 
 
 def check(decoder: Part, classifier: Part | None) -> list[str]:
@@ -130,7 +161,7 @@ def check(decoder: Part, classifier: Part | None) -> list[str]:
             classifier is of other classes, images or noise than the decoder.
     """
     stage = decoder.stage
-    other = sorted(set(stage.model.conditions) - {"label"})
+    other = sorted(set(stage.conditions) - {"label"})
     if other:
         raise UserError(
             f"decoder: it reads {', '.join(other)}, expected one that reads a class alone; for"
@@ -139,20 +170,20 @@ def check(decoder: Part, classifier: Part | None) -> list[str]:
     if classifier is None:
         if not stage.num_classes:
             raise UserError("decoder: it reads no class; give a classifier that guides it to one")
-        return classes.names(decoder)
-    found = classes.names(classifier)
-    if stage.num_classes and found != classes.names(decoder):
+        return names(decoder)
+    found = names(classifier)
+    if stage.num_classes and found != names(decoder):
         raise UserError(
             f"classifier: knows {', '.join(found)}; expected the decoder's classes:"
-            f" {', '.join(classes.names(decoder))}"
+            f" {', '.join(names(decoder))}"
         )
-    for name in ("image_size", "diffusion.steps", "diffusion.schedule"):
+    for field in ("image_size", "diffusion.steps", "diffusion.schedule"):
         got, expected = (
-            functools.reduce(getattr, name.split("."), one) for one in (classifier.stage, stage)
+            functools.reduce(getattr, field.split("."), one) for one in (classifier.stage, stage)
         )
         if got != expected:
             raise UserError(
-                f"classifier: its {name} is {got!r}, expected the decoder's {expected!r}; train it"
+                f"classifier: its {field} is {got!r}, expected the decoder's {expected!r}; train it"
                 " with that"
             )
     return found

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unclip_jax import stages
 from unclip_jax.common import checks
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes, sharding
+from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.stages import pixels
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import Condition, example_keys, text_mask
@@ -92,7 +92,7 @@ class UnCLIP:
         model: str | Path | None = None,
         dtype: str = "",
         t5: str | Path | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
     ) -> UnCLIP:
         """Load a model.
 
@@ -106,7 +106,8 @@ class UnCLIP:
                 float32 and Karlo's as they are in its files.
             t5: folder of the T5 that the decoder was trained with, where it reads T5's states.
             mesh: devices to lie on, as for `on`. Each weight goes from its file to where it
-                belongs, so no device need hold the whole model.
+                belongs, so no device need hold the whole model. "all" is every device that there
+                is; of a CPU's, as many as the weights fit in memory for.
 
         Raises:
             UserError: no stage or not every stage is there, a file is damaged, the stages do not
@@ -114,6 +115,12 @@ class UnCLIP:
         """
         if dtype:
             checks.choice("dtype", dtype, ("float32", "bfloat16"))
+        if mesh == "all":
+            if jax.devices()[0].platform == "cpu":
+                loaded = cls.load(model, dtype, t5)
+                mesh = cpu_devices.make_mesh(held_bytes=lambda: loaded.nbytes)
+                return loaded.on(mesh) if mesh.size > 1 else loaded
+            mesh = sharding.make_mesh() if jax.device_count() > 1 else None
         folder = box.folder() if model is None else hub.local_folder(model)
         is_karlo = karlo.is_karlo(folder)
         parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
@@ -154,7 +161,7 @@ class UnCLIP:
     def check(self) -> None:
         """Raise UserError unless the stages belong together."""
         standing = [("prior", self.prior)]
-        if self.decoder.stage.model.embed_dim:
+        if "z_i" in self.decoder.stage.conditions:
             standing.append(("decoder", self.decoder))
         for name, part in standing:
             if part is None:
@@ -263,8 +270,8 @@ class UnCLIP:
     def condition(self, z_i: jax.Array | None, prompts: Sequence[str]) -> Condition:
         """The decoder's condition of z_i [b, e] and b prompts, as for `decode`."""
         stage, text, mask, z_t = self.decoder.stage, None, None, None
-        if stage.model.has_text:
-            text, mask, z_t = self._read(self.decoder, prompts, stage.model.use_z_t)
+        if "text_mask" in stage.conditions:
+            text, mask, z_t = self._read(self.decoder, prompts, "z_t" in stage.conditions)
             if not stage.empty_null:
                 mask &= jnp.asarray([bool(prompt) for prompt in prompts])[:, None]
         return stage.condition(text, z_i, z_t, mask)
@@ -307,11 +314,11 @@ class UnCLIP:
     def _run(self, part, name, keys, purpose, cond, guidance_scale, noise, progress) -> jax.Array:
         """Sample one part with what only some stages take left out where they don't."""
         settings: dict[str, Any] = {}
-        if hasattr(part.stage, "guidance_scale"):
+        if "guidance_scale" in part.stage.settings:
             scale = part.stage.guidance_scale if guidance_scale is None else guidance_scale
             settings["guidance_scale"] = jnp.float32(scale)
         if noise is not None:
-            if not hasattr(part.stage, "sampling"):
+            if part.stage.sampling is None:
                 raise UserError(f"noise: given for a {part.stage.kind}, which has none")
             settings["noise"] = jnp.asarray(noise, jnp.float32)
         keys = stage_keys(keys, purpose)
@@ -334,8 +341,7 @@ class UnCLIP:
         """
         if self.mesh is None:
             return part.params, given, None
-        unet = stages.unet(part.stage)
-        work = 0 if unet is None else unet.work
+        work = part.stage.unet.work if part.stage.unet else 0
         params, mesh = sharding.for_rows(part.params, rows, self.mesh, work=work)
         return params, sharding.spread(given, rows, mesh), mesh
 
@@ -378,7 +384,7 @@ class UnCLIP:
         """
         check_prompts(prompts)
         texts = [prompt for prompt in prompts for _ in range(checks.count("num", num))]
-        reads_z_i = bool(self.decoder.stage.model.embed_dim)
+        reads_z_i = "z_i" in self.decoder.stage.conditions
 
         def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
             captions, z_i = [texts[i] for i in rows], None

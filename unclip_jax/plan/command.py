@@ -29,8 +29,6 @@ from unclip_jax.plan.chips import GIB, Topology
 from unclip_jax.plan.measure import TooLarge
 from unclip_jax.plan.programs import Plan
 
-SLOW = ("decoder", "upsampler", "classifier")  # U-Nets
-
 FLAGS = flags.FlagValues()
 _string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _boolean = functools.partial(flags.DEFINE_boolean, default=False, flag_values=FLAGS)
@@ -93,7 +91,7 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
         plan, suggestion = search.search(config, topology, devices)
     else:
         plan = Plan.of(config, devices, mesh)
-    blocks = BLOCKS.value or (not WHOLE.value and plan.stage.kind in SLOW)
+    blocks = BLOCKS.value or (not WHOLE.value and plan.stage.unet is not None)
     say = functools.partial(print, file=sys.stderr, flush=True)
     figures: dict[str, Any] = {
         "config": command_line.name_of(FLAGS),

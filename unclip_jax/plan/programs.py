@@ -63,7 +63,7 @@ class Plan:
             mesh = settings.build(sharding.MeshConfig, config["mesh"], "config.mesh")
         made = sharding.make_mesh(mesh, devices)
         sharding.check_batch_size(train.batch_size, made, train.grad_accum)
-        sharding.check_spatial(made, stages.feature_rows(stage))
+        sharding.check_spatial(made, stage.feature_rows)
         return cls(stage, train, made)
 
     @property
@@ -81,7 +81,7 @@ class Plan:
 
     def batch(self, rows: int | None = None) -> Shapes:
         """A batch of so many rows (the whole batch's by default), split over the mesh."""
-        return batch_shapes(self.stage, rows or self.train.batch_size, self.mesh)
+        return split(self.stage.batch_spec(rows or self.train.batch_size), self.mesh)
 
     def step(self, loss: LossFn | None = None) -> Callable[..., Any]:
         """The real train step, of the stage's loss or of another."""
@@ -99,58 +99,33 @@ class Plan:
             UserError: the stage draws nothing.
         """
         stage, mesh = self.stage, self.mesh
-        if not hasattr(stage, "sample"):
+        if stage.makes is None:
             raise UserError(f"--sample: got a {stage.kind}, which draws nothing; leave it out")
 
         def sample(params: Any, keys: jax.Array, batch: Any, scale: jax.Array) -> jax.Array:
+            guided = "guidance_scale" in stage.settings
             with axes.on(mesh):
-                if stage.kind == "upsampler":
-                    return stage.sample(params, keys, batch["low"])
-                if stage.kind == "decoder":
-                    cond = stage.condition_of(batch)
-                else:
-                    cond = stage.condition(batch["tokens"], batch["z_t"])
-                return stage.sample(params, keys, cond, guidance_scale=scale)
+                settings = {"guidance_scale": scale} if guided else {}
+                return stage.sample(params, keys, stage.condition_of(batch), **settings)
 
         return sample
 
     def sampler_shapes(self, rows: int) -> tuple[Shapes, ...]:
         """The shapes that `sampler` takes, for `rows` pictures."""
-        split = sharding.batch_sharding(self.mesh)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
-        batch = self.batch(rows)
-        if self.stage.kind == "upsampler":
-            size = self.stage.low_size
-            low = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32, sharding=split)
-            batch = {"low": low}
-        batch = {name: x for name, x in batch.items() if name != "image"}
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype)
+            for name, field in self.stage.conditions.items()
+        }
+        keys, batch = split((keys, batch), self.mesh)
         whole = sharding.replicated(self.mesh)
         return self.params(), keys, batch, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
 
 
-def batch_shapes(stage: stages.Stage, rows: int, mesh: Mesh) -> Shapes:
-    """What a stage's loss reads, as the data pipeline gives it."""
-    split = sharding.batch_sharding(mesh)
-
-    def array(dtype: Any, *sides: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *sides), dtype, sharding=split)
-
-    batch = {}
-    if hasattr(stage, "image_size") or stage.kind == "clip":
-        size = stage.model.image_size if stage.kind == "clip" else stage.image_size
-        batch["image"] = array(jnp.uint8, size, size, 3)
-    if stage.kind in ("decoder", "prior") and stage.reads_states:
-        length = stage.context[0]
-        batch["text_states"] = array(jnp.float32, length, stage.model.text_width)
-        batch["text_mask"] = array(jnp.bool_, length)
-    elif stage.kind in ("clip", "decoder", "prior", "ar_prior") and stage.context[1]:
-        batch["tokens"] = array(jnp.int32, stage.context[0])
-    if stage.kind in ("decoder", "prior", "ar_prior") and stage.model.embed_dim:
-        batch |= {name: array(jnp.float32, stage.model.embed_dim) for name in ("z_i", "z_t")}
-    if getattr(stage, "num_classes", 0):
-        batch["label"] = array(jnp.int32)
-    return batch
+def split(tree: Shapes, mesh: Mesh) -> Shapes:
+    """The shapes of arrays [rows, ...], split over a mesh."""
+    rows = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
 
 
 def device_bytes(tree: Shapes) -> int:

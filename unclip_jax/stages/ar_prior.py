@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.diffusion.progress import Loop, whole
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics import pca
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
 from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.conditioning import Condition, Params, drop_caption, keep, text_mask
+from unclip_jax.stages.base import Batch, Chunks, Loss, Setting, Stage, guidance_setting
+from unclip_jax.stages.conditioning import Condition, Params, blank, drop_caption, keep
+from unclip_jax.stages.prior import OfCaptions
 
 Quantiser = dict[str, jax.Array]
-Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 # The narrowest component that is kept, as a fraction of the widest's variance: what varies less
 # than this is rounding of the float32 embeddings.
@@ -109,7 +110,7 @@ def dot_bucket(quantiser: Quantiser, z_i: jax.Array, z_t: jax.Array) -> jax.Arra
 
 
 @dataclasses.dataclass(frozen=True)
-class ARPriorStage:
+class ARPriorStage(OfCaptions, Stage):
     """The autoregressive prior: network and sampling settings together.
 
     Attributes:
@@ -122,7 +123,8 @@ class ARPriorStage:
     """
 
     kind: ClassVar[str] = "ar_prior"
-    reads_states: ClassVar[bool] = False  # captions come as tokens, never as CLIP's states
+    figures: ClassVar[tuple[str, ...]] = ("prior_cosines", "heldout_loss", "codes")
+    normalisations: ClassVar[tuple[str, ...]] = ("codes",)
 
     model: ARPriorConfig
     caption_drop: float = 0.1
@@ -133,12 +135,10 @@ class ARPriorStage:
 
     def __post_init__(self) -> None:
         """Check the fields that no part checks alone."""
-        if not 0.0 <= self.caption_drop < 1.0:
-            raise UserError(f"stage.caption_drop: got {self.caption_drop}, expected 0 <= p < 1")
-        if not self.temperature >= 0.0:
-            raise UserError(f"stage.temperature: got {self.temperature}, expected at least 0")
+        self.check_drops("caption")
+        checks.number("stage.temperature", self.temperature, least=0)
         if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"stage.top_p: got {self.top_p}, expected 0 < p <= 1")
+            raise wrong("stage.top_p", self.top_p, "0 < p <= 1")
 
     @property
     def network(self) -> ARPrior:
@@ -146,22 +146,23 @@ class ARPriorStage:
         return ARPrior(self.model)
 
     @property
-    def context(self) -> tuple[int, int]:
-        """Context length and vocabulary size of the tokens this stage reads."""
-        return self.model.context_length, self.model.vocab_size
+    def settings(self) -> dict[str, Setting]:
+        """The scale of classifier-free guidance."""
+        return guidance_setting(self.guidance_scale)
+
+    def guesses(self, rows: int) -> tuple[int, str]:
+        """Each code among the buckets."""
+        return self.model.buckets, "a code"
+
+    def fit_normalisation(self, name: str, chunks: Chunks) -> Quantiser:
+        """The quantiser of the data set, see `fit_quantiser`."""
+        return fit_quantiser(self.model, chunks)
 
     def init(self, key: jax.Array) -> Params:
         """Random params, with a quantiser of [-1, 1] along the axes until it is replaced."""
         m = self.model
-        tokens = jnp.zeros((1, m.context_length), jnp.int32)
-        cond = self.condition(tokens, jnp.zeros((1, m.embed_dim)))
-        variables = self.network.init(
-            key,
-            jnp.zeros((1, m.code_dims), jnp.int32),
-            cond["z_t"],
-            cond["text"],
-            cond["text_mask"],
-        )
+        codes = jnp.zeros((1, m.code_dims), jnp.int32)
+        variables = self.network.init(key, codes, *_text(blank(self.conditions)))
         quantiser = {
             "mean": jnp.zeros(m.embed_dim),
             "components": jnp.eye(m.code_dims, m.embed_dim),
@@ -170,25 +171,6 @@ class ARPriorStage:
             "dot_edges": jnp.linspace(-1.0, 1.0, m.dot_buckets + 1)[1:-1],
         }
         return {"network": checked(variables["params"]), "normalisation": quantiser}
-
-    def condition(
-        self, tokens: jax.Array, z_t: jax.Array, mask: jax.Array | None = None
-    ) -> Condition:
-        """Condition from captions and z_t [b, e].
-
-        Args:
-            tokens: caption tokens [b, l].
-            z_t: CLIP's text embeddings [b, e].
-            mask: True on the captions' tokens [b, l]; None works it out.
-        """
-        if mask is None:
-            mask = text_mask(tokens, self.model.vocab_size)
-        return {"text": tokens, "text_mask": mask, "z_t": z_t}
-
-    def null(self, params: Params, cond: Condition) -> Condition:
-        """The condition without its caption: no token attended to, z_t zero."""
-        del params  # the diffusion prior's null may be in its params
-        return drop_caption(cond, jnp.zeros(cond["z_t"].shape[0], bool))
 
     def logits(
         self, params: Params, codes: jax.Array, dot: jax.Array, cond: Condition
@@ -202,13 +184,9 @@ class ARPriorStage:
             cond: as `condition` makes it.
         """
         latents = jnp.concatenate([self.model.buckets + dot[:, None], codes[:, :-1]], axis=1)
-        return self.network.apply(
-            {"params": params["network"]}, latents, cond["z_t"], cond["text"], cond["text_mask"]
-        )
+        return self.network.apply({"params": params["network"]}, latents, *_text(cond))
 
-    def loss(
-        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Cross-entropy, in nats per code, of {"tokens": int32 [b,l], "z_i": [b,e], "z_t": [b,e]}.
 
         A dropped caption takes its tokens and z_t along; the dot product's token stays.
@@ -216,43 +194,17 @@ class ARPriorStage:
         quantiser = params["normalisation"]
         codes = quantise(quantiser, batch["z_i"], self.model.buckets)
         dot = dot_bucket(quantiser, batch["z_i"], batch["z_t"])
-        cond = self.condition(batch["tokens"], batch["z_t"])
-        cond = drop_caption(cond, keep(key, len(codes), self.caption_drop))
+        cond = drop_caption(self.condition_of(batch), keep(key, len(codes), self.caption_drop))
         logits = self.logits(params, codes, dot, cond)
         own = jnp.take_along_axis(logits, codes[:, :, None], axis=2)[:, :, 0]
         hits = (jnp.argmax(logits, axis=2) == codes).astype(jnp.float32)
         return jnp.mean(jax.nn.logsumexp(logits, axis=2) - own), {"accuracy": jnp.mean(hits)}
 
     def sample(
-        self,
-        params: Params,
-        keys: jax.Array,
-        cond: Condition,
-        *,
-        guidance_scale: float | jax.Array = 1.0,
-        null: Condition | None = None,
-        loop: Loop = whole,
+        self, params: Params, keys: jax.Array, cond: Condition, **settings: Any
     ) -> jax.Array:
-        """Draw the codes of one embedding per condition one after the other over a cache.
-
-        Guidance acts on the logits: cond + (scale - 1) (cond - null), both having the same dot
-        product and codes before them.
-
-        Args:
-            params: as `init` made them.
-            keys: one typed key per example [b].
-            cond: a condition of b rows.
-            guidance_scale: classifier-free guidance; 1 is the conditional model. Scalar or [b],
-                may be traced.
-            null: what guidance leads away from; by default the condition without its caption.
-            loop: what draws one code after the other, see `diffusion.progress`.
-
-        Returns:
-            z_i [b, e] in CLIP's coordinates.
-        """
-        codes = self.draw_codes(
-            params, keys, cond, guidance_scale=guidance_scale, null=null, loop=loop
-        )
+        """z_i [b, e], in CLIP's coordinates, of codes drawn as `draw_codes` does."""
+        codes = self.draw_codes(params, keys, cond, **settings)
         z_i = dequantise(params["normalisation"], codes)
         return normalisation.unit(z_i) if self.unit_embeddings else z_i
 
@@ -266,16 +218,27 @@ class ARPriorStage:
         null: Condition | None = None,
         loop: Loop = whole,
     ) -> jax.Array:
-        """The codes [b, k] int32 behind `sample`, with the same arguments."""
+        """The codes [b, k] int32 of one embedding per condition, one after the other over a cache.
+
+        Guidance acts on the logits: cond + (scale - 1) (cond - null), both having the same dot
+        product and codes before them.
+
+        Args:
+            params: as `init` made them.
+            keys: one typed key per example [b].
+            cond: a condition of b rows.
+            guidance_scale: classifier-free guidance; 1 is the conditional model. Scalar or [b],
+                may be traced.
+            null: what guidance leads away from; by default the condition without its caption.
+            loop: what draws one code after the other, see `diffusion.progress`.
+        """
         m, network, variables = self.model, self.network, {"params": params["network"]}
         null = self.null(params, cond) if null is None else null
         # Each example and its null lie side by side, so that a batch spread over devices stays.
         pairs = jax.tree.map(
             lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null
         )
-        cache = network.apply(
-            variables, pairs["z_t"], pairs["text"], pairs["text_mask"], method=network.prefill
-        )
+        cache = network.apply(variables, *_text(pairs), method=network.prefill)
         extra = jnp.reshape(jnp.asarray(guidance_scale, jnp.float32), (-1, 1)) - 1.0
 
         def step(i, carry):
@@ -314,6 +277,11 @@ class ARPriorStage:
         if self.top_p < 1.0:
             logits = nucleus(logits, self.top_p)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _text(cond: Condition) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The condition as the network takes it."""
+    return cond["z_t"], cond["tokens"], cond["text_mask"]
 
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:

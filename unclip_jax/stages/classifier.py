@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion import gaussian
-from unclip_jax.errors import UserError
+from unclip_jax.errors import wrong
 from unclip_jax.models.classifier import Classifier, check_classifier
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.parallel.axes import checked
-from unclip_jax.stages.conditioning import Params, random_timesteps
+from unclip_jax.stages.base import Batch, Loss, Stage, dropout
+from unclip_jax.stages.conditioning import Field, Params, image_field, random_timesteps
 from unclip_jax.stages.pixels import to_float
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierStage:
+class ClassifierStage(Stage):
     """The classifier: network and the diffusion that noises its images.
 
     Attributes:
@@ -31,6 +32,9 @@ class ClassifierStage:
     """
 
     kind: ClassVar[str] = "classifier"
+    figures: ClassVar[tuple[str, ...]] = ("heldout_loss", "clean_accuracy")
+    preview: ClassVar[str] = "guessed"
+    classes_field: ClassVar[str] = "out_channels"
 
     model: UNetConfig
     diffusion: gaussian.Diffusion = gaussian.Diffusion()
@@ -39,9 +43,7 @@ class ClassifierStage:
         """Check what makes a U-Net's encoder a classifier of images."""
         check_classifier(self.model)
         if self.model.in_channels != 3:
-            raise UserError(
-                f"stage.model.in_channels: got {self.model.in_channels}, expected 3, an image's"
-            )
+            raise wrong("stage.model.in_channels", self.model.in_channels, "3, an image's")
 
     @property
     def network(self) -> Classifier:
@@ -63,6 +65,16 @@ class ClassifierStage:
         """How many classes it knows."""
         return self.model.out_channels
 
+    @property
+    def learns(self) -> dict[str, Field]:
+        """Images and their classes."""
+        label = Field((), "int32", "the class of the image", self.num_classes)
+        return image_field(self.image_size) | {"label": label}
+
+    def guesses(self, rows: int) -> tuple[int, str]:
+        """A class."""
+        return self.num_classes, "a class"
+
     def init(self, key: jax.Array) -> Params:
         """Random params."""
         images = jnp.zeros((1, self.image_size, self.image_size, 3))
@@ -77,21 +89,13 @@ class ClassifierStage:
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits [b, num_classes] of images x_t [b, h, w, 3]; a dropout key means training."""
-        return self.network.apply(
-            {"params": params["network"]},
-            x_t,
-            t,
-            deterministic=dropout_key is None,
-            rngs={} if dropout_key is None else {"dropout": dropout_key},
-        )
+        return self.network.apply({"params": params["network"]}, x_t, t, **dropout(dropout_key))
 
     def log_prob(self, params: Params, x_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
         """log p(y | x_t) [b] of classes int32 [b], for `guidance.classifier_guided`."""
         return _pick(jax.nn.log_softmax(self.logits(params, x_t, t)), label)
 
-    def loss(
-        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Cross-entropy of {"image": uint8 [b, h, w, 3], "label": int32 [b]}, and the accuracy.
 
         Both at uniform timesteps: at the noisiest, nobody can do better than the classes' shares.

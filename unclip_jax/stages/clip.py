@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.clip import Clip, ClipConfig
 from unclip_jax.parallel.axes import checked, constrain
+from unclip_jax.stages.base import Batch, Loss, Stage
+from unclip_jax.stages.conditioning import Field, Params, image_field, tokens_field
 from unclip_jax.stages.normalisation import unit
 from unclip_jax.stages.pixels import resize, to_float
-
-Params = dict[str, Any]
 
 
 def contrastive_loss(
@@ -46,7 +46,7 @@ def contrastive_loss(
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipStage:
+class ClipStage(Stage):
     """CLIP: two towers into one space.
 
     Attributes:
@@ -56,6 +56,9 @@ class ClipStage:
     """
 
     kind: ClassVar[str] = "clip"
+    figures: ClassVar[tuple[str, ...]] = ("retrieval",)
+    preview: ClassVar[str] = "found"
+    keeps_fingerprint: ClassVar[bool] = True
 
     model: ClipConfig
     unit_embeddings: bool = True
@@ -75,6 +78,15 @@ class ClipStage:
         """Side, in pixels, of the images this stage trains on."""
         return self.model.image_size
 
+    @property
+    def learns(self) -> dict[str, Field]:
+        """Pictures and their captions."""
+        return image_field(self.image_size) | tokens_field(*self.context)
+
+    def guesses(self, rows: int) -> tuple[int, str]:
+        """The partner of each picture and caption."""
+        return rows, f"among the {rows} pairs of a microbatch"
+
     def init(self, key: jax.Array) -> Params:
         """Random params."""
         size, network = self.model.image_size, self.network
@@ -88,9 +100,7 @@ class ClipStage:
             variables = network.init(key, images, method=network.encode_image)
         return {"network": checked(variables["params"])}
 
-    def loss(
-        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Contrastive loss of a batch {"image": uint8 [b,h,w,3], "tokens": int32 [b,l]}."""
         del key  # nothing here is random
         z_i, z_t, logit_scale = self.network.apply(

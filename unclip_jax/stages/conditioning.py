@@ -1,4 +1,4 @@
-"""Captions as conditioning, and how training drops them for classifier-free guidance.
+"""Conditions: what they are in a batch, and how training drops them for classifier-free guidance.
 
 A condition is a dict of arrays with one row per example, so that guidance can stack the
 condition on its null along the batch axis. Dropping never changes a shape: a dropped caption has
@@ -7,18 +7,72 @@ a mask that is False everywhere, a dropped embedding a mask bit or zeros.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.common import checks
-from unclip_jax.diffusion import gaussian, samplers
+from unclip_jax.diffusion import gaussian
 from unclip_jax.diffusion.gaussian import Diffusion
-from unclip_jax.errors import UserError
 
 Condition = dict[str, jax.Array]
 Params = dict[str, Any]
+
+
+class Field(NamedTuple):
+    """One entry of a batch.
+
+    Attributes:
+        shape: of one example.
+        dtype: by name.
+        meaning: in words.
+        below: what integers are below; 0 for other dtypes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+    below: int = 0
+
+
+def image_field(size: int) -> dict[str, Field]:
+    """Square pictures."""
+    return {"image": Field((size, size, 3), "uint8", "RGB", 256)}
+
+
+def z_i_field(embed_dim: int) -> dict[str, Field]:
+    """CLIP's embeddings of pictures."""
+    meaning = "CLIP's image embedding, in CLIP's coordinates"
+    return {"z_i": Field((embed_dim,), "float32", meaning)}
+
+
+def z_t_field(embed_dim: int) -> dict[str, Field]:
+    """CLIP's embeddings of captions."""
+    return {"z_t": Field((embed_dim,), "float32", "CLIP's embedding of the caption")}
+
+
+def tokens_field(length: int, vocab_size: int) -> dict[str, Field]:
+    """Captions as tokens."""
+    start, end = vocab_size - 2, vocab_size - 1
+    meaning = f"ids of the caption: {start} starts it, {end} ends it, 0 after"
+    return {"tokens": Field((length,), "int32", meaning, vocab_size)}
+
+
+def caption_fields(length: int, vocab_size: int, states_width: int = 0) -> dict[str, Field]:
+    """Captions as tokens or, so wide, as another network's states of them; and their mask."""
+    text = tokens_field(length, vocab_size)
+    if states_width:
+        meaning = "the states of the caption's tokens in the text encoder it was trained with"
+        text = {"text_states": Field((length, states_width), "float32", meaning)}
+    mask = "True through the caption's first end-of-text token; False everywhere for no caption"
+    return text | {"text_mask": Field((length,), "bool", mask)}
+
+
+def blank(fields: Mapping[str, Field]) -> Condition:
+    """One row of zeros, for a network's `init`; masks are True."""
+    return {name: jnp.full((1, *f.shape), f.dtype == "bool", f.dtype) for name, f in fields.items()}
 
 
 def text_mask(tokens: jax.Array, vocab_size: int) -> jax.Array:
@@ -63,16 +117,6 @@ def drop_caption(
         "text_mask": jnp.where(kept, cond["text_mask"], started[None]),
         "z_t": jnp.where(kept, cond["z_t"], empty["z_t"][None]),
     }
-
-
-def check_analytic(sampling: samplers.Sampling, analytic: bool) -> None:
-    """Raise UserError where sampling needs the analytic variance, and the params do not hold it."""
-    if sampling.method == "analytic" and not analytic:
-        raise UserError(
-            'stage.sampling.method: got "analytic", but this stage has no analytic variance; use'
-            " another method, such as ddpm, until unclip analytic --stage DIR has"
-            " measured it on the trained stage in DIR"
-        )
 
 
 def random_timesteps(key: jax.Array, batch: int, diffusion: Diffusion) -> jax.Array:

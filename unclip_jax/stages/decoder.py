@@ -9,36 +9,34 @@ leads away from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion import gaussian, guidance, samplers
-from unclip_jax.diffusion.losses import training_losses
-from unclip_jax.diffusion.progress import Loop, whole
+from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
+from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, check_channels, denoising_loss
 from unclip_jax.stages.conditioning import (
     Condition,
+    Field,
     Params,
-    check_analytic,
+    blank,
+    caption_fields,
     drop_caption,
-    empty_caption,
-    initial_noise,
     keep,
-    random_timesteps,
-    text_mask,
+    z_i_field,
+    z_t_field,
 )
 from unclip_jax.stages.pixels import to_float
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderStage:
+class DecoderStage(GuidedDiffusion):
     """The decoder: network, diffusion and sampling settings together.
 
     Attributes:
@@ -57,6 +55,10 @@ class DecoderStage:
     """
 
     kind: ClassVar[str] = "decoder"
+    preview: ClassVar[str] = "drawn"
+    makes: ClassVar[tuple[str, str]] = ("images", "RGB in [-1, 1]")
+    obeys: ClassVar[str] = "conditions"
+    normalisations: ClassVar[tuple[str, ...]] = normalisation.NAMES
 
     model: DecoderConfig
     diffusion: gaussian.Diffusion = gaussian.Diffusion(variance="learned_range", loss="hybrid")
@@ -71,11 +73,8 @@ class DecoderStage:
 
     def __post_init__(self) -> None:
         """Check that the network has the channels that the diffusion needs."""
-        check_analytic(self.sampling, self.analytic)
-        self.diffusion.process(self.sampling.spacing)  # a wrong spacing is an error now, not later
-        for name in ("z_i_drop", "caption_drop", "label_drop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"stage.{name}: got {getattr(self, name)}, expected 0 <= p < 1")
+        self.check_sampling()
+        self.check_drops("z_i", "caption", "label")
         if self.empty_null and not (self.reads_states and self.model.use_z_t):
             raise UserError(
                 "stage.empty_null: got True, expected False unless the decoder reads CLIP's text"
@@ -89,9 +88,26 @@ class DecoderStage:
         return Decoder(self.model)
 
     @property
-    def reads_states(self) -> bool:
-        """Whether captions come as another network's text states; else as tokens."""
-        return self.model.text_width > 0
+    def unet(self) -> UNetConfig:
+        """The config of its U-Net."""
+        return self.model.unet
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the images it makes."""
+        return self.model.unet.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it draws; 0 where it reads none."""
+        return self.model.num_classes
+
+    @property
+    def text_encoder(self) -> str:
+        """CLIP in Karlo, T5 in Imagen; none for a decoder with its own caption Transformer."""
+        if not self.model.text_width:
+            return ""
+        return "clip" if self.empty_null else "t5"
 
     @property
     def context(self) -> tuple[int, int]:
@@ -100,48 +116,30 @@ class DecoderStage:
         return (text.context_length, text.vocab_size) if text else (self.states_length, 0)
 
     @property
-    def image_size(self) -> int:
-        """Side, in pixels, of the images this stage makes."""
-        return self.model.unet.image_size
+    def conditions(self) -> dict[str, Field]:
+        """What the network reads, each with its shape and meaning."""
+        model, found = self.model, {}
+        if model.num_classes:
+            n = model.num_classes
+            meaning = f"the class, 0 to {n - 1}; {n} is none"
+            found["label"] = Field((), "int32", meaning, below=n)
+        if model.has_text:
+            found |= caption_fields(*self.context, model.text_width)
+        if model.embed_dim:
+            found |= z_i_field(model.embed_dim)
+        return found | (z_t_field(model.embed_dim) if model.use_z_t else {})
 
     @property
-    def unet(self) -> UNetConfig:
-        """The config of its U-Net."""
-        return self.model.unet
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes it draws; 0 where it reads none."""
-        return self.model.num_classes
+    def drops(self) -> tuple[str, ...]:
+        """The conditions that training drops, each as often as the field NAME_drop says."""
+        reads = {"z_i": "z_i", "caption": "text_mask", "label": "label"}
+        return tuple(name for name, entry in reads.items() if entry in self.conditions)
 
     def init(self, key: jax.Array) -> Params:
         """Random params, with the identity as normalisation of z_i until it is replaced."""
-        size, e = self.image_size, self.model.embed_dim
-        variables = self.network.init(
-            key,
-            jnp.zeros((1, size, size, 3)),
-            jnp.zeros((1,), jnp.int32),
-            self._blank_condition(),
-        )
-        params = {"network": checked(variables["params"])}
-        if e:
-            params["normalisation"] = normalisation.identity(e)
-        if self.empty_null:
-            params["null_caption"] = empty_caption(self.states_length, self.model.text_width, e)
-        if self.analytic:
-            params["analytic"] = jnp.zeros(self.diffusion.steps)
-        return params
-
-    def _blank_condition(self) -> Condition:
-        blank = {
-            "z_i": jnp.zeros((1, self.model.embed_dim)),
-            "z_t": jnp.zeros((1, self.model.embed_dim)),
-            "tokens": jnp.zeros((1, self.context[0]), jnp.int32),
-            "text_states": jnp.zeros((1, self.states_length, self.model.text_width)),
-            "text_mask": jnp.ones((1, self.context[0]), bool),
-            "label": jnp.zeros((1,), jnp.int32),
-        }
-        return {name: blank[name] for name in self.model.conditions}
+        x_t, t = jnp.zeros((1, *self.x_shape)), jnp.zeros((1,), jnp.int32)
+        variables = self.network.init(key, x_t, t, blank(self.conditions))
+        return {"network": checked(variables["params"])} | self.constants()
 
     def condition(
         self,
@@ -149,7 +147,7 @@ class DecoderStage:
         z_i: jax.Array | None = None,
         z_t: jax.Array | None = None,
         mask: jax.Array | None = None,
-        label: jax.Array | None = None,
+        **others: jax.Array,
     ) -> Condition:
         """Condition from what the decoder reads; the rest is left out, given or not.
 
@@ -157,83 +155,53 @@ class DecoderStage:
             text: tokens [b, l], or text states [b, l, d] where the decoder reads those.
             z_i: CLIP's image embeddings [b, e], in CLIP's coordinates.
             z_t: CLIP's text embeddings [b, e].
-            mask: True on the captions' tokens [b, l]; None works it out from tokens.
-            label: classes int32 [b]; model.num_classes stands for none.
+            mask: True on the captions' tokens [b, l]; None works it out of tokens.
+            **others: what else `conditions` names, such as `label`: classes int32 [b], of which
+                model.num_classes stands for none.
 
         Raises:
             UserError: the decoder reads a class, and none is given.
         """
-        cond = {}
-        if self.model.num_classes:
-            if label is None:
-                raise UserError(
-                    "label: none given, but this decoder draws one of"
-                    f" {self.model.num_classes} classes; use unclip class_conditional"
-                )
-            cond["label"] = label
-        if self.model.has_text:
-            mask = text_mask(text, self.context[1]) if mask is None else mask
-            cond |= {"text_states" if self.reads_states else "tokens": text, "text_mask": mask}
-        if self.model.embed_dim:
-            cond |= {"z_i": z_i, "z_i_mask": jnp.ones(z_i.shape[0], bool)}
-        return cond | ({"z_t": z_t} if self.model.use_z_t else {})
+        caption = {"text_states" if self.reads_states else "tokens": text}
+        return self.condition_of(caption | {"z_i": z_i, "z_t": z_t} | others, mask)
 
-    def condition_of(self, batch: dict[str, jax.Array]) -> Condition:
-        """The condition of a batch, see `loss`."""
-        text = batch.get("text_states" if self.reads_states else "tokens")
-        mask = batch.get("text_mask") if self.reads_states else None
-        return self.condition(text, batch.get("z_i"), batch.get("z_t"), mask, batch.get("label"))
+    def condition_of(self, batch: Batch, mask: jax.Array | None = None) -> Condition:
+        """The condition of a batch, see `loss`; the rest of it is left out."""
+        if self.model.num_classes and batch.get("label") is None:
+            raise UserError(
+                f"label: none given, but this decoder draws one of {self.model.num_classes}"
+                " classes; use unclip class_conditional"
+            )
+        cond = super().condition_of(batch, mask)
+        return cond | ({"z_i_mask": jnp.ones(len(cond["z_i"]), bool)} if "z_i" in cond else {})
+
+    def drop(self, params: Params, cond: Condition, kept: dict[str, jax.Array]) -> Condition:
+        """The condition without what `kept`, of a bit [b] for each of `drops`, says False to."""
+        if "z_i" in kept:
+            cond = cond | {"z_i_mask": cond["z_i_mask"] & kept["z_i"]}
+        if "caption" in kept:
+            cond = drop_caption(cond, kept["caption"], params.get("null_caption"))
+        if "label" in kept:
+            none = self.model.num_classes
+            cond = cond | {"label": jnp.where(kept["label"], cond["label"], none)}
+        return cond
 
     def null(self, params: Params, cond: Condition) -> Condition:
-        """The condition with z_i, the caption and the class dropped."""
-        if self.model.has_text:
-            none = jnp.zeros(cond["text_mask"].shape[0], bool)
-            cond = drop_caption(cond, none, params.get("null_caption"))
-        if self.model.embed_dim:
-            cond = cond | {"z_i_mask": jnp.zeros_like(cond["z_i_mask"])}
-        if self.model.num_classes:
-            cond = cond | {"label": jnp.full_like(cond["label"], self.model.num_classes)}
-        return cond
+        """The condition with everything dropped that training drops."""
+        rows = len(next(iter(cond.values()), ()))
+        return self.drop(params, cond, dict.fromkeys(self.drops, jnp.zeros(rows, bool)))
 
     def encode(self, params: Params, cond: Condition) -> dict[str, jax.Array]:
         """All of the conditioning that depends on neither x_t nor t, computed once."""
-        if self.model.embed_dim:
+        if "z_i" in self.conditions:
             cond = cond | {"z_i": normalisation.normalise(params["normalisation"], cond["z_i"])}
         return self.network.apply({"params": params["network"]}, cond, method=self.network.encode)
 
-    def denoise(
-        self,
-        params: Params,
-        x_t: jax.Array,
-        t: jax.Array,
-        encoded: dict[str, jax.Array],
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The network's output [b, h, w, 3 or 6]; a dropout key means training."""
-        return self.network.apply(
-            {"params": params["network"]},
-            x_t,
-            t,
-            encoded,
-            deterministic=dropout_key is None,
-            rngs={} if dropout_key is None else {"dropout": dropout_key},
-            method=self.network.denoise,
-        )
-
-    def denoiser(
-        self, params: Params, cond: Condition, dropout_key: jax.Array | None = None
-    ) -> gaussian.Denoise:
-        """`denoise(x_t, t)` under a condition, which is encoded once, without guidance."""
-        encoded = self.encode(params, cond)
-        return lambda x_t, t: self.denoise(params, x_t, t, encoded, dropout_key)
-
-    def data(self, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
+    def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
         """x_0 [b, h, w, 3] and the whole condition of a batch, see `loss`."""
         return to_float(batch["image"]), self.condition_of(batch)
 
-    def loss(
-        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Loss of {"image": uint8 [b,h,w,3], "tokens": int32 [b,l], "z_i": [b,e]}.
 
         What the decoder does not read may be missing. One that reads text states takes
@@ -241,82 +209,22 @@ class DecoderStage:
         reads that, and one of classes "label" int32 [b].
         """
         t_key, noise_key, z_i_key, caption_key, dropout_key = jax.random.split(key, 5)
+        drop_keys = {"z_i": z_i_key, "caption": caption_key}
+        drop_keys["label"] = jax.random.fold_in(caption_key, 1)
         x_0, cond = self.data(params, batch)
-        t = random_timesteps(t_key, len(x_0), self.diffusion)
-        noise = jax.random.normal(noise_key, x_0.shape)
-        if self.model.embed_dim:
-            cond["z_i_mask"] = keep(z_i_key, len(x_0), self.z_i_drop)
-        if self.model.has_text:
-            kept = keep(caption_key, len(x_0), self.caption_drop)
-            cond = drop_caption(cond, kept, params.get("null_caption"))
-        if self.model.num_classes:
-            kept = keep(jax.random.fold_in(caption_key, 1), len(x_0), self.label_drop)
-            cond["label"] = jnp.where(kept, cond["label"], self.model.num_classes)
-        denoise = self.denoiser(params, cond, dropout_key)
-        terms = training_losses(self.diffusion, denoise, x_0, t, noise)
-        metrics = {name: jnp.mean(value) for name, value in terms.items() if name != "loss"}
-        return jnp.mean(terms["loss"]), metrics
+        kept = {
+            name: keep(drop_keys[name], len(x_0), getattr(self, f"{name}_drop"))
+            for name in self.drops
+        }
+        denoise = self.denoiser(params, self.drop(params, cond, kept), dropout_key)
+        return denoising_loss(self.diffusion, denoise, x_0, t_key, noise_key)
 
     def sample(
-        self,
-        params: Params,
-        keys: jax.Array,
-        cond: Condition,
-        *,
-        guidance_scale: float | jax.Array = 1.0,
-        null: Condition | None = None,
-        eta: float | jax.Array = 0.0,
-        noise: jax.Array | None = None,
-        guide: Callable[[gaussian.Denoise], gaussian.Denoise] | None = None,
-        loop: Loop = whole,
+        self, params: Params, keys: jax.Array, cond: Condition, **settings: Any
     ) -> jax.Array:
         """Images [b, h, w, 3] in [-1, 1] for b conditions, one typed key each.
 
-        Args:
-            params: as `init` made them.
-            keys: one typed key per example [b].
-            cond: as `condition` makes it.
-            guidance_scale: classifier-free guidance; 1 is the conditional model. May be traced.
-            null: what guidance leads away from; by default z_i, the caption and the class dropped.
-            eta: DDIM's noise, for sampling.method "ddim".
-            noise: float [b, steps, h, w, 3] to use instead of the keys' draws: x_T, then what each
-                step but the last adds.
-            guide: guidance on top, such as `guidance.classifier_guided` with all but its network.
-            loop: what does the steps, see `samplers.sample`.
+        The arguments are those of `GuidedDiffusion.draw`. By default guidance leads away from z_i,
+        the caption and the class dropped.
         """
-        null = self.null(params, cond) if null is None else null
-        size = self.image_size
-        denoise = guidance.classifier_free(
-            lambda x_t, t, encoded: self.denoise(params, x_t, t, encoded),
-            cond,
-            null,
-            guidance_scale,
-            learned_variance=self.diffusion.learned_variance,
-            encode=lambda condition: loop.once(self.encode, params, condition),
-        )
-        x_T, step_keys, step_noise = initial_noise(keys, (size, size, 3), noise)
-        return samplers.sample(
-            denoise if guide is None else guide(denoise),
-            x_T,
-            step_keys,
-            self.diffusion,
-            self.sampling,
-            noise=step_noise,
-            eta=eta,
-            analytic=params.get("analytic"),
-            loop=loop,
-        )
-
-
-def check_channels(out_channels: int, diffusion: gaussian.Diffusion, path: str) -> None:
-    """A learned variance needs a second set of output channels; a fixed one must not have it.
-
-    Raises:
-        UserError: out_channels is neither.
-    """
-    expected = 6 if diffusion.learned_variance else 3
-    if out_channels != expected:
-        raise UserError(
-            f"{path}.out_channels: got {out_channels}, expected {expected} with"
-            f" diffusion.variance={diffusion.variance!r}"
-        )
+        return self.draw(params, keys, cond, **settings)

@@ -20,6 +20,7 @@ from unclip_jax.metrics.vectors import Moments, unit
 
 Normalisation = dict[str, jax.Array]
 
+NAMES = ("whiten", "scale", "none")
 PAPER_SCALE = 17.2  # section C of the paper's appendix, for unit embeddings of 1024 dimensions
 
 
@@ -60,6 +61,13 @@ def whitening(chunks: Iterable[np.ndarray], floor: float = 1e-6) -> Normalisatio
             " the CLIP has collapsed: train it longer or with a lower learning rate"
         )
     return {"mean": jnp.asarray(mean, jnp.float32), "std": jnp.asarray(std, jnp.float32)}
+
+
+def fit(name: str, embed_dim: int, chunks: Iterable[np.ndarray]) -> Normalisation:
+    """The normalisation of that name, one of `NAMES`; only "whiten" reads the embeddings."""
+    if name == "whiten":
+        return whitening(chunks)
+    return scaling(embed_dim) if name == "scale" else identity(embed_dim)
 
 
 def normalise(stats: Normalisation, z: jax.Array) -> jax.Array:

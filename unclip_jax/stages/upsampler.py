@@ -19,22 +19,30 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.common import checks
 from unclip_jax.diffusion import gaussian, samplers
-from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.unet import UNet, UNetConfig
 from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import degrade
-from unclip_jax.stages.conditioning import Params, initial_noise, random_timesteps
-from unclip_jax.stages.decoder import check_channels
+from unclip_jax.stages.base import (
+    Batch,
+    Loss,
+    Setting,
+    Stage,
+    check_channels,
+    denoising_loss,
+    dropout,
+)
+from unclip_jax.stages.conditioning import Field, Params, initial_noise
 from unclip_jax.stages.pixels import resize, to_float
 
 CORRUPTIONS = ("none", "gaussian", "bsr")
 
 
 @dataclasses.dataclass(frozen=True)
-class UpsamplerStage:
+class UpsamplerStage(Stage):
     """One upsampler: network, diffusion and sampling settings together.
 
     Attributes:
@@ -57,6 +65,9 @@ class UpsamplerStage:
     """
 
     kind: ClassVar[str] = "upsampler"
+    figures: ClassVar[tuple[str, ...]] = ("heldout_loss", "psnr")
+    preview: ClassVar[str] = "upsampled"
+    makes: ClassVar[tuple[str, str]] = ("images", "RGB in [-1, 1]")
 
     model: UNetConfig
     low_size: int
@@ -75,26 +86,16 @@ class UpsamplerStage:
         """Check the fields that no part checks alone."""
         size = self.model.image_size
         if self.model.in_channels != 6:
-            raise UserError(
-                f"stage.model.in_channels: got {self.model.in_channels}, expected 6"
-                " (the noisy image and the upsampled low-resolution one)"
-            )
+            expected = "6 (the noisy image and the upsampled low-resolution one)"
+            raise wrong("stage.model.in_channels", self.model.in_channels, expected)
         check_channels(self.model.out_channels, self.diffusion, "stage.model")
         if self.low_size < 1 or size % self.low_size:
-            raise UserError(
-                f"stage.low_size: got {self.low_size}, expected a divisor of"
-                f" stage.model.image_size = {size}"
-            )
+            expected = f"a divisor of stage.model.image_size = {size}"
+            raise wrong("stage.low_size", self.low_size, expected)
         if not 0.0 < self.crop <= 1.0 or (self.crop * size) % 1:
-            raise UserError(
-                f"stage.crop: got {self.crop}, expected a fraction in (0, 1] that gives a whole"
-                f" number of the {size} pixels"
-            )
-        if self.corruption not in CORRUPTIONS:
-            raise UserError(
-                f"stage.corruption: got {self.corruption!r}, expected one of"
-                f" {', '.join(CORRUPTIONS)}"
-            )
+            expected = f"a fraction in (0, 1] that gives a whole number of the {size} pixels"
+            raise wrong("stage.crop", self.crop, expected)
+        checks.choice("stage.corruption", self.corruption, CORRUPTIONS)
         if self.corruption == "bsr" and self.crop_size * self.low_size % size:
             raise UserError(
                 f"stage.crop: got {self.crop}, a crop of {self.crop_size} pixels; for"
@@ -103,20 +104,15 @@ class UpsamplerStage:
             )
         steps = self.diffusion.process(self.sampling.spacing).steps
         if not 0 <= self.last_steps <= steps:
-            raise UserError(
-                f"stage.last_steps: got {self.last_steps}, expected 0 to the {steps} steps of"
-                f" stage.sampling.spacing={self.sampling.spacing!r}"
-            )
-        if not 0.0 <= self.noise_max <= 1.0:
-            raise UserError(f"stage.noise_max: got {self.noise_max}, expected a number from 0 to 1")
+            spacing = f"stage.sampling.spacing={self.sampling.spacing!r}"
+            raise wrong("stage.last_steps", self.last_steps, f"0 to the {steps} steps of {spacing}")
+        checks.number("stage.noise_max", self.noise_max, least=0, most=1)
         self._check_level(self.noise_level, "stage.noise_level")
 
     def _check_level(self, level: float, name: str) -> None:
         if not 0.0 <= level <= self.noise_max:
-            raise UserError(
-                f"{name}: got {level}, expected 0 to stage.noise_max = {self.noise_max}, the"
-                " highest level that training shows the network"
-            )
+            expected = f"0 to stage.noise_max = {self.noise_max}, the highest in training"
+            raise wrong(name, level, expected)
 
     @property
     def network(self) -> UNet:
@@ -132,6 +128,28 @@ class UpsamplerStage:
     def unet(self) -> UNetConfig:
         """The config of its U-Net."""
         return self.model
+
+    @property
+    def conditions(self) -> dict[str, Field]:
+        """The images to enlarge."""
+        return {"images": Field((self.low_size, self.low_size, 3), "float32", "RGB in [-1, 1]")}
+
+    def condition_of(self, batch: Batch, mask: None = None) -> jax.Array:
+        """The images to enlarge, [b, low_size, low_size, 3]."""
+        return batch["images"]
+
+    def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Full-size images, of which training makes the small ones itself."""
+        shape = (rows, self.image_size, self.image_size, 3)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """The level of noise-conditioning augmentation, where training knew it."""
+        if not self.noise_max:
+            return {}
+        meaning = f"of the noise-conditioning augmentation, 0 to {self.noise_max}"
+        return {"noise_level": Setting(self.noise_level, meaning)}
 
     @property
     def crop_size(self) -> int:
@@ -168,8 +186,7 @@ class UpsamplerStage:
             jnp.concatenate([x_t, low.astype(x_t.dtype)], axis=-1),
             t,
             level=level,
-            deterministic=dropout_key is None,
-            rngs={} if dropout_key is None else {"dropout": dropout_key},
+            **dropout(dropout_key),
         )
 
     def corrupt(self, key: jax.Array, images: jax.Array) -> jax.Array:
@@ -215,21 +232,15 @@ class UpsamplerStage:
     def _noised(self, low: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         return gaussian.q_sample(self.diffusion.process(), low, t, noise)
 
-    def loss(
-        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Loss of a batch {"image": uint8 [b, h, w, 3]} of full-size images, on random crops."""
         t_key, noise_key, corrupt_key, crop_key, dropout_key = jax.random.split(key, 5)
         x_0, low, level = self.pairs(corrupt_key, crop_key, to_float(batch["image"]))
-        terms = training_losses(
-            self.diffusion,
-            lambda x_t, t: self.denoise(params, x_t, t, low, level, dropout_key),
-            x_0,
-            random_timesteps(t_key, len(x_0), self.diffusion),
-            jax.random.normal(noise_key, x_0.shape),
-        )
-        metrics = {name: jnp.mean(value) for name, value in terms.items() if name != "loss"}
-        return jnp.mean(terms["loss"]), metrics
+
+        def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return self.denoise(params, x_t, t, low, level, dropout_key)
+
+        return denoising_loss(self.diffusion, denoise, x_0, t_key, noise_key)
 
     def sample(
         self,
@@ -259,11 +270,7 @@ class UpsamplerStage:
         Raises:
             UserError: `low` has another size than low_size, or training saw no such noise_level.
         """
-        if low.shape[1:] != (self.low_size, self.low_size, 3):
-            raise UserError(
-                f"low-resolution images: got {low.shape[1:]}, expected"
-                f" {(self.low_size, self.low_size, 3)}; resize them first"
-            )
+        checks.shape("low-resolution images", low, (None, self.low_size, self.low_size, 3))
         if isinstance(noise_level, int | float):
             self._check_level(noise_level, "noise_level")
         elif noise_level is not None and not self.noise_max:

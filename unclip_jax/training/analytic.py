@@ -32,14 +32,12 @@ from unclip_jax.common.params import TRAINED
 from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import METHODS, analytic
 from unclip_jax.errors import UserError
+from unclip_jax.stages.base import GuidedDiffusion
 from unclip_jax.training import prepare as runs
-from unclip_jax.training.inputs import reads_clip
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.trained import find_parts, stage_folder
 
 Params = dict[str, Any]
-
-KINDS = ("prior", "decoder")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @functools.partial(jax.jit, static_argnames="stage")
 def _update(
-    stage: stages.PriorStage | stages.DecoderStage,
+    stage: GuidedDiffusion,
     params: Params,
     residuals: analytic.Residuals,
     batch: dict[str, jax.Array],
@@ -118,10 +116,9 @@ def prepare(args: argparse.Namespace) -> runs.Run:
     folder = stage_folder(args.stage)
     description = model_folder.read_description(folder)
     stage = stages.build(description["stage"], f"{folder / model_folder.CONFIG_FILE}: stage")
-    if stage.kind not in KINDS:
-        raise UserError(
-            f"--stage {args.stage!r}: holds a {stage.kind}, expected a {' or a '.join(KINDS)}"
-        )
+    if not stage.obeys:
+        expected = "a prior or a decoder, sampled by diffusion"
+        raise UserError(f"--stage {args.stage!r}: holds a {stage.kind}, expected {expected}")
     data = dict(description.get("data", {}))
     if args.data:
         data["name"] = args.data
@@ -137,7 +134,7 @@ def prepare(args: argparse.Namespace) -> runs.Run:
         "data": data,
         "train": {},
         "heldout_split": data.get("split", "train"),
-        "clip": args.clip or (clip_beside(folder) if reads_clip(stage) else ""),
+        "clip": args.clip or (clip_beside(folder) if "z_i" in stage.reads else ""),
         "t5": args.t5,
         "init": str(folder),
     } | about)  # fmt: skip

@@ -1,7 +1,6 @@
-"""What is measured and shown of each kind of stage while it trains, on held-out pairs.
+"""What is measured and shown of a stage while it trains, on held-out pairs.
 
-Each kind has a function of the stage and the held-out pairs, which returns an `Evaluate` and a
-`Preview`: what the training loop calls with the averaged params.
+A stage names its own: `stage.figures` is a choice of `FIGURES`, `stage.preview` one of `PREVIEWS`.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from unclip_jax.stages.pixels import resize, to_float, to_uint8
 Params = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 Picture = tuple[np.ndarray, str]
+Figures = Callable[[Params], dict[str, float]]
 Evaluate = Callable[[Params, int], dict[str, float]]
 Preview = Callable[[Params, int], list[Picture]]
 
@@ -101,7 +101,7 @@ class Held:
         return [{k: v[i : i + size] for k, v in self.arrays.items()} for i in starts]
 
 
-def held_out_loss(stage: stages.Stage, held: Held) -> Callable[[Params], dict[str, float]]:
+def held_out_loss(stage: stages.Stage, held: Held) -> Figures:
     """The stage's own loss on held-out pairs, always with the same noise."""
 
     @jax.jit
@@ -115,159 +115,180 @@ def held_out_loss(stage: stages.Stage, held: Held) -> Callable[[Params], dict[st
     return evaluate
 
 
-def clip_figures(stage: stages.ClipStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Retrieval and rank on held-out pairs; previews show the picture that each caption finds."""
+# --------------------------------------------------------------------------------- figures
 
-    def embed(params: Params) -> tuple[np.ndarray, np.ndarray]:
-        arrays = held.arrays
-        z_i = encode_image(stage, params, arrays["image"])
-        return np.asarray(z_i), np.asarray(encode_text(stage, params, arrays["tokens"]))
 
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        z_i, z_t = embed(params)
+def retrieval(stage: stages.Stage, held: Held) -> Figures:
+    """How well CLIP finds held-out pairs, and the rank of its image embeddings."""
+
+    def evaluate(params: Params) -> dict[str, float]:
+        z_i, z_t = towers(stage, params, held.arrays)
         return image_text_retrieval(z_i, z_t) | {"rank_99": float(pca.rank(z_i))}
 
-    def preview(params: Params, step: int) -> list[Picture]:
-        z_i, z_t = embed(params)
-        found = np.argmax(z_t[: len(held.captions)] @ z_i.T, axis=1)
-        names = held.caption(held.arrays["index"][found])
-        return [
-            (held.arrays["image"][j], f"{caption} → {name}")
-            for caption, j, name in zip(held.captions, found, names, strict=True)
-        ]
-
-    return evaluate, preview
+    return evaluate
 
 
-def prior_figures(
-    stage: stages.PriorStage | stages.ARPriorStage, held: Held
-) -> tuple[Evaluate, Preview]:
-    """Cosines on held-out pairs; previews show the picture nearest to each sampled z_i."""
-    sample = jax.jit(stage.sample)
+def cosines(stage: stages.Stage, held: Held) -> Figures:
+    """Of sampled z_i with the true ones and with the captions."""
 
-    def draw(params: Params, arrays: Arrays) -> np.ndarray:
-        keys = example_keys(jax.random.key(0), len(arrays["index"]))
-        text = arrays["text_states" if stage.reads_states else "tokens"]
-        mask = arrays["text_mask"] if stage.reads_states else None
-        cond = stage.condition(*jax.tree.map(jnp.asarray, (text, arrays["z_t"], mask)))
-        return np.asarray(sample(params, keys, cond, guidance_scale=stage.guidance_scale))
-
-    def evaluate(params: Params, step: int) -> dict[str, float]:
+    def evaluate(params: Params) -> dict[str, float]:
         arrays = held.arrays
-        return prior_cosines(draw(params, arrays), arrays["z_i"], arrays["z_t"])
+        return prior_cosines(drawn(stage, params, arrays), arrays["z_i"], arrays["z_t"])
 
-    def preview(params: Params, step: int) -> list[Picture]:
-        found = np.argmax(draw(params, held.preview) @ held.arrays["z_i"].T, axis=1)
-        names = held.caption(held.arrays["index"][found])
-        # Stored embeddings come without pictures: then the captions found must do.
-        images = held.arrays.get("image", np.full((len(held.arrays["z_i"]), 1, 8, 3), WHITE))
-        return [
-            (images[j], f"{caption} → {name}")
-            for caption, j, name in zip(held.captions, found, names, strict=True)
-        ]
-
-    return evaluate, preview
+    return evaluate
 
 
-def ar_prior_figures(stage: stages.ARPriorStage, held: Held) -> tuple[Evaluate, Preview]:
-    """A prior's figures, the loss, and what the codes alone keep of held-out embeddings.
+def codes(stage: stages.Stage, held: Held) -> Figures:
+    """What the autoregressive prior's codes alone keep of held-out embeddings.
 
     `codes_variance` is the fraction of the variance that survives quantising, `codes_cosine` the
     mean cosine with what comes back: no prior that speaks in these codes can do better.
     """
-    cosines, preview = prior_figures(stage, held)
-    loss = held_out_loss(stage, held)
 
-    def evaluate(params: Params, step: int) -> dict[str, float]:
+    def evaluate(params: Params) -> dict[str, float]:
         quantiser, z_i = params["normalisation"], held.arrays["z_i"]
         codes = ar_prior.quantise(quantiser, jnp.asarray(z_i), stage.model.buckets)
         kept = np.asarray(ar_prior.dequantise(quantiser, codes))
         spread = z_i - z_i.mean(axis=0, keepdims=True)
-        return (
-            cosines(params, step)
-            | loss(params)
-            | {
-                "codes_variance": float(1.0 - np.sum((z_i - kept) ** 2) / np.sum(spread**2)),
-                "codes_cosine": float(np.mean(normalisation.cosine(z_i, kept))),
-            }
-        )
+        return {
+            "codes_variance": float(1.0 - np.sum((z_i - kept) ** 2) / np.sum(spread**2)),
+            "codes_cosine": float(np.mean(normalisation.cosine(z_i, kept))),
+        }
 
-    return evaluate, preview
+    return evaluate
 
 
-def decoder_figures(stage: stages.DecoderStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Held-out loss; previews are drawn from held-out captions and, if it reads z_i, the true ones.
+def enlarging(stage: stages.Stage, held: Held) -> Figures:
+    """PSNR of upsampled pictures, beside that of bicubic ones."""
 
-    They stand beside the true pictures.
-    """
-    loss = held_out_loss(stage, held)
-    sample = jax.jit(stage.sample)
-
-    def preview(params: Params, step: int) -> list[Picture]:
-        arrays = held.preview
-        keys = example_keys(jax.random.key(0), len(arrays["index"]))
-        cond = stage.condition_of(jax.tree.map(jnp.asarray, arrays))
-        images = sample(params, keys, cond, guidance_scale=stage.guidance_scale)
-        return beside([arrays["image"], np.asarray(to_uint8(images))], held.captions)
-
-    return (lambda params, step: loss(params)), preview
-
-
-def upsampler_figures(stage: stages.UpsamplerStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Held-out loss and PSNR; previews show bicubic, upsampled and true pictures."""
-    loss = held_out_loss(stage, held)
-    sample = jax.jit(stage.sample)
-
-    def upsample(params: Params) -> tuple[np.ndarray, np.ndarray]:
-        low = resize(to_float(jnp.asarray(held.preview["image"])), stage.low_size)
-        keys = example_keys(jax.random.key(0), len(low))
-        images = to_uint8(sample(params, keys, low))
-        return np.asarray(to_uint8(resize(low, stage.image_size))), np.asarray(images)
-
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        bicubic, images = upsample(params)
+    def evaluate(params: Params) -> dict[str, float]:
+        bicubic, images = enlarged(stage, params, held.preview)
         truth = held.preview["image"]
-        return loss(params) | {"psnr": psnr(images, truth), "psnr_bicubic": psnr(bicubic, truth)}
+        return {"psnr": psnr(images, truth), "psnr_bicubic": psnr(bicubic, truth)}
 
-    def preview(params: Params, step: int) -> list[Picture]:
-        bicubic, images = upsample(params)
-        return beside([bicubic, images, held.preview["image"]], held.captions)
-
-    return evaluate, preview
+    return evaluate
 
 
-def classifier_figures(stage: stages.ClassifierStage, held: Held) -> tuple[Evaluate, Preview]:
-    """Held-out loss, and the accuracy on clean pictures; previews show what those are taken for."""
-    loss = held_out_loss(stage, held)
+def clean_accuracy(stage: stages.Stage, held: Held) -> Figures:
+    """How often the classifier is right about clean pictures."""
 
-    @jax.jit
-    def guess(params: Params, images: Arrays) -> jax.Array:
-        clean = jnp.zeros(len(images), jnp.int32)
-        return jnp.argmax(stage.logits(params, to_float(images), clean), axis=-1)
+    def evaluate(params: Params) -> dict[str, float]:
+        chunks = held.chunks()
+        right = [guess(stage, params, chunk["image"]) == chunk["label"] for chunk in chunks]
+        return {"clean_accuracy": float(np.mean(right))}
+
+    return evaluate
+
+
+FIGURES: dict[str, Callable[[Any, Held], Figures]] = {
+    "heldout_loss": held_out_loss,
+    "retrieval": retrieval,
+    "prior_cosines": cosines,
+    "codes": codes,
+    "psnr": enlarging,
+    "clean_accuracy": clean_accuracy,
+}
+
+
+# -------------------------------------------------------------------------------- previews
+
+
+def found(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
+    """The picture that each caption finds, by CLIP."""
+    z_i, z_t = towers(stage, params, held.arrays)
+    return found_by(z_t[: len(held.captions)], z_i, held)
+
+
+def nearest(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
+    """The picture nearest to each sampled z_i."""
+    return found_by(drawn(stage, params, held.preview), held.arrays["z_i"], held)
+
+
+def decoded(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
+    """The true pictures, and those drawn from their conditions: of z_i the true one."""
+    images = to_uint8(drawn(stage, params, held.preview))
+    return beside([held.preview["image"], np.asarray(images)], held.captions)
+
+
+def upsampled(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
+    """Bicubic, upsampled and true pictures."""
+    columns = [*enlarged(stage, params, held.preview), held.preview["image"]]
+    return beside(columns, held.captions)
+
+
+def guessed(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
+    """The pictures, and what they are taken for."""
+    classes = np.asarray(guess(stage, params, held.preview["image"]))
+    names = [held.classes[i] for i in classes]
+    captions = [f"{caption} → {name}" for caption, name in zip(held.captions, names, strict=True)]
+    return list(zip(held.preview["image"], captions, strict=True))
+
+
+PREVIEWS: dict[str, Callable[[Any, Held, Params], list[Picture]]] = {
+    "found": found,
+    "nearest": nearest,
+    "drawn": decoded,
+    "upsampled": upsampled,
+    "guessed": guessed,
+}
+
+
+def figures(stage: stages.Stage, held: Held) -> tuple[Evaluate, Preview]:
+    """What the training loop calls with the averaged params and the step."""
+    parts = [FIGURES[name](stage, held) for name in stage.figures]
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
-        right = [guess(params, chunk["image"]) == chunk["label"] for chunk in held.chunks()]
-        return loss(params) | {"clean_accuracy": float(np.mean(right))}
+        return {name: value for part in parts for name, value in part(params).items()}
 
-    def preview(params: Params, step: int) -> list[Picture]:
-        found = np.asarray(guess(params, held.preview["image"]))
-        captions = zip(held.captions, found, strict=True)
-        names = [f"{caption} → {held.classes[i]}" for caption, i in captions]
-        return list(zip(held.preview["image"], names, strict=True))
+    return evaluate, lambda params, step: PREVIEWS[stage.preview](stage, held, params)
 
-    return evaluate, preview
+
+# ------------------------------------------------------------------- what a stage makes of pairs
+
+
+@functools.partial(jax.jit, static_argnames="stage")
+def _sample(stage: stages.Stage, params: Params, keys: jax.Array, cond: Any, **settings: Any):
+    return stage.sample(params, keys, cond, **settings)
+
+
+def drawn(stage: stages.Stage, params: Params, arrays: Arrays) -> np.ndarray:
+    """A sample of each pair's condition, with the stage's own guidance."""
+    keys = example_keys(jax.random.key(0), len(arrays["index"]))
+    cond = stage.condition_of({name: jnp.asarray(x) for name, x in arrays.items()})
+    settings = {name: setting.default for name, setting in stage.settings.items()}
+    return np.asarray(_sample(stage, params, keys, cond, **settings))
+
+
+def towers(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """CLIP's z_i and z_t of pairs."""
+    z_i = encode_image(stage, params, arrays["image"])
+    return np.asarray(z_i), np.asarray(encode_text(stage, params, arrays["tokens"]))
+
+
+def enlarged(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures made small and large again: by bicubic interpolation, and by an upsampler."""
+    low = resize(to_float(jnp.asarray(arrays["image"])), stage.low_size)
+    images = drawn(stage, params, arrays | {"images": low})
+    return np.asarray(to_uint8(resize(low, stage.image_size))), np.asarray(to_uint8(images))
+
+
+@functools.partial(jax.jit, static_argnames="stage")
+def guess(stage: stages.Stage, params: Params, images: Arrays) -> jax.Array:
+    """The likeliest classes [b] of clean pictures."""
+    clean = jnp.zeros(len(images), jnp.int32)
+    return jnp.argmax(stage.logits(params, to_float(images), clean), axis=-1)
+
+
+def found_by(queries: np.ndarray, z_i: np.ndarray, held: Held) -> list[Picture]:
+    """The pair nearest to each query, under the query's caption and its own."""
+    nearest = np.argmax(queries @ z_i.T, axis=1)
+    names = held.caption(held.arrays["index"][nearest])
+    # Stored embeddings come without pictures: then the captions found must do.
+    images = held.arrays.get("image", np.full((len(z_i), 1, 8, 3), WHITE))
+    pairs = zip(held.captions, nearest, names, strict=True)
+    return [(images[j], f"{caption} → {name}") for caption, j, name in pairs]
 
 
 def beside(columns: list[np.ndarray], captions: list[str]) -> list[Picture]:
     """Several versions of each picture side by side, under one caption."""
     return list(zip(np.concatenate(columns, axis=2), captions, strict=True))
-
-
-FIGURES: dict[str, Callable[[Any, Held], tuple[Evaluate, Preview]]] = {
-    "clip": clip_figures,
-    "prior": prior_figures,
-    "ar_prior": ar_prior_figures,
-    "decoder": decoder_figures,
-    "upsampler": upsampler_figures,
-    "classifier": classifier_figures,
-}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from unclip_jax.data.embeddings.shards import Meta
 from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError
 from unclip_jax.stages.clip import encode_image, encode_text
-from unclip_jax.weights import classes
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import Part, load_part, tokenizer
@@ -29,27 +29,42 @@ EMBED_BATCH = 64
 
 def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
     """The data's settings with what follows from the stage: size, vocabulary, labels."""
-    changes: dict[str, Any] = {}
-    if hasattr(stage, "image_size"):
-        changes["image_size"] = stage.image_size
-    if hasattr(stage, "context"):
-        changes["context_length"], vocab_size = stage.context
-        changes |= {"vocab_size": vocab_size} if vocab_size else {}
-    if classes.reads_labels(stage):
-        changes["labels"] = True
-    return dataclasses.replace(data, **changes)
+    length, vocab_size = stage.context
+    follows = {
+        "image_size": stage.image_size,
+        "context_length": length,
+        "vocab_size": vocab_size,
+        "labels": "label" in stage.reads,
+    }
+    return dataclasses.replace(data, **{name: value for name, value in follows.items() if value})
 
 
 def reads_clip(stage: stages.Stage) -> bool:
-    """Whether the stage stands on a CLIP: the priors do, and the decoder of z_i."""
-    is_decoder_of_z_i = stage.kind == "decoder" and stage.model.embed_dim > 0
-    return stage.kind in ("prior", "ar_prior") or is_decoder_of_z_i
+    """Whether the stage stands on a CLIP: it reads embeddings, or CLIP's states."""
+    return "z_i" in stage.reads
 
 
-def reads_clip_states(stage: stages.Stage) -> bool:
-    """Whether captions come as the text states of the CLIP that the stage stands on (Karlo)."""
-    is_prior_of_states = stage.kind == "prior" and stage.reads_states
-    return is_prior_of_states or (stage.kind == "decoder" and stage.empty_null)
+def check_classes(stage: stages.Stage, source: Source, trained: Mapping[str, Any] | None) -> None:
+    """Raise UserError unless the data's classes are those of the stage.
+
+    Args:
+        stage: one that reads labels.
+        source: its data.
+        trained: the description of the trained stage that it starts from, if from any.
+    """
+    names, count = ", ".join(source.classes), len(source.classes)
+    if count != stage.num_classes:
+        field = f"config.stage.model.{stage.classes_field}"
+        raise UserError(
+            f"{field}: got {stage.num_classes}, but {source.name} has {count} classes ({names});"
+            f" set --{field}={count}"
+        )
+    known = list(source.classes) if trained is None else trained.get("classes", [])
+    if known != list(source.classes):
+        raise UserError(
+            f"config.data.name: {source.name} has the classes {names}, but the stage in config.init"
+            f" learned {', '.join(known)}; use data with those"
+        )
 
 
 def load_clip(folder: str, stage: stages.Stage) -> Part:
@@ -78,14 +93,19 @@ def text_encoder(
     """The frozen network whose text states the stage reads, None where it reads tokens.
 
     Raises:
-        UserError: CLIP or T5 is another than the stage was made for.
+        UserError: CLIP or T5 is another than the stage was made for, or T5 is named where none is
+            read, or the other way round.
     """
-    if not reads_clip_states(stage):
+    if stage.text_encoder == "t5":
         return load_t5(stage, t5, t5_dtype)
     if t5:
+        reads = "reads CLIP's" if stage.text_encoder else "reads no"
+        more = "" if stage.text_encoder else ", or set config.stage.model.text_width"
         raise UserError(
-            f"config.t5: got {t5!r}, but this {stage.kind} reads CLIP's text states; leave it out"
+            f"config.t5: got {t5!r}, but this {stage.kind} {reads} text states; leave it out{more}"
         )
+    if not stage.text_encoder:
+        return None
     wanted = (stage.context[0], stage.model.text_width)
     found = (clip.stage.context[0], clip.stage.model.text_width)
     if wanted != found:
@@ -96,27 +116,18 @@ def text_encoder(
     return ClipText.of(clip)
 
 
-def load_t5(stage: stages.Stage, folder: str, dtype: str) -> T5 | None:
-    """The T5 whose states the stage reads, None where it reads none.
+def load_t5(stage: stages.Stage, folder: str, dtype: str) -> T5:
+    """The T5 whose states the stage reads.
 
     Raises:
-        UserError: one is needed and not named, or the other way round; it cannot be read; or its
-            width is another than the stage's.
+        UserError: none is named, it cannot be read, or its width is another than the stage's.
     """
-    needed = stage.kind == "decoder" and stage.reads_states
-    if not needed:
-        if folder:
-            raise UserError(
-                f"config.t5: got {folder!r}, but this {stage.kind} reads no text states; leave it"
-                " out, or set config.stage.model.text_width"
-            )
-        return None
     if not folder:
         raise UserError(
             "config.t5: empty, expected the folder of a T5, whose text states this decoder reads;"
             " give --config.t5=DIR, with config.json, model.safetensors and tokenizer.json in it"
         )
-    t5 = T5.load(folder, stage.states_length, dtype)
+    t5 = T5.load(folder, stage.context[0], dtype)
     if t5.width != stage.model.text_width:
         raise UserError(
             f"config.stage.model.text_width: got {stage.model.text_width}, but the T5 in"

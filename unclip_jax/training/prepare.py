@@ -1,7 +1,6 @@
-"""What each stage needs to train: where its params start, its data, its figures, its previews.
+"""What a stage needs to train: where its params start, its data, its figures, its previews.
 
-`prepare(config)` turns a config into a `Run`, which train.py hands to the training loop. Here, and
-only here, a stage's kind decides something.
+`prepare(config)` turns a config into a `Run`, which train.py hands to the training loop.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ import jax
 from jax.sharding import Mesh
 
 from unclip_jax import stages
+from unclip_jax.common import checks
 from unclip_jax.common import config as settings
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.batches import Batches, TextEncoder
-from unclip_jax.data.embeddings import store
 from unclip_jax.data.records import Source
 from unclip_jax.data.tokenizer import Encoder, FileTokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
-from unclip_jax.stages import ar_prior
-from unclip_jax.stages import normalisation as embedding
+from unclip_jax.stages import normalisation
 from unclip_jax.training import lora
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.fine_tuning import Origin
-from unclip_jax.training.heldout import FIGURES, Arrays, Evaluate, Held, Params, Preview
+from unclip_jax.training.heldout import Arrays, Evaluate, Held, Params, Preview, figures
 from unclip_jax.training.inputs import (
+    check_classes,
     data_for,
     load_clip,
     reads_clip,
@@ -39,7 +38,6 @@ from unclip_jax.training.inputs import (
 )
 from unclip_jax.training.lora import Lora
 from unclip_jax.training.step import LossFn, random_params
-from unclip_jax.weights import classes
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
@@ -48,7 +46,6 @@ from unclip_jax.weights.trained import clip_fingerprint
 # Of the data's settings, those that change no batch.
 MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads")
 STATE_COPIES = 4  # of the params: themselves, their average, two moments
-NORMALISATIONS = ("whiten", "scale", "none", "codes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the fields that belong to no part."""
-        if self.normalisation not in NORMALISATIONS:
-            raise UserError(
-                f"config.normalisation: got {self.normalisation!r}, expected one of"
-                f" {', '.join(NORMALISATIONS)}"
-            )
-        if self.previews < 1:
-            raise UserError(f"config.previews: got {self.previews}, expected at least 1")
+        checks.choice("config.normalisation", self.normalisation, (*normalisation.NAMES, "codes"))
+        checks.count("config.previews", self.previews)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +138,11 @@ def prepare(config: Mapping[str, Any]) -> Run:
     data = data_for(stage, given.data)
     encoder = text_encoder(stage, clip, given.t5, given.t5_dtype)
     check_embeddings(given, stage)
-    needs_images = stage.kind not in ("prior", "ar_prior")
+    needs_images = "image" in stage.reads
     source = datasets.load(data, needs_images=needs_images)
-    if classes.reads_labels(stage):
+    if "label" in stage.reads:
         trained = model_folder.read_description(origin.folder) if origin else None
-        classes.check_data(stage, source, trained)
+        check_classes(stage, source, trained)
     heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
     heldout = datasets.load(heldout_data, needs_images=needs_images)
     description = describe(given, stage, source, origin)
@@ -166,7 +158,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
         source = with_embeddings(source, data, clip, fingerprint, given.embeddings)
         heldout = with_embeddings(heldout, heldout_data, clip, fingerprint)
     held = Held(heldout, data, given.previews, encoder)
-    evaluate, preview = FIGURES[stage.kind](stage, held)
+    evaluate, preview = figures(stage, held)
     run = Run(
         stage=stage,
         init_params=first_params(given, stage, origin, source, encoder),
@@ -197,7 +189,7 @@ def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
 
     rows = given.train.batch_size // given.train.grad_accum
     mesh = cpu_devices.make_mesh(given.mesh, rows=rows, held_bytes=state_bytes)
-    sharding.check_spatial(mesh, stages.feature_rows(stage))
+    sharding.check_spatial(mesh, stage.feature_rows)
     return mesh
 
 
@@ -217,7 +209,7 @@ def describe(
         description |= {"lora": settings.to_dict(given.lora)} if given.lora.rank else {}
     elif reads_clip(stage):
         description["normalisation"] = given.normalisation
-    if classes.reads_labels(stage):
+    if "label" in stage.reads:
         description["classes"] = list(source.classes)
     return description
 
@@ -245,7 +237,7 @@ def first_constants(
     """What stands beside a new network in its stage's params, worked out from data and CLIP."""
     constants: Params = {}
     if reads_clip(stage):
-        constants["normalisation"] = normalisation(given.normalisation, source, stage)
+        constants["normalisation"] = stage.fit_normalisation(given.normalisation, source.chunks)
     if isinstance(encoder, ClipText) and stage.empty_null:
         constants["null_caption"] = encoder.empty_caption()
     return constants
@@ -274,18 +266,9 @@ def check_from_the_beginning(given: Settings, stage: stages.Stage) -> None:
             f"config.lora.rank: got {given.lora.rank}, but config.init is empty: adapters change a"
             " trained stage; give its folder with --config.init=DIR, or set the rank to 0"
         )
-    if stage.kind == "upsampler" and stage.last_steps:
-        raise UserError(
-            f"config.stage.last_steps: got {stage.last_steps}, expected 0 without config.init: the"
-            " network of the last steps is never trained here, only taken over"
-        )
-    if getattr(stage, "analytic", False):
-        raise UserError(
-            "config.stage.analytic: got True, expected False without config.init: the statistic is"
-            " measured on the trained stage, by unclip analytic --stage DIR"
-        )
+    stage.check_untrained()
     if reads_clip(stage):
-        check_normalisation(given.normalisation, stage)
+        checks.choice("config.normalisation", given.normalisation, stage.normalisations)
 
 
 def check_embeddings(given: Settings, stage: stages.Stage) -> None:
@@ -300,27 +283,3 @@ def check_embeddings(given: Settings, stage: stages.Stage) -> None:
             f"config.embeddings: got {given.embeddings!r}, but config.data.name is"
             f" {given.data.name!r}, embeddings already; give one of them"
         )
-
-
-def check_normalisation(kind: str, stage: stages.Stage) -> None:
-    """Raise UserError unless "codes" and the autoregressive prior come together."""
-    if (kind == "codes") != (stage.kind == "ar_prior"):
-        expected = "codes" if stage.kind == "ar_prior" else "whiten, scale or none"
-        raise UserError(
-            f"config.normalisation: got {kind!r}, expected {expected} for a stage of kind"
-            f" {stage.kind!r}"
-        )
-
-
-def normalisation(
-    kind: str,
-    source: store.WithEmbeddings | store.EmbeddingSource,
-    stage: stages.Stage,
-) -> dict[str, jax.Array]:
-    """The normalisation of image embeddings that a config names, from the training set's own."""
-    if kind == "codes":
-        return ar_prior.fit_quantiser(stage.model, source.chunks)
-    if kind == "whiten":
-        return embedding.whitening(z_i for z_i, _ in source.chunks())
-    e = stage.model.embed_dim
-    return embedding.scaling(e) if kind == "scale" else embedding.identity(e)

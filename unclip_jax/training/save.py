@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     if problems:
         raise UserError(f"checkpoint {step}: the weights do not fit its own stage: {problems}")
     description = description | {"step": step}
-    if isinstance(stage, stages.ClipStage):  # in whatever dtype it is stored, it stays this CLIP
+    if stage.keeps_fingerprint:  # in whatever dtype it is stored, it stays this CLIP
         description["fingerprint"] = fingerprint(params)
     model_folder.save_stage(args.out, params=params, description=description, dtype=args.dtype)
     print(f"{args.out}: the {stage.kind} at step {step} of {args.workdir}")

@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from unclip_jax.common.files import making_folder
 from unclip_jax.common.params import Params, flatten, unflatten
 from unclip_jax.errors import UserError
 from unclip_jax.models import attention
+from unclip_jax.stages.conditioning import Field, tokens_field
 from unclip_jax.stages.pixels import to_float
 from unclip_jax.weights import box
 from unclip_jax.weights import folder as model_folder
@@ -87,12 +88,6 @@ _KEYS = Input(
     "one threefry key per example, as jax.random.key_data gives it: an example depends on its own"
     " key and inputs alone",
 )
-_MASK = "True through the caption's first end-of-text token; False everywhere for no caption"
-
-
-def _guidance(stage: stages.PriorStage | stages.ARPriorStage | stages.DecoderStage) -> Input:
-    meaning = "classifier-free guidance; 1 is the conditional model"
-    return Input((), "float32", meaning, stage.guidance_scale)
 
 
 def _typed(key_data: jax.Array) -> jax.Array:
@@ -100,78 +95,21 @@ def _typed(key_data: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(key_data, impl="threefry2x32")
 
 
-def _tokens(stage: stages.Stage) -> Input:
-    length, vocab_size = stage.context
-    meaning = f"ids of the caption: {vocab_size - 2} starts it, {vocab_size - 1} ends it, 0 after"
-    return Input((BATCH, length), "int32", meaning)
+def _inputs(fields: Mapping[str, Field]) -> dict[str, Input]:
+    return {name: Input((BATCH, *f.shape), f.dtype, f.meaning) for name, f in fields.items()}
 
 
-def _text(stage: stages.Stage, width: int) -> dict[str, Input]:
-    """The caption's inputs of a stage: tokens, or another network's states `width` wide."""
-    length = stage.context[0]
-    if stage.reads_states:
-        meaning = "the states of the caption's tokens in the text encoder it was trained with"
-        text = {"text_states": Input((BATCH, length, width), "float32", meaning)}
-    else:
-        text = {"tokens": _tokens(stage)}
-    return text | {"text_mask": Input((BATCH, length), "bool", _MASK)}
-
-
-def of_prior(stage: stages.PriorStage | stages.ARPriorStage) -> Sampler:
-    """`stage.sample`: a caption to z_i."""
-    width = 0 if stage.kind == "ar_prior" else stage.model.text_width
-    z_t = Input((BATCH, stage.model.embed_dim), "float32", "CLIP's embedding of the caption")
-    text = _text(stage, width)
+def of_sample(stage: stages.Stage) -> Sampler:
+    """`stage.sample`: whatever the stage draws from to what it draws."""
+    settings, (made, meaning) = stage.settings, stage.makes
+    scalars = {n: Input((), "float32", s.meaning, s.default) for n, s in settings.items()}
 
     def run(params: Params, inputs: Arrays) -> Arrays:
-        caption, mask = (inputs[name] for name in text)
-        cond = stage.condition(caption, inputs["z_t"], mask)
-        scale = inputs["guidance_scale"]
-        return {"z_i": stage.sample(params, _typed(inputs["keys"]), cond, guidance_scale=scale)}
+        cond = stage.condition_of(inputs, inputs.get("text_mask"))
+        chosen = {name: inputs[name] for name in settings}
+        return {made: stage.sample(params, _typed(inputs["keys"]), cond, **chosen)}
 
-    inputs = {"keys": _KEYS} | text | {"z_t": z_t, "guidance_scale": _guidance(stage)}
-    return Sampler(inputs, run, {"z_i": "CLIP's image embedding, in CLIP's coordinates"})
-
-
-def of_decoder(stage: stages.DecoderStage) -> Sampler:
-    """`stage.sample`: whatever the decoder reads to small images."""
-    model = stage.model
-    embedding = (BATCH, model.embed_dim)
-    cond: dict[str, Input] = {}
-    if model.num_classes:
-        meaning = f"the class, 0 to {model.num_classes - 1}; {model.num_classes} is none"
-        cond["label"] = Input((BATCH,), "int32", meaning)
-    if model.has_text:
-        cond |= _text(stage, model.text_width)
-    if model.embed_dim:
-        cond["z_i"] = Input(embedding, "float32", "CLIP's image embedding, in CLIP's coordinates")
-    if model.use_z_t:
-        cond["z_t"] = Input(embedding, "float32", "CLIP's embedding of the caption")
-
-    def run(params: Params, inputs: Arrays) -> Arrays:
-        given = {name: inputs[name] for name in cond}
-        text = given.pop("text_states" if stage.reads_states else "tokens", None)
-        condition = stage.condition(text, mask=given.pop("text_mask", None), **given)
-        keys, scale = _typed(inputs["keys"]), inputs["guidance_scale"]
-        return {"images": stage.sample(params, keys, condition, guidance_scale=scale)}
-
-    inputs = {"keys": _KEYS} | cond | {"guidance_scale": _guidance(stage)}
-    return Sampler(inputs, run, {"images": "RGB in [-1, 1]"})
-
-
-def of_upsampler(stage: stages.UpsamplerStage) -> Sampler:
-    """`stage.sample`: small images to large ones."""
-    small = (BATCH, stage.low_size, stage.low_size, 3)
-    inputs = {"keys": _KEYS, "images": Input(small, "float32", "RGB in [-1, 1]")}
-    if stage.noise_max:
-        meaning = f"of the noise-conditioning augmentation, 0 to {stage.noise_max}"
-        inputs["noise_level"] = Input((), "float32", meaning, stage.noise_level)
-
-    def run(params: Params, inputs: Arrays) -> Arrays:
-        keys, level = _typed(inputs["keys"]), inputs.get("noise_level")
-        return {"images": stage.sample(params, keys, inputs["images"], noise_level=level)}
-
-    return Sampler(inputs, run, {"images": "RGB in [-1, 1]"})
+    return Sampler({"keys": _KEYS} | _inputs(stage.conditions) | scalars, run, {made: meaning})
 
 
 def of_clip_text(stage: stages.ClipStage) -> Sampler:
@@ -182,7 +120,7 @@ def of_clip_text(stage: stages.ClipStage) -> Sampler:
         return {"z_t": z_t, "text_states": states}
 
     outputs = {"z_t": "the caption's embedding", "text_states": "the states of its tokens"}
-    return Sampler({"tokens": _tokens(stage)}, run, outputs)
+    return Sampler(_inputs(tokens_field(*stage.context)), run, outputs)
 
 
 def of_clip_image(stage: stages.ClipStage) -> Sampler:
@@ -196,14 +134,12 @@ def of_clip_image(stage: stages.ClipStage) -> Sampler:
     return Sampler({"images": images}, run, {"z_i": "the image's embedding"})
 
 
-_SAMPLERS: dict[str, Callable[[Any], Sampler]] = {
-    "decoder": of_decoder,
-    "prior": of_prior,
-    "ar_prior": of_prior,
-    "upsampler": of_upsampler,
-    "clip_text": of_clip_text,
-    "clip_image": of_clip_image,
-}
+_TOWERS = {"clip_text": of_clip_text, "clip_image": of_clip_image}
+
+
+def sampler(stage: stages.Stage, name: str) -> Sampler:
+    """What is exported of a stage under one of the names of `KINDS`."""
+    return _TOWERS.get(name, of_sample)(stage)
 
 
 # ------------------------------------------------------------------------------------ export
@@ -290,10 +226,10 @@ def write(
     out = Path(os.path.abspath(out))
     check_out(out)
     part = _one_tower(part, name)
-    sampler = _SAMPLERS[name](part.stage)
+    exporting = sampler(part.stage, name)
     params = flatten(part.params)
-    exported = program(sampler, params, platforms)
-    about = convention(sampler, exported, name, part)
+    exported = program(exporting, params, platforms)
+    about = convention(exporting, exported, name, part)
     with _new_folder(out) as folder:
         (folder / PROGRAM_FILE).write_bytes(exported.serialize())
         flat = {key: np.asarray(value, order="C") for key, value in params.items()}
@@ -305,7 +241,7 @@ def write(
 
 def _one_tower(part: Part, name: str) -> Part:
     """A CLIP's one tower alone, so that only its weights travel; other stages as they are."""
-    if part.stage.kind != "clip":
+    if name not in _TOWERS:
         return part
     tower = name.removeprefix("clip_")
     towers = part.stage.model.towers
@@ -406,9 +342,9 @@ def find(model: str | Path, name: str, size: int | None = None, dtype: str = "")
 
 
 def _made_size(folder: Path) -> int:
-    """The side of the images that the upsampler in a folder makes; 0 for another stage."""
+    """The side of the images that the stage in a folder makes."""
     stage = stages.build(model_folder.read_description(folder)["stage"], f"{folder}: stage")
-    return stage.image_size if stage.kind == "upsampler" else 0
+    return stage.image_size
 
 
 def respace(part: Part, name: str, steps: str) -> Part:
@@ -417,7 +353,7 @@ def respace(part: Part, name: str, steps: str) -> Part:
     Raises:
         UserError: it does not sample by diffusion, or cannot do so many.
     """
-    if not hasattr(part.stage, "sampling"):
+    if part.stage.sampling is None:
         raise UserError(f"--steps: got {steps}, but a {name} has no sampling steps; leave it out")
     part.stage.diffusion.process(steps)  # a wrong number is an error here, not later
     sampling = dataclasses.replace(part.stage.sampling, spacing=steps)

@@ -104,7 +104,7 @@ def load_part(
         params, description = model_folder.load_stage(
             path, shapes, dtype, lambda name, array: sharding.place(array, where[name])
         )
-    if stage.kind == "clip":  # in whatever dtype it is in memory, it stays this CLIP
+    if stage.keeps_fingerprint:  # in whatever dtype it is in memory, it stays this CLIP
         description.setdefault("fingerprint", model_folder.read_fingerprint(path))
     return Part(stage, params, description)
 

@@ -213,7 +213,7 @@ def noise(model: UnCLIP, keys: jax.Array) -> np.ndarray:
 
 
 def _check_reads_z_i(model: UnCLIP) -> None:
-    if not model.decoder.stage.model.embed_dim:
+    if "z_i" not in model.decoder.stage.conditions:
         raise UserError(
             "this model's decoder reads captions alone, and so knows no CLIP embedding to edit; use"
             " a decoder with stage.model.embed_dim above 0"

@@ -12,7 +12,6 @@ import numpy as np
 from unclip_jax.data.images import open_rgb
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline import on_all_devices
 from unclip_jax.pipeline.manipulate import Walk
 from unclip_jax.pipeline.unclip import UnCLIP, check_prompts
 
@@ -60,13 +59,13 @@ def load(args: argparse.Namespace) -> UnCLIP:
     Raises:
         UserError: no such model, or a number of steps that it cannot do.
     """
-    model = on_all_devices.load(args.model, args.dtype, args.t5)
+    model = UnCLIP.load(args.model, args.dtype, args.t5, mesh="all")
 
     def respace(part, name: str):
         spacing = getattr(args, name, None)
         if spacing is None or part is None:
             return part
-        if not hasattr(part.stage, "sampling"):
+        if part.stage.sampling is None:
             raise UserError(
                 f"--{name} {spacing}: an autoregressive prior has no sampling steps; leave it out"
             )

@@ -230,7 +230,7 @@ def evaluations(run: Workdir) -> Iterator[Finding]:
     """The last evaluation against chance, or against doing nothing."""
     if too_early(run, run.step) and run.done < 1.0:
         return
-    if run.stage.kind == "clip":
+    if "retrieval" in run.stage.figures:
         yield from retrieval(run)
     own, others = run.last("eval/cosine_z_i"), run.last("eval/cosine_z_i_shuffled")
     if own is not None and others is not None and own <= others + TENTH * (1 - others):

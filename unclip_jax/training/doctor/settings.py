@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from unclip_jax.training.doctor.findings import Finding, error
-from unclip_jax.training.doctor.theory import data_power
 from unclip_jax.training.doctor.workdir import Workdir
 
 # What an average may keep of the random weights that training began with.
@@ -56,7 +55,7 @@ def average(run: Workdir) -> Iterator[Finding]:
 def drops(run: Workdir) -> Iterator[Finding]:
     """How often conditions are dropped, which guidance lives on."""
     stage = run.stage
-    used = dropped_fields(run)
+    used = [f"{name}_drop" for name in stage.drops]
     for name in used:
         value = getattr(stage, name)
         if value > MOSTLY_DROPPED:
@@ -78,24 +77,9 @@ def drops(run: Workdir) -> Iterator[Finding]:
         )
 
 
-def dropped_fields(run: Workdir) -> list[str]:
-    """The names of the stage's drop probabilities that act on something it reads."""
-    stage = run.stage
-    if stage.kind in ("prior", "ar_prior"):
-        return ["caption_drop"]
-    if stage.kind != "decoder":
-        return []
-    reads = {
-        "z_i_drop": stage.model.embed_dim > 0,
-        "caption_drop": stage.model.has_text,
-        "label_drop": stage.model.num_classes > 0,
-    }
-    return [name for name, is_read in reads.items() if is_read]
-
-
 def embedding_std(run: Workdir) -> Iterator[Finding]:
     """The scale at which the diffusion prior sees embeddings, where the config says it."""
-    power = data_power(run) if run.stage.kind == "prior" else None
+    power = run.stage.data_power(run.description.get("normalisation"))
     if power is None:
         return
     std = power**0.5

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 
 from unclip_jax.diffusion import gaussian
-from unclip_jax.stages import normalisation
 from unclip_jax.training.doctor.workdir import Workdir
 
 
@@ -50,36 +49,15 @@ class Band(NamedTuple):
 def band(run: Workdir) -> Band | None:
     """The landmarks of a run's loss; None where its data have no known scale."""
     stage, train = run.stage, run.train
-    guesses = None
-    if stage.kind == "clip":
-        n = train.batch_size // train.grad_accum
-        guesses = n, f"among the {n} pairs of a microbatch"
-    elif stage.kind == "ar_prior":
-        guesses = stage.model.buckets, "a code"
-    elif stage.kind == "classifier":
-        guesses = stage.num_classes, "a class"
-    if guesses is not None:
-        n, what = guesses
+    if guess := stage.guesses(train.batch_size // train.grad_accum):
+        n, what = guess
         return Band("train/loss", math.log(n), f"log {n}, what guessing {what} costs")
-    power = data_power(run)
+    power = stage.data_power(run.description.get("normalisation"))
     if power is None:
         return None
     diffusion = stage.diffusion
     because = f"the mean squared error per dimension of predicting {diffusion.prediction} as 0"
     return Band("train/mse", ignorant(diffusion, power), because, linear(diffusion, power))
-
-
-def data_power(run: Workdir) -> float | None:
-    """E x_0^2 per dimension: exact for whitened embeddings, at most this for the others."""
-    if run.stage.kind != "prior":
-        return 1.0
-    kind, e = run.description.get("normalisation"), run.stage.model.embed_dim
-    if kind == "whiten":
-        return 1.0
-    if kind is None or not run.stage.unit_embeddings:
-        return None
-    scale = normalisation.PAPER_SCALE if kind == "scale" else 1.0
-    return scale**2 / e
 
 
 def ignorant(diffusion: gaussian.Diffusion, power: float) -> float:

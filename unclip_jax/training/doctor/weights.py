@@ -25,7 +25,9 @@ from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.stages import normalisation
+from unclip_jax.stages.base import GuidedDiffusion
 from unclip_jax.stages.clip import encode_image, encode_text
+from unclip_jax.stages.conditioning import Field
 from unclip_jax.training import inputs
 from unclip_jax.training.checkpoints import Saved, damage, in_float32
 from unclip_jax.training.doctor.findings import TENTH, Finding, error, note
@@ -66,14 +68,14 @@ def examine(run: Workdir, clip: Path | None) -> Iterator[Finding]:
             + (", with --clip=DIR" if "clip_fingerprint" in run.description else ""),
         )
         batch = None
-    is_conditional = isinstance(run.stage, stages.PriorStage | stages.DecoderStage)
-    if is_conditional:
+    told = bool(run.stage.obeys and run.stage.conditions)
+    if told:
         cond = synthetic(run.stage) if batch is None else run.stage.data(averaged, batch)[1]
         yield from guidance(run, averaged, cond)
     if batch is not None:
         yield from embeddings(averaged, batch)
         yield from average(run, last, averaged, batch)
-        if is_conditional:
+        if told:
             yield from worth(run, averaged, batch)
 
 
@@ -94,7 +96,7 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     stage = run.stage
     data = settings.build(datasets.DataConfig, run.description["data"], "description.json: data")
     data = dataclasses.replace(data, augment=0.0, cache_bytes=0)
-    needs_images = stage.kind not in ("prior", "ar_prior")
+    needs_images = "image" in stage.reads
     source = datasets.load(inputs.data_for(stage, data), needs_images=needs_images)
     if source.fingerprint != run.description["data_fingerprint"]:
         raise UserError(
@@ -124,27 +126,27 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
-def synthetic(stage: stages.PriorStage | stages.DecoderStage) -> Arrays:
-    """Conditions of random tokens and embeddings, where there are no data to take them from."""
-    n, (length, vocab_size) = 8, stage.context
-    token_key, state_key, z_i_key, z_t_key = jax.random.split(jax.random.key(0), 4)
-    if stage.reads_states:
-        text = jax.random.normal(state_key, (n, length, stage.model.text_width))
-    else:
-        text = jax.random.randint(token_key, (n, length), 1, max(2, vocab_size - 2))
-        text = text.at[:, -1].set(vocab_size - 1)
-    mask = jnp.ones((n, length), bool)
-    e = stage.model.embed_dim
-    z_i, z_t = (normalisation.unit(jax.random.normal(key, (n, e))) for key in (z_i_key, z_t_key))
-    if isinstance(stage, stages.PriorStage):
-        return stage.condition(text, z_t, mask)
-    label = jnp.arange(n) % max(1, stage.num_classes)
-    return stage.condition(text, z_i, z_t, mask, label)
+def synthetic(stage: GuidedDiffusion) -> Arrays:
+    """Random conditions, where there are no data to take them from."""
+
+    def draw(key: jax.Array, field: Field) -> jax.Array:
+        shape = (8, *field.shape)
+        if field.below:
+            return jax.random.randint(key, shape, 0, field.below)
+        if field.dtype == "bool":
+            return jnp.ones(shape, bool)
+        drawn = jax.random.normal(key, shape)
+        return normalisation.unit(drawn) if len(field.shape) == 1 else drawn
+
+    keys = jax.random.split(jax.random.key(0), max(1, len(stage.conditions)))
+    pairs = zip(keys, stage.conditions.items(), strict=False)
+    found = {name: draw(key, field) for key, (name, field) in pairs}
+    return stage.condition_of(found, found.get("text_mask"))
 
 
 @functools.partial(jax.jit, static_argnames="stage")
 def predict(
-    stage: stages.PriorStage | stages.DecoderStage,
+    stage: GuidedDiffusion,
     params: Params,
     cond: Arrays,
     x_t: jax.Array,
@@ -159,9 +161,7 @@ def guidance(run: Workdir, params: Params, cond: Arrays) -> Iterator[Finding]:
     """Whether a condition changes what is predicted, without which guidance leads nowhere."""
     stage = run.stage
     n = len(jax.tree.leaves(cond)[0])
-    is_prior, size = isinstance(stage, stages.PriorStage), getattr(stage, "image_size", 0)
-    shape = (stage.model.embed_dim,) if is_prior else (size, size, 3)
-    x_t = jax.random.normal(jax.random.key(1), (n, *shape))
+    x_t = jax.random.normal(jax.random.key(1), (n, *stage.x_shape))
     t = jnp.full(n, stage.diffusion.steps - 1)
     own = np.asarray(predict(stage, params, cond, x_t, t))
     null = np.asarray(predict(stage, params, stage.null(params, cond), x_t, t))
@@ -242,10 +242,9 @@ def worth(run: Workdir, params: Params, batch: Arrays) -> Iterator[Finding]:
         saved += (errors[1] - errors[0]) / ROUNDS
     spread = saved.std(ddof=1) / np.sqrt(n)
     if saved.mean() < SURE * spread or saved.mean() <= 0:
-        what = "captions" if stage.kind == "prior" else "conditions"
         yield error(
-            f"{stage.kind}_ignores_{what}",
-            f"on {n} training examples the squared error with their own {what} is smaller by"
+            f"{stage.kind}_ignores_{stage.obeys}",
+            f"on {n} training examples the squared error with their own {stage.obeys} is smaller by"
             f" {saved.mean():.2g} ± {spread:.2g} than with those of others: no difference is seen",
             "train longer; if it stays so, check that captions belong to their pictures, that"
             " config.clip is the CLIP meant, and that conditions are not dropped too often",

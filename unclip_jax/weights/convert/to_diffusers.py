@@ -90,10 +90,9 @@ _Component = tuple[str, str, str]
 
 
 def _check_form(stage: stages.Stage, path: Path) -> None:
-    fits = stage.last_steps == 1 if stage.kind == "upsampler" else stage.empty_null
-    if stage.kind != "prior":
-        unet = stage.model if stage.kind == "upsampler" else stage.model.unet
-        fits = fits and unet.patch == 1 and not unet.pixel_channels
+    fits = getattr(stage, "empty_null", stage.last_steps == 1)
+    if stage.unet:
+        fits = fits and stage.unet.patch == 1 and not stage.unet.pixel_channels
     if not fits:
         raise UserError(
             f"{path}: a {stage.kind} of another form than Karlo's, which diffusers' layout cannot"

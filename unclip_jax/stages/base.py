@@ -1,0 +1,342 @@
+"""What every stage says of itself, so that nobody else need know its kind.
+
+`Stage` stands under all of them, `GuidedDiffusion` under the two that denoise under a condition,
+the diffusion prior and the decoder. Neither has fields: a stage's settings are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.diffusion import gaussian, guidance, samplers
+from unclip_jax.diffusion.losses import training_losses
+from unclip_jax.diffusion.progress import Loop, whole
+from unclip_jax.errors import UserError, wrong
+from unclip_jax.models.unet import UNetConfig
+from unclip_jax.stages import normalisation
+from unclip_jax.stages.conditioning import (
+    Condition,
+    Field,
+    Params,
+    empty_caption,
+    image_field,
+    initial_noise,
+    random_timesteps,
+    text_mask,
+)
+
+Batch = Mapping[str, jax.Array]
+Loss = tuple[jax.Array, dict[str, jax.Array]]  # and what else is measured, by name
+Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+
+
+class Setting(NamedTuple):
+    """A number that `sample` takes by name: the stage's own, and what it means."""
+
+    default: float
+    meaning: str
+
+
+class Stage:
+    """A network and how it trains and samples. What a kind has not is None, 0 or empty.
+
+    Attributes:
+        kind: its name in descriptions.
+        figures: what is measured of it on held-out pairs, in order: `training.heldout.FIGURES`.
+        preview: what is shown of it: `training.heldout.PREVIEWS`.
+        makes: the name and the meaning of what `sample` returns; None where it draws nothing.
+        obeys: what the predictions of a guided diffusion follow, in a word.
+        normalisations: those of z_i that training can begin with.
+        classes_field: of `model`, the field with the number of classes.
+        keeps_fingerprint: whether others name it by the fingerprint that its weights had at first.
+    """
+
+    kind: ClassVar[str]
+    figures: ClassVar[tuple[str, ...]] = ("heldout_loss",)
+    preview: ClassVar[str]
+    makes: ClassVar[tuple[str, str] | None] = None
+    obeys: ClassVar[str] = ""
+    normalisations: ClassVar[tuple[str, ...]] = ()
+    classes_field: ClassVar[str] = "num_classes"
+    keeps_fingerprint: ClassVar[bool] = False
+
+    sampling = None
+    analytic = False
+    last_steps = 0
+
+    @property
+    def learns(self) -> dict[str, Field]:
+        """What training reads besides the conditions."""
+        return image_field(self.image_size)
+
+    @property
+    def conditions(self) -> dict[str, Field]:
+        """What `sample` draws from."""
+        return {}
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The entries of a batch that `loss` reads."""
+        return frozenset(self.batch_spec(1))
+
+    def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of so many rows that `loss` reads."""
+        fields = self.learns | self.conditions
+        if "tokens" in fields:  # of which the mask follows
+            fields.pop("text_mask", None)
+        return {n: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype) for n, f in fields.items()}
+
+    def condition_of(self, batch: Batch, mask: jax.Array | None = None) -> Any:
+        """What `sample` takes of a batch; the rest of it is left out.
+
+        Args:
+            batch: the arrays that `conditions` names.
+            mask: True on the captions' tokens [b, l]. None takes the batch's where captions come as
+                states, and works it out of tokens.
+        """
+        if "text_mask" in self.conditions:
+            if mask is None and self.reads_states:
+                mask = batch["text_mask"]
+            elif mask is None:
+                mask = text_mask(batch["tokens"], self.context[1])
+            batch = {**batch, "text_mask": mask}
+        return {name: batch[name] for name in self.conditions}
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """What `sample` takes by name."""
+        return {}
+
+    @property
+    def drops(self) -> tuple[str, ...]:
+        """The conditions that training drops, each as often as the field NAME_drop says."""
+        return ()
+
+    def check_drops(self, *names: str) -> None:
+        """Raise UserError unless the probabilities of dropping these are in [0, 1)."""
+        for name in (f"{name}_drop" for name in names):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise wrong(f"stage.{name}", getattr(self, name), "0 <= p < 1")
+
+    @property
+    def text_encoder(self) -> str:
+        """Whose states of captions it reads: "clip", "t5", or "" for none."""
+        return ""
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether captions come as another network's states; else as tokens."""
+        return bool(self.text_encoder)
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Context length of its captions, and vocabulary size of their tokens; 0 for none."""
+        return 0, 0
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the images that it sees or makes."""
+        return 0
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it knows."""
+        return 0
+
+    @property
+    def unet(self) -> UNetConfig | None:
+        """The config of its U-Net."""
+        return None
+
+    @property
+    def feature_rows(self) -> int:
+        """Rows of the first feature map of its U-Net."""
+        return self.unet.feature_size(0) if self.unet else 0
+
+    def guesses(self, rows: int) -> tuple[int, str] | None:
+        """Among how many of what it guesses, in a batch of so many rows; None for no guesser."""
+
+    def data_power(self, normalised: str | None) -> float | None:
+        """E x_0^2 per dimension of what it denoises, or at most that; None where it is not known.
+
+        `normalised` names the normalisation of z_i. Pixels lie in [-1, 1].
+        """
+        return 1.0
+
+    def fit_normalisation(self, name: str, chunks: Chunks) -> normalisation.Normalisation:
+        """The normalisation of that name; `chunks` begins a pass over z_i [n, e] and z_t [n, e]."""
+        return normalisation.fit(name, self.model.embed_dim, (z_i for z_i, _ in chunks()))
+
+    def check_untrained(self) -> None:
+        """Raise UserError unless it can be trained from random params."""
+        if self.last_steps:
+            raise UserError(
+                f"config.stage.last_steps: got {self.last_steps}, expected 0 without config.init:"
+                " the network of the last steps is never trained here, only taken over"
+            )
+        if self.analytic:
+            raise UserError(
+                "config.stage.analytic: got True, expected False without config.init: the"
+                " statistic is measured on the trained stage, by unclip analytic"
+                " --stage DIR"
+            )
+
+
+class GuidedDiffusion(Stage):
+    """A stage that denoises under a condition, and is guided away from the condition's null.
+
+    It has the fields `diffusion`, `sampling`, `guidance_scale`, `empty_null` and `analytic`, and
+    its network the methods `encode`, for what depends on neither x_t nor t, and `denoise`.
+    """
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """The shape of one x_t."""
+        return self.image_size, self.image_size, 3
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """The scale of classifier-free guidance."""
+        return guidance_setting(self.guidance_scale)
+
+    def check_sampling(self) -> None:
+        """Raise UserError where it cannot sample as its fields say."""
+        if self.sampling.method == "analytic" and not self.analytic:
+            raise UserError(
+                'stage.sampling.method: got "analytic", but this stage has no analytic variance;'
+                " use another method, such as ddpm, until unclip analytic --stage DIR"
+                " has measured it on the trained stage in DIR"
+            )
+        self.diffusion.process(self.sampling.spacing)
+
+    def constants(self) -> Params:
+        """What stands beside the network in its params, until it is measured."""
+        e, found = self.model.embed_dim, {}
+        if e:
+            found["normalisation"] = normalisation.identity(e)
+        if self.empty_null:
+            found["null_caption"] = empty_caption(self.context[0], self.model.text_width, e)
+        if self.analytic:
+            found["analytic"] = jnp.zeros(self.diffusion.steps)
+        return found
+
+    def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
+        """x_0 [b, ...] and the whole condition of a batch, see `loss`."""
+        raise NotImplementedError
+
+    def denoise(
+        self,
+        params: Params,
+        x_t: jax.Array,
+        t: jax.Array,
+        encoded: Any,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The network's output for x_t [b, ...]; a dropout key means training."""
+        denoise = self.network.denoise
+        settings = {} if dropout_key is None else dropout(dropout_key)
+        return self.network.apply(
+            {"params": params["network"]}, x_t, t, encoded, method=denoise, **settings
+        )
+
+    def denoiser(
+        self, params: Params, cond: Condition, dropout_key: jax.Array | None = None
+    ) -> gaussian.Denoise:
+        """`denoise(x_t, t)` under a condition, which is encoded once, without guidance."""
+        encoded = self.encode(params, cond)
+        return lambda x_t, t: self.denoise(params, x_t, t, encoded, dropout_key)
+
+    def draw(
+        self,
+        params: Params,
+        keys: jax.Array,
+        cond: Condition,
+        *,
+        guidance_scale: float | jax.Array = 1.0,
+        null: Condition | None = None,
+        eta: float | jax.Array = 0.0,
+        noise: jax.Array | None = None,
+        guide: Callable[[gaussian.Denoise], gaussian.Denoise] | None = None,
+        loop: Loop = whole,
+    ) -> jax.Array:
+        """x_0 [b, ...] for b conditions.
+
+        Args:
+            params: as `init` made them.
+            keys: one typed key per example [b].
+            cond: as `condition` makes it.
+            guidance_scale: classifier-free guidance; 1 is the conditional model. May be traced.
+            null: what guidance leads away from; by default `null` of the condition.
+            eta: DDIM's noise, for sampling.method "ddim".
+            noise: float [b, steps, ...] to use instead of the keys' draws: x_T, then what each step
+                but the last adds.
+            guide: guidance on top, such as `guidance.classifier_guided` with all but its network.
+            loop: what does the steps, see `samplers.sample`.
+        """
+        denoise = guidance.classifier_free(
+            lambda x_t, t, encoded: self.denoise(params, x_t, t, encoded),
+            cond,
+            self.null(params, cond) if null is None else null,
+            guidance_scale,
+            learned_variance=self.diffusion.learned_variance,
+            encode=lambda condition: loop.once(self.encode, params, condition),
+        )
+        x_T, step_keys, step_noise = initial_noise(keys, self.x_shape, noise)
+        return samplers.sample(
+            denoise if guide is None else guide(denoise),
+            x_T,
+            step_keys,
+            self.diffusion,
+            self.sampling,
+            noise=step_noise,
+            eta=eta,
+            analytic=params.get("analytic"),
+            loop=loop,
+        )
+
+
+def denoising_loss(
+    diffusion: gaussian.Diffusion,
+    denoise: gaussian.Denoise,
+    x_0: jax.Array,
+    t_key: jax.Array,
+    noise_key: jax.Array,
+) -> Loss:
+    """The loss of x_0 [b, ...] noised to random timesteps, and the means of its other terms."""
+    terms = training_losses(
+        diffusion,
+        denoise,
+        x_0,
+        random_timesteps(t_key, len(x_0), diffusion),
+        jax.random.normal(noise_key, x_0.shape),
+    )
+    means = {name: jnp.mean(value) for name, value in terms.items()}
+    return means.pop("loss"), means
+
+
+def guidance_setting(default: float) -> dict[str, Setting]:
+    """What a stage with classifier-free guidance takes."""
+    meaning = "classifier-free guidance; 1 is the conditional model"
+    return {"guidance_scale": Setting(default, meaning)}
+
+
+def dropout(key: jax.Array | None) -> dict[str, Any]:
+    """How a network with dropout is applied: without a key, as when sampling."""
+    return {"deterministic": key is None, "rngs": {} if key is None else {"dropout": key}}
+
+
+def check_channels(out_channels: int, diffusion: gaussian.Diffusion, path: str) -> None:
+    """A learned variance needs a second set of output channels; a fixed one must not have it.
+
+    Raises:
+        UserError: out_channels is neither.
+    """
+    expected = 6 if diffusion.learned_variance else 3
+    if out_channels != expected:
+        what = f"{expected} with diffusion.variance={diffusion.variance!r}"
+        raise wrong(f"{path}.out_channels", out_channels, what)
