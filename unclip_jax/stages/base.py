@@ -43,28 +43,46 @@ class Setting(NamedTuple):
 
 
 class Stage:
-    """A network and how it trains and samples. What a kind has not is None, 0 or empty.
+    """A network and how it trains and samples. A kind overrides what is not so for it.
 
     Attributes:
         kind: its name in descriptions.
         figures: what is measured of it on held-out pairs, in order: `training.heldout.FIGURES`.
         preview: what is shown of it: `training.heldout.PREVIEWS`.
         makes: the name and the meaning of what `sample` returns; None where it draws nothing.
+        conditions: what `sample` draws from.
+        settings: what `sample` takes by name.
+        drops: the conditions that training drops, each as often as the field NAME_drop says.
         obeys: what the predictions of a guided diffusion follow, in a word.
         normalisations: those of z_i that training can begin with.
-        classes_field: of `model`, the field with the number of classes.
         keeps_fingerprint: whether others name it by the fingerprint that its weights had at first.
+        text_encoder: whose states of captions it reads: "clip", "t5", or "" for none.
+        context: context length of its captions, and vocabulary size of their tokens; 0 for none.
+        image_size: side, in pixels, of the images that it sees or makes; 0 for none.
+        num_classes: how many classes it knows.
+        classes_field: the field of `model` with that number.
+        unet: the config of its U-Net.
+        sampling: how a diffusion is walked.
+        analytic: whether the statistic of the analytic variance is in its params.
+        last_steps: how many steps of sampling a network does that is never trained here.
     """
 
     kind: ClassVar[str]
     figures: ClassVar[tuple[str, ...]] = ("heldout_loss",)
     preview: ClassVar[str]
     makes: ClassVar[tuple[str, str] | None] = None
+    conditions: ClassVar[Mapping[str, Field]] = {}
+    settings: ClassVar[Mapping[str, Setting]] = {}
+    drops: ClassVar[tuple[str, ...]] = ()
     obeys: ClassVar[str] = ""
     normalisations: ClassVar[tuple[str, ...]] = ()
-    classes_field: ClassVar[str] = "num_classes"
     keeps_fingerprint: ClassVar[bool] = False
-
+    text_encoder: ClassVar[str] = ""
+    context: ClassVar[tuple[int, int]] = (0, 0)
+    image_size: ClassVar[int] = 0
+    num_classes: ClassVar[int] = 0
+    classes_field: ClassVar[str] = "num_classes"
+    unet: ClassVar[UNetConfig | None] = None
     sampling = None
     analytic = False
     last_steps = 0
@@ -75,21 +93,26 @@ class Stage:
         return image_field(self.image_size)
 
     @property
-    def conditions(self) -> dict[str, Field]:
-        """What `sample` draws from."""
-        return {}
-
-    @property
     def reads(self) -> frozenset[str]:
         """The entries of a batch that `loss` reads."""
         return frozenset(self.batch_spec(1))
 
     def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of so many rows that `loss` reads."""
-        fields = self.learns | self.conditions
+        fields = {**self.learns, **self.conditions}
         if "tokens" in fields:  # of which the mask follows
             fields.pop("text_mask", None)
         return {n: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype) for n, f in fields.items()}
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether captions come as another network's states; else as tokens."""
+        return bool(self.text_encoder)
+
+    @property
+    def feature_rows(self) -> int:
+        """Rows of the first feature map of its U-Net; 0 where it has none."""
+        return self.unet.feature_size(0) if self.unet else 0
 
     def condition_of(self, batch: Batch, mask: jax.Array | None = None) -> Any:
         """What `sample` takes of a batch; the rest of it is left out.
@@ -107,56 +130,11 @@ class Stage:
             batch = {**batch, "text_mask": mask}
         return {name: batch[name] for name in self.conditions}
 
-    @property
-    def settings(self) -> dict[str, Setting]:
-        """What `sample` takes by name."""
-        return {}
-
-    @property
-    def drops(self) -> tuple[str, ...]:
-        """The conditions that training drops, each as often as the field NAME_drop says."""
-        return ()
-
     def check_drops(self, *names: str) -> None:
         """Raise UserError unless the probabilities of dropping these are in [0, 1)."""
         for name in (f"{name}_drop" for name in names):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise wrong(f"stage.{name}", getattr(self, name), "0 <= p < 1")
-
-    @property
-    def text_encoder(self) -> str:
-        """Whose states of captions it reads: "clip", "t5", or "" for none."""
-        return ""
-
-    @property
-    def reads_states(self) -> bool:
-        """Whether captions come as another network's states; else as tokens."""
-        return bool(self.text_encoder)
-
-    @property
-    def context(self) -> tuple[int, int]:
-        """Context length of its captions, and vocabulary size of their tokens; 0 for none."""
-        return 0, 0
-
-    @property
-    def image_size(self) -> int:
-        """Side, in pixels, of the images that it sees or makes."""
-        return 0
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes it knows."""
-        return 0
-
-    @property
-    def unet(self) -> UNetConfig | None:
-        """The config of its U-Net."""
-        return None
-
-    @property
-    def feature_rows(self) -> int:
-        """Rows of the first feature map of its U-Net."""
-        return self.unet.feature_size(0) if self.unet else 0
 
     def guesses(self, rows: int) -> tuple[int, str] | None:
         """Among how many of what it guesses, in a batch of so many rows; None for no guesser."""

@@ -139,9 +139,8 @@ class UpsamplerStage(Stage):
         return batch["images"]
 
     def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Full-size images, of which training makes the small ones itself."""
-        shape = (rows, self.image_size, self.image_size, 3)
-        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        """Full-size images alone: training makes the small ones of them."""
+        return {"image": super().batch_spec(rows)["image"]}
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -263,8 +262,7 @@ class UpsamplerStage(Stage):
             noise_level: of the noise-conditioning augmentation of `low`, from 0 to noise_max, one
                 for all or one per example [b]; None takes the stage's own. Arrays, which may be
                 traced, are not checked.
-            noise: float [b, steps, size, size, 3] to use instead of the keys' draws: x_T, then
-                what each step but the last adds.
+            noise: as for `GuidedDiffusion.draw`.
             loop: what does the steps, see `samplers.sample`.
 
         Raises:

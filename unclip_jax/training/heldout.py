@@ -31,8 +31,8 @@ from unclip_jax.stages.pixels import resize, to_float, to_uint8
 Params = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 Picture = tuple[np.ndarray, str]
-Figures = Callable[[Params], dict[str, float]]
-Evaluate = Callable[[Params, int], dict[str, float]]
+Figures = dict[str, float]
+Evaluate = Callable[[Params, int], Figures]
 Preview = Callable[[Params, int], list[Picture]]
 
 CHUNK = 64  # pairs measured together
@@ -101,86 +101,64 @@ class Held:
         return [{k: v[i : i + size] for k, v in self.arrays.items()} for i in starts]
 
 
-def held_out_loss(stage: stages.Stage, held: Held) -> Figures:
-    """The stage's own loss on held-out pairs, always with the same noise."""
-
-    @jax.jit
-    def loss(params: Params, batch: Arrays, key: jax.Array) -> jax.Array:
-        return stage.loss(params, batch, key)[0]
-
-    def evaluate(params: Params) -> dict[str, float]:
-        values = [loss(params, chunk, jax.random.key(i)) for i, chunk in enumerate(held.chunks())]
-        return {"heldout_loss": float(np.mean(values))}
-
-    return evaluate
-
-
 # --------------------------------------------------------------------------------- figures
 
 
-def retrieval(stage: stages.Stage, held: Held) -> Figures:
+@functools.partial(jax.jit, static_argnames="stage")
+def _loss(stage: stages.Stage, params: Params, batch: Arrays, key: jax.Array) -> jax.Array:
+    return stage.loss(params, batch, key)[0]
+
+
+def held_out_loss(stage: stages.Stage, held: Held, params: Params) -> Figures:
+    """The stage's own loss on held-out pairs, always with the same noise."""
+    chunks = enumerate(held.chunks())
+    values = [_loss(stage, params, chunk, jax.random.key(i)) for i, chunk in chunks]
+    return {"heldout_loss": float(np.mean(values))}
+
+
+def retrieval(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """How well CLIP finds held-out pairs, and the rank of its image embeddings."""
-
-    def evaluate(params: Params) -> dict[str, float]:
-        z_i, z_t = towers(stage, params, held.arrays)
-        return image_text_retrieval(z_i, z_t) | {"rank_99": float(pca.rank(z_i))}
-
-    return evaluate
+    z_i, z_t = towers(stage, params, held.arrays)
+    return image_text_retrieval(z_i, z_t) | {"rank_99": float(pca.rank(z_i))}
 
 
-def cosines(stage: stages.Stage, held: Held) -> Figures:
+def cosines(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """Of sampled z_i with the true ones and with the captions."""
-
-    def evaluate(params: Params) -> dict[str, float]:
-        arrays = held.arrays
-        return prior_cosines(drawn(stage, params, arrays), arrays["z_i"], arrays["z_t"])
-
-    return evaluate
+    arrays = held.arrays
+    return prior_cosines(sample(stage, params, arrays), arrays["z_i"], arrays["z_t"])
 
 
-def codes(stage: stages.Stage, held: Held) -> Figures:
+def codes(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """What the autoregressive prior's codes alone keep of held-out embeddings.
 
     `codes_variance` is the fraction of the variance that survives quantising, `codes_cosine` the
     mean cosine with what comes back: no prior that speaks in these codes can do better.
     """
-
-    def evaluate(params: Params) -> dict[str, float]:
-        quantiser, z_i = params["normalisation"], held.arrays["z_i"]
-        codes = ar_prior.quantise(quantiser, jnp.asarray(z_i), stage.model.buckets)
-        kept = np.asarray(ar_prior.dequantise(quantiser, codes))
-        spread = z_i - z_i.mean(axis=0, keepdims=True)
-        return {
-            "codes_variance": float(1.0 - np.sum((z_i - kept) ** 2) / np.sum(spread**2)),
-            "codes_cosine": float(np.mean(normalisation.cosine(z_i, kept))),
-        }
-
-    return evaluate
+    quantiser, z_i = params["normalisation"], held.arrays["z_i"]
+    codes = ar_prior.quantise(quantiser, jnp.asarray(z_i), stage.model.buckets)
+    kept = np.asarray(ar_prior.dequantise(quantiser, codes))
+    spread = z_i - z_i.mean(axis=0, keepdims=True)
+    return {
+        "codes_variance": float(1.0 - np.sum((z_i - kept) ** 2) / np.sum(spread**2)),
+        "codes_cosine": float(np.mean(normalisation.cosine(z_i, kept))),
+    }
 
 
-def enlarging(stage: stages.Stage, held: Held) -> Figures:
+def enlarging(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """PSNR of upsampled pictures, beside that of bicubic ones."""
-
-    def evaluate(params: Params) -> dict[str, float]:
-        bicubic, images = enlarged(stage, params, held.preview)
-        truth = held.preview["image"]
-        return {"psnr": psnr(images, truth), "psnr_bicubic": psnr(bicubic, truth)}
-
-    return evaluate
+    bicubic, images = enlarged(stage, params, held.preview)
+    truth = held.preview["image"]
+    return {"psnr": psnr(images, truth), "psnr_bicubic": psnr(bicubic, truth)}
 
 
-def clean_accuracy(stage: stages.Stage, held: Held) -> Figures:
+def clean_accuracy(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """How often the classifier is right about clean pictures."""
-
-    def evaluate(params: Params) -> dict[str, float]:
-        chunks = held.chunks()
-        right = [guess(stage, params, chunk["image"]) == chunk["label"] for chunk in chunks]
-        return {"clean_accuracy": float(np.mean(right))}
-
-    return evaluate
+    chunks = held.chunks()
+    right = [guess(stage, params, chunk["image"]) == chunk["label"] for chunk in chunks]
+    return {"clean_accuracy": float(np.mean(right))}
 
 
-FIGURES: dict[str, Callable[[Any, Held], Figures]] = {
+FIGURES: dict[str, Callable[[Any, Held, Params], Figures]] = {
     "heldout_loss": held_out_loss,
     "retrieval": retrieval,
     "prior_cosines": cosines,
@@ -201,12 +179,12 @@ def found(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
 
 def nearest(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
     """The picture nearest to each sampled z_i."""
-    return found_by(drawn(stage, params, held.preview), held.arrays["z_i"], held)
+    return found_by(sample(stage, params, held.preview), held.arrays["z_i"], held)
 
 
-def decoded(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
+def drawn(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
     """The true pictures, and those drawn from their conditions: of z_i the true one."""
-    images = to_uint8(drawn(stage, params, held.preview))
+    images = to_uint8(sample(stage, params, held.preview))
     return beside([held.preview["image"], np.asarray(images)], held.captions)
 
 
@@ -227,7 +205,7 @@ def guessed(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
 PREVIEWS: dict[str, Callable[[Any, Held, Params], list[Picture]]] = {
     "found": found,
     "nearest": nearest,
-    "drawn": decoded,
+    "drawn": drawn,
     "upsampled": upsampled,
     "guessed": guessed,
 }
@@ -235,10 +213,10 @@ PREVIEWS: dict[str, Callable[[Any, Held, Params], list[Picture]]] = {
 
 def figures(stage: stages.Stage, held: Held) -> tuple[Evaluate, Preview]:
     """What the training loop calls with the averaged params and the step."""
-    parts = [FIGURES[name](stage, held) for name in stage.figures]
 
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        return {name: value for part in parts for name, value in part(params).items()}
+    def evaluate(params: Params, step: int) -> Figures:
+        measured = [FIGURES[name](stage, held, params) for name in stage.figures]
+        return {name: value for group in measured for name, value in group.items()}
 
     return evaluate, lambda params, step: PREVIEWS[stage.preview](stage, held, params)
 
@@ -251,7 +229,7 @@ def _sample(stage: stages.Stage, params: Params, keys: jax.Array, cond: Any, **s
     return stage.sample(params, keys, cond, **settings)
 
 
-def drawn(stage: stages.Stage, params: Params, arrays: Arrays) -> np.ndarray:
+def sample(stage: stages.Stage, params: Params, arrays: Arrays) -> np.ndarray:
     """A sample of each pair's condition, with the stage's own guidance."""
     keys = example_keys(jax.random.key(0), len(arrays["index"]))
     cond = stage.condition_of({name: jnp.asarray(x) for name, x in arrays.items()})
@@ -268,7 +246,7 @@ def towers(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.ndar
 def enlarged(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """Pictures made small and large again: by bicubic interpolation, and by an upsampler."""
     low = resize(to_float(jnp.asarray(arrays["image"])), stage.low_size)
-    images = drawn(stage, params, arrays | {"images": low})
+    images = sample(stage, params, arrays | {"images": low})
     return np.asarray(to_uint8(resize(low, stage.image_size))), np.asarray(to_uint8(images))
 
 

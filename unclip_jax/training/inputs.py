@@ -39,11 +39,6 @@ def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataCon
     return dataclasses.replace(data, **{name: value for name, value in follows.items() if value})
 
 
-def reads_clip(stage: stages.Stage) -> bool:
-    """Whether the stage stands on a CLIP: it reads embeddings, or CLIP's states."""
-    return "z_i" in stage.reads
-
-
 def check_classes(stage: stages.Stage, source: Source, trained: Mapping[str, Any] | None) -> None:
     """Raise UserError unless the data's classes are those of the stage.
 

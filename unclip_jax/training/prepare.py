@@ -32,7 +32,6 @@ from unclip_jax.training.inputs import (
     check_classes,
     data_for,
     load_clip,
-    reads_clip,
     text_encoder,
     with_embeddings,
 )
@@ -132,7 +131,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     stage = origin.stage if origin else stages.build(given.stage)
     if origin is None:
         check_from_the_beginning(given, stage)
-    clip = load_clip(given.clip, stage) if reads_clip(stage) else None
+    clip = load_clip(given.clip, stage) if "z_i" in stage.reads else None
     if origin is not None and clip is not None:
         origin.check_clip(clip_fingerprint(clip), given.clip)
     data = data_for(stage, given.data)
@@ -207,7 +206,7 @@ def describe(
     if origin is not None:
         description["init"] = {"fingerprint": origin.fingerprint}
         description |= {"lora": settings.to_dict(given.lora)} if given.lora.rank else {}
-    elif reads_clip(stage):
+    elif "z_i" in stage.reads:
         description["normalisation"] = given.normalisation
     if "label" in stage.reads:
         description["classes"] = list(source.classes)
@@ -223,24 +222,15 @@ def first_params(
 ) -> Callable[[], Params]:
     """What makes the params that training begins with."""
     key = jax.random.key(given.train.seed)
-    if origin is None:
-        constants = first_constants(given, stage, source, encoder)
-        return lambda: random_params(stage.init, key) | constants
-    if given.lora.rank:
-        return functools.partial(origin.adapted, given.lora, key)
-    return origin.params
-
-
-def first_constants(
-    given: Settings, stage: stages.Stage, source: Source, encoder: TextEncoder | None
-) -> Params:
-    """What stands beside a new network in its stage's params, worked out from data and CLIP."""
-    constants: Params = {}
-    if reads_clip(stage):
-        constants["normalisation"] = stage.fit_normalisation(given.normalisation, source.chunks)
+    if origin is not None:
+        lora = given.lora
+        return functools.partial(origin.adapted, lora, key) if lora.rank else origin.params
+    beside: Params = {}
+    if "z_i" in stage.reads:
+        beside["normalisation"] = stage.fit_normalisation(given.normalisation, source.chunks)
     if isinstance(encoder, ClipText) and stage.empty_null:
-        constants["null_caption"] = encoder.empty_caption()
-    return constants
+        beside["null_caption"] = encoder.empty_caption()
+    return lambda: random_params(stage.init, key) | beside
 
 
 def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
@@ -267,19 +257,18 @@ def check_from_the_beginning(given: Settings, stage: stages.Stage) -> None:
             " trained stage; give its folder with --config.init=DIR, or set the rank to 0"
         )
     stage.check_untrained()
-    if reads_clip(stage):
+    if "z_i" in stage.reads:
         checks.choice("config.normalisation", given.normalisation, stage.normalisations)
 
 
 def check_embeddings(given: Settings, stage: stages.Stage) -> None:
     """Raise UserError unless config.embeddings, if given, is read and says something new."""
-    if given.embeddings and not reads_clip(stage):
-        raise UserError(
-            f"config.embeddings: got {given.embeddings!r}, but this {stage.kind} reads none; leave"
-            " it out"
-        )
-    if given.embeddings and given.data.name.startswith("embeddings:"):
-        raise UserError(
-            f"config.embeddings: got {given.embeddings!r}, but config.data.name is"
-            f" {given.data.name!r}, embeddings already; give one of them"
-        )
+    if not given.embeddings:
+        return
+    if "z_i" not in stage.reads:
+        what = f"this {stage.kind} reads none; leave it out"
+    elif given.data.name.startswith("embeddings:"):
+        what = f"config.data.name is {given.data.name!r}, embeddings already; give one of them"
+    else:
+        return
+    raise UserError(f"config.embeddings: got {given.embeddings!r}, but {what}")

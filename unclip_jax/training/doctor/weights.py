@@ -106,7 +106,7 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     if "t5" in run.description:
         raise UserError("the stage reads the states of a T5, which the workdir does not name")
     part = None
-    if inputs.reads_clip(stage):
+    if "z_i" in stage.reads:
         if clip is None:
             raise UserError(
                 f"CLIP {run.description['clip_fingerprint']}, which made the embeddings, is not"
