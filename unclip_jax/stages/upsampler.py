@@ -268,7 +268,7 @@ class UpsamplerStage(Stage):
         Raises:
             UserError: `low` has another size than low_size, or training saw no such noise_level.
         """
-        checks.shape("low-resolution images", low, (None, self.low_size, self.low_size, 3))
+        checks.shape("low", low, (None, self.low_size, self.low_size, 3))
         if isinstance(noise_level, int | float):
             self._check_level(noise_level, "noise_level")
         elif noise_level is not None and not self.noise_max:
