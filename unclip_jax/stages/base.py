@@ -128,6 +128,8 @@ class Stage:
             elif mask is None:
                 mask = text_mask(batch["tokens"], self.context[1])
             batch = {**batch, "text_mask": mask}
+        if missing := [name for name in self.conditions if batch.get(name) is None]:
+            raise UserError(f"{self.kind}: reads {', '.join(missing)}, and none is given")
         return {name: batch[name] for name in self.conditions}
 
     def check_drops(self, *names: str) -> None:

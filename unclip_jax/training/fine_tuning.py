@@ -25,10 +25,10 @@ from unclip_jax.weights.trained import stage_folder
 Params = dict[str, Any]
 
 # Settings of a stage that a fine-tuned one may change, by the first or the last name of their path:
-# how it samples and trains, and in which precision. All others say what its weights mean.
+# how it samples and trains, and in which precision; and so may any NAME_drop. All others say what
+# its weights mean.
 FREE = frozenset({
-    "sampling", "guidance_scale", "draws", "dtype", "remat", "dropout", "z_i_drop", "caption_drop",
-    "label_drop",
+    "sampling", "guidance_scale", "draws", "dtype", "remat", "dropout",
     "loss", "min_snr_gamma", "timestep_shift", "crop", "corruption", "blur_probability",
     "blur_sigma", "bsr", "noise_level",
 })  # fmt: skip
@@ -142,6 +142,7 @@ def _check_same_weights(trained: Mapping[str, Any], asked: Mapping[str, Any], fo
         f"{name.replace('/', '.')} is {now.get(name)!r}, but there {before.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
+        and not name.endswith("_drop")
         and FREE.isdisjoint({name.split("/")[0], name.split("/")[-1]})
         and not (name.split("/")[-1] in GROWING and before.get(name) == 0)
     ]
