@@ -126,11 +126,9 @@ def host_device() -> jax.Device:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        platforms = jax.config.jax_platforms
-        raise UserError(
-            f"JAX_PLATFORMS: got {platforms!r}, expected cpu among them, where params are made"
-            f" before they are split; set JAX_PLATFORMS={platforms},cpu"
-        ) from error
+        given = jax.config.jax_platforms
+        expected = "cpu among them, where params are made before they are split"
+        raise wrong("JAX_PLATFORMS", given, expected, f"set JAX_PLATFORMS={given},cpu") from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -183,11 +181,9 @@ def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> Partitio
     for name, size in zip(names, shape, strict=True):
         if size % axes.split(mesh, name):
             (axis,) = axes.MESH_AXES[name]
-            raise UserError(
-                f"mesh.{axis}: got {mesh.shape[axis]}, expected a divisor of {size}, the axis"
-                f" {name!r} of {'/'.join(path)}, which it splits; lower it, and let mesh.data take"
-                " the rest"
-            )
+            split = f"the axis {name!r} of {'/'.join(path)}, which it splits"
+            do = "lower it, and let mesh.data take the rest"
+            raise wrong(f"mesh.{axis}", mesh.shape[axis], f"a divisor of {size}, {split}", do)
     return axes.spec(names)
 
 

@@ -7,6 +7,7 @@ TensorFlow's "lite" family has it: 3.4 M weights, 75.1 % of ImageNet by its auth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -57,11 +58,9 @@ class InvertedResidual(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[b, h, w, c]` to `[b, h / stride, w / stride, features]`."""
         row, wide = self.row, x.shape[-1] * self.row.expand
-        h = x if row.expand == 1 else ConvNorm(wide, activation=nn.relu6, name="expand")(x)
-        kernel = (row.kernel, row.kernel)
-        h = ConvNorm(wide, kernel, row.stride, groups=wide, activation=nn.relu6, name="depthwise")(
-            h
-        )
+        norm = partial(ConvNorm, wide, activation=nn.relu6)
+        h = x if row.expand == 1 else norm(name="expand")(x)
+        h = norm((row.kernel, row.kernel), row.stride, groups=wide, name="depthwise")(h)
         h = ConvNorm(row.features, activation=None, name="project")(h)
         return x + h if h.shape == x.shape else h
 
