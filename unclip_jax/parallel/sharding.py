@@ -1,11 +1,7 @@
 """The device mesh and what lies where on it.
 
-The mesh has four axes. Examples are split over "data" and "fsdp" together; the features of params,
-of their averages and of the optimizer's state over "fsdp"; an image's rows of pixels over
-"spatial"; what is inside a block over "tensor". So 8 devices as (8, 1, 1, 1) train data parallel,
-(1, 8, 1, 1) with everything sharded, (1, 1, 8, 1) on parts of the same images, (1, 1, 1, 8) tensor
-parallel, and (2, 2, 2, 1) in three ways at once: `axes` says which axis of which array goes where.
-The compiler inserts every collective. Nothing in a stage knows how many devices there are, and
+`MeshConfig` says how many devices lie along each axis of the mesh, and `axes` which axes of arrays
+those split. The compiler inserts every collective. No stage knows how many devices there are, and
 none of this changes what is computed.
 """
 
@@ -40,12 +36,15 @@ LEAST_SPLIT = 2**26
 class MeshConfig:
     """How many devices lie along each axis of the mesh; -1, once, stands for all that are left.
 
+    Of 8 devices, MeshConfig() trains data parallel, MeshConfig(data=1, fsdp=8) with everything
+    split, and MeshConfig(fsdp=2, tensor=2) in three ways at once.
+
     Attributes:
-        data: copies of the model, each with its own share of the batch.
-        fsdp: devices among which a copy's params, averages and optimizer state are split, each
-            again with its own share of the batch.
-        spatial: devices that share the examples' images among them, each with a band of every one:
-            for U-Nets of more devices than examples, or of images that one has no memory for.
+        data: copies of the model. Each has its own share of the batch.
+        fsdp: devices that split a copy's params, averages and optimizer state. Each has its own
+            share of the batch here, too.
+        spatial: devices that share the same images, each with a band of rows: for U-Nets with
+            fewer examples than devices, or with images too large for the memory of one.
         tensor: devices that compute the parts of one block together.
     """
 
