@@ -1,4 +1,4 @@
-"""One door to every command: `unclip COMMAND`, or `unclip COMMAND` once installed.
+"""One door to every command: `python -m unclip_jax COMMAND`, or `unclip COMMAND` once installed.
 
 `unclip` alone lists the commands, `unclip COMMAND --help` says what one does and takes.
 """
