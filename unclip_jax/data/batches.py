@@ -111,10 +111,7 @@ def batches(
     stream = stream.repeat(epochs).map_with_index(examples)
     if config.augment:
         stream = stream.random_map(
-            lambda example, rng: {
-                **example,
-                "image": jitter(example["image"], config.augment, rng),
-            }
+            lambda example, rng: {**example, "image": jitter(example["image"], config.augment, rng)}
         )
     mine = grain.MapDataset.range(length).map(lambda j: stream[share.position(j)])
     threads = 0 if examples.cached else threads_for(config)
@@ -236,15 +233,11 @@ def _together(
 
 
 class Captions:
-    """Captions to tokens; those that are cut are counted, and the first of them named.
-
-    Attributes:
-        cut: indices of the captions cut so far.
-    """
+    """Captions to tokens; those that are cut are counted, and the first of them named."""
 
     def __init__(self, name: str, tokenizer: Encoder):
         """Name the data set, for messages, and what makes tokens."""
-        self.cut: set[int] = set()
+        self.cut: set[int] = set()  # indices of the captions cut so far
         self._name, self._tokenizer, self._lock = name, tokenizer, threading.Lock()
 
     def tokens(self, index: int, name: str, caption: str) -> np.ndarray:
@@ -263,13 +256,7 @@ class Captions:
 
 
 class _Examples:
-    """Position, index -> an example, or None for a bad record. Safe to call from threads.
-
-    Attributes:
-        earlier: the positions that other numbers of processes had read: None there as well.
-        cached: whether examples are kept in memory once made.
-        bad: indices of bad records met so far.
-    """
+    """Position, index -> an example, or None for a bad record. Safe to call from threads."""
 
     def __init__(
         self,
@@ -279,8 +266,9 @@ class _Examples:
         reachable: int,
     ):
         self.source = source
-        self.earlier = Positions()
-        self.bad: set[int] = set()
+        self.earlier = Positions()  # that other numbers of processes had read: None there as well
+        self.bad: set[int] = set()  # indices of bad records met so far
+        # Whether examples are kept in memory once made.
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
         ours = Tokenizer(config.context_length, config.vocab_size)
         self.captions = Captions(source.name, getattr(encoder, "tokenizer", encoder) or ours)

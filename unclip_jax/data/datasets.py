@@ -19,18 +19,14 @@ from unclip_jax.errors import UserError, wrong
 class Kind(NamedTuple):
     """A kind of data set.
 
-    Attributes:
-        module: has `open_source(config, rest)`, the `records.Source` that a config names; `rest`
-            is what its name has behind the prefix. Imported only where it is asked for.
-        rest: what that is, for messages; "" where the name is no prefix but the whole.
-        extra: the extra of this package that the module needs.
-        has_images: whether its records hold pictures.
+    Its module, imported when it is asked for, has `open_source(config, rest)`: the `records.Source`
+    that a config names, where `rest` is what its name has behind the prefix.
     """
 
     module: str
-    rest: str = ""
-    extra: str = "train"
-    has_images: bool = True
+    rest: str = ""  # what that is, for messages; "" where the name is no prefix but the whole
+    extra: str = "train"  # the extra of this package that the module needs
+    has_images: bool = True  # whether its records hold pictures
 
 
 # What a data set's name is or begins with. To add a kind: its module, and a row here.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from unclip_jax.common.files import replacing
-from unclip_jax.data.shards.storage import StorageError, filesystem, is_local, patiently
+from unclip_jax.data.shards.storage import ask, filesystem, is_local
 from unclip_jax.errors import UserError, wrong
 
 T = TypeVar("T")
@@ -50,10 +50,7 @@ class Folder:
         return self._where
 
     def _ask(self, question: Callable[[], T]) -> T:
-        try:
-            return patiently(question, self._where)
-        except StorageError as error:
-            raise UserError(f"embeddings: can't reach {error}; check the address") from error
+        return ask(question, self._where, "embeddings")
 
     def names(self) -> set[str]:
         """Of the files in it; none where there is no such folder."""

@@ -41,16 +41,11 @@ def open_source(config: DataConfig, where: str) -> EmbeddingSource:
 
 
 class EmbeddingStore:
-    """Stored embeddings of N pairs; shards are opened when first read. Safe to call from threads.
-
-    Attributes:
-        where: its path or URL.
-        meta: what it says of itself.
-    """
+    """Stored embeddings of N pairs, whose shards are opened when first read; for any threads."""
 
     def __init__(self, folder: Folder, meta: Meta):
         """Use `open`."""
-        self.where, self.meta = str(folder), meta
+        self.where, self.meta = str(folder), meta  # its path or URL, what it says of itself
         self._folder = folder
         self._shards: dict[int, ShardReader] = {}
         self._opening = threading.Lock()
@@ -103,13 +98,16 @@ class EmbeddingStore:
             raise BadRecord(f"pair {index} of {self._name(shard)}: damaged ({error})") from error
         return pair
 
+    def valid(self, index: int) -> Pair:
+        """The pair at `index`; `records.BadRecord` if it has no embeddings, too."""
+        pair = self[index]
+        if not pair.flags & VALID:
+            raise BadRecord(f"{pair.name}: no embeddings, as it was bad when they were made")
+        return pair
+
     @functools.cached_property
     def flags(self) -> np.ndarray:
-        """What `embeddings.shards` says of each pair in a byte, uint8 `[N]`; opens every shard.
-
-        Raises:
-            UserError: a shard is damaged.
-        """
+        """What `embeddings.shards` says of each pair in a byte, uint8 `[N]`; opens every shard."""
         parts = []
         for shard in range(self.meta.shards):
             with self._use_of(shard):
@@ -121,9 +119,6 @@ class EmbeddingStore:
 
         Args:
             among: bool `[N]`, which pairs count; None for all.
-
-        Raises:
-            UserError: a shard is damaged.
         """
         for shard in range(self.meta.shards):
             pairs = self.meta.shard_pairs(shard)
@@ -149,6 +144,7 @@ class EmbeddingStore:
 
     @contextlib.contextmanager
     def _use_of(self, shard: int) -> Iterator[None]:
+        """Whatever is damaged, in a `UserError`."""
         try:
             yield
         except Damaged as error:
@@ -190,11 +186,8 @@ class WithEmbeddings:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The pair at `index`, with its embeddings."""
-        pair = self.store[index]
-        record = self._source[index]
-        if not pair.flags & VALID:
-            raise BadRecord(f"{record['name']}: no embeddings, as it was bad when they were made")
-        return {**record, "z_i": pair.z_i, "z_t": pair.z_t}
+        pair = self.store.valid(index)
+        return {**self._source[index], "z_i": pair.z_i, "z_t": pair.z_t}
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All valid (z_i, z_t), each float32 `[n, e]`, a part at a time."""
@@ -219,10 +212,6 @@ class EmbeddingSource:
             config: gives split, captions, the context of the tokens that are wanted, and the cache
                 where copies of a remote store's shards are kept.
             where: the store's path or URL.
-
-        Raises:
-            UserError: there is no such store or split, nothing in the split, or the store isn't
-                complete.
         """
         split, captions = checks.choice("split", config.split, SPLITS), config.captions
         self.name = f"embeddings:{where}"
@@ -254,9 +243,7 @@ class EmbeddingSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The pair at `index`; `records.BadRecord` if it has no embeddings."""
-        pair = self.store[int(self._pairs[index])]
-        if not pair.flags & VALID:
-            raise BadRecord(f"{pair.name}: no embeddings, as it was bad when they were made")
+        pair = self.store.valid(int(self._pairs[index]))
         record = {"caption": pair.caption, "index": index, "name": pair.name}
         tokens = {"tokens": pair.tokens} if self._has_tokens else {}
         return record | tokens | {"z_i": pair.z_i, "z_t": pair.z_t}

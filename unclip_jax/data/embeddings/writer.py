@@ -168,14 +168,12 @@ class _Examples:
 
 def _ahead(function: Callable, items: Iterable, threads: int, depth: int) -> Iterator:
     """`map(function, items)` in order, up to `depth` of them ahead in threads."""
-    pool = ThreadPoolExecutor(threads)
+    pool, items = ThreadPoolExecutor(threads), iter(items)
     try:
-        waiting: collections.deque = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
+        first = itertools.islice(items, depth)
+        waiting = collections.deque(pool.submit(function, item) for item in first)
         while waiting:
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

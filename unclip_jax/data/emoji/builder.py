@@ -31,16 +31,11 @@ Builder = TypeVar("Builder", bound="PictureBuilder")
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class EmojiConfig(tfds.core.BuilderConfig):
-    """Configuration of the emoji builder; its name follows from its options.
-
-    Attributes:
-        image_size: side of the square images, in pixels.
-        skin_tones: whether the variants with a skin tone are in it.
-    """
+    """Configuration of the emoji builder; its name follows from its options."""
 
     name: str = ""
-    image_size: int = 64
-    skin_tones: bool = False
+    image_size: int = 64  # side of the square images, in pixels
+    skin_tones: bool = False  # whether the variants with a skin tone are in it
 
     def __post_init__(self):
         """Name the configuration "64" or "64_skin_tones"."""

@@ -63,7 +63,7 @@ class StoredFile:
             raise StorageError(f"{self.url}: no bytes {start}..{stop} in its {self.size}")
         if start == stop:
             return b""
-        found = patiently(lambda: self._filesystem.cat_file(self._path, start, stop), self.url)
+        found = _patiently(lambda: self._filesystem.cat_file(self._path, start, stop), self.url)
         if len(found) != stop - start:
             raise StorageError(
                 f"{self.url}: {len(found)} bytes came for {stop - start}: it has changed, or its "
@@ -115,13 +115,13 @@ def find(pattern: str) -> list[StoredFile]:
         if web or not any(mark in url for mark in "*?["):
             found[path] = None
             continue
-        matches = _look(lambda path=path: files.glob(path, detail=True), url)
+        matches = ask(lambda path=path: files.glob(path, detail=True), url, "name")
         for match, info in sorted(matches.items()):
             if info["type"] == "file" or info.get("islink"):  # which says nothing of its target
                 found[match] = None if info.get("islink") else info
     unknown = [path for path, info in found.items() if info is None]
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        infos = pool.map(lambda path: _look(lambda: files.info(path), path), unknown)
+        infos = pool.map(lambda path: ask(lambda: files.info(path), path, "name"), unknown)
         found |= zip(unknown, infos, strict=True)
     if not found:
         raise UserError(f"name: {pattern}: no file matches it; check the path")
@@ -195,14 +195,15 @@ def is_local(files: Any) -> bool:
     return "file" in ((files.protocol,) if isinstance(files.protocol, str) else files.protocol)
 
 
-def _look(question: Callable[[], T], url: str) -> T:
+def ask(question: Callable[[], T], url: str, field: str) -> T:
+    """What `question` returns, asked several times if need be; `UserError` if it fails for good."""
     try:
-        return patiently(question, url)
+        return _patiently(question, url)
     except StorageError as error:
-        raise UserError(f"name: {error}; check the address") from error
+        raise UserError(f"{field}: can't reach {error}; check the address") from error
 
 
-def patiently(attempt: Callable[[], T], url: str) -> T:
+def _patiently(attempt: Callable[[], T], url: str) -> T:
     """What `attempt` returns; `StorageError` if it fails for good, or five times in a row."""
     for wait in (*WAITS, None):
         try:
