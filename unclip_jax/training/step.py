@@ -6,7 +6,6 @@ is a loss function.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -239,48 +238,36 @@ def _average(average: Params, params: Params, decay: jax.Array) -> Params:
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Earliest(clu_metrics.Metric):
-    """The smallest value seen."""
-
-    value: jax.Array
-
-    def merge(self, other: _Earliest) -> _Earliest:
-        return _Earliest(jnp.minimum(self.value, other.value))
-
-    def compute(self) -> jax.Array:
-        return self.value
-
-
-Window = dict[str, clu_metrics.Metric]
+# Of metrics that are averaged, or of which the last counts (a dict, as a clu `Collection` takes
+# Python identifiers only); and the first step that was not finite, int32.
+Window = tuple[dict[str, clu_metrics.Metric], jax.Array]
 
 
 @jax.jit
 def open_window(metrics: Metrics) -> Window:
-    """Begin to average over steps. A dict, as a clu `Collection` takes Python identifiers only."""
-    window: Window = {
+    """Begin to average over steps."""
+    window: dict[str, clu_metrics.Metric] = {
         name: clu_metrics.Average.from_model_output(value)
         for name, value in metrics.items()
         if name not in ("finite", "step", "learning_rate", "param_norm")
     }
     for name in ("learning_rate", "param_norm"):
         window[name] = clu_metrics.LastValue.from_model_output(metrics[name])
-    bad_step = jnp.where(metrics["finite"] > 0, _NEVER, metrics["step"])
-    return window | {"bad_step": _Earliest(bad_step)}
+    return window, jnp.where(metrics["finite"] > 0, _NEVER, metrics["step"])
 
 
 @jax.jit
 def merge_windows(first: Window, second: Window) -> Window:
     """The averages over both; the last values are the second's."""
-    return {name: first[name].merge(second[name]) for name in first}
+    merged = {name: metric.merge(second[0][name]) for name, metric in first[0].items()}
+    return merged, jnp.minimum(first[1], second[1])
 
 
 def read_window(window: Window) -> tuple[dict[str, float], int | None]:
     """The averages, and the first step that was not finite. Waits for the devices."""
-    values = jax.device_get({name: metric.compute() for name, metric in window.items()})
-    bad_step = int(values.pop("bad_step"))
+    computed = {name: metric.compute() for name, metric in window[0].items()}
+    values, bad_step = jax.device_get((computed, window[1]))
     names = [name for name in OWN_METRICS if name in values]
     names += sorted(values.keys() - names)
     averages = {f"train/{name}": float(values[name]) for name in names}
-    return averages, None if bad_step == _NEVER else bad_step
+    return averages, None if bad_step == _NEVER else int(bad_step)
