@@ -509,7 +509,7 @@ START = np.array([0.7, -1.2])
 
 def quadratic(params, batch, key):
     """1/2 w A w, over a constant that scales it; each example asks for the same."""
-    w = params["network"]["kernel"] / params["normalisation"]["std"]
+    w = params["network"]["bias"] / params["normalisation"]["std"]
     value = 0.5 * w @ jnp.asarray(CURVATURE, jnp.float32) @ w
     return value + 0.0 * jnp.mean(batch["x"]), {}
 
@@ -520,7 +520,7 @@ def quadratic_step(start=START, **settings):
     mesh = sharding.make_mesh()
     step = make_train_step(quadratic, optax.sgd(1.0), config, mesh)
     params = {
-        "network": {"kernel": jnp.asarray(start, jnp.float32)},
+        "network": {"bias": jnp.asarray(start, jnp.float32)},
         "normalisation": {"std": jnp.ones(2)},
     }
     return step(init_state(params, optax.sgd(1.0)), {"x": np.ones((16, 1), np.float32)})
@@ -532,20 +532,20 @@ def test_sam_takes_the_gradient_uphill(grad_accum):
     g = CURVATURE @ START
     sharp = CURVATURE @ (START + 0.3 * g / np.linalg.norm(g))
     state, metrics = quadratic_step(sam_rho=0.3, grad_accum=grad_accum)
-    np.testing.assert_allclose(state.params["network"]["kernel"], START - sharp, rtol=1e-5)
-    np.testing.assert_allclose(state.ema_params["network"]["kernel"], START - sharp / 2, rtol=1e-5)
+    np.testing.assert_allclose(state.params["network"]["bias"], START - sharp, rtol=1e-5)
+    np.testing.assert_allclose(state.ema_params["network"]["bias"], START - sharp / 2, rtol=1e-5)
     assert float(metrics["loss"]) == pytest.approx(0.5 * START @ g, rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(sharp), rel=1e-5)
     # The constant is in the loss, but neither climbs nor moves.
     np.testing.assert_array_equal(state.params["normalisation"]["std"], np.ones(2))
     plain, _ = quadratic_step(grad_accum=grad_accum)
-    np.testing.assert_allclose(plain.params["network"]["kernel"], START - g, rtol=1e-5)
+    np.testing.assert_allclose(plain.params["network"]["bias"], START - g, rtol=1e-5)
 
 
 def test_sam_at_a_minimum_stays_there():
     state, metrics = quadratic_step(start=np.zeros(2), sam_rho=0.3)
     assert float(metrics["finite"]) == 1.0
-    np.testing.assert_array_equal(state.params["network"]["kernel"], np.zeros(2))
+    np.testing.assert_array_equal(state.params["network"]["bias"], np.zeros(2))
 
 
 def test_sam_uses_the_same_noise_for_both_gradients():
@@ -553,14 +553,12 @@ def test_sam_uses_the_same_noise_for_both_gradients():
 
     def loss(params, batch, key):
         slope = jax.random.normal(key, (2,))
-        return quadratic(params, batch, key)[0] + params["network"]["kernel"] @ slope, {
-            "s": slope[0]
-        }
+        return quadratic(params, batch, key)[0] + params["network"]["bias"] @ slope, {"s": slope[0]}
 
     config = TrainConfig(batch_size=16, sam_rho=0.3)
     step = make_train_step(loss, optax.sgd(1.0), config, sharding.make_mesh())
     params = {
-        "network": {"kernel": jnp.asarray(START, jnp.float32)},
+        "network": {"bias": jnp.asarray(START, jnp.float32)},
         "normalisation": {"std": jnp.ones(2)},
     }
     batch = {"x": np.ones((16, 1), np.float32)}
@@ -568,7 +566,7 @@ def test_sam_uses_the_same_noise_for_both_gradients():
     slope = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (2,)))
     g = CURVATURE @ START + slope
     sharp = CURVATURE @ (START + 0.3 * g / np.linalg.norm(g)) + slope
-    np.testing.assert_allclose(state.params["network"]["kernel"], START - sharp, rtol=1e-5)
+    np.testing.assert_allclose(state.params["network"]["bias"], START - sharp, rtol=1e-5)
 
 
 def test_sam_that_is_not_finite_changes_nothing():
@@ -583,5 +581,7 @@ def test_sam_that_is_not_finite_changes_nothing():
 
 
 def test_a_radius_below_zero_is_named():
-    with pytest.raises(UserError, match=r"train\.sam_rho: got -0\.1, expected at least 0"):
+    with pytest.raises(
+        UserError, match=r"train\.sam_rho: got -0\.1, expected a finite number, 0 or more"
+    ):
         TrainConfig(sam_rho=-0.1)
