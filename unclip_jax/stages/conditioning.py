@@ -147,7 +147,7 @@ def initial_noise(
         UserError: noise of another shape.
     """
     if noise is not None:
-        checks.shape("noise", noise, (len(keys), None, *shape))
+        checks.shape("noise", noise, (keys.shape[0], None, *shape))
         return noise[:, 0], None, noise[:, 1:]
     pairs = jax.vmap(jax.random.split)(keys)
     return gaussian.normal(pairs[:, 0], shape), pairs[:, 1], None

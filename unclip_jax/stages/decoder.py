@@ -173,7 +173,7 @@ class DecoderStage(GuidedDiffusion):
                 " classes; use unclip class_conditional"
             )
         cond = super().condition_of(batch, mask)
-        return cond | ({"z_i_mask": jnp.ones(len(cond["z_i"]), bool)} if "z_i" in cond else {})
+        return cond | ({"z_i_mask": jnp.ones(cond["z_i"].shape[:1], bool)} if "z_i" in cond else {})
 
     def drop(self, params: Params, cond: Condition, kept: dict[str, jax.Array]) -> Condition:
         """The condition without what `kept`, of a bit [b] for each of `drops`, says False to."""
