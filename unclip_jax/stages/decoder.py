@@ -188,7 +188,7 @@ class DecoderStage(GuidedDiffusion):
 
     def null(self, params: Params, cond: Condition) -> Condition:
         """The condition with everything dropped that training drops."""
-        rows = len(next(iter(cond.values()), ()))
+        rows = jnp.shape(next(iter(cond.values()), 0))[:1]
         return self.drop(params, cond, dict.fromkeys(self.drops, jnp.zeros(rows, bool)))
 
     def encode(self, params: Params, cond: Condition) -> dict[str, jax.Array]:
