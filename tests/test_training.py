@@ -16,9 +16,10 @@ import numpy as np
 import optax
 import pytest
 
-from tests import toy_run
+from tests import tiny, toy_run
 from tests.toy_run import Batches, assert_same, init_params, loss_fn, numpy_leaves, run
 from tests.xla_flags import xla_flags
+from unclip_jax import stages
 from unclip_jax.common import config as settings
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
@@ -28,6 +29,7 @@ from unclip_jax.training import (
     make_optimizer,
     make_train_step,
     optimizers,
+    prepare,
     writers,
 )
 from unclip_jax.training import checkpoints as resume
@@ -323,6 +325,31 @@ def test_a_run_that_goes_on_has_one_state_in_memory(tmp_path, monkeypatch):
     state = run(tmp_path, steps=20)
     assert alive == [before + 1]  # the first params, in the host's memory
     assert int(state.step) == 20
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(tmp_path):
+    """A checkpoint's description is completed by the defaults of what has come since."""
+    run(tmp_path / "parts", steps=20, schedule="constant")
+    newer = {"stage": {"kind": "toy", "layers": 1, "width": 8}}
+    again = {"steps": 30, "schedule": "constant", "description": newer}
+    with pytest.raises(UserError, match=r"stage\.width was absent, now 8"):
+        run(tmp_path / "parts", **again)
+
+    def complete(description):
+        return description | {"stage": {"width": 8} | description["stage"]}
+
+    parts = run(tmp_path / "parts", complete=complete, **again)
+    assert_same(parts, run(tmp_path / "whole", schedule="constant"))
+
+
+def test_what_a_description_was_written_too_early_for_is_the_default():
+    full = stages.describe(tiny.CLIP)
+    model = {name: value for name, value in full["model"].items() if name != "dtype"}
+    older = {"stage": full | {"model": model}, "data": {"name": "emoji"}, "train": {"steps": 3}}
+    found = prepare.complete(older | {"clip_fingerprint": "0"})
+    assert found["stage"] == full and found["clip_fingerprint"] == "0"
+    assert found["train"] == settings.to_dict(TrainConfig(steps=3))
+    assert found["data"]["split"] == "train" and "cache_bytes" not in found["data"]
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path):

@@ -70,9 +70,8 @@ def noisy_loss_fn(params, batch, key):
 
 def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings):
     """Train; keyword arguments go to TrainConfig, or to `train` where it knows them."""
-    callbacks = {
-        name: settings.pop(name) for name in ("evaluate", "preview", "export") if name in settings
-    }
+    known = ("complete", "evaluate", "preview", "export")
+    callbacks = {name: settings.pop(name) for name in known if name in settings}
     defaults = {
         "batch_size": BATCH,
         "steps": 30,

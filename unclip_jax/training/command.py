@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
         config=run.train,
         workdir=workdir,
         description=run.description,
+        complete=prepare.complete,
         mesh=run.mesh,
         evaluate=run.evaluate,
         preview=run.preview,

@@ -41,6 +41,7 @@ from unclip_jax.training.preemption import Preemption
 from unclip_jax.training.step import LossFn, StepFn, TrainState, Window
 
 Evaluate = Callable[[Params, int], Mapping[str, float]]
+Complete = Callable[[dict[str, Any]], Mapping[str, Any]]
 Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
 
 # How many steps the host may be ahead of the devices. Enough that they never wait for it; few
@@ -154,6 +155,7 @@ def _begin(
     checkpoints: Checkpoints,
     feed: Feed,
     described: dict[str, Any],
+    complete: Complete,
     init_params: Callable[[], Params],
     config: TrainConfig,
     mesh: Mesh,
@@ -164,7 +166,8 @@ def _begin(
     """
     step, workdir = checkpoints.resumable(), checkpoints.folder.parent
     if step is not None:
-        check_description(checkpoints.item(step, "description"), described, workdir)
+        saved = complete(checkpoints.item(step, "description"))
+        check_description(saved, described, workdir)
         if step > config.steps:
             at = f"at least {step}, where {str(workdir)!r} is already"
             raise wrong("train.steps", config.steps, at, "raise it, or use another workdir")
@@ -239,6 +242,7 @@ def train(
     config: TrainConfig,
     workdir: str | Path,
     description: Mapping[str, Any],
+    complete: Complete = dict,
     mesh: Mesh | None = None,
     evaluate: Evaluate | None = None,
     preview: Preview | None = None,
@@ -258,6 +262,7 @@ def train(
         workdir: a local folder of this run alone; created if missing.
         description: JSON-able; a run resumes only under the same description (and the same
             `config`, but for `checkpoints.CHANGEABLE`).
+        complete: adds to a checkpoint's description the fields that it was written too early for.
         mesh: of all devices, by default along "data"; a run may resume on another mesh.
         evaluate: (averaged params, step) -> figures on held-out data.
         preview: (averaged params, step) -> uint8 images [h, w, 3] with captions.
@@ -288,7 +293,7 @@ def train(
         preemption.in_force(),
         Checkpoints(workdir / "checkpoints", config) as checkpoints,
     ):
-        start, state = _begin(checkpoints, feed, described, init_params, config, mesh)
+        start, state = _begin(checkpoints, feed, described, complete, init_params, config, mesh)
         silent = not distributed.is_lead()
         report = writers.Report(workdir, config.steps, start, silent=silent)
         with contextlib.closing(report):

@@ -213,6 +213,24 @@ def describe(
     return description
 
 
+def complete(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe` said in an older version, with fields that have come since at their defaults.
+
+    So a run that began before a field was there goes on as if it had been.
+    """
+    built = {
+        "data": settings.build(datasets.DataConfig, description["data"], "checkpoint: data"),
+        "train": settings.build(TrainConfig, description["train"], "checkpoint: train"),
+    }
+    if "lora" in description:
+        built["lora"] = settings.build(Lora, description["lora"], "checkpoint: lora")
+    parts = {name: settings.to_dict(part) for name, part in built.items()}
+    for name in MACHINE_FIELDS:
+        parts["data"].pop(name, None)
+    stage = stages.build(description["stage"], "checkpoint: stage")
+    return {**description, **parts, "stage": stages.describe(stage)}
+
+
 def first_params(
     given: Settings,
     stage: stages.Stage,
