@@ -18,8 +18,10 @@ from unclip_jax.stages.conditioning import example_keys, random_timesteps, text_
 from unclip_jax.stages.degrade import BSR
 from unclip_jax.stages.pixels import resize, to_float, to_uint8
 from unclip_jax.stages.upsampler import random_crops
+from unclip_jax.training import heldout
 
 ALL = [tiny.CLIP, tiny.PRIOR, tiny.DECODER, tiny.UPSAMPLER]
+NOISED = dataclasses.replace(tiny.UPSAMPLER, noise_max=0.5, noise_level=0.1)
 
 
 def image_size(stage):
@@ -49,6 +51,32 @@ def test_loss_is_finite_and_every_weight_learns(stage):
         if not np.any(np.asarray(g))
     ]
     assert not dead
+
+
+@pytest.mark.parametrize("stage", (*ALL, NOISED), ids=lambda s: s.kind)
+def test_a_stage_says_what_it_reads_and_makes(stage):
+    key, params = jax.random.key(0), jax.eval_shape(stage.init, jax.random.key(0))
+    batch = stage.batch_spec(4)
+    assert set(batch) == stage.reads
+    jax.eval_shape(stage.loss, params, batch, key)
+    for name in batch:
+        without = {n: x for n, x in batch.items() if n != name}
+        with pytest.raises((KeyError, UserError), match=name):
+            jax.eval_shape(stage.loss, params, without, key)
+    assert set(stage.figures) <= set(heldout.FIGURES) and stage.preview in heldout.PREVIEWS
+    if stage.makes is None:
+        return
+
+    def sample(params, batch):
+        settings = {name: jnp.float32(one.default) for name, one in stage.settings.items()}
+        return stage.sample(params, example_keys(key, 4), stage.condition_of(batch), **settings)
+
+    fields = stage.conditions.items()
+    given = {name: jax.ShapeDtypeStruct((4, *f.shape), f.dtype) for name, f in fields}
+    size = stage.image_size
+    expected = (4, size, size, 3) if stage.makes[0] == "images" else (4, stage.model.embed_dim)
+    assert jax.eval_shape(sample, params, given).shape == expected
+    assert all(hasattr(stage, f"{name}_drop") for name in stage.drops)
 
 
 @pytest.mark.parametrize("stage", ALL, ids=lambda s: s.kind)
@@ -248,7 +276,6 @@ def test_wrong_settings_are_named(change, message):
 
 
 LOW = jnp.zeros((1, 16, 16, 3))
-NOISED = dataclasses.replace(tiny.UPSAMPLER, noise_max=0.5, noise_level=0.1)
 
 
 @pytest.mark.parametrize("size", [32, 5])

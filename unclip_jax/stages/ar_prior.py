@@ -25,7 +25,6 @@ from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics import pca
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
-from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import Batch, Chunks, Loss, Setting, Stage, guidance_setting
 from unclip_jax.stages.conditioning import Condition, Params, blank, drop_caption, keep
@@ -123,6 +122,7 @@ class ARPriorStage(OfCaptions, Stage):
     """
 
     kind: ClassVar[str] = "ar_prior"
+    module: ClassVar[type] = ARPrior
     figures: ClassVar[tuple[str, ...]] = ("prior_cosines", "heldout_loss", "codes")
     normalisations: ClassVar[tuple[str, ...]] = ("codes",)
 
@@ -141,11 +141,6 @@ class ARPriorStage(OfCaptions, Stage):
             raise wrong("stage.top_p", self.top_p, "0 < p <= 1")
 
     @property
-    def network(self) -> ARPrior:
-        """The Linen module."""
-        return ARPrior(self.model)
-
-    @property
     def settings(self) -> dict[str, Setting]:
         """The scale of classifier-free guidance."""
         return guidance_setting(self.guidance_scale)
@@ -162,7 +157,7 @@ class ARPriorStage(OfCaptions, Stage):
         """Random params, with a quantiser of [-1, 1] along the axes until it is replaced."""
         m = self.model
         codes = jnp.zeros((1, m.code_dims), jnp.int32)
-        variables = self.network.init(key, codes, *_text(blank(self.conditions)))
+        network = self.fresh(key, codes, *_text(blank(self.conditions)))
         quantiser = {
             "mean": jnp.zeros(m.embed_dim),
             "components": jnp.eye(m.code_dims, m.embed_dim),
@@ -170,7 +165,7 @@ class ARPriorStage(OfCaptions, Stage):
             "step": jnp.full(m.code_dims, 2.0 / m.buckets),
             "dot_edges": jnp.linspace(-1.0, 1.0, m.dot_buckets + 1)[1:-1],
         }
-        return {"network": checked(variables["params"]), "normalisation": quantiser}
+        return {"network": network, "normalisation": quantiser}
 
     def logits(
         self, params: Params, codes: jax.Array, dot: jax.Array, cond: Condition

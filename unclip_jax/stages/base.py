@@ -18,6 +18,7 @@ from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.unet import UNetConfig
+from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -46,7 +47,9 @@ class Stage:
     """A network and how it trains and samples. A kind overrides what is not so for it.
 
     Attributes:
+        model: the network's config.
         kind: its name in descriptions.
+        module: makes the network of its config.
         figures: what is measured of it on held-out pairs, in order: `training.heldout.FIGURES`.
         preview: what is shown of it: `training.heldout.PREVIEWS`.
         makes: the name and the meaning of what `sample` returns; None where it draws nothing.
@@ -57,17 +60,15 @@ class Stage:
         normalisations: those of z_i that training can begin with.
         keeps_fingerprint: whether others name it by the fingerprint that its weights had at first.
         text_encoder: whose states of captions it reads: "clip", "t5", or "" for none.
-        context: context length of its captions, and vocabulary size of their tokens; 0 for none.
-        image_size: side, in pixels, of the images that it sees or makes; 0 for none.
-        num_classes: how many classes it knows.
-        classes_field: the field of `model` with that number.
-        unet: the config of its U-Net.
+        classes_field: the field of `model` that says how many classes it knows.
         sampling: how a diffusion is walked.
         analytic: whether the statistic of the analytic variance is in its params.
         last_steps: how many steps of sampling a network does that is never trained here.
     """
 
+    model: Any
     kind: ClassVar[str]
+    module: ClassVar[Callable[[Any], Any]]
     figures: ClassVar[tuple[str, ...]] = ("heldout_loss",)
     preview: ClassVar[str]
     makes: ClassVar[tuple[str, str] | None] = None
@@ -78,14 +79,41 @@ class Stage:
     normalisations: ClassVar[tuple[str, ...]] = ()
     keeps_fingerprint: ClassVar[bool] = False
     text_encoder: ClassVar[str] = ""
-    context: ClassVar[tuple[int, int]] = (0, 0)
-    image_size: ClassVar[int] = 0
-    num_classes: ClassVar[int] = 0
     classes_field: ClassVar[str] = "num_classes"
-    unet: ClassVar[UNetConfig | None] = None
     sampling = None
     analytic = False
     last_steps = 0
+
+    @property
+    def network(self) -> Any:
+        """The Linen module."""
+        return self.module(self.model)
+
+    @property
+    def unet(self) -> UNetConfig | None:
+        """The config of its U-Net; None where it has none."""
+        config = getattr(self.model, "unet", self.model)
+        return config if isinstance(config, UNetConfig) else None
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the images that it sees or makes; 0 for none."""
+        return getattr(self.unet or self.model, "image_size", 0)
+
+    @property
+    def feature_rows(self) -> int:
+        """Rows of the first feature map of its U-Net; 0 for none."""
+        return self.unet.feature_size(0) if self.unet else 0
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Context length of its captions, and vocabulary size of their tokens; 0 for none."""
+        return getattr(self.model, "context_length", 0), getattr(self.model, "vocab_size", 0)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it knows."""
+        return getattr(self.model, self.classes_field, 0)
 
     @property
     def learns(self) -> dict[str, Field]:
@@ -109,10 +137,9 @@ class Stage:
         """Whether captions come as another network's states; else as tokens."""
         return bool(self.text_encoder)
 
-    @property
-    def feature_rows(self) -> int:
-        """Rows of the first feature map of its U-Net; 0 where it has none."""
-        return self.unet.feature_size(0) if self.unet else 0
+    def fresh(self, key: jax.Array, *inputs: Any, **named: Any) -> Params:
+        """Random weights of the network, which `inputs` show the shapes of what it reads."""
+        return checked(self.network.init(key, *inputs, **named)["params"])
 
     def condition_of(self, batch: Batch, mask: jax.Array | None = None) -> Any:
         """What `sample` takes of a batch; the rest of it is left out.

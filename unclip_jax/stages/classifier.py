@@ -16,7 +16,6 @@ from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import wrong
 from unclip_jax.models.classifier import Classifier, check_classifier
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.parallel.axes import checked
 from unclip_jax.stages.base import Batch, Loss, Stage, dropout
 from unclip_jax.stages.conditioning import Field, Params, image_field, random_timesteps
 from unclip_jax.stages.pixels import to_float
@@ -32,6 +31,7 @@ class ClassifierStage(Stage):
     """
 
     kind: ClassVar[str] = "classifier"
+    module: ClassVar[type] = Classifier
     figures: ClassVar[tuple[str, ...]] = ("heldout_loss", "clean_accuracy")
     preview: ClassVar[str] = "guessed"
     classes_field: ClassVar[str] = "out_channels"
@@ -46,26 +46,6 @@ class ClassifierStage(Stage):
             raise wrong("stage.model.in_channels", self.model.in_channels, "3, an image's")
 
     @property
-    def network(self) -> Classifier:
-        """The Linen module."""
-        return Classifier(self.model)
-
-    @property
-    def unet(self) -> UNetConfig:
-        """The config of the U-Net whose encoder it is."""
-        return self.model
-
-    @property
-    def image_size(self) -> int:
-        """Side, in pixels, of the images that it classifies."""
-        return self.model.image_size
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes it knows."""
-        return self.model.out_channels
-
-    @property
     def learns(self) -> dict[str, Field]:
         """Images and their classes."""
         label = Field((), "int32", "the class of the image", self.num_classes)
@@ -78,8 +58,7 @@ class ClassifierStage(Stage):
     def init(self, key: jax.Array) -> Params:
         """Random params."""
         images = jnp.zeros((1, self.image_size, self.image_size, 3))
-        variables = self.network.init(key, images, jnp.zeros((1,), jnp.int32))
-        return {"network": checked(variables["params"])}
+        return {"network": self.fresh(key, images, jnp.zeros((1,), jnp.int32))}
 
     def logits(
         self,

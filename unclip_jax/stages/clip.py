@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.clip import Clip, ClipConfig
-from unclip_jax.parallel.axes import checked, constrain
+from unclip_jax.parallel.axes import constrain
 from unclip_jax.stages.base import Batch, Loss, Stage
 from unclip_jax.stages.conditioning import Field, Params, image_field, tokens_field
 from unclip_jax.stages.normalisation import unit
@@ -56,27 +56,13 @@ class ClipStage(Stage):
     """
 
     kind: ClassVar[str] = "clip"
+    module: ClassVar[type] = Clip
     figures: ClassVar[tuple[str, ...]] = ("retrieval",)
     preview: ClassVar[str] = "found"
     keeps_fingerprint: ClassVar[bool] = True
 
     model: ClipConfig
     unit_embeddings: bool = True
-
-    @property
-    def network(self) -> Clip:
-        """The Linen module."""
-        return Clip(self.model)
-
-    @property
-    def context(self) -> tuple[int, int]:
-        """Context length and vocabulary size of the tokens this stage reads."""
-        return self.model.context_length, self.model.vocab_size
-
-    @property
-    def image_size(self) -> int:
-        """Side, in pixels, of the images this stage trains on."""
-        return self.model.image_size
 
     @property
     def learns(self) -> dict[str, Field]:
@@ -89,16 +75,13 @@ class ClipStage(Stage):
 
     def init(self, key: jax.Array) -> Params:
         """Random params."""
-        size, network = self.model.image_size, self.network
-        images = jnp.zeros((1, size, size, 3))
-        tokens = jnp.zeros((1, self.model.context_length), jnp.int32)
+        images = jnp.zeros((1, self.image_size, self.image_size, 3))
+        tokens = jnp.zeros((1, self.context[0]), jnp.int32)
         if self.model.towers == "both":
-            variables = network.init(key, images, tokens)
-        elif self.model.towers == "text":
-            variables = network.init(key, tokens, method=network.encode_text)
-        else:
-            variables = network.init(key, images, method=network.encode_image)
-        return {"network": checked(variables["params"])}
+            return {"network": self.fresh(key, images, tokens)}
+        if self.model.towers == "text":
+            return {"network": self.fresh(key, tokens, method=self.network.encode_text)}
+        return {"network": self.fresh(key, images, method=self.network.encode_image)}
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Contrastive loss of a batch {"image": uint8 [b,h,w,3], "tokens": int32 [b,l]}."""

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import Decoder, DecoderConfig
-from unclip_jax.models.unet import UNetConfig
-from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, check_channels, denoising_loss
 from unclip_jax.stages.conditioning import (
@@ -55,6 +53,7 @@ class DecoderStage(GuidedDiffusion):
     """
 
     kind: ClassVar[str] = "decoder"
+    module: ClassVar[type] = Decoder
     preview: ClassVar[str] = "drawn"
     makes: ClassVar[tuple[str, str]] = ("images", "RGB in [-1, 1]")
     obeys: ClassVar[str] = "conditions"
@@ -81,26 +80,6 @@ class DecoderStage(GuidedDiffusion):
                 " states and z_t (stage.model.text_width above 0, use_z_t)"
             )
         check_channels(self.model.unet.out_channels, self.diffusion, "stage.model.unet")
-
-    @property
-    def network(self) -> Decoder:
-        """The Linen module."""
-        return Decoder(self.model)
-
-    @property
-    def unet(self) -> UNetConfig:
-        """The config of its U-Net."""
-        return self.model.unet
-
-    @property
-    def image_size(self) -> int:
-        """Side, in pixels, of the images it makes."""
-        return self.model.unet.image_size
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes it draws; 0 where it reads none."""
-        return self.model.num_classes
 
     @property
     def text_encoder(self) -> str:
@@ -138,8 +117,7 @@ class DecoderStage(GuidedDiffusion):
     def init(self, key: jax.Array) -> Params:
         """Random params, with the identity as normalisation of z_i until it is replaced."""
         x_t, t = jnp.zeros((1, *self.x_shape)), jnp.zeros((1,), jnp.int32)
-        variables = self.network.init(key, x_t, t, blank(self.conditions))
-        return {"network": checked(variables["params"])} | self.constants()
+        return {"network": self.fresh(key, x_t, t, blank(self.conditions))} | self.constants()
 
     def condition(
         self,

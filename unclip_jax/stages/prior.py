@@ -17,7 +17,6 @@ from unclip_jax.common import checks
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.errors import UserError
 from unclip_jax.models.prior import Prior, PriorConfig
-from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, denoising_loss
 from unclip_jax.stages.conditioning import (
@@ -40,11 +39,6 @@ class OfCaptions:
     preview: ClassVar[str] = "nearest"
     makes: ClassVar[tuple[str, str]] = ("z_i", "CLIP's image embedding, in CLIP's coordinates")
     drops: ClassVar[tuple[str, ...]] = ("caption",)
-
-    @property
-    def context(self) -> tuple[int, int]:
-        """Context length of its captions, and vocabulary size of their tokens; 0 for none."""
-        return self.model.context_length, self.model.vocab_size
 
     @property
     def learns(self) -> dict[str, Field]:
@@ -95,6 +89,7 @@ class PriorStage(OfCaptions, GuidedDiffusion):
     """
 
     kind: ClassVar[str] = "prior"
+    module: ClassVar[type] = Prior
     obeys: ClassVar[str] = "captions"
     normalisations: ClassVar[tuple[str, ...]] = normalisation.NAMES
 
@@ -120,11 +115,6 @@ class PriorStage(OfCaptions, GuidedDiffusion):
         self.check_drops("caption")
 
     @property
-    def network(self) -> Prior:
-        """The Linen module."""
-        return Prior(self.model)
-
-    @property
     def text_encoder(self) -> str:
         """CLIP, where the prior does not embed tokens itself."""
         return "" if self.model.vocab_size else "clip"
@@ -146,8 +136,8 @@ class PriorStage(OfCaptions, GuidedDiffusion):
     def init(self, key: jax.Array) -> Params:
         """Random params, with the identity as normalisation of z_i until it is replaced."""
         x_t, t = jnp.zeros((1, self.model.embed_dim)), jnp.zeros((1,), jnp.int32)
-        variables = self.network.init(key, x_t, t, *self._text(blank(self.conditions)))
-        return {"network": checked(variables["params"])} | self.constants()
+        text = self._text(blank(self.conditions))
+        return {"network": self.fresh(key, x_t, t, *text)} | self.constants()
 
     def _text(self, cond: Condition) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The condition as the network takes it."""

@@ -24,7 +24,6 @@ from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.unet import UNet, UNetConfig
-from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import degrade
 from unclip_jax.stages.base import (
     Batch,
@@ -65,6 +64,7 @@ class UpsamplerStage(Stage):
     """
 
     kind: ClassVar[str] = "upsampler"
+    module: ClassVar[type] = UNet
     figures: ClassVar[tuple[str, ...]] = ("heldout_loss", "psnr")
     preview: ClassVar[str] = "upsampled"
     makes: ClassVar[tuple[str, str]] = ("images", "RGB in [-1, 1]")
@@ -115,21 +115,6 @@ class UpsamplerStage(Stage):
             raise wrong(name, level, expected)
 
     @property
-    def network(self) -> UNet:
-        """The Linen module."""
-        return UNet(self.model)
-
-    @property
-    def image_size(self) -> int:
-        """Side, in pixels, of the images this stage makes."""
-        return self.model.image_size
-
-    @property
-    def unet(self) -> UNetConfig:
-        """The config of its U-Net."""
-        return self.model
-
-    @property
     def conditions(self) -> dict[str, Field]:
         """The images to enlarge."""
         return {"images": Field((self.low_size, self.low_size, 3), "float32", "RGB in [-1, 1]")}
@@ -160,11 +145,10 @@ class UpsamplerStage(Stage):
         images = jnp.zeros((1, self.crop_size, self.crop_size, 6))
         t = jnp.zeros((1,), jnp.int32)
         level = t if self.noise_max else None
-        variables = self.network.init(key, images, t, level=level)
-        params = {"network": checked(variables["params"])}
+        params = {"network": self.fresh(key, images, t, level=level)}
         if self.last_steps:
-            last = self.network.init(jax.random.fold_in(key, 1), images, t, level=level)
-            params["last_network"] = checked(last["params"])
+            last_key = jax.random.fold_in(key, 1)
+            params["last_network"] = self.fresh(last_key, images, t, level=level)
         return params
 
     def denoise(
