@@ -28,7 +28,7 @@ from tqdm import tqdm
 from unclip_jax.common import command_line
 from unclip_jax.data import datasets
 from unclip_jax.data.batches import threads_for
-from unclip_jax.data.embeddings.shards import DTYPES, Meta
+from unclip_jax.data.embeddings.shards import DTYPES
 from unclip_jax.data.embeddings.writer import (
     PAIRS_PER_SHARD,
     Encode,
@@ -39,7 +39,8 @@ from unclip_jax.data.embeddings.writer import (
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed
 from unclip_jax.stages.pixels import to_float
-from unclip_jax.weights.trained import Part, clip_fingerprint, load_part, tokenizer
+from unclip_jax.training.inputs import data_for, meta_of
+from unclip_jax.weights.trained import Part, load_part, tokenizer
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where it goes into a log
 SECONDS_BETWEEN_LOOKS = 2.0  # at what the other processes have finished
@@ -116,20 +117,12 @@ def main(argv: list[str]) -> None:
             f"--batch_size: got {args.batch_size}, expected a multiple of {len(devices)}, the"
             " devices of this host"
         )
-    data = data_config(args, clip)
+    fields = ("split", "captions", "skin_tones", "image_key", "caption_key", "cache_dir")
+    given = {name: getattr(args, name) for name in fields}
+    data = data_for(clip.stage, datasets.DataConfig(name=args.data, **given))
     source = datasets.load(data)
-    context_length, vocab_size = clip.stage.context
-    meta = Meta(
-        clip_fingerprint=clip_fingerprint(clip),
-        data_fingerprint=source.fingerprint,
-        count=len(source),
-        width=clip.stage.model.embed_dim,
-        context_length=context_length,
-        vocab_size=vocab_size,
-        unit_embeddings=clip.stage.unit_embeddings,
-        dtype=args.dtype,
-        shards=default_shards(len(source)) if args.shards is None else args.shards,
-    )
+    shards = default_shards(len(source)) if args.shards is None else args.shards
+    meta = meta_of(clip, source, dtype=args.dtype, shards=shards)
     index, count = jax.process_index(), jax.process_count()
     interval = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
     title = f"process {index} of {count}"
@@ -150,20 +143,3 @@ def main(argv: list[str]) -> None:
     while missing_shards(args.out, meta):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     print(f"{args.out}: complete, {meta.count} pairs; {title} wrote {written} of them")
-
-
-def data_config(args: argparse.Namespace, clip: Part) -> datasets.DataConfig:
-    """The data at CLIP's image size and in its tokens."""
-    context_length, vocab_size = clip.stage.context
-    return datasets.DataConfig(
-        name=args.data,
-        split=args.split,
-        image_size=clip.stage.image_size,
-        captions=args.captions,
-        skin_tones=args.skin_tones,
-        image_key=args.image_key,
-        caption_key=args.caption_key,
-        cache_dir=args.cache_dir,
-        context_length=context_length,
-        vocab_size=vocab_size,
-    )

@@ -22,7 +22,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
-from unclip_jax.weights.trained import Part, load_part, tokenizer
+from unclip_jax.weights.trained import Part, clip_fingerprint, load_part, tokenizer
 
 EMBED_BATCH = 64
 
@@ -132,7 +132,7 @@ def load_t5(stage: stages.Stage, folder: str, dtype: str) -> T5:
 
 
 def with_embeddings(
-    source: Source, data: datasets.DataConfig, clip: Part, fingerprint: str, stored: str = ""
+    source: Source, data: datasets.DataConfig, clip: Part, stored: str = ""
 ) -> embeddings.WithEmbeddings | embeddings.EmbeddingSource:
     """The source with z_i and z_t in its records.
 
@@ -140,32 +140,41 @@ def with_embeddings(
         source: of pictures, or of embeddings.
         data: what it was made of.
         clip: what z_i and z_t must be of.
-        fingerprint: of that CLIP.
         stored: where they are; "" for the cache, which is filled if they are not there.
 
     Raises:
         UserError: those stored are of another CLIP or of other data.
     """
-    of_clip = {
-        "clip_fingerprint": fingerprint,
-        "unit_embeddings": clip.stage.unit_embeddings,
-        "width": clip.stage.model.embed_dim,
-    }
+    meta = meta_of(clip, source)
+    of_clip = {n: getattr(meta, n) for n in ("clip_fingerprint", "unit_embeddings", "width")}
     if isinstance(source, embeddings.EmbeddingSource):
         source.store.check(**of_clip)
         return source
     cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-    folder = stored or cached_embeddings(source, data, clip, of_clip, cache / "embeddings")
+    folder = stored or cached_embeddings(data, clip, meta, cache / "embeddings")
     store = embeddings.EmbeddingStore.open(folder, cache_dir=cache, **of_clip)
     return embeddings.WithEmbeddings(source, store)
 
 
-def cached_embeddings(
-    source: Source, data: datasets.DataConfig, clip: Part, of_clip: dict[str, Any], cache: Path
-) -> Path:
+def meta_of(clip: Part, source: Source, **stored: Any) -> Meta:
+    """What a store of a source's embeddings says of itself; `stored` is how they lie in it."""
+    context_length, vocab_size = clip.stage.context
+    return Meta(
+        clip_fingerprint=clip_fingerprint(clip),
+        data_fingerprint=source.fingerprint,
+        count=len(source),
+        width=clip.stage.model.embed_dim,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        unit_embeddings=clip.stage.unit_embeddings,
+        **stored,
+    )
+
+
+def cached_embeddings(data: datasets.DataConfig, clip: Part, meta: Meta, cache: Path) -> Path:
     """The folder in the cache with a source's embeddings, which are computed the first time."""
-    length = "unit" if clip.stage.unit_embeddings else "projected"
-    folder = cache / f"{of_clip['clip_fingerprint']}-{length}-{source.fingerprint}"
+    length = "unit" if meta.unit_embeddings else "projected"
+    folder = cache / f"{meta.clip_fingerprint}-{length}-{meta.data_fingerprint}"
     if "tokenizer" in clip.description:  # its own; without, captions have this package's ids
         folder = folder.with_name(f"{folder.name}-own-tokens")
     if folder.exists():
@@ -176,15 +185,7 @@ def cached_embeddings(
         z_i = encode_image(clip.stage, clip.params, images)
         return z_i, encode_text(clip.stage, clip.params, tokens)
 
-    context_length, vocab_size = clip.stage.context
-    meta = Meta(
-        data_fingerprint=source.fingerprint,
-        count=len(source),
-        context_length=context_length,
-        vocab_size=vocab_size,
-        **of_clip,
-    )
-    with tqdm(desc="CLIP embeddings", total=len(source), disable=None) as bar:
+    with tqdm(desc="CLIP embeddings", total=meta.count, disable=None) as bar:
         writer.compute_whole(
             datasets.load(seen),
             encode,

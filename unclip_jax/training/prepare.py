@@ -153,9 +153,9 @@ def prepare(config: Mapping[str, Any]) -> Run:
     if isinstance(encoder, T5):
         description["t5"] = {"fingerprint": encoder.fingerprint, "dtype": encoder.config.dtype}
     if clip is not None:
-        description["clip_fingerprint"] = fingerprint = clip_fingerprint(clip)
-        source = with_embeddings(source, data, clip, fingerprint, given.embeddings)
-        heldout = with_embeddings(heldout, heldout_data, clip, fingerprint)
+        description["clip_fingerprint"] = clip_fingerprint(clip)
+        source = with_embeddings(source, data, clip, given.embeddings)
+        heldout = with_embeddings(heldout, heldout_data, clip)
     held = Held(heldout, data, given.previews, encoder)
     evaluate, preview = figures(stage, held)
     run = Run(
