@@ -198,7 +198,8 @@ class GuidedDiffusion(Stage):
     """A stage that denoises under a condition, and is guided away from the condition's null.
 
     It has the fields `diffusion`, `sampling`, `guidance_scale`, `empty_null` and `analytic`, and
-    its network the methods `encode`, for what depends on neither x_t nor t, and `denoise`.
+    its network the methods `encode`, for what depends on neither x_t nor t, and `denoise`. Beside
+    `encode` it has `null`, and `data`: x_0 [b, ...] and the whole condition of a batch.
     """
 
     @property
@@ -231,10 +232,6 @@ class GuidedDiffusion(Stage):
         if self.analytic:
             found["analytic"] = jnp.zeros(self.diffusion.steps)
         return found
-
-    def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
-        """x_0 [b, ...] and the whole condition of a batch, see `loss`."""
-        raise NotImplementedError
 
     def denoise(
         self,

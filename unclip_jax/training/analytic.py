@@ -35,7 +35,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.stages.base import GuidedDiffusion
 from unclip_jax.training import prepare as runs
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.trained import find_parts, stage_folder
+from unclip_jax.weights.trained import find_parts, read_stage, stage_folder
 
 Params = dict[str, Any]
 
@@ -114,8 +114,7 @@ def prepare(args: argparse.Namespace) -> runs.Run:
             data, CLIP or T5 are not there.
     """
     folder = stage_folder(args.stage)
-    description = model_folder.read_description(folder)
-    stage = stages.build(description["stage"], f"{folder / model_folder.CONFIG_FILE}: stage")
+    stage, description = read_stage(folder)
     if not stage.obeys:
         expected = "a prior or a decoder, sampled by diffusion"
         raise UserError(f"--stage {args.stage!r}: holds a {stage.kind}, expected {expected}")

@@ -20,7 +20,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.training import lora
 from unclip_jax.training.lora import Lora
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.trained import stage_folder
+from unclip_jax.weights.trained import read_stage, stage_folder
 
 Params = dict[str, Any]
 
@@ -71,8 +71,7 @@ class Origin:
             UserError: not a stage folder, of another kind, or a setting that must not differ.
         """
         path = stage_folder(folder)
-        description = model_folder.read_description(path)
-        trained = stages.build(description["stage"], f"{path / model_folder.CONFIG_FILE}: stage")
+        trained, description = read_stage(path)
         kind = overrides.get("kind", trained.kind)
         if kind != trained.kind:
             raise UserError(f"config.init: {folder!r} holds a {trained.kind}, expected a {kind}")

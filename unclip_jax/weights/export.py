@@ -40,7 +40,14 @@ from unclip_jax.stages.conditioning import Field, tokens_field
 from unclip_jax.stages.pixels import to_float
 from unclip_jax.weights import box
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.trained import Part, find_parts, in_dtype, load_part, stage_folder
+from unclip_jax.weights.trained import (
+    Part,
+    find_parts,
+    in_dtype,
+    load_part,
+    read_stage,
+    stage_folder,
+)
 
 Arrays = dict[str, jax.Array]
 
@@ -325,7 +332,7 @@ def find(model: str | Path, name: str, size: int | None = None, dtype: str = "")
     folder = stage_folder(model)
     single = (folder / model_folder.CONFIG_FILE).is_file()
     paths = [folder] if single else find_parts(Path(model)).get(kind, [])
-    sizes = {path: _made_size(path) for path in paths} if kind == "upsampler" else {}
+    sizes = {path: read_stage(path)[0].image_size for path in paths} if kind == "upsampler" else {}
     chosen = [path for path in paths if size in (None, sizes.get(path))]
     if len(chosen) != 1:
         made = ", ".join(str(value) for value in sorted(sizes.values()))
@@ -339,12 +346,6 @@ def find(model: str | Path, name: str, size: int | None = None, dtype: str = "")
     mark = {"fingerprint": model_folder.read_fingerprint(chosen[0])}
     stage = in_dtype(part.stage, dtype) if dtype else part.stage
     return Part(stage, part.params, mark | part.description)
-
-
-def _made_size(folder: Path) -> int:
-    """The side of the images that the stage in a folder makes."""
-    stage = stages.build(model_folder.read_description(folder)["stage"], f"{folder}: stage")
-    return stage.image_size
 
 
 def respace(part: Part, name: str, steps: str) -> Part:

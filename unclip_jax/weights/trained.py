@@ -76,6 +76,16 @@ def stage_folder(path: str | Path) -> Path:
     return path
 
 
+def read_stage(path: Path) -> tuple[stages.Stage, dict[str, Any]]:
+    """The stage that a stage folder describes, and all that the folder says of itself.
+
+    Raises:
+        UserError: not a stage folder, or one that says something wrong.
+    """
+    about = model_folder.read_description(path)
+    return stages.build(about["stage"], f"{path / model_folder.CONFIG_FILE}: stage"), about
+
+
 def load_part(
     path: str | Path, kind: str | None = None, dtype: str = "", mesh: Mesh | None = None
 ) -> Part:
@@ -92,8 +102,7 @@ def load_part(
             not divide its weights.
     """
     path = stage_folder(path)
-    description = model_folder.read_description(path)
-    stage = stages.build(description["stage"], f"{path / model_folder.CONFIG_FILE}: stage")
+    stage, _ = read_stage(path)
     if kind is not None and stage.kind != kind:
         raise UserError(f"{str(path)!r}: holds a {stage.kind}, expected a {kind}")
     shapes = jax.eval_shape(stage.init, jax.random.key(0))

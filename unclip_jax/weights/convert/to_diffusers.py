@@ -19,7 +19,7 @@ from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.convert import clip_names, huggingface, karlo_configs, karlo_names
 from unclip_jax.weights.convert.karlo import INDEX
 from unclip_jax.weights.convert.tables import Tensors, to_theirs
-from unclip_jax.weights.trained import Part, find_parts, load_part, tokenizer
+from unclip_jax.weights.trained import Part, find_parts, load_part, read_stage, tokenizer
 
 Settings = dict[str, Any]
 
@@ -54,8 +54,7 @@ def diffusers(folder: str | Path, out: str | Path) -> Iterator[str]:
             )
     for kind in ("prior", "decoder", "upsampler"):
         for path in found.get(kind, []):
-            settings = model_folder.read_description(path)["stage"]
-            _check_form(stages.build(settings, f"{path}: stage"), path)
+            _check_form(read_stage(path)[0], path)
     components: dict[str, list[str]] = {}
 
     def wrote(name: str, library: str, kind: str) -> str:
