@@ -174,7 +174,7 @@ def test_training_from_the_beginning_cannot_have_it():
     ("stage", "more", "message"),
     [
         ("clip", [], "holds a clip, expected a prior or a decoder"),
-        ("prior", ["--num", "0"], "--num: got 0, expected at least 1"),
+        ("prior", ["--num", "0"], "--num: got 0, expected an integer, 1 or more"),
         ("prior", ["--data", "no/such"], "no such folder"),
         ("prior", ["--clip", "gone"], "gone.*no such folder"),
         ("decoder", ["--t5", "t5"], "reads no text states"),

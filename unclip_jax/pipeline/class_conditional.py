@@ -11,10 +11,9 @@ or by how its name begins.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
-import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,8 @@ def generate(
     cascade = UnCLIP(clip=None, prior=None, decoder=decoder, upsamplers=tuple(upsamplers))
     cascade.check()
     scale = decoder.stage.guidance_scale if guidance_scale is None else guidance_scale
-    for name, value in (("guidance_scale", scale), ("classifier_scale", classifier_scale)):
-        if not math.isfinite(value):
-            raise UserError(f"{name}: got {value}, expected a finite number")
+    checks.number("guidance_scale", scale)
+    checks.number("classifier_scale", classifier_scale)
     away = None if scale == 1 or not decoder.stage.num_classes else jnp.float32(scale)
     guiding = (None, None) if classifier is None else classifier[:2]
 
@@ -178,9 +176,7 @@ def check(decoder: Part, classifier: Part | None) -> list[str]:
             f" {', '.join(names(decoder))}"
         )
     for field in ("image_size", "diffusion.steps", "diffusion.schedule"):
-        got, expected = (
-            functools.reduce(getattr, field.split("."), one) for one in (classifier.stage, stage)
-        )
+        got, expected = map(operator.attrgetter(field), (classifier.stage, stage))
         if got != expected:
             raise UserError(
                 f"classifier: its {field} is {got!r}, expected the decoder's {expected!r}; train it"
@@ -216,9 +212,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--seed: got {args.seed}, expected 0 to {2**63 - 1}")
     decoder = load_part(args.decoder, "decoder")
     if args.steps is not None:
-        sampling = dataclasses.replace(decoder.stage.sampling, spacing=args.steps)
-        decoder.stage.diffusion.process(args.steps)  # a wrong number is an error here, not later
-        decoder = decoder._replace(stage=dataclasses.replace(decoder.stage, sampling=sampling))
+        decoder = decoder.respaced("--steps", args.steps)
     classifier = load_part(args.classifier, "classifier") if args.classifier else None
     upsamplers = [load_part(folder, "upsampler") for folder in args.upsampler]
     images = generate(

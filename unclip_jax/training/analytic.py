@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unclip_jax import stages
-from unclip_jax.common import command_line
+from unclip_jax.common import checks, command_line
 from unclip_jax.common.params import TRAINED
 from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import METHODS, analytic
@@ -89,9 +89,8 @@ def measure(run: runs.Run, params: Params, *, num: int, batch_size: int, seed: i
     Raises:
         UserError: a number is out of its range, or the network's output is not finite.
     """
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"--{name}: got {value}, expected at least 1")
+    checks.count("--num", num)
+    checks.count("--batch_size", batch_size)
     stage, steps = run.stage, run.stage.diffusion.steps
     pairs = batches(run.source, run.data, encoder=run.encoder, seed=seed, batch_size=batch_size)
     key, residuals = jax.random.key(seed), analytic.init(stage.diffusion)

@@ -348,19 +348,6 @@ def find(model: str | Path, name: str, size: int | None = None, dtype: str = "")
     return Part(stage, part.params, mark | part.description)
 
 
-def respace(part: Part, name: str, steps: str) -> Part:
-    """The part, sampling in so many steps.
-
-    Raises:
-        UserError: it does not sample by diffusion, or cannot do so many.
-    """
-    if part.stage.sampling is None:
-        raise UserError(f"--steps: got {steps}, but a {name} has no sampling steps; leave it out")
-    part.stage.diffusion.process(steps)  # a wrong number is an error here, not later
-    sampling = dataclasses.replace(part.stage.sampling, spacing=steps)
-    return part._replace(stage=dataclasses.replace(part.stage, sampling=sampling))
-
-
 def main(argv: list[str]) -> None:
     """Find the stage, compile it, write it."""
     args = parse(argv)
@@ -369,7 +356,7 @@ def main(argv: list[str]) -> None:
     model = box.folder() if args.model is None else args.model
     part = find(model, args.stage, args.upsampler, args.dtype)
     if args.steps is not None:
-        part = respace(part, args.stage, args.steps)
+        part = part.respaced("--steps", args.steps)
     exported = write(args.out, part, args.stage, platforms)
     size = len(exported.mlir_module_serialized)
     print(f"{args.out}: the {args.stage} for {args.platforms}, a program of {size / 1e6:.1f} MB")

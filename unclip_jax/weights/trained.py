@@ -24,6 +24,21 @@ class Part(NamedTuple):
     params: dict[str, Any]
     description: dict[str, Any]
 
+    def respaced(self, flag: str, steps: str) -> Part:
+        """The part, sampling in so many steps.
+
+        Raises:
+            UserError: it does not sample by diffusion, or cannot do as many; the flag is named.
+        """
+        if self.stage.sampling is None:
+            kind = self.stage.kind
+            raise UserError(
+                f"{flag}: got {steps}, but a {kind} has no sampling steps; leave it out"
+            )
+        self.stage.diffusion.process(steps)
+        sampling = dataclasses.replace(self.stage.sampling, spacing=steps)
+        return self._replace(stage=dataclasses.replace(self.stage, sampling=sampling))
+
 
 def clip_fingerprint(clip: Part) -> str:
     """What names a CLIP: the fingerprint of its weights as they were trained.

@@ -14,6 +14,7 @@ from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline.manipulate import Walk
 from unclip_jax.pipeline.unclip import UnCLIP, check_prompts
+from unclip_jax.weights.trained import Part
 
 # A JPEG is decoded at a fraction of its size where that still has twice as many pixels a side.
 _LARGEST_SIDE = 2048
@@ -61,17 +62,9 @@ def load(args: argparse.Namespace) -> UnCLIP:
     """
     model = UnCLIP.load(args.model, args.dtype, args.t5, mesh="all")
 
-    def respace(part, name: str):
-        spacing = getattr(args, name, None)
-        if spacing is None or part is None:
-            return part
-        if part.stage.sampling is None:
-            raise UserError(
-                f"--{name} {spacing}: an autoregressive prior has no sampling steps; leave it out"
-            )
-        sampling = dataclasses.replace(part.stage.sampling, spacing=spacing)
-        part.stage.diffusion.process(spacing)  # a wrong spacing is an error here, not later
-        return part._replace(stage=dataclasses.replace(part.stage, sampling=sampling))
+    def respace(part: Part | None, name: str) -> Part | None:
+        steps = getattr(args, name, None)
+        return part if steps is None or part is None else part.respaced(f"--{name}", steps)
 
     return dataclasses.replace(
         model,
