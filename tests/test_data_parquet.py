@@ -200,7 +200,7 @@ def test_any_damage_is_an_error_of_ours_and_no_crash(tmp_path):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"needs pyarrow.*pip install .*\[parquet\]"):
-        parquet.ParquetShards()
+        parquet.ParquetShards(DataConfig())
 
 
 def test_a_row_group_is_decoded_once_whoever_asks(tmp_path, monkeypatch):

@@ -37,30 +37,19 @@ _MAX_GROUP = 2**32
 
 def open_source(config: DataConfig, pattern: str) -> ShardedSource:
     """The parquet files that a config names."""
-    form = ParquetShards(
-        image_key=named(config.image_key, "image"),
-        caption_key=named(config.caption_key, "caption"),
-        label_key=config.label_key if config.labels else "",
-    )
-    return ShardedSource(config, pattern, form)
+    return ShardedSource(config, pattern, ParquetShards(config))
 
 
 class ParquetShards:
     """The format of parquet files with images in them; see `index.Format`."""
 
-    def __init__(self, *, image_key: str = "", caption_key: str = "", label_key: str = ""):
-        """Which columns are read.
-
-        Args:
-            image_key: the images, encoded: bytes, or a struct with a field "bytes"; "" for
-                the first there is of `IMAGES`.
-            caption_key: the text or list of texts; "" for the first there is of `CAPTIONS`.
-            label_key: the class, a number or a text, which is the caption where there is no
-                column of captions; "" to leave it alone.
-        """
+    def __init__(self, config: DataConfig):
+        """What a config says of the columns; the image's holds bytes, or a struct with "bytes"."""
         self._parquet = extras.load("pyarrow.parquet", "parquet", "name: reading parquet")
-        self._keys = image_key, caption_key, label_key
-        self.settings = ["parquet", *self._keys]
+        self._image = named(config.image_key, "image")
+        self._caption = named(config.caption_key, "caption")
+        self._label = config.label_key if config.labels else ""
+        self.settings = ["parquet", self._image, self._caption, self._label]
         self._open = functools.lru_cache(_OPEN_FILES)(self._opening)
         self._groups = _Recent(_KEPT)
         self._warned = False
@@ -103,9 +92,9 @@ class ParquetShards:
     def _samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
         parquet = self._parquet.ParquetFile(file.open())
         schema = parquet.schema_arrow
-        image = _image_column(schema, self._keys[0], file)
-        label = _column(schema, self._keys[2], (), "label_key", file) if self._keys[2] else None
-        caption = _column(schema, self._keys[1], CAPTIONS, "caption_key", file, label is None)
+        image = _image_column(schema, self._image, file)
+        label = _column(schema, self._label, (), "label_key", file) if self._label else None
+        caption = _column(schema, self._caption, CAPTIONS, "caption_key", file, label is None)
         named = "key" if "key" in schema.names else None
         status = "status" if set(schema.names) >= _STATUS else None
         wanted = [name for name in (caption, label, named, status) if name]
@@ -139,7 +128,7 @@ class ParquetShards:
         """Metadata, the column of images, and where each row group ends."""
         parquet = self._parquet.ParquetFile(file.open())
         metadata = parquet.metadata
-        column = _image_column(parquet.schema_arrow, self._keys[0], file)
+        column = _image_column(parquet.schema_arrow, self._image, file)
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         largest = max((_image_bytes(group, column) for group in groups), default=0)
         if largest > _LARGE_GROUP and not self._warned:

@@ -27,26 +27,16 @@ _BLOCK_LOCAL, _BLOCK_REMOTE = 2**16, 2**22  # bytes: the headers lie between the
 
 def open_source(config: DataConfig, pattern: str) -> ShardedSource:
     """The tar shards that a config names."""
-    form = TarShards(
-        image_key=named(config.image_key, "image"),
-        caption_key=named(config.caption_key, "caption"),
-        labels=config.labels,
-    )
-    return ShardedSource(config, pattern, form)
+    return ShardedSource(config, pattern, TarShards(config))
 
 
 class TarShards:
     """The format of webdataset's shards; see `index.Format`."""
 
-    def __init__(self, *, image_key: str = "", caption_key: str = "", labels: bool = False):
-        """What of a sample is read.
-
-        Args:
-            image_key: the suffix of the image, "seg.png"; "" for any usual one.
-            caption_key: the field of the `.json` that has the caption or captions; "" for `.txt`,
-                or where there is none, "caption" or "text" of the `.json`.
-            labels: whether `.cls` is the class, and the caption where there is no other.
-        """
+    def __init__(self, config: DataConfig):
+        """What a config says of the image's suffix, the `.json`'s field of captions, and `.cls`."""
+        image_key = named(config.image_key, "image")
+        caption_key, labels = named(config.caption_key, "caption"), config.labels
         self.settings = ["webdataset", image_key, caption_key, labels]
         self._images = (image_key,) if image_key else IMAGES
         self._caption_fields = (caption_key,) if caption_key else CAPTION_FIELDS
