@@ -148,7 +148,11 @@ def _captioned_images(
     if tables:
         captioned = _from_table(root, tables[0], frozenset(images), skipped)
     else:
-        captioned = {name: _beside(root / name) for name in images}
+        beside = {name: (root / name).with_suffix(".txt") for name in images}
+        captioned = {
+            name: [line.strip() for line in _text(path) if line.strip()] if path.is_file() else []
+            for name, path in beside.items()
+        }
     if labels:
         if outside := [name for name in images if "/" not in name]:
             raise UserError(
@@ -167,12 +171,6 @@ def _captioned_images(
             f"or {os.path.splitext(images[0])[0]}.txt beside {images[0]} and so on"
         )
     return kept
-
-
-def _beside(image: pathlib.Path) -> list[str]:
-    """The captions in the `.txt` beside an image, one a line; none if there is no such file."""
-    text = image.with_suffix(".txt")
-    return [line.strip() for line in _text(text) if line.strip()] if text.is_file() else []
 
 
 def _text(path: pathlib.Path) -> list[str]:

@@ -12,7 +12,7 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import tensorflow_datasets as tfds
@@ -56,9 +56,13 @@ class Drawing(NamedTuple):
 
 
 class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders of emoji share; `what` messages call their data."""
+    """What the builders of emoji share."""
 
-    what: str
+    what: str  # messages call their data
+    about: str  # a sentence, with {} for the size
+    homepage: str
+    attribution: str
+    features: Mapping[str, Any]  # those that not all have
     # TFDS would look beside this file for checksums of downloads, of which there are none, and
     # needs a package for it that it doesn't install (importlib_resources).
     code_path = None
@@ -69,13 +73,12 @@ class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for size in (64, 32, 48, 128, 224, 256, 512, 1024)
     ]
 
-    def _described(self, what: str, page: str, credit: str, **features: Any):
-        """The `DatasetInfo`; all of them have a picture, captions, a category and a concept."""
+    def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.image_size
         return self.dataset_info_from_configs(
-            description=f"{what} {credit}",
-            homepage=page,
-            license=credit,
+            description=f"{self.about.format(size)} {self.attribution}",
+            homepage=self.homepage,
+            license=self.attribution,
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
@@ -83,7 +86,7 @@ class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "captions": tfds.features.Sequence(tfds.features.Text()),
                     "category": tfds.features.Text(doc="Unicode's group"),
                     "concept": tfds.features.Text(doc="code points of the neutral form"),
-                    **features,
+                    **self.features,
                 }
             ),
             supervised_keys=("caption", "image"),
@@ -124,14 +127,9 @@ class EmojiBuilder(PictureBuilder):
 
     name = what = "emoji"
     RELEASE_NOTES = {"1.0.0": "Twemoji rendered on white, splits by concept."}  # noqa: RUF012
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._described(
-            f"Emoji, {self.builder_config.image_size} px on white, captioned by their names.",
-            "https://github.com/jdecked/twemoji",
-            ATTRIBUTION,
-            codepoints=tfds.features.Text(doc="hexadecimal, joined by hyphens"),
-        )
+    about = "Emoji, {} px on white, captioned by their names."
+    homepage, attribution = "https://github.com/jdecked/twemoji", ATTRIBUTION
+    features = {"codepoints": tfds.features.Text(doc="hexadecimal, joined by hyphens")}  # noqa: RUF012
 
     def _drawings(self) -> Sequence[Drawing]:
         return [

@@ -92,15 +92,12 @@ class EmojiStyles(PictureBuilder):
 
     name, what = "emoji_styles", "emoji styles"
     RELEASE_NOTES = {"1.0.0": "Three styles, splits by concept and style."}  # noqa: RUF012
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._described(
-            f"Emoji in several styles, {self.builder_config.image_size} px on white.",
-            "https://iconify.design",
-            ATTRIBUTION,
-            style=tfds.features.ClassLabel(names=STYLES),
-            name=tfds.features.Text(doc="style/code points"),
-        )
+    about = "Emoji in several styles, {} px on white."
+    homepage, attribution = "https://iconify.design", ATTRIBUTION
+    features = {  # noqa: RUF012
+        "style": tfds.features.ClassLabel(names=STYLES),
+        "name": tfds.features.Text(doc="style/code points"),
+    }
 
     def _drawings(self) -> list[Drawing]:
         """Style by style, each ordered by code points; those with a skin tone move no other."""

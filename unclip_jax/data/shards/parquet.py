@@ -168,16 +168,12 @@ class _Recent:
                 with self._lock:
                     self._made.pop(key, None)
                 future.set_exception(error)
-            self._drop_old()
+            with self._lock:
+                sizes = {key: f.result().nbytes for key, f in self._made.items() if f.done()}
+                for old in list(sizes)[:-1]:
+                    if sum(sizes.values()) > self._limit:
+                        del self._made[old], sizes[old]
         return future.result()
-
-    def _drop_old(self) -> None:
-        with self._lock:
-            sizes = {key: f.result().nbytes for key, f in self._made.items() if f.done()}
-            for key in list(sizes)[:-1]:
-                if sum(sizes.values()) <= self._limit:
-                    break
-                del self._made[key], sizes[key]
 
 
 def _column(
