@@ -233,7 +233,7 @@ def data(pictures, tmp_path):
 def first_params(run):
     """Random ones, with the run's own normalisation."""
     return tiny.params(run.stage) | {
-        "normalisation": prepare.normalisation("whiten", run.source, run.stage)
+        "normalisation": run.stage.fit_normalisation("whiten", run.source.chunks)
     }
 
 
