@@ -55,11 +55,7 @@ class FolderSource:
     ):
         """Read the captions and the names of the images, but no image.
 
-        Args:
-            folder: the folder; its sub-folders count, hidden ones don't.
-            split: as in `DataConfig`, like the next two.
-            captions: "all", or "first" for one pair an image.
-            labels: whether records carry `label`, the class that is their sub-folder.
+        Sub-folders count, hidden ones don't. The other arguments are those of `DataConfig`.
 
         Raises:
             UserError: there is no such folder or split, nothing usable in it, an image in no

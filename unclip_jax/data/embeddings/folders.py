@@ -31,9 +31,6 @@ class Folder:
         Args:
             where: a path, or a URL of fsspec's: gs://, s3://, memory://, file:// ...
             cache_dir: where copies of remote files are kept.
-
-        Raises:
-            UserError: it is empty, or what speaks the URL's protocol isn't installed.
         """
         text = os.fspath(where).removeprefix("file://")
         if not text:

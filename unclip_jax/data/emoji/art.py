@@ -74,11 +74,7 @@ def bare(codepoints: str) -> str:
 
 
 def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
-    """The package's archive in `folder`, downloaded unless it is there.
-
-    Raises:
-        UserError: it can't be downloaded or written, or what came is another file.
-    """
+    """The archive of a package in `folder`, downloaded unless there; `UserError` for any other."""
     path = pathlib.Path(folder) / package.archive
     if path.exists():
         _checked(package, path)
@@ -109,11 +105,7 @@ def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
 
 
 def read(package: Package, folder: str | os.PathLike) -> dict[str, str]:
-    """Every drawing of a fetched package: code points without variation selectors -> an SVG.
-
-    Raises:
-        UserError: it hasn't been fetched, or isn't that release.
-    """
+    """Every drawing of a fetched package: code points without variation selectors -> an SVG."""
     path = pathlib.Path(folder) / package.archive
     if not path.exists():
         raise UserError(
