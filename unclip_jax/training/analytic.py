@@ -33,7 +33,7 @@ from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import METHODS, analytic
 from unclip_jax.errors import UserError
 from unclip_jax.stages.base import GuidedDiffusion
-from unclip_jax.training import prepare as runs
+from unclip_jax.training.prepare import Run, prepare
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.trained import find_parts, read_stage, stage_folder
 
@@ -73,14 +73,14 @@ def _update(
     return analytic.update(residuals, stage.diffusion, denoise, x_0, t, noise)
 
 
-def measure(run: runs.Run, params: Params, *, num: int, batch_size: int, seed: int) -> np.ndarray:
+def measure(run: Run, params: Params, *, num: int, batch_size: int, seed: int) -> np.ndarray:
     """The statistic of a stage over the data of a run, float32 [steps].
 
     Each timestep is met by `num` pairs (rounded up to whole batches over all timesteps), all of
     different noise.
 
     Args:
-        run: `runs.prepare` of the stage: its data, and whatever encodes its captions.
+        run: `prepare` of the stage: its data, and whatever encodes its captions.
         params: of the stage.
         num: pairs per timestep, at least 1.
         batch_size: pairs computed together, at least 1.
@@ -105,7 +105,7 @@ def measure(run: runs.Run, params: Params, *, num: int, batch_size: int, seed: i
     return statistic
 
 
-def prepare(args: argparse.Namespace) -> runs.Run:
+def run_of(args: argparse.Namespace) -> Run:
     """The run that would train the stage on: its data, and the encoders that it reads.
 
     Raises:
@@ -127,7 +127,7 @@ def prepare(args: argparse.Namespace) -> runs.Run:
         )
     data |= {"split": args.split} if args.split else {}
     about = {"t5_dtype": description["t5"]["dtype"]} if "t5" in description else {}
-    return runs.prepare({
+    return prepare({
         "stage": {"kind": stage.kind},
         "data": data,
         "train": {},
@@ -179,7 +179,7 @@ def save(folder: Path, statistic: np.ndarray, method: str, about: dict[str, Any]
 def main(argv: list[str]) -> None:
     """Measure, and save."""
     args = parse(argv)
-    run = prepare(args)
+    run = run_of(args)
     statistic = measure(
         run, run.init_params(), num=args.num, batch_size=args.batch_size, seed=args.seed
     )
