@@ -28,9 +28,10 @@ from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.models import presets
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages import ClipStage, DecoderStage, PriorStage, UpsamplerStage
-from unclip_jax.weights.convert import clip_names, karlo, karlo_configs, karlo_names, to_diffusers
+from unclip_jax.weights.convert import clip_names, karlo, karlo_configs, karlo_names
 from unclip_jax.weights.convert.command import main as convert
 from unclip_jax.weights.convert.tables import their_shapes
+from unclip_jax.weights.export import diffusers, folders
 
 FEWEST = {"prior": "1", "decoder": "1", "upsampler": "2"}  # two, so that both networks run
 
@@ -56,14 +57,14 @@ def write(folder: Path, file: str, table, tree, settings, rng) -> None:
 def make(work: Path) -> None:
     """A text-to-image Karlo in diffusers' layout."""
     rng, out = np.random.default_rng(0), work / "theirs"
-    network = to_diffusers.NETWORK_FILE
+    network = diffusers.NETWORK_FILE
 
     def shapes(stage):
         return jax.eval_shape(stage.init, jax.random.key(0))
 
     clip = dataclasses.replace(presets.CLIP_VIT_L14, towers="text")
     tree = shapes(ClipStage(clip))["network"]
-    settings = {"model_type": "clip_text_model"} | to_diffusers.text_settings(clip)
+    settings = folders.text_settings(clip)
     write(
         out / "text_encoder",
         "model.safetensors",

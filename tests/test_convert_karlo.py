@@ -18,6 +18,7 @@ from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.pixels import to_uint8
 from unclip_jax.weights.convert import karlo
 from unclip_jax.weights.convert.command import main as convert
+from unclip_jax.weights.export.command import main as export
 
 torch = karlo_folders.torch
 PIXEL_MEAN, PIXEL_STD = ClipConfig().pixel_mean, ClipConfig().pixel_std
@@ -173,7 +174,7 @@ def test_round_trip_is_exact(reference, tmp_path):
     for model in (UnCLIP.load(tmp_path / "ours"), UnCLIP.load(base / "text2im")):
         expected = pipeline.tokenizer(PROMPTS, **asked).input_ids
         np.testing.assert_array_equal(model.tokens(model.clip, PROMPTS), expected)
-    convert(["diffusers", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs")])
+    export(["diffusers", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs")])
     before, after = tensors_of(base / "text2im"), tensors_of(tmp_path / "theirs")
     assert set(before) == set(after)
     for name, array in before.items():
@@ -187,7 +188,7 @@ def test_round_trip_is_exact(reference, tmp_path):
         assert different <= (free if "super" in name else set()), name
     assert loaded.tokenizer(PROMPTS, **asked) == pipeline.tokenizer(PROMPTS, **asked)
     with pytest.raises(UserError, match="exists"):
-        convert(["diffusers", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs")])
+        export(["diffusers", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs")])
     decoder = tmp_path / "ours/decoder/config.json"
     config = json.loads(decoder.read_text())
     del config["checksum"]
@@ -197,13 +198,15 @@ def test_round_trip_is_exact(reference, tmp_path):
         described["description"]["stage"]["model"]["unet"] |= changes
         decoder.write_text(json.dumps(described))
         with pytest.raises(UserError, match="another form than Karlo's"):
-            convert(["diffusers", str(tmp_path / "ours"), "--out", str(tmp_path / "again")])
+            export(
+                ["diffusers", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "again")]
+            )
 
 
 def test_variations_go_home_too(reference, tmp_path):
     _, _, pipeline, base = reference
     convert(["karlo", str(base / "variations"), "--out", str(tmp_path / "ours")])
-    convert(["diffusers", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs")])
+    export(["diffusers", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs")])
     before, after = tensors_of(base / "variations"), tensors_of(tmp_path / "theirs")
     assert set(before) == set(after)
     assert all(np.array_equal(before[name], after[name]) for name in before)

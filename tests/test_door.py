@@ -41,8 +41,8 @@ FLAGS = {
     "analytic": ("--stage", "--data"),
     "embed": ("--clip", "--data", "--out"),
     "styles": ("build", "--size", "--cache_dir"),
-    "convert": ("karlo", "clip", "diffusers"),
-    "export": ("--stage", "--platforms", "--out"),
+    "convert": ("karlo", "clip"),
+    "export": ("program", "clip", "diffusers"),
     "plan": ("--config", "--topology", "--mesh", "--fit", "--table", "paper/prior"),
     "class_conditional": ("--decoder", "--classifier", "--label"),
 }
@@ -85,7 +85,7 @@ def test_drawing_imports_neither_transformers_nor_what_training_needs():
     code = f"""
 import sys
 import unclip_jax.pipeline.unclip, unclip_jax.pipeline.tasks.run, unclip_jax.app.tasks
-import unclip_jax.weights.export, unclip_jax.pipeline.class_conditional
+import unclip_jax.weights.export.program, unclip_jax.pipeline.class_conditional
 found = {late!r}
 assert not set(found) & set(sys.modules), set(found) & set(sys.modules)
 """

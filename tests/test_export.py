@@ -22,8 +22,9 @@ from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import text_mask
 from unclip_jax.stages.pixels import to_float
-from unclip_jax.weights import export
 from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.export import command, folders
+from unclip_jax.weights.export import program as export
 from unclip_jax.weights.trained import Part
 
 AR_PRIOR = stages.ARPriorStage(
@@ -278,9 +279,10 @@ def folder(tmp_path_factory):
 
 def test_the_command_finds_the_stage_and_writes_it(folder, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
-    export.main([
-        "--model", str(folder), "--stage", "upsampler", "--upsampler", "32", "--out", str(out),
-        "--platforms", "cpu", "--steps", "2", "--dtype", "bfloat16",
+    command.main([
+        "program", "--model", str(folder), "--out", str(out),
+        "--stage", "upsampler", "--upsampler", "32", "--platforms", "cpu",
+        "--steps", "2", "--dtype", "bfloat16",
     ])  # fmt: skip
     assert str(out) in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
@@ -306,7 +308,7 @@ def test_the_command_finds_the_stage_and_writes_it(folder, tmp_path, capsys):
     [
         ("upsampler", ".", None, "--upsampler: got None, expected one of 16, 32"),
         ("upsampler", ".", 48, "--upsampler: got 48, expected one of 16, 32"),
-        ("decoder", ".", 64, "--upsampler: got 64 with --stage decoder"),
+        ("decoder", ".", 64, "--upsampler: got 64, but a decoder is asked for"),
         ("ar_prior", ".", None, "0 of kind ar_prior, expected one"),
         ("prior", "clip", None, "holds a clip, expected a prior"),
         ("prior", "nowhere", None, "is no folder"),
@@ -314,15 +316,15 @@ def test_the_command_finds_the_stage_and_writes_it(folder, tmp_path, capsys):
 )
 def test_a_stage_that_is_not_there_is_named(folder, stage, place, size, message):
     with pytest.raises(UserError, match=message):
-        export.find(folder / place, stage, size)
+        folders.find(folder / place, stage, size)
 
 
 def test_one_stages_folder_will_do(folder):
-    assert export.find(folder / "prior", "prior").stage == tiny.PRIOR
+    assert folders.find(folder / "prior", "prior").stage == tiny.PRIOR
 
 
 def test_a_tower_that_is_not_there_is_refused(folder):
-    part = export._one_tower(export.find(folder, "clip_text"), "clip_text")
+    part = export._one_tower(folders.find(folder, "clip"), "clip_text")
     with pytest.raises(UserError, match="--stage: got clip_image, but this CLIP has its text"):
         export._one_tower(part, "clip_image")
 
@@ -339,5 +341,5 @@ def test_nothing_is_left_where_writing_fails(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model_folder, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left"):
-        export.write(tmp_path / "out", export.find(folder, "clip_text"), "clip_text", ("cpu",))
+        export.write(tmp_path / "out", folders.find(folder, "clip"), "clip_text", ("cpu",))
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.training import loop, lora, prepare
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.convert.command import main as convert
+from unclip_jax.weights.export.command import main as export
 from unclip_jax.weights.trained import load_part, tokenizer
 
 # One level in each U-Net, and one block: the decoder makes 6 px, the upsampler 24.
@@ -123,7 +124,7 @@ def test_a_fine_tuned_karlo_makes_pictures_and_goes_home_to_diffusers(mine, tmp_
     out, _ = mine
     pictures = UnCLIP.load(out).generate(jax.random.key(0), ["a red apple"])
     assert pictures.shape == (1, 24, 24, 3) and pictures.std() > 0
-    convert(["diffusers", str(out), "--out", str(tmp_path / "theirs")])
+    export(["diffusers", "--model", str(out), "--out", str(tmp_path / "theirs")])
     assert (tmp_path / "theirs" / "model_index.json").is_file()
 
 

@@ -40,7 +40,8 @@ UPSAMPLER = dataclasses.replace(
 FORKS = """
 import json, os, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
-import unclip_jax.evaluate.command, unclip_jax.weights.convert.command, unclip_jax.weights.export
+import unclip_jax.evaluate.command
+import unclip_jax.weights.convert.command, unclip_jax.weights.export.command
 import unclip_jax.pipeline.class_conditional, unclip_jax.pipeline.tasks.run
 import unclip_jax.training.analytic, unclip_jax.training.embed, unclip_jax.training.save
 import unclip_jax.training.loop, demo
@@ -83,7 +84,7 @@ TRAIN_CLIP, TRAIN_PRIOR, TRAIN_DECODER = (
 EMBED = "embed --data {pictures} --split all --out {new} "
 ANALYTIC = "analytic --stage {model}/prior --data {pictures} --split all "
 CLASSES = "class_conditional --decoder {classes} --out {new}.png "
-EXPORT = "export --model {model} --out {new} "
+EXPORT = "export program --model {model} --out {new} "
 EVALUATE = "evaluate --model {model} --data {pictures} --heldout_split all --split all "
 PLAN = "plan --config=paper/prior --topology=v5e:2x2 "
 
@@ -265,8 +266,9 @@ ROWS = [
     ("convert clip nowhere --out {new}", 1, "'nowhere' is no folder"),
     ("convert karlo {pictures} --out {new}", 1, "Karlo"),
     ("convert karlo nowhere --out {new}", 1, "'nowhere' is no folder"),
-    ("convert diffusers {model} --out {pictures}", 1, "exists"),
-    ("convert diffusers {model} --out {new}", 1, "another form than Karlo's"),
+    ("export diffusers --model {model} --out {pictures}", 1, "exists"),
+    ("export diffusers --model {model} --out {new}", 1, "another form than Karlo's"),
+    ("convert diffusers {model} --out {new}", 1, "write unclip export diffusers --model"),
     # save
     ("save --out {new}", 2, "--workdir"),
     ("save --workdir {model} --out {new} --dtype int8", 2, "--dtype"),
@@ -288,7 +290,10 @@ ROWS = [
     (EMBED + "--clip {model}/clip --coordinator_address a:1 --num_processes 2 --process_id 2", 1,
      "--process_id: got 2"),
     # export
-    ("export --model {model} --out {new}", 2, "--stage"),
+    ("export --model {model} --out {new}", 1, "write unclip export program"),
+    ("export program --model {model} --out {new}", 2, "--stage"),
+    ("export clip --model {model} --out {pictures}", 1, "exists"),
+    ("export clip --model {model}/prior --out {new}", 1, "holds a prior, expected a clip"),
     (EXPORT + "--stage vae", 2, "--stage"),
     (EXPORT + "--stage prior --dtype float16", 2, "--dtype"),
     (EXPORT + "--stage upsampler --upsampler large", 2, "--upsampler"),

@@ -25,7 +25,7 @@ COMMANDS = {
     "embed": ("unclip_jax.training.embed", "store CLIP's embeddings of a data set"),
     "styles": ("unclip_jax.data.emoji.styles", "fetch the emoji art of several styles"),
     "convert": ("unclip_jax.weights.convert.command", "public weights to model folders and back"),
-    "export": ("unclip_jax.weights.export", "write a stage's sampler as StableHLO"),
+    "export": ("unclip_jax.weights.export.command", "write for plain JAX, transformers, diffusers"),
     "plan": ("unclip_jax.plan.command", "what a run would cost on a pod that is not there"),
     "class_conditional": (
         "unclip_jax.pipeline.class_conditional",

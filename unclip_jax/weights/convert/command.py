@@ -1,13 +1,12 @@
-"""Convert public weights to model folders of ours, and back.
+"""Convert public weights to model folders of ours.
 
     unclip convert karlo FOLDER [FOLDER ...] --out runs/karlo
     unclip convert clip FOLDER_OR_FILE --out runs/clip
-    unclip convert diffusers runs/karlo --out karlo-diffusers
 
 `karlo` reads Karlo-v1-alpha in diffusers' layout (the text-to-image repository, the one for image
 variations, or both) or in the original one; `clip` reads CLIP from Hugging Face, OpenCLIP or
-OpenAI; `diffusers` writes a Karlo, fine-tuned perhaps, in diffusers' layout. FOLDER may also be
-the name of a repository on the Hugging Face hub.
+OpenAI. FOLDER may also be the name of a repository on the Hugging Face hub. `unclip export
+diffusers` is the way back.
 """
 
 from __future__ import annotations
@@ -19,16 +18,24 @@ from tqdm import tqdm
 
 from unclip_jax.common import command_line
 from unclip_jax.common.params import flatten
+from unclip_jax.errors import wrong
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights import hub
-from unclip_jax.weights.convert import clip, karlo, to_diffusers
+from unclip_jax.weights.convert import clip, karlo
 from unclip_jax.weights.trained import Part
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """The command line.
+
+    Raises:
+        UserError: it asks for what is now `unclip export diffusers`.
+    """
+    if argv[:1] == ["diffusers"]:
+        do = "write unclip export diffusers --model DIR --out DIR"
+        raise wrong("convert", "diffusers", "karlo or clip", do)
     parser = command_line.parser("convert", __doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     help_dtype = "of the weights written (default: as they are in the files)"
@@ -42,9 +49,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="", help=help_dtype)
     add("--arch", choices=clip.ARCHS, default="", metavar="NAME",
         help="of a file that does not say what it is: " + ", ".join(clip.ARCHS))  # fmt: skip
-    add = kinds.add_parser("diffusers", help="a Karlo of ours to diffusers' layout").add_argument
-    add("source", metavar="MODEL", help="a model folder, as `karlo` writes it")
-    add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     return parser.parse_args(argv)
 
 
@@ -75,9 +79,6 @@ def main(argv: list[str]) -> None:
         folders = [hub.local_folder(source) for source in args.sources]
         for name, part in karlo.read(folders, args.dtype):
             save(out / name, part, args.dtype)
-    elif args.kind == "clip":
+    else:
         part = clip.load(hub.local_folder(args.source), dtype=args.dtype, arch=args.arch)
         save(out, part, args.dtype)
-    else:
-        for name in to_diffusers.diffusers(hub.local_folder(args.source), out):
-            print(f"{out / name}")

@@ -1,6 +1,4 @@
-"""Export a trained stage as a program that plain JAX runs, without this package.
-
-    unclip export --model runs/emoji --stage decoder --out decoder-program
+"""A trained stage as a program that plain JAX runs, without this package.
 
 The folder holds `program.bin`, the stage's sampler as StableHLO serialised by jax.export, for any
 batch size on CPU, CUDA and TPU; `params.safetensors`, its weights, which are arguments of the
@@ -16,12 +14,9 @@ See docs/export.md.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,23 +26,14 @@ import numpy as np
 from jax import export as jax_export
 
 from unclip_jax import stages
-from unclip_jax.common import command_line
-from unclip_jax.common.files import making_folder
 from unclip_jax.common.params import Params, flatten, unflatten
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.models import attention
 from unclip_jax.stages.conditioning import Field, tokens_field
 from unclip_jax.stages.pixels import to_float
-from unclip_jax.weights import box
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.trained import (
-    Part,
-    find_parts,
-    in_dtype,
-    load_part,
-    read_stage,
-    stage_folder,
-)
+from unclip_jax.weights.export import folders
+from unclip_jax.weights.trained import Part
 
 Arrays = dict[str, jax.Array]
 
@@ -230,14 +216,13 @@ def write(
     Raises:
         UserError: `out` exists, or the stage is a CLIP without the tower that is asked for.
     """
-    out = Path(os.path.abspath(out))
-    check_out(out)
+    folders.check_out(Path(out))
     part = _one_tower(part, name)
     exporting = sampler(part.stage, name)
     params = flatten(part.params)
     exported = program(exporting, params, platforms)
     about = convention(exporting, exported, name, part)
-    with _new_folder(out) as folder:
+    with folders.new_folder(out) as folder:
         (folder / PROGRAM_FILE).write_bytes(exported.serialize())
         flat = {key: np.asarray(value, order="C") for key, value in params.items()}
         model_folder.save_tensors(flat, folder / PARAMS_FILE)
@@ -261,45 +246,6 @@ def _one_tower(part: Part, name: str) -> Part:
     return part._replace(stage=stage, params={"network": network})
 
 
-def check_out(out: Path) -> None:
-    """Raise UserError where something stands in the way of the new folder."""
-    if out.exists():
-        raise UserError(f"--out {str(out)!r}: exists; choose a folder that does not")
-    above = next(path for path in out.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {str(out)!r}: {above} is no folder that you may write to")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `out` if the block succeeds."""
-    try:
-        with making_folder(out) as temporary:
-            yield temporary
-    except OSError as error:
-        raise UserError(f"--out {str(out)!r}: cannot be written ({error})") from error
-
-
-# ----------------------------------------------------------------------------------- command
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = command_line.parser("export", __doc__)
-    add = parser.add_argument
-    add("--model", metavar="DIR", help="a model folder, or one stage's (default: the box model)")
-    add("--stage", required=True, choices=tuple(KINDS), help="what to export")
-    add("--upsampler", type=int, metavar="N", help="which: the one that makes images of N pixels")
-    add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    add("--platforms", default=",".join(PLATFORMS), metavar="P,P",
-        help=f"what it runs on (default {','.join(PLATFORMS)})")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="",
-        help="of weights and compute (default: compute as the stage's config says, float32"
-        " weights)")  # fmt: skip
-    add("--steps", metavar="N", help="sampling steps (default: the stage's own)")
-    return parser.parse_args(argv)
-
-
 def check_platforms(text: str) -> tuple[str, ...]:
     """The platforms in a comma-separated list.
 
@@ -308,55 +254,5 @@ def check_platforms(text: str) -> tuple[str, ...]:
     """
     found = tuple(text.split(","))
     if not set(found) <= set(PLATFORMS) or len(set(found)) != len(found):
-        raise UserError(
-            f"--platforms: got {text!r}, expected some of {','.join(PLATFORMS)}, joined by commas"
-        )
+        raise wrong("--platforms", text, f"some of {','.join(PLATFORMS)}, joined by commas")
     return found
-
-
-def find(model: str | Path, name: str, size: int | None = None, dtype: str = "") -> Part:
-    """The one stage that is asked for.
-
-    Args:
-        model: a model folder with a sub-folder for each stage, or the folder of one stage.
-        name: one of `KINDS`.
-        size: of the images that an upsampler makes, where there are several.
-        dtype: of weights and compute, as for `UnCLIP.load`.
-
-    Raises:
-        UserError: there is none, or there are several; or a size for what is no upsampler.
-    """
-    kind = KINDS[name]
-    if size is not None and kind != "upsampler":
-        raise UserError(f"--upsampler: got {size} with --stage {name}, where it means nothing")
-    folder = stage_folder(model)
-    single = (folder / model_folder.CONFIG_FILE).is_file()
-    paths = [folder] if single else find_parts(Path(model)).get(kind, [])
-    sizes = {path: read_stage(path)[0].image_size for path in paths} if kind == "upsampler" else {}
-    chosen = [path for path in paths if size in (None, sizes.get(path))]
-    if len(chosen) != 1:
-        made = ", ".join(str(value) for value in sorted(sizes.values()))
-        raise UserError(
-            f"--upsampler: got {size}, expected one of {made}"
-            if made
-            else f"model {str(model)!r}: {len(paths)} of kind {kind}, expected one; give the"
-            " folder of the stage itself, or of a model that has it"
-        )
-    part = load_part(chosen[0], kind, dtype)
-    mark = {"fingerprint": model_folder.read_fingerprint(chosen[0])}
-    stage = in_dtype(part.stage, dtype) if dtype else part.stage
-    return Part(stage, part.params, mark | part.description)
-
-
-def main(argv: list[str]) -> None:
-    """Find the stage, compile it, write it."""
-    args = parse(argv)
-    platforms = check_platforms(args.platforms)
-    check_out(Path(args.out))
-    model = box.folder() if args.model is None else args.model
-    part = find(model, args.stage, args.upsampler, args.dtype)
-    if args.steps is not None:
-        part = part.respaced("--steps", args.steps)
-    exported = write(args.out, part, args.stage, platforms)
-    size = len(exported.mlir_module_serialized)
-    print(f"{args.out}: the {args.stage} for {args.platforms}, a program of {size / 1e6:.1f} MB")

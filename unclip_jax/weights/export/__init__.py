@@ -1,0 +1,1 @@
+"""What is trained here in the forms of other programs."""
