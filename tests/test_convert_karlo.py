@@ -338,7 +338,7 @@ def rename_tensor(folder):
         (setting("decoder", "act_fn", "gelu"), "act_fn is 'gelu'"),
         (setting("decoder", "new_trick", 7), "new_trick.*does not know"),
         (setting("super_res_last", "norm_num_groups", 2), "differ"),
-        (setting("text_encoder", "hidden_act", "relu"), "activation = 'relu'"),
+        (setting("text_encoder", "hidden_act", "relu"), "activation: got 'relu'"),
         (setting("text_encoder", "layer_norm_eps", 1e-6), "layer_norm_eps"),
         (
             setting("prior_scheduler", "prediction_type", "magic", "scheduler_config.json"),
