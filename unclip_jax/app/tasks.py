@@ -15,7 +15,7 @@ from pathlib import Path
 from unclip_jax.app import inputs
 from unclip_jax.common import checks
 from unclip_jax.pipeline.tasks import edits, probes
-from unclip_jax.pipeline.tasks.outputs import Drawn
+from unclip_jax.pipeline.tasks.outputs import Drawn, Images
 from unclip_jax.pipeline.unclip import Progress, UnCLIP
 
 NUMS = (1, 4, 8)  # pictures
@@ -44,13 +44,14 @@ class Request:
     """
 
     args: argparse.Namespace
+    images: Images
+    task: edits.Task
     model: UnCLIP
-    task: edits.Draw
     again: bool = True
 
     def draw(self, progress: Progress) -> Drawn:
         """What the settings ask for; it reports to `progress`, and ends with what that raises."""
-        return self.task(self.model, progress)
+        return self.task(self.args, self.images, lambda: self.model, progress)
 
 
 def _settings(served: Served, task: str, seed: object, small: object, **own) -> argparse.Namespace:
@@ -87,7 +88,7 @@ def text_to_image(served: Served, prompt, num, seed, guidance, prior_guidance, s
         guidance_scale=inputs.scale("guidance scale", guidance),
         prior_guidance_scale=inputs.scale("prior's guidance scale", prior_guidance),
     )
-    return Request(args, served.model, edits.text2im(args, []))
+    return Request(args, [], edits.text2im, served.model)
 
 
 def variations(served: Served, file, num, eta, seed, steps, guidance, small) -> Request:
@@ -102,7 +103,7 @@ def variations(served: Served, file, num, eta, seed, steps, guidance, small) -> 
         num=inputs.choice("pictures", num, NUMS),
         **_walk(steps, guidance, checks.number("eta", eta, 0.0, 1.0)),
     )
-    return Request(args, served.model, edits.variations(args, [image]))
+    return Request(args, [image], edits.variations, served.model)
 
 
 def interpolation(served: Served, first, last, frames, seed, steps, guidance, small) -> Request:
@@ -118,7 +119,7 @@ def interpolation(served: Served, first, last, frames, seed, steps, guidance, sm
         rows=0,
         **_walk(steps, guidance),
     )
-    return Request(args, served.model, edits.interpolate(args, images))
+    return Request(args, images, edits.interpolate, served.model)
 
 
 def text_diff(
@@ -138,7 +139,7 @@ def text_diff(
         frames=inputs.choice("frames", frames, FRAMES),
         **_walk(steps, guidance),
     )
-    return Request(args, served.model, edits.textdiff(args, [image]))
+    return Request(args, [image], edits.textdiff, served.model)
 
 
 def labels(served: Served, file, names, word, num, seed, steps, guidance, small) -> Request:
@@ -156,8 +157,7 @@ def labels(served: Served, file, names, word, num, seed, steps, guidance, small)
         num=inputs.choice("decoded", num, DECODED),
         **_walk(steps, guidance),
     )
-    task = probes.typographic(args, [image])
-    return Request(args, served.model, task, again=args.word is not None)
+    return Request(args, [image], probes.typographic, served.model, again=args.word is not None)
 
 
 def ablation(served: Served, prompts, seed, steps, guidance, small) -> Request:
@@ -171,4 +171,4 @@ def ablation(served: Served, prompts, seed, steps, guidance, small) -> Request:
         prompt=inputs.lines("prompts", prompts, least=1, most=MAX_PROMPTS),
         **_walk(steps, guidance),
     )
-    return Request(args, served.model, probes.prior(args, []))
+    return Request(args, [], probes.prior, served.model)

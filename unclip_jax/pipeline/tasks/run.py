@@ -7,7 +7,7 @@ import argparse
 from unclip_jax.parallel import compile_cache
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.pipeline.tasks import edits, probes
-from unclip_jax.pipeline.tasks.inputs import load, read_image, read_prompts, seed_key
+from unclip_jax.pipeline.tasks.inputs import load, read_image, read_prompts
 from unclip_jax.pipeline.tasks.outputs import StageBars, check_out, write
 
 TASKS = {
@@ -34,10 +34,9 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out)
     cpu_devices.use()
     compile_cache.use()
-    seed_key(args)
     if "prompts" in args:
         args.prompt = read_prompts(args)
     images = [read_image(path) for path in getattr(args, "image", ())]
-    draw = TASKS[f"probe {args.probe}" if args.task == "probe" else args.task](args, images)
+    task = TASKS[f"probe {args.probe}" if args.task == "probe" else args.task]
     with StageBars() as bars:
-        write(args, draw(load(args), bars.update))
+        write(args, task(args, images, lambda: load(args), bars.update))
