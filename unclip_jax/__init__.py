@@ -8,33 +8,48 @@ imported when it is first asked for, so `import unclip_jax` itself costs nothing
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from unclip_jax import diffusion, models, stages
+    from unclip_jax.diffusion import guidance, losses, samplers, schedules
+    from unclip_jax.errors import UserError
+    from unclip_jax.pipeline.unclip import UnCLIP
 
 __version__ = "0.1.0"
 
-# Public name -> the module it is, or the module it is an attribute of.
-_MODULES = {
-    "diffusion": "unclip_jax.diffusion",
-    "guidance": "unclip_jax.diffusion.guidance",
-    "losses": "unclip_jax.diffusion.losses",
-    "models": "unclip_jax.models",
-    "samplers": "unclip_jax.diffusion.samplers",
-    "schedules": "unclip_jax.diffusion.schedules",
-    "stages": "unclip_jax.stages",
+# Public name -> the module it is, or is an attribute of.
+_HOMES = {
+    "UnCLIP": "pipeline.unclip",
+    "UserError": "errors",
+    "diffusion": "diffusion",
+    "guidance": "diffusion.guidance",
+    "losses": "diffusion.losses",
+    "models": "models",
+    "samplers": "diffusion.samplers",
+    "schedules": "diffusion.schedules",
+    "stages": "stages",
 }
-_ATTRIBUTES = {"UnCLIP": "unclip_jax.pipeline.unclip", "UserError": "unclip_jax.errors"}
-
-__all__ = ["__version__", *_MODULES, *_ATTRIBUTES]
+__all__ = [
+    "UnCLIP",
+    "UserError",
+    "__version__",
+    "diffusion",
+    "guidance",
+    "losses",
+    "models",
+    "samplers",
+    "schedules",
+    "stages",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = importlib.import_module(_MODULES[name])
-    elif name in _ATTRIBUTES:
-        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
-    else:
+    if name not in _HOMES:
         raise AttributeError(f"module 'unclip_jax' has no attribute {name!r}")
-    globals()[name] = value
+    module = importlib.import_module(f"unclip_jax.{_HOMES[name]}")
+    is_module = _HOMES[name].rpartition(".")[2] == name
+    globals()[name] = value = module if is_module else getattr(module, name)
     return value
 
 

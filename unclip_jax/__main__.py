@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 import unclip_jax
 from unclip_jax.common import extras
-from unclip_jax.errors import run_command, wrong
+from unclip_jax.errors import did_you_mean, run_command, wrong
 
 # Command -> the module whose main(argv) it is, and what it does.
 COMMANDS = {
@@ -57,9 +56,8 @@ def dispatch(argv: list[str]) -> None:
         return
     command, *rest = argv
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        do = f"did you mean {close[0]}?" if close else ""
-        raise wrong("command", command, f"one of {', '.join(COMMANDS)}", do)
+        expected = f"one of {', '.join(COMMANDS)}"
+        raise wrong("command", command, expected, did_you_mean(command, COMMANDS))
     try:
         importlib.import_module(COMMANDS[command][0]).main(rest)
     except ModuleNotFoundError as error:

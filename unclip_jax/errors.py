@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -33,6 +34,12 @@ def wrong(field: str, got: object, expected: str, do: str = "") -> UserError:
 def one_line(error: BaseException, most: int | None = 200) -> str:
     """What an error says, on one line of at most `most` characters; its type if it says nothing."""
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of `known`; "" where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -54,95 +55,84 @@ class Page:
 
     # ---------------------------------------------------------------------------- the tabs
 
-    def _text_to_image(self) -> None:
-        with gr.Tab("Text to image"), gr.Row():
+    @contextlib.contextmanager
+    def _tab(self, name: str, prepare: Callable[..., Request], **kind: bool) -> Iterator[list]:
+        """A tab that draws what `prepare(served, *form)` asks for; yields the form, to fill."""
+        form: list[gr.components.Component] = []
+        with gr.Tab(name), gr.Row():
             with gr.Column(scale=2, min_width=300):
-                prompt = gr.Textbox(label="Prompt", placeholder="a red apple", lines=2)
-                num = gr.Radio(tasks.NUMS, value=4, label="Pictures")
-                form = [prompt, num, seed()]
-                with gr.Accordion("More settings", open=False):
-                    form.append(guidance("empty: the model's own"))
-                    form.append(guidance("empty: the model's own", "Prior's guidance scale"))
-                    form.append(self._small())
+                yield form
                 buttons = Buttons.make()
-            output = _output()
-        self._on_click(buttons, tasks.text_to_image, form, output)
+            with gr.Column(scale=3, min_width=300):
+                output = Output.make(**kind)
+        for field in form:
+            if isinstance(field, gr.Image):
+                _check(field, output)
+        self._on_click(buttons, prepare, form, output)
+
+    def _text_to_image(self) -> None:
+        with self._tab("Text to image", tasks.text_to_image) as form:
+            form += [
+                gr.Textbox(label="Prompt", placeholder="a red apple", lines=2),
+                gr.Radio(tasks.NUMS, value=4, label="Pictures"),
+                seed(),
+            ]
+            with gr.Accordion("More settings", open=False):
+                form.append(guidance("empty: the model's own"))
+                form.append(guidance("empty: the model's own", "Prior's guidance scale"))
+                form.append(self._small())
 
     def _variations(self) -> None:
-        with gr.Tab("Variations"), gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                picture = upload("Picture")
-                num = gr.Radio(tasks.NUMS, value=4, label="Pictures")
-                eta = gr.Slider(
-                    0, 1, value=1, step=0.05, label="η", info="0: the picture itself; 1: freest"
-                )
-                form = [picture, num, eta, seed(), *self._walk("empty: none")]
-                buttons = Buttons.make()
-            output = _output()
-        _check(picture, output)
-        self._on_click(buttons, tasks.variations, form, output)
+        info = "0: the picture itself; 1: freest"
+        with self._tab("Variations", tasks.variations) as form:
+            form += [
+                upload("Picture"),
+                gr.Radio(tasks.NUMS, value=4, label="Pictures"),
+                gr.Slider(0, 1, value=1, step=0.05, label="η", info=info),
+                seed(),
+                *self._walk("empty: none"),
+            ]
 
     def _interpolation(self) -> None:
-        with gr.Tab("Interpolation"), gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                with gr.Row():
-                    first, last = upload("First picture"), upload("Second picture")
-                frames = gr.Radio(tasks.FRAMES, value=9, label="Frames")
-                form = [first, last, frames, seed(), *self._walk("empty: none")]
-                buttons = Buttons.make()
-            output = _output(walks=True)
-        _check(first, output)
-        _check(last, output)
-        self._on_click(buttons, tasks.interpolation, form, output)
+        with self._tab("Interpolation", tasks.interpolation, walks=True) as form:
+            with gr.Row():
+                form += [upload("First picture"), upload("Second picture")]
+            form.append(gr.Radio(tasks.FRAMES, value=9, label="Frames"))
+            form += [seed(), *self._walk("empty: none")]
 
     def _text_diff(self) -> None:
-        with gr.Tab("Text diff"), gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                picture = upload("Picture")
-                source = gr.Textbox(label="From", placeholder="a red thing", info="may be empty")
-                target = gr.Textbox(label="To", placeholder="a blue thing")
-                theta = gr.Slider(0, 1, value=0.5, step=0.05, label="θ at the end")
-                frames = gr.Radio(tasks.FRAMES, value=5, label="Frames")
-                form = [picture, source, target, theta, frames, seed()]
-                form += self._walk("empty: none")
-                buttons = Buttons.make()
-            output = _output(walks=True)
-        _check(picture, output)
-        self._on_click(buttons, tasks.text_diff, form, output)
+        with self._tab("Text diff", tasks.text_diff, walks=True) as form:
+            form += [
+                upload("Picture"),
+                gr.Textbox(label="From", placeholder="a red thing", info="may be empty"),
+                gr.Textbox(label="To", placeholder="a blue thing"),
+                gr.Slider(0, 1, value=0.5, step=0.05, label="θ at the end"),
+                gr.Radio(tasks.FRAMES, value=5, label="Frames"),
+                seed(),
+                *self._walk("empty: none"),
+            ]
 
     def _labels(self) -> None:
-        with gr.Tab("What CLIP sees"), gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                picture = upload("Picture")
-                names = gr.Textbox(
-                    "red apple\ndog face\nflag of France", label="Labels, one a line", lines=4
-                )
-                word = gr.Textbox(
-                    label="A word to write on it",
-                    info="does it change what CLIP sees? may be empty",
-                )
-                num = gr.Radio(tasks.DECODED, value=0, label="Pictures decoded of what it sees")
-                form = [picture, names, word, num, seed()]
-                form += self._walk("empty: the model's own")
-                buttons = Buttons.make()
-            output = _output(chances=True)
-        _check(picture, output)
-        self._on_click(buttons, tasks.labels, form, output)
+        words, info = "red apple\ndog face\nflag of France", "does it change what CLIP sees?"
+        with self._tab("What CLIP sees", tasks.labels, chances=True) as form:
+            form += [
+                upload("Picture"),
+                gr.Textbox(words, label="Labels, one a line", lines=4),
+                gr.Textbox(label="A word to write on it", info=f"{info} may be empty"),
+                gr.Radio(tasks.DECODED, value=0, label="Pictures decoded of what it sees"),
+                seed(),
+                *self._walk("empty: the model's own"),
+            ]
 
     def _ablation(self) -> None:
-        with gr.Tab("What the prior adds"), gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                prompts = gr.Textbox(
-                    "red apple\nflag of France",
-                    label="Prompts, one a line",
-                    info=f"up to {tasks.MAX_PROMPTS}; each is drawn from the caption alone, from"
-                    " its text embedding in the image's place, and from the prior's embedding",
-                    lines=4,
-                )
-                form = [prompts, seed(), *self._walk("empty: the model's own")]
-                buttons = Buttons.make()
-            output = _output()
-        self._on_click(buttons, tasks.ablation, form, output)
+        info = (
+            f"up to {tasks.MAX_PROMPTS}; each is drawn from the caption alone, from its text"
+            " embedding in the image's place, and from the prior's embedding"
+        )
+        prompts = "red apple\nflag of France"
+        with self._tab("What the prior adds", tasks.ablation) as form:
+            form.append(gr.Textbox(prompts, label="Prompts, one a line", info=info, lines=4))
+            form += [seed(), *self._walk("empty: the model's own")]
 
     def _walk(self, unset: str) -> list[gr.components.Component]:
         with gr.Accordion("More settings", open=False):
@@ -207,11 +197,6 @@ class Page:
 
     def _leave(self, request: gr.Request) -> None:
         self.worker.cancel(_owner(request))
-
-
-def _output(**kind: bool) -> Output:
-    with gr.Column(scale=3, min_width=300):
-        return Output.make(**kind)
 
 
 def _owner(request: gr.Request) -> str:

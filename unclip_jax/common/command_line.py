@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip_jax.common import extras
-from unclip_jax.errors import UserError, one_line, wrong
+from unclip_jax.errors import UserError, did_you_mean, one_line, wrong
 
 if TYPE_CHECKING:  # what --help of a command without a config does not wait for
     from absl import flags
@@ -60,8 +59,8 @@ def find(config: str) -> str:
     known = configs()
     name = given.removesuffix(".py").removeprefix("configs/")
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1) or [n for n in known if name in n]
-        do = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        within = [other for other in known if name in other]
+        do = did_you_mean(name, within[:1] or known) or f"there are {', '.join(known)}"
         raise wrong("--config", given, "a config file, or the name of one in the package", do)
     return f"{known[name]}{colon}{variant}"
 

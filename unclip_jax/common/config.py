@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import numbers
 import types
@@ -17,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import ml_collections
 
-from unclip_jax.errors import UserError, wrong
+from unclip_jax.errors import UserError, did_you_mean, wrong
 
 T = TypeVar("T")
 
@@ -183,7 +182,5 @@ def _items(mapping: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"expected one of {', '.join(known)}" if known else "it has no fields"
+    others = f"expected one of {', '.join(known)}" if known else "it has no fields"
+    return did_you_mean(name, known) or others
