@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model folder (default: the box model)")
     args = parser.parse_args(argv)
 
-    from unclip_jax.common.files import replacing
+    from unclip_jax.common.files import write_text
     from unclip_jax.data.emoji.art import ATTRIBUTION
     from unclip_jax.pipeline.tasks import command
     from unclip_jax.pipeline.tasks.outputs import check_out
@@ -139,8 +139,7 @@ def main(argv: list[str]) -> None:
         commands[show.name] = [*flags, *model, f"--out={out / show.name}.png"]
         print(f"== {show.title}", flush=True)
         run(command.parse(commands[show.name]))
-    with replacing(out / PAGE) as path:
-        path.write_text(page(commands, ATTRIBUTION), encoding="utf-8")
+    write_text(out / PAGE, page(commands, ATTRIBUTION))
     print(f"Open {(out / PAGE).absolute()} in a browser.")
 
 

@@ -18,14 +18,8 @@ from unclip_jax.errors import UserError
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser("app", __doc__)
+    command_line.add_model(parser)
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="DIR",
-        help="model folder, Karlo's folder or hub name (default: the box model)",
-    )
-    add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")
-    add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
     add("--batch_size", type=int, default=4, help="pictures computed together (default 4)")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     add("--port", type=int, help="default: 7860, or the next free one")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, one_line
 from unclip_jax.pipeline.unclip import Progress
 
 Task = Callable[[Progress], Any]
@@ -157,7 +157,7 @@ def _run(job: Job) -> str:
         if isinstance(error, Cancelled):
             return "cancelled"
         if isinstance(error, UserError):
-            return " ".join(str(error).split())
+            return one_line(error, 10_000)
         _log.exception("a job failed")
         if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
             return "out of memory; ask for fewer pictures"

@@ -37,6 +37,15 @@ def parser(command: str, about: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_model(to: argparse.ArgumentParser) -> None:
+    """Add the flags that name a model, for `pipeline.on_all_devices.load`."""
+    named = "model folder, Karlo's folder or hub name (default: the box model)"
+    add = to.add_argument
+    add("--model", metavar="DIR", help=named)
+    add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")
+    add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
+
+
 def configs() -> dict[str, Path]:
     """The configs that come with the package: {"emoji/clip": its file, ...}."""
     files = [file for file in sorted(CONFIGS.glob("*/*.py")) if file.stem != "base"]

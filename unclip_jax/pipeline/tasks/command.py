@@ -32,14 +32,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _task(tasks, name: str, help: str) -> argparse.ArgumentParser:
     """A task with the flags that all have."""
     task = tasks.add_parser(name, help=help, description=help)
+    command_line.add_model(task)
     add = task.add_argument
-    add(
-        "--model",
-        metavar="DIR",
-        help="model folder, Karlo's folder or hub name (default: the box model)",
-    )
-    add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")
-    add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
     add("--out", default="out.png", metavar="PNG", help="the grid; single pictures go beside it")
     add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     add("--batch_size", type=int, default=16, help="pictures computed together (default 16)")
