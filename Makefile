@@ -21,7 +21,7 @@ help:
 	@echo "make test-all    the slow tests too"
 	@echo "make lint        ruff"
 	@echo "make docs        the documentation as a site, in build/site"
-	@echo "make bench       speed and memory beside diffusers on PyTorch (long)"
+	@echo "make bench       speed and memory beside diffusers on PyTorch (long; BENCH_FLAGS: --rows ...)"
 	@echo "make notebooks   every cell of the notebooks in colab, on tiny models"
 
 $(VENV)/.installed: pyproject.toml
@@ -72,7 +72,7 @@ notebooks: $(VENV)/.installed-test
 	$(BIN)/python colab/run.py --smoke
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.peers --out $(BENCH)
+	$(BIN)/python -m benchmarks.peers --out $(BENCH) $(BENCH_FLAGS)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ import pytest
 from unclip_jax import stages
 from unclip_jax.common import config as settings
 from unclip_jax.errors import UserError
-from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import devices
 from unclip_jax.training import prepare
 from unclip_jax.weights.trained import in_dtype
 
@@ -98,11 +98,11 @@ def test_the_box_model_fits_its_box_and_its_stages_fit_each_other():
 def test_cpu_cores_share_single_pictures_of_the_papers_networks_and_not_of_the_boxes():
     """For the box's the longer compilation is not earned back, see docs/performance.md."""
     assert all(
-        stages.build(load(f"paper/{name}").stage).unet.work >= sharding.LEAST_SPLIT
+        stages.build(load(f"paper/{name}").stage).unet.work >= devices.LEAST_SPLIT
         for name in ("decoder", "upsampler_256", "upsampler_1024")
     )
     assert all(
-        stages.build(load(f"box/{name}").stage).unet.work < sharding.LEAST_SPLIT
+        stages.build(load(f"box/{name}").stage).unet.work < devices.LEAST_SPLIT
         for name in ("decoder", "upsampler")
     )
 

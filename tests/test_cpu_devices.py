@@ -28,7 +28,7 @@ def ran(script: str, **environment: str) -> list[str]:
 
 USED = """
 import jax
-from unclip_jax import cpu_devices
+from unclip_jax.parallel.cpu import devices as cpu_devices
 cpu_devices._cores = lambda: {cores}
 print(cpu_devices.use(), jax.device_count())
 """
@@ -61,7 +61,7 @@ LATE = """
 import time
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from unclip_jax import cpu_devices
+from unclip_jax.parallel.cpu import devices as cpu_devices
 cpu_devices._cores = lambda: 2
 cpu_devices.use()
 def late(i):
@@ -71,7 +71,7 @@ def summed(x):
     device = jax.lax.axis_index("data")
     x += jax.pure_callback(late, jax.ShapeDtypeStruct((), jnp.float32), device)
     return jax.lax.psum(x, "data")
-mesh = cpu_devices.make_mesh(held_bytes=lambda: 1)
+mesh = cpu_devices.make_mesh()
 mapped = jax.shard_map(summed, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
 print(jax.jit(mapped)(jnp.ones(2)))
 """
@@ -85,10 +85,10 @@ def test_a_device_waits_for_one_that_is_late():
 
 MESHES = """
 import jax
-from unclip_jax import cpu_devices
+from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.sharding import MeshConfig
 cpu_devices._cores = lambda: 4
-cpu_devices.host_memory.total_bytes = lambda: 4000
+cpu_devices.memory.total_bytes = lambda: 4000
 cpu_devices.use()
 def shape(config=MeshConfig(), rows=0, held=1):
     mesh = cpu_devices.make_mesh(config, rows=rows, held_bytes=lambda: held)
@@ -115,13 +115,13 @@ def test_a_mesh_has_as_many_devices_as_divide_the_rows_and_fit_in_memory():
 
 
 REFUSED = """
-from unclip_jax import cpu_devices
+from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.errors import UserError
 from unclip_jax.parallel.sharding import MeshConfig
 cpu_devices._cores = lambda: 2
 cpu_devices.use()
 try:
-    cpu_devices.make_mesh(MeshConfig(fsdp=3), held_bytes=lambda: 1)
+    cpu_devices.make_mesh(MeshConfig(fsdp=3))
 except UserError as error:
     print(str(error).split(";")[0])
 """
@@ -135,20 +135,60 @@ def test_a_mesh_of_devices_that_are_not_there_is_an_error():
     )
 
 
+SHARED = """
+import jax, jax.numpy as jnp, numpy as np
+from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import devices as cpu_devices, memory
+cpu_devices._cores = lambda: 4
+cpu_devices.use()
+mesh = cpu_devices.make_mesh()
+host = np.arange(1000, dtype=np.float32)
+for tree in ({"x": host}, {"x": jnp.asarray(host)}, {"x": jnp.asarray(host, jnp.bfloat16)}):
+    placed = memory.place(tree, sharding.tree_shardings(tree, mesh))["x"]
+    pointers = {shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards}
+    print(len(placed.devices()), len(pointers))
+    more = jax.jit(lambda x: x + 1, donate_argnums=0)(placed)
+    np.testing.assert_array_equal(np.asarray(more), np.asarray(tree["x"] + 1))
+    np.testing.assert_array_equal(tree["x"], host.astype(tree["x"].dtype))
+"""
+
+
+def test_weights_are_in_memory_once_for_all_devices_and_stay_what_they_are():
+    assert ran(SHARED) == ["4", "1"] * 3
+
+
+UNTRIED = """
+import logging
+import jax, jaxlib.version
+jaxlib.version.__version__ = "0.99.1"
+from unclip_jax.parallel.cpu import devices as cpu_devices
+cpu_devices._cores = lambda: 4
+logging.warning = lambda text, *args: print(text % args)
+print(cpu_devices.use(), jax.device_count())
+"""
+
+
+def test_a_release_that_is_untried_is_named_in_a_line_and_left_alone():
+    *line, done, count = ran(UNTRIED)
+    assert "jaxlib 0.99.1:" in " ".join(line)
+    assert (done, count) == ("0", "1")
+
+
 SPREAD = """
 import jax, numpy as np
 from tests import tiny
-from unclip_jax import cpu_devices, pipeline
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.parallel.cpu import devices as cpu_devices
 cpu_devices._cores = lambda: 4
 cpu_devices.use()
 alone = tiny.model()
-spread = alone.on(cpu_devices.make_mesh(held_bytes=lambda: alone.nbytes))
+spread = alone.on(cpu_devices.make_mesh())
 key = jax.random.key(3)
 """
 
 EMBEDDED = """
 for texts in (["a dog"] * 4, ["a cat", "a tree"], ["a cat", "a tree", "a hat"]):
-    keys = pipeline.example_keys(key, len(texts))
+    keys = example_keys(key, len(texts))
     ours, theirs = spread.sample_prior(keys, texts), alone.sample_prior(keys, texts)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     print(len(ours.devices()))
@@ -179,11 +219,10 @@ def test_devices_that_share_cores_draw_the_same_pictures():
 
 HELD = """
 images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
-from unclip_jax import sharding
 def where(part, rows):
     return spread.lay(part, jax.numpy.zeros((rows, 2)), rows)[2].size
 print(where(spread.decoder, 1), where(spread.upsamplers[0], 1), where(spread.decoder, 4))
-sharding.LEAST_SPLIT = spread.decoder.stage.unet.work
+cpu_devices.LEAST_SPLIT = spread.decoder.stage.unet.work
 print(where(spread.decoder, 1), where(spread.prior, 1))
 ours, theirs = (model.variations(key, images[:1], upsample=False) for model in (spread, alone))
 apart = np.abs(ours.astype(int) - theirs)

@@ -14,7 +14,7 @@ import pytest
 SCRIPT = """
 import resource
 import jax, jax.numpy as jnp
-from unclip_jax import host_memory
+from unclip_jax.parallel.cpu import memory as host_memory
 
 done = host_memory.keep_freed()
 
@@ -37,7 +37,7 @@ print(done, min(found), any("hg" in names for names in flags))
 HOLES = """
 import ctypes, os, re, sys
 import jax
-from unclip_jax import host_memory
+from unclip_jax.parallel.cpu import memory as host_memory
 
 assert host_memory.keep_freed()
 libc = ctypes.CDLL(None)

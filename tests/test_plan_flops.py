@@ -7,8 +7,6 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from unclip_jax.errors import UserError
-from unclip_jax.models import convolution
-from unclip_jax.parallel import axes, sharding
 from unclip_jax.plan import flops
 
 
@@ -112,16 +110,3 @@ def test_what_devices_compute_apart_is_counted_for_all_of_them():
     mesh = AbstractMesh((2, 3), ("a", "b"))
     rows = jax.shard_map(matmul, mesh=mesh, in_specs=(P(("a", "b")), P()), out_specs=P(("a", "b")))
     assert flops.count(rows, shape(6, 5), shape(5, 7)) == 2 * 6 * 5 * 7
-
-
-def test_a_kernels_gradient_by_strips_costs_what_it_did(monkeypatch):
-    monkeypatch.setattr(convolution, "STRIP_BYTES", 500)
-    mesh, x, kernel = sharding.make_mesh(), shape(4, 64, 64, 16), shape(3, 3, 16, 32)
-    assert convolution.strips_pay(mesh, x, kernel)
-
-    def loss(x, kernel):
-        with axes.on(mesh):
-            return jnp.square(convolution.convolve(x, kernel)).sum()
-
-    one = flops.count(convolve, x, kernel)
-    assert flops.count(jax.grad(loss, argnums=(0, 1)), x, kernel) == 3 * one

@@ -32,9 +32,8 @@ class Ours:
         cpu_devices.use()
         if training:
             host_memory.keep_freed()
-        model = UnCLIP(**karlo.load(folders, dtype))
-        mesh = cpu_devices.make_mesh(held_bytes=lambda: model.nbytes)
-        self.model = model.on(mesh)
+        mesh = cpu_devices.make_mesh()
+        self.model = UnCLIP(**karlo.load(folders, dtype, mesh), mesh=mesh)
         self.dtype, self.flops = dtype or "float32", 0
 
     def work(self, row: str, given: Inputs) -> Work:
@@ -113,7 +112,7 @@ class Ours:
             mesh = sharding.make_mesh(sharding.MeshConfig(spatial=-1, data=1), mesh.devices.flat)
             params = sharding.place(part.params, sharding.tree_shardings(part.params, mesh))
         else:
-            params, mesh = sharding.for_rows(part.params, rows, mesh)
+            params, mesh = cpu_devices.for_rows(part.params, rows, mesh)
         return params, sharding.spread(given, rows, mesh), mesh
 
     def _super_res(self, network, x) -> jax.Array:

@@ -13,6 +13,7 @@ from unclip_jax.errors import wrong
 from unclip_jax.models.features.efficientnet import EfficientNetLite0
 from unclip_jax.models.features.inception import Inception
 from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.stages.pixels import to_float
 from unclip_jax.weights.convert.feature_networks import load_efficientnet_lite0, load_inception
 from unclip_jax.weights.trained import Part
@@ -70,7 +71,7 @@ def load(name: str, clip: FeatureNetwork) -> FeatureNetwork:
         expected = f"{OWN_CLIP}, {LITE0} or {INCEPTION}:PATH, where PATH is {file}"
         raise wrong("--features", name, expected)
     if clip.mesh is not None:
-        params = sharding.place(params, sharding.tree_shardings(params, clip.mesh))
+        params = host_memory.place(params, sharding.tree_shardings(params, clip.mesh))
 
     @jax.jit
     def apply(params: Any, images: jax.Array) -> jax.Array:

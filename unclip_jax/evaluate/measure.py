@@ -22,6 +22,7 @@ from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.retrieval import image_text_retrieval, own_caption
 from unclip_jax.metrics.vectors import Vectors
 from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights.trained import Part, clip_fingerprint
 
@@ -196,7 +197,7 @@ def _measurer(model: UnCLIP, settings: Settings, judge: Part | None) -> Measurer
         )
     if model.mesh is not None:
         where = sharding.tree_shardings(judge.params, model.mesh)
-        judge = judge._replace(params=sharding.place(judge.params, where))
+        judge = judge._replace(params=host_memory.place(judge.params, where))
     clip = of_clip(judge, model.mesh)
     return Measurer(model, judge, clip, load(settings.features, clip), settings.batch_size)
 

@@ -27,10 +27,6 @@ Tree = TypeVar("Tree")
 
 REST = -1
 
-# The `UNetConfig.work` from which on devices of a CPU split one image: that of 64 channels at 64 px
-# and four levels is above, the box's upsampler is below (docs/performance.md).
-LEAST_SPLIT = 2**26
-
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -283,34 +279,6 @@ def spread(tree: Tree, rows: int, mesh: Mesh) -> Tree:
         return jax.device_put(x, batch_sharding(mesh) if by_rows else replicated(mesh))
 
     return jax.tree.map(spread_one, tree)
-
-
-def for_rows(tree: Tree, rows: int, mesh: Mesh, *, work: int = 0) -> tuple[Tree, Mesh]:
-    """Params and the mesh on which they compute a batch: all devices, or on a CPU perhaps one.
-
-    A CPU's devices share its cores. If they cannot split the rows, every device computes the whole
-    batch, and each slows the others down. The first device alone then does it with all cores, and
-    already has a copy of the params. Large images stay on all devices: they are split by height
-    (`axes.constrain`), which repays the longer compilation.
-
-    Args:
-        tree: arrays on `mesh`.
-        rows: of the batch; 1 where nothing spreads batches.
-        mesh: where they lie.
-        work: `UNetConfig.work` of the network; 0 where it is no U-Net.
-
-    Returns:
-        The arrays, and the mesh that they are on.
-    """
-    first = mesh.devices.flat[0]
-    splits = rows % axes.split(mesh, "batch") == 0 or axes.splits_params(mesh)
-    if first.platform != "cpu" or splits or work >= LEAST_SPLIT:
-        return tree, mesh
-
-    def as_first_has(x: jax.Array) -> jax.Array:
-        return next(shard.data for shard in x.addressable_shards if shard.device == first)
-
-    return jax.tree.map(as_first_has, tree), make_mesh(devices=[first])
 
 
 def place(tree: Tree, shardings: Any) -> Tree:

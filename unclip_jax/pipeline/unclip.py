@@ -25,6 +25,7 @@ from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes, sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
+from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.stages import pixels
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import Condition, example_keys, text_mask
@@ -116,11 +117,7 @@ class UnCLIP:
         if dtype:
             checks.choice("dtype", dtype, ("float32", "bfloat16"))
         if mesh == "all":
-            if jax.devices()[0].platform == "cpu":
-                loaded = cls.load(model, dtype, t5)
-                mesh = cpu_devices.make_mesh(held_bytes=lambda: loaded.nbytes)
-                return loaded.on(mesh) if mesh.size > 1 else loaded
-            mesh = sharding.make_mesh() if jax.device_count() > 1 else None
+            mesh = cpu_devices.make_mesh() if jax.device_count() > 1 else None
         folder = box.folder() if model is None else hub.local_folder(model)
         is_karlo = karlo.is_karlo(folder)
         parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
@@ -147,7 +144,7 @@ class UnCLIP:
 
         def placed(part: Part) -> Part:
             where = sharding.tree_shardings(part.params, mesh)
-            return part._replace(params=sharding.place(part.params, where))
+            return part._replace(params=host_memory.place(part.params, where))
 
         parts = {name: getattr(self, name) for name in ("clip", "prior", "decoder", "upsamplers")}
         return dataclasses.replace(self, mesh=mesh, **_each(placed, parts))
@@ -342,7 +339,7 @@ class UnCLIP:
         if self.mesh is None:
             return part.params, given, None
         work = part.stage.unet.work if part.stage.unet else 0
-        params, mesh = sharding.for_rows(part.params, rows, self.mesh, work=work)
+        params, mesh = cpu_devices.for_rows(part.params, rows, self.mesh, work=work)
         return params, sharding.spread(given, rows, mesh), mesh
 
     def generate(

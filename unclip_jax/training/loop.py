@@ -31,6 +31,7 @@ from unclip_jax.common.files import remove_leftovers, write_text
 from unclip_jax.common.params import TRAINED, is_weights
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import distributed, sharding
+from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.training import lock, writers
 from unclip_jax.training import step as steps
 from unclip_jax.training.checkpoints import Checkpoints, check_description, disk_in_words
@@ -137,7 +138,7 @@ def _on_lead(params: Params, mesh: Mesh) -> Params | None:
     Of a CPU's devices on the first, since figures are of whole batches.
     """
     if jax.process_count() == 1:
-        return sharding.for_rows(params, 1, mesh)[0]
+        return cpu_devices.for_rows(params, 1, mesh)[0]
     whole = distributed.fetch(params)
     if not distributed.is_lead():
         return None

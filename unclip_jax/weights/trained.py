@@ -14,6 +14,7 @@ from unclip_jax.common.params import fingerprint, flatten
 from unclip_jax.data.tokenizer import Encoder, FileTokenizer, Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.weights import folder as model_folder
 
 
@@ -126,7 +127,7 @@ def load_part(
     else:
         where = flatten(sharding.tree_shardings(shapes, mesh))
         params, description = model_folder.load_stage(
-            path, shapes, dtype, lambda name, array: sharding.place(array, where[name])
+            path, shapes, dtype, lambda name, array: host_memory.place(array, where[name])
         )
     if stage.keeps_fingerprint:  # in whatever dtype it is in memory, it stays this CLIP
         description.setdefault("fingerprint", model_folder.read_fingerprint(path))

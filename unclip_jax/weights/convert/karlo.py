@@ -28,6 +28,7 @@ from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.errors import UserError
 from unclip_jax.models import presets
 from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.stages import DecoderStage, PriorStage, UpsamplerStage, normalisation
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.convert import clip, karlo_configs, karlo_names
@@ -93,7 +94,7 @@ def _on_devices(part: Part, mesh: Mesh | None) -> Part:
             if isinstance(value, dict):
                 place(value, there)
             else:
-                tree[name] = sharding.place(value, there) if there else jnp.asarray(value)
+                tree[name] = host_memory.place(value, there) if there else jnp.asarray(value)
 
     place(part.params, mesh and sharding.tree_shardings(part.params, mesh))
     return part
