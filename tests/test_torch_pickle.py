@@ -109,7 +109,7 @@ def test_a_negated_view_is_not_read_as_its_storage(tmp_path):
     [
         (b"\x80\x02cposix\nsystem\n(X\x02\x00\x00\x00lstR.", "'posix.system'"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "'os.system'"),
-        (b"\x80\x04\x8c\x10unclip_jax.common.files\x8c\x01f\x93.", "'unclip_jax.common.files.f'"),
+        (b"\x80\x04\x8c\x17unclip_jax.common.files\x8c\x01f\x93.", "'unclip_jax.common.files.f'"),
         (b"ios\nsystem\n.", "INST"),  # instances as protocol 0 makes them
         (b"(cos\nsystem\no.", "'os.system'"),
         (b"\x80\x02\x82\x01.", "EXT1"),
