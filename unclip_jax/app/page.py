@@ -36,7 +36,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """Lay it out; a model has the tabs that its parts allow."""
         model = self.served.model
-        reads_z_i = bool(model.decoder.stage.model.embed_dim)
+        reads_z_i = "z_i" in model.decoder.stage.conditions
         with gr.Blocks(title="unclip_jax", analytics_enabled=False) as blocks:
             gr.HTML(look.head(self.served.name, model.image_size), elem_classes="head")
             with gr.Tabs():

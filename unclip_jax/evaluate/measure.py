@@ -188,7 +188,7 @@ def evaluate(
 
 
 def _measurer(model: UnCLIP, settings: Settings, judge: Part | None) -> Measurer:
-    if model.decoder.stage.model.embed_dim and model.prior is None:
+    if "z_i" in model.decoder.stage.conditions and model.prior is None:
         raise UserError("--model: has no prior, so it draws no captions; train one, or add it")
     judge = judge or model.clip
     if judge is None:

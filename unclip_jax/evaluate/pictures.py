@@ -105,7 +105,7 @@ class Measurer:
         with _bar(name, len(captions)) as bar:
             for rows, count in row_batches(len(captions), self.batch_size):
                 chosen, texts, z_i = keys[rows], [captions[i] for i in rows], None
-                if model.decoder.stage.model.embed_dim:
+                if "z_i" in model.decoder.stage.conditions:
                     z_i = model.sample_prior(chosen, texts)
                 images = model.decode(chosen, z_i, texts, guidance_scale=guidance_scale)
                 if upsample:

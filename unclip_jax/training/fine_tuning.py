@@ -48,14 +48,14 @@ class Origin:
         trained: the stage that the folder holds.
         stage: the stage to train: with the same weights, and perhaps more.
         fingerprint: of those weights.
-        clip_fingerprint: of the CLIP that it stands on; "" where it stands on none.
+        description: what the folder says of itself.
     """
 
     folder: Path
     trained: stages.Stage
     stage: stages.Stage
     fingerprint: str
-    clip_fingerprint: str
+    description: dict[str, Any]
 
     @classmethod
     def read(cls, folder: str, overrides: Mapping[str, Any]) -> Origin:
@@ -78,14 +78,15 @@ class Origin:
         stage = stages.build(_overlaid(stages.describe(trained), overrides))
         _check_same_weights(stages.describe(trained), stages.describe(stage), folder)
         fingerprint = model_folder.read_fingerprint(path)
-        return cls(path, trained, stage, fingerprint, description.get("clip_fingerprint", ""))
+        return cls(path, trained, stage, fingerprint, description)
 
     def check_clip(self, fingerprint: str, folder: str) -> None:
         """Raise UserError unless the CLIP in `folder` is the one that the stage stands on."""
-        if fingerprint != self.clip_fingerprint:
+        own = self.description.get("clip_fingerprint")
+        if fingerprint != own:
             raise UserError(
                 f"config.clip: {folder!r} holds CLIP {fingerprint}, but {str(self.folder)!r} was"
-                f" trained with CLIP {self.clip_fingerprint}; give that one"
+                f" trained with CLIP {own}; give that one"
             )
 
     def params(self, dtype: str = "") -> Params:

@@ -37,7 +37,6 @@ from unclip_jax.training.inputs import (
 )
 from unclip_jax.training.lora import Lora
 from unclip_jax.training.step import LossFn, random_params
-from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import clip_fingerprint
@@ -139,17 +138,15 @@ def prepare(config: Mapping[str, Any]) -> Run:
     check_embeddings(given, stage)
     needs_images = "image" in stage.reads
     source = datasets.load(data, needs_images=needs_images)
+    trained = origin.description if origin else None
     if "label" in stage.reads:
-        trained = model_folder.read_description(origin.folder) if origin else None
         check_classes(stage, source, trained)
     heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
     heldout = datasets.load(heldout_data, needs_images=needs_images)
     description = describe(given, stage, source, origin)
-    if origin is not None and stage.kind == "clip":
-        trained = model_folder.read_description(origin.folder)
-        if "tokenizer" in trained:
-            description["tokenizer"] = trained["tokenizer"]
-            encoder = FileTokenizer.of(trained["tokenizer"], stage.context[0])
+    if trained and "tokenizer" in trained:  # a CLIP's own
+        description["tokenizer"] = trained["tokenizer"]
+        encoder = FileTokenizer.of(trained["tokenizer"], stage.context[0])
     if isinstance(encoder, T5):
         description["t5"] = {"fingerprint": encoder.fingerprint, "dtype": encoder.config.dtype}
     if clip is not None:
