@@ -101,7 +101,7 @@ def drop_caption(
     """The condition with some captions dropped.
 
     Args:
-        cond: with "text_mask" [b, l], and perhaps "text" or "text_states" and "z_t" [b, e].
+        cond: with "text_mask" [b, l], and perhaps "z_t" [b, e].
         kept: False where the caption is dropped [b].
         empty: what to put in its place (see `empty_caption`); with None, no token is attended to
             and z_t is zero.
@@ -110,10 +110,9 @@ def drop_caption(
     if empty is None:
         z_t = {"z_t": jnp.where(kept, cond["z_t"], 0.0)} if "z_t" in cond else {}
         return cond | {"text_mask": cond["text_mask"] & kept} | z_t
-    states = "text_states" if "text_states" in cond else "text"
     started = jnp.arange(cond["text_mask"].shape[1]) < 2
     return cond | {
-        states: jnp.where(kept[:, :, None], cond[states], empty["text_states"][None]),
+        "text_states": jnp.where(kept[:, :, None], cond["text_states"], empty["text_states"][None]),
         "text_mask": jnp.where(kept, cond["text_mask"], started[None]),
         "z_t": jnp.where(kept, cond["z_t"], empty["z_t"][None]),
     }

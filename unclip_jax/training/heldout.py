@@ -158,7 +158,7 @@ def clean_accuracy(stage: stages.Stage, held: Held, params: Params) -> Figures:
     return {"clean_accuracy": float(np.mean(right))}
 
 
-FIGURES: dict[str, Callable[[Any, Held, Params], Figures]] = {
+FIGURES = {
     "heldout_loss": held_out_loss,
     "retrieval": retrieval,
     "prior_cosines": cosines,
@@ -202,13 +202,7 @@ def guessed(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
     return list(zip(held.preview["image"], captions, strict=True))
 
 
-PREVIEWS: dict[str, Callable[[Any, Held, Params], list[Picture]]] = {
-    "found": found,
-    "nearest": nearest,
-    "drawn": drawn,
-    "upsampled": upsampled,
-    "guessed": guessed,
-}
+PREVIEWS = {one.__name__: one for one in (found, nearest, drawn, upsampled, guessed)}
 
 
 def figures(stage: stages.Stage, held: Held) -> tuple[Evaluate, Preview]:
