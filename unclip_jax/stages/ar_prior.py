@@ -26,7 +26,7 @@ from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics import pca
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import Batch, Chunks, Loss, Setting, Stage, guidance_setting
+from unclip_jax.stages.base import Batch, Chunks, Loss, Stage
 from unclip_jax.stages.conditioning import Condition, Params, blank, drop_caption, keep
 from unclip_jax.stages.prior import OfCaptions
 
@@ -139,11 +139,6 @@ class ARPriorStage(OfCaptions, Stage):
         checks.number("stage.temperature", self.temperature, least=0)
         if not 0.0 < self.top_p <= 1.0:
             raise wrong("stage.top_p", self.top_p, "0 < p <= 1")
-
-    @property
-    def settings(self) -> dict[str, Setting]:
-        """The scale of classifier-free guidance."""
-        return guidance_setting(self.guidance_scale)
 
     def guesses(self, rows: int) -> tuple[int, str]:
         """Each code among the buckets."""

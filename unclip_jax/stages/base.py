@@ -54,7 +54,6 @@ class Stage:
         preview: what is shown of it: `training.heldout.PREVIEWS`.
         makes: the name and the meaning of what `sample` returns; None where it draws nothing.
         conditions: what `sample` draws from.
-        settings: what `sample` takes by name.
         drops: the conditions that training drops, each as often as the field NAME_drop says.
         obeys: what the predictions of a guided diffusion follow, in a word.
         normalisations: those of z_i that training can begin with.
@@ -73,7 +72,6 @@ class Stage:
     preview: ClassVar[str]
     makes: ClassVar[tuple[str, str] | None] = None
     conditions: ClassVar[Mapping[str, Field]] = {}
-    settings: ClassVar[Mapping[str, Setting]] = {}
     drops: ClassVar[tuple[str, ...]] = ()
     obeys: ClassVar[str] = ""
     normalisations: ClassVar[tuple[str, ...]] = ()
@@ -114,6 +112,13 @@ class Stage:
     def num_classes(self) -> int:
         """How many classes it knows."""
         return getattr(self.model, self.classes_field, 0)
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """What `sample` takes by name: the scale of guidance, where there is any."""
+        scale = getattr(self, "guidance_scale", None)
+        meaning = "classifier-free guidance; 1 is the conditional model"
+        return {} if scale is None else {"guidance_scale": Setting(scale, meaning)}
 
     @property
     def learns(self) -> dict[str, Field]:
@@ -206,11 +211,6 @@ class GuidedDiffusion(Stage):
     def x_shape(self) -> tuple[int, ...]:
         """The shape of one x_t."""
         return self.image_size, self.image_size, 3
-
-    @property
-    def settings(self) -> dict[str, Setting]:
-        """The scale of classifier-free guidance."""
-        return guidance_setting(self.guidance_scale)
 
     def check_sampling(self) -> None:
         """Raise UserError where it cannot sample as its fields say."""
@@ -321,12 +321,6 @@ def denoising_loss(
     )
     means = {name: jnp.mean(value) for name, value in terms.items()}
     return means.pop("loss"), means
-
-
-def guidance_setting(default: float) -> dict[str, Setting]:
-    """What a stage with classifier-free guidance takes."""
-    meaning = "classifier-free guidance; 1 is the conditional model"
-    return {"guidance_scale": Setting(default, meaning)}
 
 
 def dropout(key: jax.Array | None) -> dict[str, Any]:
