@@ -174,7 +174,7 @@ class ARPriorStage(OfCaptions, Stage):
             cond: as `condition` makes it.
         """
         latents = jnp.concatenate([self.model.buckets + dot[:, None], codes[:, :-1]], axis=1)
-        return self.network.apply({"params": params["network"]}, latents, *_text(cond))
+        return self.apply(params, latents, *_text(cond))
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Cross-entropy, in nats per code, of {"tokens": int32 [b,l], "z_i": [b,e], "z_t": [b,e]}.
@@ -222,25 +222,19 @@ class ARPriorStage(OfCaptions, Stage):
             null: what guidance leads away from; by default the condition without its caption.
             loop: what draws one code after the other, see `diffusion.progress`.
         """
-        m, network, variables = self.model, self.network, {"params": params["network"]}
+        m = self.model
         null = self.null(params, cond) if null is None else null
         # Each example and its null lie side by side, so that a batch spread over devices stays.
         pairs = jax.tree.map(
             lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null
         )
-        cache = network.apply(variables, *_text(pairs), method=network.prefill)
+        cache = self.apply(params, *_text(pairs), method="prefill")
         extra = jnp.reshape(jnp.asarray(guidance_scale, jnp.float32), (-1, 1)) - 1.0
 
         def step(i, carry):
             latent, cache, codes = carry
-            logits, cache = network.apply(
-                variables,
-                jnp.repeat(latent, 2),
-                i,
-                cache,
-                pairs["text_mask"],
-                method=network.step,
-            )
+            pair = jnp.repeat(latent, 2)
+            logits, cache = self.apply(params, pair, i, cache, pairs["text_mask"], method="step")
             conditional, unconditional = logits[::2], logits[1::2]
             guided = conditional + extra * (conditional - unconditional)
             code = self._draw(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys), guided)

@@ -146,6 +146,10 @@ class Stage:
         """Random weights of the network, which `inputs` show the shapes of what it reads."""
         return checked(self.network.init(key, *inputs, **named)["params"])
 
+    def apply(self, params: Params, *inputs: Any, **named: Any) -> Any:
+        """What the network makes of its inputs; `method` names another of its methods."""
+        return self.network.apply({"params": params["network"]}, *inputs, **named)
+
     def condition_of(self, batch: Batch, mask: jax.Array | None = None) -> Any:
         """What `sample` takes of a batch; the rest of it is left out.
 
@@ -242,11 +246,8 @@ class GuidedDiffusion(Stage):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """The network's output for x_t [b, ...]; a dropout key means training."""
-        denoise = self.network.denoise
         settings = {} if dropout_key is None else dropout(dropout_key)
-        return self.network.apply(
-            {"params": params["network"]}, x_t, t, encoded, method=denoise, **settings
-        )
+        return self.apply(params, x_t, t, encoded, method="denoise", **settings)
 
     def denoiser(
         self, params: Params, cond: Condition, dropout_key: jax.Array | None = None

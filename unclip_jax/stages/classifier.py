@@ -68,7 +68,7 @@ class ClassifierStage(Stage):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits [b, num_classes] of images x_t [b, h, w, 3]; a dropout key means training."""
-        return self.network.apply({"params": params["network"]}, x_t, t, **dropout(dropout_key))
+        return self.apply(params, x_t, t, **dropout(dropout_key))
 
     def log_prob(self, params: Params, x_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
         """log p(y | x_t) [b] of classes int32 [b], for `guidance.classifier_guided`."""

@@ -80,31 +80,26 @@ class ClipStage(Stage):
         if self.model.towers == "both":
             return {"network": self.fresh(key, images, tokens)}
         if self.model.towers == "text":
-            return {"network": self.fresh(key, tokens, method=self.network.encode_text)}
-        return {"network": self.fresh(key, images, method=self.network.encode_image)}
+            return {"network": self.fresh(key, tokens, method="encode_text")}
+        return {"network": self.fresh(key, images, method="encode_image")}
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Contrastive loss of a batch {"image": uint8 [b,h,w,3], "tokens": int32 [b,l]}."""
         del key  # nothing here is random
-        z_i, z_t, logit_scale = self.network.apply(
-            {"params": params["network"]}, to_float(batch["image"]), batch["tokens"]
-        )
+        images, tokens = to_float(batch["image"]), batch["tokens"]
+        z_i, z_t, logit_scale = self.apply(params, images, tokens)
         loss, accuracy = contrastive_loss(unit(z_i), unit(z_t), logit_scale)
         return loss, {"accuracy": accuracy, "logit_scale": logit_scale}
 
     def encode_image(self, params: Params, images: jax.Array) -> jax.Array:
         """Images [b, h, w, 3] in [-1, 1], any size -> z_i [b, e]."""
         images = resize(images, self.model.image_size)
-        z_i = self.network.apply(
-            {"params": params["network"]}, images, method=self.network.encode_image
-        )
+        z_i = self.apply(params, images, method="encode_image")
         return unit(z_i) if self.unit_embeddings else z_i
 
     def encode_text(self, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Tokens [b, l] int32 -> z_t [b, e] and the tokens' states [b, l, d]."""
-        z_t, states = self.network.apply(
-            {"params": params["network"]}, tokens, method=self.network.encode_text
-        )
+        z_t, states = self.apply(params, tokens, method="encode_text")
         return (unit(z_t) if self.unit_embeddings else z_t), states
 
 

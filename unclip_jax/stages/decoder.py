@@ -173,7 +173,7 @@ class DecoderStage(GuidedDiffusion):
         """All of the conditioning that depends on neither x_t nor t, computed once."""
         if "z_i" in self.conditions:
             cond = cond | {"z_i": normalisation.normalise(params["normalisation"], cond["z_i"])}
-        return self.network.apply({"params": params["network"]}, cond, method=self.network.encode)
+        return self.apply(params, cond, method="encode")
 
     def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
         """x_0 [b, h, w, 3] and the whole condition of a batch, see `loss`."""

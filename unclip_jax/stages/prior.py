@@ -145,8 +145,7 @@ class PriorStage(OfCaptions, GuidedDiffusion):
 
     def encode(self, params: Params, cond: Condition) -> dict[str, Any]:
         """All of the conditioning that depends on neither x_t nor t, computed once."""
-        variables, network = {"params": params["network"]}, self.network
-        return network.apply(variables, *self._text(cond), method=network.encode)
+        return self.apply(params, *self._text(cond), method="encode")
 
     def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
         """x_0 [b, e] and the whole condition of a batch, see `loss`."""
@@ -165,7 +164,7 @@ class PriorStage(OfCaptions, GuidedDiffusion):
         text = self._text(drop_caption(cond, kept, params.get("null_caption")))
 
         def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:  # all tokens at once
-            return self.network.apply({"params": params["network"]}, x_t, t, *text)
+            return self.apply(params, x_t, t, *text)
 
         return denoising_loss(self.diffusion, denoise, x_0, t_key, noise_key)
 

@@ -164,8 +164,8 @@ class UpsamplerStage(Stage):
 
         `level` [b] is the timestep that `low` was noised to, where noise_max is above 0.
         """
-        return self.network.apply(
-            {"params": params["network"]},
+        return self.apply(
+            params,
             jnp.concatenate([x_t, low.astype(x_t.dtype)], axis=-1),
             t,
             level=level,
