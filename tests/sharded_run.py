@@ -66,7 +66,7 @@ STAGES = {
 
 def batches(stage) -> list[dict]:
     """The same batches of noise on every mesh."""
-    size = getattr(stage, "image_size", 16)
+    size = stage.image_size or 16
     found = [tiny.batch(BATCH, size, seed) for seed in range(STEPS)]
     if stage.kind == "classifier":
         found = [b | {"label": jnp.arange(BATCH, dtype=jnp.int32) % 4} for b in found]
@@ -97,7 +97,7 @@ def train(stage, mesh, config: TrainConfig):
 
 def sample(stage, params, mesh):
     """What the stage makes of a batch of conditions that is split over the mesh."""
-    batch = tiny.batch(8, getattr(stage, "image_size", 16))
+    batch = tiny.batch(8, stage.image_size or 16)
     keys = jax.random.split(jax.random.key(1), 8)
     if stage.kind in ("prior", "ar_prior"):
         cond = stage.condition(batch["tokens"], batch["z_t"], None)

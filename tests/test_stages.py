@@ -25,7 +25,7 @@ NOISED = dataclasses.replace(tiny.UPSAMPLER, noise_max=0.5, noise_level=0.1)
 
 
 def image_size(stage):
-    return getattr(stage, "image_size", 16)
+    return stage.image_size or 16
 
 
 @pytest.mark.parametrize("stage", ALL, ids=lambda s: s.kind)
