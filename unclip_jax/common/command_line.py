@@ -38,7 +38,7 @@ def parser(command: str, about: str | None) -> argparse.ArgumentParser:
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
-    """Add the flags that name a model, for `pipeline.on_all_devices.load`."""
+    """Add the flags that name a model, for `UnCLIP.load`."""
     named = "model folder, Karlo's folder or hub name (default: the box model)"
     add = to.add_argument
     add("--model", metavar="DIR", help=named)
