@@ -17,8 +17,8 @@ from unclip_jax.diffusion.gaussian import (
     q_posterior,
     q_sample,
     target,
-    threshold,
 )
+from unclip_jax.diffusion.thresholding import threshold
 from unclip_jax.errors import UserError
 
 

@@ -47,6 +47,7 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.diffusion.schedules import SCHEDULES, Process, tables
+from unclip_jax.diffusion.thresholding import threshold
 from unclip_jax.errors import UserError, wrong
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -218,24 +219,6 @@ def predict(
     if diffusion.prediction == "x_0":
         return output, eps_from_x_0(process, x_t, i, output)
     return alpha * x_t - sigma * output, sigma * x_t + alpha * output
-
-
-def threshold(x_0: jax.Array, clip_x_0: float, dynamic_percentile: float) -> jax.Array:
-    """Keep a predicted x_0 in the range of the data.
-
-    Args:
-        x_0: `[b, ...]`.
-        clip_x_0: the data lies in [-clip_x_0, clip_x_0]; 0 for no static clipping.
-        dynamic_percentile: Imagen's dynamic thresholding (arXiv 2205.11487, section 2.3), in
-            percent: each example is clipped at that percentile s of its own |x_0| and scaled
-            back by s wherever s exceeds the range (`clip_x_0`, or 1 if that is 0); 0 for off.
-    """
-    if dynamic_percentile:
-        bound = clip_x_0 or 1.0
-        size = jnp.percentile(jnp.abs(x_0).reshape(x_0.shape[0], -1), dynamic_percentile, axis=1)
-        size = jnp.maximum(size, bound).reshape((-1,) + (1,) * (x_0.ndim - 1))
-        return jnp.clip(x_0, -size, size) * (bound / size)
-    return jnp.clip(x_0, -clip_x_0, clip_x_0) if clip_x_0 else x_0
 
 
 def split_variance(

@@ -19,6 +19,7 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from unclip_jax.parallel import axes, sharding
+from unclip_jax.training import ema, sam
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.optimizers import Params, learning_rate, stored, trained
 
@@ -116,7 +117,7 @@ def make_train_step(
 ) -> StepFn:
     """Compile one step: (state, batch) -> (state, metrics). The given state is consumed.
 
-    With `sam_rho` the gradient is that of sharpness-aware minimisation, see `_sharpness_aware`.
+    With `sam_rho` the gradient is that of sharpness-aware minimisation, see `sam`.
 
     The metrics are float32 scalars: the loss function's own, and `loss`, `grad_norm` (before
     clipping), `param_norm` (after the update), `learning_rate`, `finite` (0 or 1) and `step`. If
@@ -138,10 +139,10 @@ def make_train_step(
 
         loss, own, grads = gradients(weights)
         if config.sam_rho:
-            grads = _sharpness_aware(gradients, weights, grads, config.sam_rho)
+            grads = sam.gradient(gradients, weights, grads, config.sam_rho)
         updates, opt_state = optimizer.update(grads, state.opt_state, weights)
         moved = optax.apply_updates(weights, updates)
-        ema_params = _average(state.ema_params, moved, _ema_decay(config, state.step))
+        ema_params = ema.average(state.ema_params, moved, ema.decay(config, state.step))
         ema_params = stored(jax.random.fold_in(key, _EMA), ema_params, config.ema_dtype)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(moved)}
         finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))
@@ -160,24 +161,6 @@ def make_train_step(
         )
 
     return jax.jit(step_fn, donate_argnums=0)
-
-
-def _sharpness_aware(
-    gradients: Callable[[Params], tuple[jax.Array, Metrics, Params]],
-    params: Params,
-    grads: Params,
-    rho: float,
-) -> Params:
-    """The gradient where the loss is about highest within `rho` of the params.
-
-    Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412, equations 2 and 3): the
-    gradient at params + rho g / |g|, with the same examples and noise. |g| is over the whole
-    batch and all that is trained. Where g is zero, the gradient is taken at the params.
-    """
-    norm = optax.tree.norm(grads)
-    scale = rho / jnp.where(norm > 0, norm, 1.0)
-    climbed = jax.tree.map(lambda p, g: (p + scale * g).astype(p.dtype), params, grads)
-    return gradients(climbed)[2]
 
 
 def _gradients(
@@ -223,19 +206,6 @@ def _gradients(
 def _like_params(grads: Params, mesh: Mesh) -> Params:
     """Gradients where their params are: each device receives the sum of its own part alone."""
     return jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(grads, mesh))
-
-
-def _ema_decay(config: TrainConfig, step: jax.Array) -> jax.Array:
-    decay = jnp.float32(config.ema_decay)
-    n = step.astype(jnp.float32)
-    return jnp.minimum(decay, (1.0 + n) / (10.0 + n)) if config.ema_warmup else decay
-
-
-def _average(average: Params, params: Params, decay: jax.Array) -> Params:
-    """decay * average + (1 - decay) * params in float32, exact where the two are equal."""
-    return jax.tree.map(
-        lambda a, p: a + (1.0 - decay) * (p.astype(jnp.float32) - a), average, params
-    )
 
 
 # Of metrics that are averaged, or of which the last counts (a dict, as a clu `Collection` takes
