@@ -13,11 +13,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The positions of one share: of every `count * block` in a row, `block` from its place on."""
+    """The positions of one share: of every `count * block` in a row, `block` from its place on.
 
-    index: int  # which share, from 0
-    count: int  # how many there are
-    block: int  # rows of a batch that are the share's
+    Attributes:
+        index: which share, from 0.
+        count: how many there are.
+        block: rows of a batch that are the share's.
+    """
+
+    index: int
+    count: int
+    block: int
 
     def position(self, j: int) -> int:
         """The position that is the share's j-th, from 0."""
@@ -56,9 +62,13 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """A finite set of positions."""
+    """A finite set of positions.
 
-    layouts: tuple[Layout, ...] = ()  # one for each number of shares there has been
+    Attributes:
+        layouts: one for each number of shares there has been.
+    """
+
+    layouts: tuple[Layout, ...] = ()
 
     def __contains__(self, position: int) -> bool:
         """Whether a position, from 0, has been read."""

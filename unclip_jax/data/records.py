@@ -22,12 +22,19 @@ NAMED = 5  # of what is skipped or cut, this many are named in warnings
 
 
 class Record(TypedDict):
-    """One (image, caption) pair."""
+    """One (image, caption) pair.
 
-    image: bytes | np.ndarray  # an image file's bytes, or decoded pixels, uint8 [h, w, c]
-    caption: str  # never empty
-    index: int  # the pair's place in its source, from 0
-    name: str  # the image's, in messages: a relative path, or code points
+    Attributes:
+        image: an image file's bytes, or decoded pixels, uint8 `[h, w, c]`.
+        caption: never empty.
+        index: the pair's place in its source, from 0.
+        name: the image's name in messages: a relative path, or code points.
+    """
+
+    image: bytes | np.ndarray
+    caption: str
+    index: int
+    name: str
 
 
 class BadRecord(Exception):

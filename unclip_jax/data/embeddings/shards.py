@@ -58,17 +58,29 @@ _READ_BUFFER = 32768
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a store says of itself."""
+    """What a store says of itself.
 
-    clip_fingerprint: str  # of the CLIP the embeddings were computed with
-    data_fingerprint: str  # of the pairs they were computed from
-    count: int  # N, the number of pairs
-    width: int  # e, CLIP's dimension
-    context_length: int  # of the tokens, CLIP's own
-    vocab_size: int  # of the tokens
-    unit_embeddings: bool  # whether the embeddings have length one
-    dtype: str = "float32"  # of what is stored, one of DTYPES
-    shards: int = 1  # S, the number of shards
+    Attributes:
+        clip_fingerprint: of the CLIP the embeddings were computed with.
+        data_fingerprint: of the pairs they were computed from.
+        count: N, the number of pairs.
+        width: e, CLIP's dimension.
+        context_length: of the tokens, CLIP's own.
+        vocab_size: of the tokens.
+        unit_embeddings: whether the embeddings have length one.
+        dtype: of what is stored, one of DTYPES.
+        shards: S, the number of shards.
+    """
+
+    clip_fingerprint: str
+    data_fingerprint: str
+    count: int
+    width: int
+    context_length: int
+    vocab_size: int
+    unit_embeddings: bool
+    dtype: str = "float32"
+    shards: int = 1
 
     def __post_init__(self):
         """Check the numbers: `UserError` for an unknown dtype, or more shards than pairs."""
@@ -126,15 +138,25 @@ class Meta:
 
 
 class Pair(NamedTuple):
-    """One pair as it is stored."""
+    """One pair as it is stored.
 
-    index: int  # its place in the data set
-    flags: int  # VALID | HELDOUT | FIRST
-    name: str  # its image's, in messages
-    caption: str  # empty where it couldn't be read
-    tokens: np.ndarray  # of the caption, int32 [l]
-    z_i: np.ndarray | None  # image embedding, float32 [e]; None where it isn't valid
-    z_t: np.ndarray | None  # text embedding, likewise
+    Attributes:
+        index: its place in the data set.
+        flags: VALID | HELDOUT | FIRST.
+        name: its image's name in messages.
+        caption: empty where it couldn't be read.
+        tokens: of the caption, int32 `[l]`.
+        z_i: image embedding, float32 `[e]`; None where it isn't valid.
+        z_t: text embedding, likewise.
+    """
+
+    index: int
+    flags: int
+    name: str
+    caption: str
+    tokens: np.ndarray
+    z_i: np.ndarray | None
+    z_t: np.ndarray | None
 
 
 class Damaged(Exception):

@@ -41,11 +41,16 @@ def open_source(config: DataConfig, where: str) -> EmbeddingSource:
 
 
 class EmbeddingStore:
-    """Stored embeddings of N pairs, whose shards are opened when first read; for any threads."""
+    """Stored embeddings of N pairs, whose shards are opened when first read; for any threads.
+
+    Attributes:
+        where: its path or URL.
+        meta: what it says of itself.
+    """
 
     def __init__(self, folder: Folder, meta: Meta):
         """Use `open`."""
-        self.where, self.meta = str(folder), meta  # its path or URL, what it says of itself
+        self.where, self.meta = str(folder), meta
         self._folder = folder
         self._shards: dict[int, ShardReader] = {}
         self._opening = threading.Lock()
@@ -107,7 +112,11 @@ class EmbeddingStore:
 
     @functools.cached_property
     def flags(self) -> np.ndarray:
-        """What `embeddings.shards` says of each pair in a byte, uint8 `[N]`; opens every shard."""
+        """What `embeddings.shards` says of each pair in a byte, uint8 `[N]`; opens every shard.
+
+        Raises:
+            UserError: a shard is damaged or can't be read.
+        """
         parts = []
         for shard in range(self.meta.shards):
             with self._use_of(shard):
@@ -119,6 +128,9 @@ class EmbeddingStore:
 
         Args:
             among: bool `[N]`, which pairs count; None for all.
+
+        Raises:
+            UserError: a shard is damaged or can't be read.
         """
         for shard in range(self.meta.shards):
             pairs = self.meta.shard_pairs(shard)

@@ -113,6 +113,9 @@ def compute_whole(
 
     For a cache that several processes may want to fill at once: the first one's stays. `settings`
     are those of `compute` from `image_size` to `tokenizer`, and `on_pairs`.
+
+    Raises:
+        UserError: as `compute`.
     """
     folder = pathlib.Path(folder).expanduser()
     if folder.exists():

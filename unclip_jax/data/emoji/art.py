@@ -28,12 +28,19 @@ TIMEOUT = 60  # seconds without a byte
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One release of the icons of one style, as Iconify publishes them."""
+    """One release of the icons of one style, as Iconify publishes them.
 
-    name: str  # of the package, under "@iconify-json"
+    Attributes:
+        name: of the package, under "@iconify-json".
+        version: the release.
+        sha512: of the archive, base64 as npm writes it.
+        attribution: whose art it is, and its licence.
+    """
+
+    name: str
     version: str
-    sha512: str  # of the archive, base64 as npm writes it
-    attribution: str  # whose art it is, and its licence
+    sha512: str
+    attribution: str
 
     @property
     def archive(self) -> str:
@@ -74,7 +81,11 @@ def bare(codepoints: str) -> str:
 
 
 def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
-    """The archive of a package in `folder`, downloaded unless there; `UserError` for any other."""
+    """The archive of a package in `folder`, downloaded unless it is there.
+
+    Raises:
+        UserError: it can't be downloaded or kept, or what came or is there is another file.
+    """
     path = pathlib.Path(folder) / package.archive
     if path.exists():
         _checked(package, path)
@@ -105,7 +116,11 @@ def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
 
 
 def read(package: Package, folder: str | os.PathLike) -> dict[str, str]:
-    """Every drawing of a fetched package: code points without variation selectors -> an SVG."""
+    """Every drawing of a fetched package: code points without variation selectors -> an SVG.
+
+    Raises:
+        UserError: it hasn't been fetched, or isn't that release.
+    """
     path = pathlib.Path(folder) / package.archive
     if not path.exists():
         raise UserError(

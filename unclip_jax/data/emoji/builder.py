@@ -31,11 +31,16 @@ Builder = TypeVar("Builder", bound="PictureBuilder")
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class EmojiConfig(tfds.core.BuilderConfig):
-    """Configuration of the emoji builder; its name follows from its options."""
+    """Configuration of the emoji builder; its name follows from its options.
+
+    Attributes:
+        image_size: side of the square images, in pixels.
+        skin_tones: whether the variants with a skin tone are in it.
+    """
 
     name: str = ""
-    image_size: int = 64  # side of the square images, in pixels
-    skin_tones: bool = False  # whether the variants with a skin tone are in it
+    image_size: int = 64
+    skin_tones: bool = False
 
     def __post_init__(self):
         """Name the configuration "64" or "64_skin_tones"."""
@@ -45,14 +50,23 @@ class EmojiConfig(tfds.core.BuilderConfig):
 
 
 class Drawing(NamedTuple):
-    """One picture of a data set."""
+    """One picture of a data set.
+
+    Attributes:
+        name: of the picture.
+        emoji: what it is of.
+        captions: the canonical one first.
+        svg: the drawing.
+        heldout: whether it is kept from training.
+        features: what this data set has beside those that all have.
+    """
 
     name: str
-    emoji: Emoji  # what it is of
-    captions: tuple[str, ...]  # the canonical one first
+    emoji: Emoji
+    captions: tuple[str, ...]
     svg: str
-    heldout: bool  # whether it is kept from training
-    features: dict[str, str]  # what this data set has beside those that all have
+    heldout: bool
+    features: dict[str, str]
 
 
 class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -64,13 +64,21 @@ _SPELLED_OUT = {
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """One emoji of the catalogue."""
+    """One emoji of the catalogue.
 
-    codepoints: str  # lower-case hexadecimal, "1f468-200d-1f692"; its identity
-    captions: tuple[str, ...]  # the canonical one first; unlike but for case
-    category: str  # Unicode's group, "Food & Drink"
-    concept: str  # code points of the neutral form: "1f9d1-1f692" for man, woman and person
-    art: pathlib.Path  # of the SVG
+    Attributes:
+        codepoints: lower-case hexadecimal code points, "1f468-200d-1f692"; its identity.
+        captions: the canonical one first; unlike but for case.
+        category: Unicode's group, "Food & Drink".
+        concept: code points of the neutral form: "1f9d1-1f692" for man, woman and person.
+        art: path of the SVG.
+    """
+
+    codepoints: str
+    captions: tuple[str, ...]
+    category: str
+    concept: str
+    art: pathlib.Path
 
 
 def hexadecimal(text: str) -> str:

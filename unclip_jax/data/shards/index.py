@@ -33,13 +33,21 @@ _HELDOUT, _TEXT = 2, 4  # columns of `images`
 
 
 class Sample(NamedTuple):
-    """One image of a shard."""
+    """One image of a shard.
 
-    key: str  # its name, which decides its split
-    captions: tuple[str, ...]  # its texts, none empty
-    place: int  # where the image is, as the shard's format counts
-    size: int  # of the image in bytes, or of what it is stored with
-    label: str = ""  # its class; "" where classes weren't asked for
+    Attributes:
+        key: its name, which decides its split.
+        captions: its texts, none empty.
+        place: where the image is, as the shard's format counts.
+        size: of the image in bytes, or of what it is stored with.
+        label: its class; "" where classes weren't asked for.
+    """
+
+    key: str
+    captions: tuple[str, ...]
+    place: int
+    size: int
+    label: str = ""
 
 
 def shown(key: str) -> str:

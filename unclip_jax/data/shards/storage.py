@@ -40,11 +40,17 @@ class StorageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """A file of which byte ranges can be read, from any thread."""
+    """A file of which byte ranges can be read, from any thread.
 
-    url: str  # its address, or absolute path
-    size: int  # in bytes
-    version: str  # differs where the content does, as far as its store tells
+    Attributes:
+        url: its address, or absolute path.
+        size: in bytes.
+        version: differs where the content does, as far as its store tells.
+    """
+
+    url: str
+    size: int
+    version: str
     _filesystem: Any = dataclasses.field(repr=False)
     _path: str = dataclasses.field(repr=False)
 
@@ -129,7 +135,12 @@ def find(pattern: str) -> list[StoredFile]:
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """The patterns that one with braces stands for, at most `MAX_FILES`."""
+    """The patterns that one with braces stands for.
+
+    Raises:
+        UserError: braces hold no range and no list, don't match, or stand for more than
+            `MAX_FILES`.
+    """
     pieces = _BRACES.split(pattern)
     choices = [_choices(inside, pattern) for inside in pieces[1::2]]
     if any(mark in piece for piece in pieces[::2] for mark in "{}"):

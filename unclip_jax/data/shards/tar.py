@@ -25,7 +25,11 @@ class Member(NamedTuple):
 
 
 class Damaged(Exception):
-    """A tar can't be read further; the message says why and where."""
+    """A tar can't be read further; the message says why and where.
+
+    Attributes:
+        offset: where, in bytes; 0 if it is no tar at all.
+    """
 
     def __init__(self, why: str, offset: int):
         """`why`, at byte `offset`, which is 0 if it is no tar at all."""
