@@ -168,8 +168,11 @@ def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
 
     Args:
         name: a data set as TFDS names it, "coco_captions/2014:1.1.0", or the path of a prepared
-            data set's version directory. If there is none, that is a `UserError`.
+            data set's version directory.
         data_dir: TFDS's directory; None for its own default.
+
+    Raises:
+        UserError: there is no such data set, it isn't prepared, or TFDS can't open it.
     """
     try:
         if pathlib.Path(name, "dataset_info.json").is_file():

@@ -18,7 +18,7 @@ QUICK = {"xla_jf_fusion_max_instruction_count_for_window_config": "1"}
 
 
 class TooLarge(Exception):
-    """A program that does not fit into a chip's memory; it says what it would need."""
+    """A program that does not fit into a chip's memory; the message says what it would need."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 class Folder:
-    """The folder at a path or URL, which need not exist."""
+    """The folder at a path or URL, which need not exist.
+
+    A `UserError` says where it can't be reached or written.
+    """
 
     def __init__(self, where: str | os.PathLike, cache_dir: str | os.PathLike):
         """Name the folder; `str` of this object is its path or URL.

@@ -224,6 +224,10 @@ class EmbeddingSource:
             config: gives split, captions, the context of the tokens that are wanted, and the cache
                 where copies of a remote store's shards are kept.
             where: the store's path or URL.
+
+        Raises:
+            UserError: there is no such store or split, nothing in the split, or the store is
+                damaged or not complete.
         """
         split, captions = checks.choice("split", config.split, SPLITS), config.captions
         self.name = f"embeddings:{where}"

@@ -33,7 +33,11 @@ class ShardedSource:
             config: its name, split, captions and labels; its cache, where indices are kept, may be
                 shared by many processes.
             pattern: what files they are, see `storage.find`.
-            form: their format. A shard of another is a `UserError`.
+            form: their format.
+
+        Raises:
+            UserError: there are no such files, a shard is none or can't be read, or there is no
+                such split or nothing in it.
         """
         name, split = config.name, checks.choice("split", config.split, SPLITS)
         self.name, self._files, self._form = name, find(pattern), form

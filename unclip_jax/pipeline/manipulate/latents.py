@@ -170,7 +170,10 @@ def render(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Small pictures [b, s, s, 3] in [-1, 1] as uint8; row i is of its key and picture alone."""
+    """Small pictures [b, s, s, 3] in [-1, 1] as uint8, through the upsamplers unless told not to.
+
+    Row i depends on keys[i] and on small[i] alone.
+    """
 
     def make(rows: np.ndarray) -> jax.Array:
         images = jnp.asarray(small[rows])
