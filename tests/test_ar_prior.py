@@ -449,9 +449,18 @@ def normalised(name, stage):
         (lambda: dataclasses.replace(STAGE, caption_drop=1.0), "stage.caption_drop: got 1.0"),
         (lambda: dataclasses.replace(STAGE, temperature=-1.0), "stage.temperature: got -1.0"),
         (lambda: dataclasses.replace(STAGE, top_p=0.0), "stage.top_p: got 0.0"),
-        (lambda: dataclasses.replace(MODEL, code_dims=9), "code_dims = 9: .*at most embed_dim = 8"),
-        (lambda: dataclasses.replace(MODEL, dot_buckets=5), "dot_buckets = 5: .*even"),
-        (lambda: dataclasses.replace(MODEL, heads=3), "width = 16: .*multiple of heads = 3"),
+        (
+            lambda: dataclasses.replace(MODEL, code_dims=9),
+            "code_dims: got 9, .*at most embed_dim = 8",
+        ),
+        (
+            lambda: dataclasses.replace(MODEL, dot_buckets=5),
+            "dot_buckets: got 5, .*even",
+        ),
+        (
+            lambda: dataclasses.replace(MODEL, heads=3),
+            "width: got 16, .*multiple of heads = 3",
+        ),
         (lambda: normalised("whiten", STAGE), "'whiten', expected one of codes"),
         (lambda: normalised("codes", tiny.PRIOR), "'codes', expected one of whiten"),
     ],

@@ -30,7 +30,7 @@ def made(config_class, fields):
         config = config_class(**fields)
     except UserError as error:
         names = {field.name for field in dataclasses.fields(config_class)}
-        assert str(error).split(".")[1].split(" = ")[0] in names, error
+        assert str(error).split(".")[1].split(": got")[0] in names, error
         event("refused")
         return None
     event("made")

@@ -201,7 +201,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(chips.importlib.metadata, "version", missing)
-    with pytest.raises(UserError, match=r"libtpu: not installed.*unclip_jax\[plan\]"):
+    with pytest.raises(UserError, match=r"libtpu: not installed.*pip install.*\[plan\]"):
         Topology.parse("v5e:2x2").devices()
 
 
