@@ -5,13 +5,12 @@ To add one, write a function that takes a `Setting` and returns a `Solver`, and 
 
     step(x_t, memory, ask, i, noise) -> (x at step i - 1, memory)
 
-* `x_t`, float32 `[b, ...]`, stands at step i of the process. i is traced and falls to 0, after
-  which comes x_0.
-* `ask(x, i)` asks the network at step i, as often as the method needs, and returns a `Prediction`
-  (x_0, eps, log_variance), guided and clipped. `ask(x, j, other)` asks at step j of another
-  `Process`, for methods that look between the timesteps.
-* `memory`, any pytree, is what a step leaves to the next; the first finds `Solver.memory(x_T)`.
-* `noise()` draws standard normal noise of x_t's shape. No method adds any in its last step.
+`x_t`, float32 `[b, ...]`, stands at step i of the process. i is traced and falls to 0, after which
+comes x_0. `ask(x, i)` asks the network at step i, as often as the method needs, and returns a
+`Prediction` (x_0, eps, log_variance), guided and clipped; `ask(x, j, other)` asks at step j of
+another `Process`, for methods that look between the timesteps. `memory`, any pytree, is what a step
+leaves to the next; the first finds `Solver.memory(x_T)`. `noise()` draws standard normal noise of
+x_t's shape; no method adds any in its last step.
 """
 
 from __future__ import annotations
