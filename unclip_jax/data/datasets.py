@@ -21,12 +21,18 @@ class Kind(NamedTuple):
 
     Its module, imported when it is asked for, has `open_source(config, rest)`: the `records.Source`
     that a config names, where `rest` is what its name has behind the prefix.
+
+    Attributes:
+        module: the name of that module.
+        rest: what that `rest` is, for messages; "" where the name is no prefix but the whole.
+        extra: the extra of this package that the module needs.
+        has_images: whether its records hold pictures.
     """
 
     module: str
-    rest: str = ""  # what that is, for messages; "" where the name is no prefix but the whole
-    extra: str = "train"  # the extra of this package that the module needs
-    has_images: bool = True  # whether its records hold pictures
+    rest: str = ""
+    extra: str = "train"
+    has_images: bool = True
 
 
 # What a data set's name is or begins with. To add a kind: its module, and a row here.

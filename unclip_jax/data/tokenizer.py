@@ -101,7 +101,7 @@ class Encoder(abc.ABC):
         return tokens
 
     def encode_and_report(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Like `encode`, but says what was cut rather than warning of it.
+        """Like `encode`, errors too, but says what was cut rather than warning of it.
 
         Returns:
             int32 `[b, context_length]`, and one phrase for each text that was cut: which it is,

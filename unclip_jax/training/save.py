@@ -50,7 +50,7 @@ def choose(saved: Saved, wanted: str) -> int:
 
 
 def best(saved: Saved) -> int:
-    """The step at which the run's `train.best` was best."""
+    """The step at which the run's `train.best` was best; UserError if it compared none."""
     train = saved.item(saved.latest(), "description")["train"]
     figures = {step: saved.figures(step) for step in saved.steps() if train.get("best")}
     values = {step: row[train["best"]] for step, row in figures.items() if train["best"] in row}

@@ -56,9 +56,13 @@ def shown(key: str) -> str:
 
 
 class Format(Protocol):
-    """A kind of shard. Whatever of it can't be read is a `StorageError`."""
+    """A kind of shard. Whatever of it can't be read is a `StorageError`.
 
-    settings: list[Any]  # what the samples of a shard depend on beside its content, JSON-able
+    Attributes:
+        settings: what the samples of a shard depend on beside its content, JSON-able.
+    """
+
+    settings: list[Any]
 
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterable[Sample]:
         """The usable samples of a shard; what isn't goes into `skipped`, name -> reason.

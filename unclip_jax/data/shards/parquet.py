@@ -59,6 +59,10 @@ class ParquetShards:
 
         A sample's place is its row. Its size is that of the images of its row group, since that of
         one image takes decoding it.
+
+        Raises:
+            UserError: it is no parquet, has no such columns, or too large row groups.
+            StorageError: it can't be read.
         """
         import pyarrow as pa
 
@@ -70,7 +74,12 @@ class ParquetShards:
             ) from error
 
     def image(self, file: StoredFile, place: int, size: int) -> bytes:
-        """The image of a row; its row group is decoded, or at hand."""
+        """The image of a row; its row group is decoded, or at hand.
+
+        Raises:
+            BadRecord: no such row, or no readable image in it.
+            StorageError: the file can't be read.
+        """
         import pyarrow as pa
 
         try:

@@ -45,7 +45,12 @@ class TarShards:
         self._labels = labels
 
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
-        """The captioned images of a shard, from one pass over its headers and texts."""
+        """The captioned images of a shard, from one pass over its headers and texts.
+
+        Raises:
+            UserError: it is no tar.
+            StorageError: it can't be read.
+        """
         read = file.forward(_BLOCK_REMOTE if is_remote(file.url) else _BLOCK_LOCAL)
         sample = _Parts("", 0)
         try:
@@ -69,7 +74,7 @@ class TarShards:
         yield from self._finished(sample, skipped)
 
     def image(self, file: StoredFile, place: int, size: int) -> bytes:
-        """The bytes of an image."""
+        """The bytes of an image; `StorageError` if they can't be read."""
         return file.read(place, place + size)
 
     def _finished(self, sample: _Parts, skipped: dict[str, str]) -> Iterator[Sample]:

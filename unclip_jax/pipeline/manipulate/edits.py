@@ -223,7 +223,7 @@ def upscale(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A picture through the upsamplers alone.
+    """A picture, uint8 [h, w, 3], through the upsamplers alone.
 
     It enters at the upsampler with the largest input that its shorter side fills; if it fills
     none, at the first.
