@@ -26,6 +26,8 @@ from unclip_jax.models.layers import (
 
 MAX_LOG_SCALE = math.log(100.0)
 TOWERS = ("both", "text", "image")
+RESIZE_MODES = ("shortest", "squash", "longest")
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class ClipConfig:
     """Size of a `Clip`. The defaults are OpenAI's ViT-L/14.
 
     Attributes:
-        image_size: side of the images in pixels; a multiple of `patch`.
+        image_size: side of the images in pixels. What is left of whole patches, at the right and
+            at the bottom, is not seen.
         patch: side of a patch in pixels.
         vision_width: features of a patch; a multiple of `vision_heads`.
         vision_layers, vision_heads: blocks, and attention heads, of the image tower.
@@ -45,8 +48,15 @@ class ClipConfig:
         activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact).
         mlp_ratio: hidden width of both towers' perceptrons over the width.
         vision_mlp_ratio: that of the image tower, where it differs; 0 stands for `mlp_ratio`.
-        end_token: the id that ends a caption, where z_t is read; -1 stands for the last one.
+        end_token: the id that ends a caption: z_t is read where it first stands. -1 stands for the
+            last one, which OpenAI's CLIP looks for as the highest id of the caption.
         pixel_mean, pixel_std: of each channel, of pixels in [0, 1].
+        resize_mode: how a picture of any shape becomes one of `image_size`. "shortest": its shorter
+            side is resized to `resize_to`, "squash": both sides are, and the centre is cropped;
+            "longest": its longer side is, and `fill` put around it.
+        resize_to: pixels, `image_size` or more; 0 stands for `image_size`.
+        interpolation: of the resizing, antialiased: "bicubic" or "bilinear".
+        fill: grey around the picture for "longest", 0 (black) to 255.
         towers: "both", or "text" or "image" where the weights hold one tower only.
         dtype: compute dtype.
         remat: "none", "full" or "dots", see `layers.remat`.
@@ -69,6 +79,10 @@ class ClipConfig:
     end_token: int = -1
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resize_mode: str = "shortest"
+    resize_to: int = 0
+    interpolation: str = "bicubic"
+    fill: int = 0
     towers: str = "both"
     dtype: str = "float32"
     remat: str = "none"
@@ -79,8 +93,8 @@ class ClipConfig:
         check_counts(self, "image_size", "patch", "vision_width", "vision_layers", "vision_heads")
         check_counts(self, "text_width", "text_layers", "text_heads")
         check_counts(self, "vocab_size", "context_length", "embed_dim")
-        tiles = self.image_size % self.patch == 0
-        check(self, "image_size", tiles, f"a multiple of patch = {self.patch}")
+        whole = self.image_size >= self.patch
+        check(self, "image_size", whole, f"at least a patch, {self.patch}")
         check_heads(self, "vision_width", "vision_heads")
         check_heads(self, "text_width", "text_heads")
         checks.choice("ClipConfig.activation", self.activation, ACTIVATIONS)
@@ -92,6 +106,13 @@ class ClipConfig:
             as_tuple(self, field)
             check(self, field, len(getattr(self, field)) == 3, "three numbers, one per channel")
         check(self, "pixel_std", all(s > 0 for s in self.pixel_std), "positive numbers")
+        checks.choice("ClipConfig.resize_mode", self.resize_mode, RESIZE_MODES)
+        checks.choice("ClipConfig.interpolation", self.interpolation, INTERPOLATIONS)
+        check_counts(self, "resize_to", "fill", least=0)
+        large = self.resize_to >= self.image_size and self.resize_mode != "longest"
+        expected = f"at least image_size = {self.image_size}, or 0; 0 for the longest side"
+        check(self, "resize_to", not self.resize_to or large, expected)
+        check(self, "fill", self.fill <= 255, "0 to 255")
         check_compute(self)
 
     @property
@@ -205,8 +226,8 @@ class Clip(nn.Module):
     def encode_text(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Text embeddings z_t, projected but not normalised, and the states they are read from.
 
-        z_t is read at the first end-of-text token, id `config.end`. Every caption must have one:
-        without it the state at position 0 would be read.
+        z_t is read where a caption ends, see `ClipConfig.end_token`. Every caption must have that
+        token: without it the state at position 0 would be read, or at its highest id.
 
         Args:
             tokens: `[b, l]` int, with l at most `context_length`.
@@ -220,7 +241,8 @@ class Clip(nn.Module):
         """
         self._check_tower("text")
         states = self.text(tokens)
-        end = jnp.argmax(tokens == self.config.end, axis=-1)
+        given = self.config.end_token
+        end = jnp.argmax(tokens if given < 0 else tokens == given, axis=-1)
         pooled = jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
         return self.text_projection(pooled), states
 
