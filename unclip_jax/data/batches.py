@@ -272,7 +272,7 @@ class _Examples:
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
         ours = Tokenizer(config.context_length, config.vocab_size)
         self.captions = Captions(source.name, getattr(encoder, "tokenizer", encoder) or ours)
-        self._size = config.image_size
+        self._size, self._fit = config.image_size, config.fit
         self._takes_tokens = encoder is None  # those a record has: they are the config's
         self._reachable = reachable
         self._good = False
@@ -310,7 +310,7 @@ class _Examples:
         if number in self._images:
             return self._images[number]
         try:
-            image = square(record["image"], self._size)
+            image = square(record["image"], self._size, self._fit)
         except BadRecord as error:
             raise BadRecord(f"{record['name']}: {error}") from error
         if self.cached:

@@ -11,6 +11,7 @@ from absl import logging
 
 from unclip_jax.common import checks, extras
 from unclip_jax.common.files import default_cache_dir
+from unclip_jax.data.images import CENTRE, Fit
 from unclip_jax.data.records import Source
 from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from unclip_jax.errors import UserError, wrong
@@ -59,6 +60,7 @@ class DataConfig:
             (gs://, s3://, http://) with `{00000..00123}` or `*`.
         split: "train", "heldout" or "all"; for TFDS whatever it calls its splits.
         image_size: side of the square images, in pixels.
+        fit: how a picture of another shape becomes a square one; a CLIP has its own.
         captions: "all" pairs an image with each of its captions, "first" with one.
         skin_tones: emoji only: whether the variants with a skin tone are in it.
         image_key: the feature with the image (TFDS; "a/b" for a nested one), its column (parquet)
@@ -94,6 +96,7 @@ class DataConfig:
     augment: float = 0.0
     cache_bytes: int = 2**30
     read_threads: int = 0
+    fit: Fit = CENTRE
 
     def __post_init__(self):
         """Check what can be checked without looking at the data.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from unclip_jax.common import checks
 from unclip_jax.data.records import BadRecord
 
 MAX_PIXELS = 80_000_000  # larger pictures are taken for decompression bombs
+
+RESIZE_MODES = ("shortest", "squash", "longest")
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 # Formats that Pillow decodes by itself; for others it may start programs (Ghostscript for EPS).
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
@@ -82,18 +87,70 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return opaque.convert("RGB")
 
 
-def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """The centre square of an image, resized (bicubic, antialiased): uint8 `[size, size, 3]`.
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How a picture of any shape becomes a square one of some size, as public processors do it.
+
+    Attributes:
+        resize_mode: "shortest" resizes the shorter side to `resize_to`, "squash" both sides, and
+            both cut out the centre; "longest" resizes the longer side and puts `fill` around.
+        resize_to: pixels, the square's size or more; 0 stands for its size.
+        interpolation: "bicubic" or "bilinear", both antialiased.
+        fill: grey around the picture for "longest", 0 (black) to 255.
+
+    Raises:
+        UserError: a field is out of its range.
+    """
+
+    resize_mode: str = "shortest"
+    resize_to: int = 0
+    interpolation: str = "bicubic"
+    fill: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        checks.choice("fit.resize_mode", self.resize_mode, RESIZE_MODES)
+        checks.choice("fit.interpolation", self.interpolation, INTERPOLATIONS)
+        checks.count("fit.resize_to", self.resize_to, 0)
+        checks.number("fit.fill", self.fill, 0, 255)
+
+    def sides(self, width: int, height: int, size: int) -> tuple[int, int]:
+        """Width and height of a picture when it is resized, before the cut."""
+        if self.resize_mode == "squash":
+            return (self.resize_to or size,) * 2
+        if self.resize_mode == "longest":  # rounded as OpenCLIP does
+            return tuple(max(1, round(s * size / max(width, height))) for s in (width, height))
+        return tuple((self.resize_to or size) * s // min(width, height) for s in (width, height))
+
+    def box(self, width: int, height: int, size: int) -> tuple[float, float, float, float]:
+        """What a square of `size` pixels shows of a picture: left, top, right, bottom.
+
+        The cut is at whole pixels of the resized picture, as in transformers' CLIPImageProcessor.
+        """
+        sides = self.sides(width, height, size)
+        (x, across), (y, down) = ((max(0, s - size) // 2, min(size, s)) for s in sides)
+        wide, high = width / sides[0], height / sides[1]
+        right, bottom = min((x + across) * wide, width), min((y + down) * high, height)
+        return x * wide, y * high, right, bottom
+
+
+CENTRE = Fit()
+
+
+def square(image: bytes | np.ndarray, size: int, fit: Fit = CENTRE) -> np.ndarray:
+    """A picture as a square: uint8 `[size, size, 3]`; by default its centre, resized (bicubic).
 
     What it may be, and when it is a `BadRecord`, `open_rgb` says.
     """
-    rgb = open_rgb(image, size)
-    side = min(rgb.size)
-    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-    if rgb.size != (size, size):
-        box = (left, top, left + side, top + side)
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(rgb)
+    rgb = open_rgb(image, max(size, fit.resize_to))
+    shown = [min(size, side) for side in fit.sides(*rgb.size, size)]
+    how = Image.Resampling[fit.interpolation.upper()]
+    resized = rgb.resize(shown, how, fit.box(*rgb.size, size))
+    if resized.size != (size, size):
+        canvas = Image.new("RGB", (size, size), (fit.fill,) * 3)
+        canvas.paste(resized, tuple((size - side) // 2 for side in shown))
+        resized = canvas
+    return np.asarray(resized)
 
 
 def jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:

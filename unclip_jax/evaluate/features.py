@@ -30,15 +30,18 @@ class FeatureNetwork:
         params: its weights.
         apply: compiled (params, uint8 [b, h, w, 3]) -> [b, d].
         mesh: the devices that share each batch; None for the default device.
+        prepare: what `apply` is given of pictures.
     """
 
     name: str
     params: Any
     apply: Callable[[Any, jax.Array], jax.Array]
     mesh: jax.sharding.Mesh | None
+    prepare: Callable[[np.ndarray], np.ndarray] = np.asarray
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features float32 [b, d] of uint8 images [b, h, w, 3] of any one size."""
+        images = self.prepare(images)
         if self.mesh is not None:
             images = sharding.spread(images, len(images), self.mesh)
         return np.asarray(self.apply(self.params, images), np.float32)
@@ -51,7 +54,7 @@ def of_clip(clip: Part, mesh: jax.sharding.Mesh | None = None) -> FeatureNetwork
     def apply(params: Any, images: jax.Array) -> jax.Array:
         return clip.stage.encode_image(params, to_float(images))
 
-    return FeatureNetwork(OWN_CLIP, clip.params, apply, mesh)
+    return FeatureNetwork(OWN_CLIP, clip.params, apply, mesh, clip.stage.prepare)
 
 
 def load(name: str, clip: FeatureNetwork) -> FeatureNetwork:

@@ -131,10 +131,7 @@ def evaluate(
     size = model.image_size if settings.upsample else stage.image_size
     real_data = dataclasses.replace(data, image_size=size)
     heldout_data = dataclasses.replace(
-        data,
-        split=heldout_split,
-        image_size=measurer.judge.stage.image_size,
-        labels=settings.class_pictures > 0,
+        data, split=heldout_split, labels=settings.class_pictures > 0, **_seen_by(measurer.judge)
     )
     datasets.load(real_data)  # a split that is not there is told before anything is measured
     heldout = dataclasses.replace(measurer, network=measurer.clip).read(heldout_data)
@@ -202,6 +199,11 @@ def _measurer(model: UnCLIP, settings: Settings, judge: Part | None) -> Measurer
     return Measurer(model, judge, clip, load(settings.features, clip), settings.batch_size)
 
 
+def _seen_by(clip: Part) -> dict[str, Any]:
+    """The settings of data whose pictures are as a CLIP sees them."""
+    return {"image_size": clip.stage.image_size, "fit": clip.stage.model.fit}
+
+
 def choose(total: int, num: int, seed: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """Which rows of a split are drawn, which are the reference, and whether none is both.
 
@@ -262,8 +264,8 @@ def _prior_figures(
     """Cosines of sampled z_i with those of held-out pairs."""
     if judge is not None:  # the prior speaks the language of its own CLIP, whoever measures
         own = measurer.model.clip
-        measurer, size = measurer.by(own), own.stage.image_size
-        heldout = measurer.read(dataclasses.replace(heldout_data, image_size=size))
+        measurer = measurer.by(own)
+        heldout = measurer.read(dataclasses.replace(heldout_data, **_seen_by(own)))
     drawn = measurer.sample_prior(jax.random.fold_in(key, PRIOR), heldout.captions)
     z_t = measurer.read_captions(heldout.captions)
     return prior_cosines(drawn, heldout.vectors.z_i, z_t)

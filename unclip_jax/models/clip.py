@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.common import checks
+from unclip_jax.data.images import INTERPOLATIONS, RESIZE_MODES, Fit
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.attention import causal_mask
 from unclip_jax.models.layers import (
@@ -26,8 +27,6 @@ from unclip_jax.models.layers import (
 
 MAX_LOG_SCALE = math.log(100.0)
 TOWERS = ("both", "text", "image")
-RESIZE_MODES = ("shortest", "squash", "longest")
-INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,11 @@ class ClipConfig:
         check(self, "resize_to", not self.resize_to or large, expected)
         check(self, "fill", self.fill <= 255, "0 to 255")
         check_compute(self)
+
+    @property
+    def fit(self) -> Fit:
+        """How a picture of any shape becomes one of `image_size`."""
+        return Fit(self.resize_mode, self.resize_to, self.interpolation, self.fill)
 
     @property
     def end(self) -> int:

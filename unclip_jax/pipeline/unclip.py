@@ -211,17 +211,21 @@ class UnCLIP:
         clip = self.need("clip", "embed captions")
         return encode_text(clip.stage, clip.params, self.tokens(clip, prompts))
 
-    def embed_image(self, images: np.ndarray) -> jax.Array:
-        """z_i [b, e] of uint8 images [b, h, w, 3] of any size.
+    def embed_image(self, images: np.ndarray | Sequence[np.ndarray]) -> jax.Array:
+        """z_i [b, e] of uint8 pictures [b, h, w, 3], or of a list of [h, w, 3] of any sizes.
 
-        UserError if they are something else, or if there is no CLIP with an image tower.
+        CLIP sees of each what its `fit` says, by default the centre square.
+
+        Raises:
+            UserError: they are something else, or there is no CLIP with an image tower.
         """
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            given = f"{images.dtype} of shape {images.shape}"
-            raise wrong("images", given, "uint8 [b, h, w, 3]")
+        if not isinstance(images, list | tuple):
+            images = np.asarray(images)
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+                given = f"{images.dtype} of shape {images.shape}"
+                raise wrong("images", given, "uint8 [b, h, w, 3]")
         clip = self.need("clip", "embed pictures")
-        return encode_image(clip.stage, clip.params, jnp.asarray(images))
+        return encode_image(clip.stage, clip.params, jnp.asarray(clip.stage.prepare(images)))
 
     def need(self, name: str, purpose: str) -> Part:
         """The part of that name; UserError, which says what it is needed for, if there is none."""
@@ -414,7 +418,7 @@ class UnCLIP:
 
         Args:
             key: as for `generate`, and so are the rest; there is no prior to give noise for.
-            images: uint8 [b, h, w, 3] of any size.
+            images: as for `embed_image`.
             num: variations of each picture.
 
         Returns:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from unclip_jax.errors import wrong
 from unclip_jax.models.clip import Clip, ClipConfig
 from unclip_jax.parallel.axes import constrain
 from unclip_jax.stages.base import Batch, Loss, Stage
 from unclip_jax.stages.conditioning import Field, Params, image_field, tokens_field
 from unclip_jax.stages.normalisation import unit
-from unclip_jax.stages.pixels import resize, to_float
+from unclip_jax.stages.pixels import resize, squared, to_float
 
 
 def contrastive_loss(
@@ -91,8 +94,25 @@ class ClipStage(Stage):
         loss, accuracy = contrastive_loss(unit(z_i), unit(z_t), logit_scale)
         return loss, {"accuracy": accuracy, "logit_scale": logit_scale}
 
+    def prepare(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures of any sizes as the image tower reads them: uint8 [b, s, s, 3], see `Fit`.
+
+        The one way from a picture to `encode_image`. On the host, so that a new size compiles
+        nothing; data made for this stage come so already.
+
+        Raises:
+            UserError: no pictures, or one that is none.
+        """
+        return squared(images, self.image_size, self.model.fit)
+
     def encode_image(self, params: Params, images: jax.Array) -> jax.Array:
-        """Images [b, h, w, 3] in [-1, 1], any size -> z_i [b, e]."""
+        """Images [b, h, h, 3] in [-1, 1], of the tower's size or resized to it -> z_i [b, e].
+
+        Raises:
+            UserError: they are not squares, which `prepare` makes of them.
+        """
+        if images.shape[1] != images.shape[2]:
+            raise wrong("images' shape", images.shape, "squares", "see ClipStage.prepare")
         images = resize(images, self.model.image_size)
         z_i = self.apply(params, images, method="encode_image")
         return unit(z_i) if self.unit_embeddings else z_i
@@ -111,5 +131,5 @@ def encode_text(stage: ClipStage, params, tokens: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="stage")
 def encode_image(stage: ClipStage, params, images: jax.Array) -> jax.Array:
-    """Compiled `ClipStage.encode_image` of uint8 images [b, h, w, 3] -> z_i [b, e]."""
+    """Compiled `ClipStage.encode_image` of prepared uint8 images [b, s, s, 3] -> z_i [b, e]."""
     return stage.encode_image(params, to_float(images))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.errors import wrong
+from unclip_jax.data.images import CENTRE, Fit, square
+from unclip_jax.data.records import BadRecord
+from unclip_jax.errors import UserError, wrong
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -25,6 +30,23 @@ def resize(images: jax.Array, size: int) -> jax.Array:
     if (h, w) == (size, size):
         return images
     return jax.image.resize(images, (b, size, size, c), "cubic", antialias=True)
+
+
+def squared(images: Sequence[np.ndarray], size: int, fit: Fit = CENTRE) -> np.ndarray:
+    """Pictures of any sizes as squares, uint8 [b, size, size, 3]; by default their centres.
+
+    Raises:
+        UserError: no pictures, or one that is none.
+    """
+    if not len(images):
+        raise wrong("images", [], "at least one picture")
+    squares = []
+    for i, image in enumerate(images):
+        try:
+            squares.append(square(np.asarray(image), size, fit))
+        except BadRecord as error:
+            raise UserError(f"images[{i}]: {error}; give uint8 pixels [h, w, 3]") from error
+    return np.stack(squares)
 
 
 def check_images(images: jax.Array, channels: int | None = None) -> None:

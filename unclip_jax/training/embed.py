@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
 
         compute(
             source, encoder(clip, devices), args.out, meta,
-            image_size=clip.stage.image_size, batch_size=args.batch_size,
+            image_size=clip.stage.image_size, fit=clip.stage.model.fit, batch_size=args.batch_size,
             tokenizer=tokenizer(clip), threads=threads_for(data),
             process_index=index, process_count=count, on_pairs=show,
         )  # fmt: skip

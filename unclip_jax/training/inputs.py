@@ -28,10 +28,11 @@ EMBED_BATCH = 64
 
 
 def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
-    """The data's settings with what follows from the stage: size, vocabulary, labels."""
+    """The data's settings with what follows from the stage: size, fit, vocabulary, labels."""
     length, vocab_size = stage.context
     follows = {
         "image_size": stage.image_size,
+        "fit": getattr(stage.model, "fit", None),
         "context_length": length,
         "vocab_size": vocab_size,
         "labels": "label" in stage.reads,
@@ -192,6 +193,7 @@ def cached_embeddings(data: datasets.DataConfig, clip: Part, meta: Meta, cache: 
             folder,
             meta,
             image_size=seen.image_size,
+            fit=seen.fit,
             tokenizer=tokenizer(clip),
             batch_size=EMBED_BATCH,
             threads=batches.threads_for(seen),

@@ -24,7 +24,7 @@ from unclip_jax.common.files import making_folder
 from unclip_jax.data.batches import Captions
 from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import FIRST, HELDOUT, META, VALID, Meta, Pair, ShardWriter
-from unclip_jax.data.images import square
+from unclip_jax.data.images import CENTRE, Fit, square
 from unclip_jax.data.records import BadRecord, Source, is_heldout
 from unclip_jax.data.tokenizer import Encoder, Tokenizer
 from unclip_jax.errors import UserError
@@ -46,6 +46,7 @@ def compute(
     meta: Meta,
     *,
     image_size: int,
+    fit: Fit = CENTRE,
     batch_size: int,
     threads: int,
     tokenizer: Encoder | None = None,
@@ -63,6 +64,7 @@ def compute(
         out: the store's folder, a path or a URL of fsspec's.
         meta: what the store will say of itself.
         image_size: s, CLIP's, in pixels.
+        fit: CLIP's.
         batch_size: pairs encoded at once.
         tokenizer: makes the tokens of captions; None for this package's, of meta's sizes.
         threads: that read and decode ahead, such as `batches.threads_for` gives.
@@ -78,7 +80,7 @@ def compute(
     _agree(folder, meta)
     mine = [s for s in meta.missing(folder.names()) if s % process_count == process_index]
     total = sum(len(meta.shard_pairs(s)) for s in mine)
-    examples = _Examples(source, meta, image_size, tokenizer)
+    examples = _Examples(source, meta, image_size, fit, tokenizer)
     numbers = itertools.chain.from_iterable(map(meta.shard_pairs, mine))
     with contextlib.closing(_ahead(examples, numbers, threads, 2 * batch_size)) as read:
         pairs = _encoded(read, encode, batch_size, source.name)
@@ -144,8 +146,10 @@ def _agree(folder: Folder, meta: Meta) -> None:
 class _Examples:
     """Index -> a pair without its embeddings, and its pixels, if it has any. For threads."""
 
-    def __init__(self, source: Source, meta: Meta, image_size: int, tokenizer: Encoder | None):
-        self._source, self._size = source, image_size
+    def __init__(
+        self, source: Source, meta: Meta, image_size: int, fit: Fit, tokenizer: Encoder | None
+    ):
+        self._source, self._size, self._fit = source, image_size, fit
         own = tokenizer or Tokenizer(meta.context_length, meta.vocab_size)
         self._captions = Captions(source.name, own)
         self._blank = np.zeros((image_size, image_size, 3), np.uint8)
@@ -160,7 +164,7 @@ class _Examples:
             record = self._source[index]
             name, caption = record["name"], record["caption"]
             tokens = self._captions.tokens(index, name, caption)
-            image = square(record["image"], self._size)
+            image = square(record["image"], self._size, self._fit)
             flags |= VALID
         except BadRecord as error:
             where = "" if str(error).startswith(name) else f"{name}: "

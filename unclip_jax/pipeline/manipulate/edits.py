@@ -28,12 +28,11 @@ from unclip_jax.pipeline.manipulate.latents import (
     encode,
     noise,
     render,
-    squared,
 )
 from unclip_jax.pipeline.manipulate.spheres import slerp
 from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
 from unclip_jax.stages.conditioning import example_keys
-from unclip_jax.stages.pixels import to_uint8
+from unclip_jax.stages.pixels import squared, to_uint8
 
 
 def reconstruct(

@@ -24,8 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.data.images import square
-from unclip_jax.data.records import BadRecord
 from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
@@ -33,6 +31,7 @@ from unclip_jax.parallel import axes
 from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, in_batches, named, stage_keys
 from unclip_jax.stages import pixels
 from unclip_jax.stages.conditioning import initial_noise
+from unclip_jax.stages.pixels import squared
 
 
 class Latents(NamedTuple):
@@ -185,28 +184,15 @@ def render(
 
 
 def embed(model: UnCLIP, images: Sequence[np.ndarray], batch_size: int = 16) -> np.ndarray:
-    """z_i [b, e] of the centre squares of pictures of any sizes; raises what `encode` does."""
+    """z_i [b, e] of pictures of any sizes, `UnCLIP.embed_image`'s; raises what `encode` does."""
     _check_reads_z_i(model)
-    squares = squared(images, model.need("clip", "embed pictures").stage.image_size)
+    squares = model.need("clip", "embed pictures").stage.prepare(images)
     return in_batches(len(squares), batch_size, lambda rows: model.embed_image(squares[rows]))
 
 
 def decoder_size(model: UnCLIP, images: Sequence[np.ndarray]) -> np.ndarray:
     """The centre squares of pictures at the decoder's size, float32 [b, s, s, 3] in [-1, 1]."""
     return np.asarray(pixels.to_float(squared(images, model.decoder.stage.image_size)))
-
-
-def squared(images: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """Centre squares, uint8 [b, size, size, 3]; UserError for no pictures, or one that is none."""
-    if not len(images):
-        raise wrong("images", [], "at least one picture")
-    squares = []
-    for i, image in enumerate(images):
-        try:
-            squares.append(square(np.asarray(image), size))
-        except BadRecord as error:
-            raise UserError(f"images[{i}]: {error}; give uint8 pixels [h, w, 3]") from error
-    return np.stack(squares)
 
 
 def noise(model: UnCLIP, keys: jax.Array) -> np.ndarray:

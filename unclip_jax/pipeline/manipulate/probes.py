@@ -34,8 +34,10 @@ def fit_pca(model: UnCLIP, config: datasets.DataConfig) -> pca.PCA:
 
     UserError for no such data, fewer than two different pictures, or a model without CLIP.
     """
-    size = model.need("clip", "embed pictures").stage.image_size
-    config = dataclasses.replace(config, image_size=size, captions="first", cache_bytes=0)
+    clip = model.need("clip", "embed pictures").stage
+    size = clip.image_size
+    seen = {"image_size": size, "fit": clip.model.fit}
+    config = dataclasses.replace(config, **seen, captions="first", cache_bytes=0)
 
     def moments(batch: dict[str, np.ndarray]) -> pca.Moments:
         filled = np.resize(batch["image"], (_EMBEDDED_TOGETHER, size, size, 3))

@@ -119,7 +119,11 @@ def of_clip_text(stage: stages.ClipStage) -> Sampler:
 def of_clip_image(stage: stages.ClipStage) -> Sampler:
     """`stage.encode_image` of 8-bit images."""
     size = stage.image_size
-    images = Input((BATCH, size, size, 3), "uint8", f"RGB, resized to {size} px (bicubic)")
+    fit = stage.model.fit
+    side = {"shortest": "the shorter side", "squash": "both sides", "longest": "the longer side"}
+    meaning = f"RGB, {side[fit.resize_mode]} resized to {fit.resize_to or size} px"
+    meaning += f" ({fit.interpolation}), the centre square of it"
+    images = Input((BATCH, size, size, 3), "uint8", meaning)
 
     def run(params: Params, inputs: Arrays) -> Arrays:
         return {"z_i": stage.encode_image(params, to_float(inputs["images"]))}
