@@ -290,7 +290,10 @@ def test_inpainting_changes_the_hole_alone(model):
         given = manipulate.latents.squared([image], 32)[0]
         kept = np.ones((32, 32), bool)
         kept[8:24, :16] = False
-        np.testing.assert_array_equal(made[:, kept], np.repeat(given[None, kept], 2, axis=0))
+        np.testing.assert_allclose(made[:, kept], np.repeat(given[None, kept], 2, axis=0), atol=9)
+        far = kept.copy()  # where resizing the picture mixes nothing of the hole in
+        far[6:26, :18] = False
+        np.testing.assert_array_equal(made[:, far], np.repeat(given[None, far], 2, axis=0))
         assert np.abs(made[:, ~kept].astype(int) - given[None, ~kept]).mean() > 5
         assert np.abs(made[0].astype(int) - made[1]).mean() > 1
 

@@ -54,6 +54,14 @@ def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
         raise BadRecord(f"not a readable image ({reason})") from error
 
 
+def open_alpha(data: bytes) -> np.ndarray | None:
+    """The opacity of an image file that `open_rgb` reads, uint8 `[h, w]`; None for a whole one."""
+    opened = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=formats()))
+    if not opened.has_transparency_data:
+        return None
+    return np.asarray(opened.convert("RGBA").getchannel("A"))
+
+
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
         raise BadRecord(

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.data.images import square
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics.psnr import psnr
+from unclip_jax.pipeline.manipulate import masks
 from unclip_jax.pipeline.manipulate.latents import (
     Latents,
     Walk,
@@ -158,28 +158,23 @@ def inpaint(
 
     At each step the decoder knows the picture outside of the hole (see `latents.knowing`). With a
     caption, z_i comes from the prior, and from CLIP without one, of the picture with its hole in
-    the mean colour of the rest. Outside of the hole the result is the given picture, at full size.
+    the mean colour of the rest. Outside of the hole the result is the given picture, at full size,
+    without a trace of what was in the hole.
 
     Args:
         model: with a prior if the walk has a caption.
         key: see above.
         image: uint8 [h, w, 3].
-        hole: bool [h, w], True where to paint; in the proportions of the image.
+        hole: bool [h, w], True where to paint; in the proportions of the image. A pixel of which
+            any part is in it is painted, at every size, and one around it by the decoder.
         walk: eta 1 harmonises best; its caption says what to paint.
 
     Raises:
-        UserError: nothing to paint, or a hole of other proportions.
+        UserError: nothing to paint, or a hole of another kind or other proportions.
     """
-    stage = model.decoder.stage
-    mask = np.repeat(np.asarray(hole, np.uint8)[..., None] * np.uint8(255), 3, axis=2)
-    skew = mask.shape[0] * image.shape[1] - mask.shape[1] * image.shape[0]
-    if abs(skew) > max(image.shape[:2]):  # more than a pixel of the mask, rounded away
-        raise UserError(
-            f"mask of {mask.shape[1]} x {mask.shape[0]} pixels: expected the proportions of the"
-            f" picture, {image.shape[1]} x {image.shape[0]}"
-        )
-    small_hole = _hole(mask, stage.image_size)
-    if not small_hole.any():
+    hole = masks.check_hole(hole, image)
+    size = model.decoder.stage.image_size
+    if not masks.cover(hole, image, size).any():
         raise UserError(
             "mask: nothing to paint in the picture's centre square; paint white, or erase, what is"
             " to be painted anew"
@@ -188,29 +183,15 @@ def inpaint(
     if walk.caption:
         z_i = np.asarray(model.sample_prior(keys, [walk.caption] * num, progress=progress))
     else:
-        z_i = np.repeat(embed(model, [_filled(image, mask)]), num, axis=0)
+        z_i = np.repeat(embed(model, [masks.filled(image, hole)]), num, axis=0)
     start = Latents(z_i, noise(model, keys))
-    holes = np.repeat(small_hole[None], num, axis=0)
-    known = np.repeat(decoder_size(model, [image]), num, axis=0)
+    holes = np.repeat(masks.cover(hole, image, size, wider=1)[None], num, axis=0)
+    known = np.repeat(decoder_size(model, [masks.kept(image, hole, size)]), num, axis=0)
     small = decode(model, keys, start, walk, known=(known, holes), progress=progress)
     small = np.where(holes, small, known)
     painted = render(model, keys, small, upsample, walk.batch_size, progress)
     size = painted.shape[1]
-    return np.where(_hole(mask, size)[None], painted, squared([image], size))
-
-
-def _hole(mask: np.ndarray, size: int) -> np.ndarray:
-    """Where to paint, at another size: bool [size, size, 1], True where half of a pixel is."""
-    return square(mask, size)[..., :1] >= 128
-
-
-def _filled(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture's centre square with the hole in the mean colour of the rest."""
-    side = min(image.shape[:2])
-    picture, hole = square(image, side), _hole(mask, side)
-    rest = picture[~hole[..., 0]]
-    colour = rest.mean(axis=0) if len(rest) else np.full(3, 127.5)
-    return np.where(hole, np.round(colour).astype(np.uint8)[None, None], picture)
+    return np.where(masks.cover(hole, image, size)[None], painted, masks.kept(image, hole, size))
 
 
 def upscale(

@@ -88,7 +88,7 @@ def _edits(tasks) -> None:
     task = _task(tasks, "inpaint", "paint a part of a picture anew")
     _add_images(task.add_argument)
     task.add_argument(
-        "--mask", required=True, metavar="FILE", help="white or transparent where to paint"
+        "--mask", required=True, metavar="FILE", help="white where to paint, or transparent there"
     )
     _add_walk(task.add_argument, eta=1.0, guidance="the model's own")
     task.add_argument("--prompt", default="", metavar="TEXT", help="what to paint")

@@ -18,8 +18,8 @@ from unclip_jax.common import checks
 from unclip_jax.data.images import square
 from unclip_jax.errors import wrong
 from unclip_jax.pipeline import manipulate
-from unclip_jax.pipeline.manipulate import Latents
-from unclip_jax.pipeline.tasks.inputs import read_image, seed_key, walk_of
+from unclip_jax.pipeline.manipulate import Latents, masks
+from unclip_jax.pipeline.tasks.inputs import read_mask, seed_key, walk_of
 from unclip_jax.pipeline.tasks.outputs import Drawn, Images, grid_size, sources
 from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
 
@@ -123,14 +123,15 @@ def textdiff(args: Settings, images: Images, load: Load, progress: Progress) -> 
 
 def inpaint(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn:
     """Each picture, what of it is kept, and the hole painted anew."""
-    hole, key = read_image(args.mask, "--mask").mean(axis=2) >= 128, seed_key(args)
+    hole, key = read_mask(args.mask), seed_key(args)
+    for image in images:
+        masks.check_hole(hole, image)
     model = load()
     walk, told = walk_of(args, model, caption=args.prompt), how(args, progress)
     cells = []
     for image, source in zip(images, sources(args, images, grid_size(args, model)), strict=True):
         made = manipulate.inpaint(model, key, image, hole, walk, num=args.num, **told)
-        mask = square(np.uint8(255) * hole.astype(np.uint8)[..., None], len(source[0]))
-        kept = np.where(mask[..., :1] >= 128, np.uint8(160), source[0])
+        kept = np.where(masks.cover(hole, image, len(source[0])), np.uint8(160), source[0])
         cells += [source, (kept, "to paint: grey")]
         cells += [(picture, f"painted {i + 1}") for i, picture in enumerate(made)]
     title = f'Inpainting: "{args.prompt}"' if args.prompt else "Inpainting"

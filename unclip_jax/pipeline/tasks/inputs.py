@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from unclip_jax.data.images import open_rgb
+from unclip_jax.data.images import MAX_PIXELS, open_alpha, open_rgb
 from unclip_jax.data.records import BadRecord
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.pipeline.manipulate import Walk
+from unclip_jax.pipeline.manipulate.masks import hole_of
 from unclip_jax.pipeline.unclip import UnCLIP, check_prompts
 from unclip_jax.weights.trained import Part
 
@@ -52,6 +53,25 @@ def read_image(path: str, flag: str = "--image") -> np.ndarray:
         return np.asarray(open_rgb(Path(path).read_bytes(), _LARGEST_SIDE))
     except (OSError, ValueError, BadRecord) as error:
         raise UserError(f"{flag} {path!r}: {error}; give an image file") from error
+
+
+def read_mask(path: str) -> np.ndarray:
+    """The part of a picture that a mask file says to paint, bool [h, w], see `masks.hole_of`.
+
+    Raises:
+        UserError: it cannot be read, has two readings, or paints nothing.
+    """
+    name = f"--mask {path!r}"
+    try:
+        data = Path(path).read_bytes()
+        rgb, alpha = np.asarray(open_rgb(data, MAX_PIXELS)), open_alpha(data)
+    except (OSError, ValueError, BadRecord) as error:
+        raise UserError(f"{name}: {error}; give an image file") from error
+    hole = hole_of(rgb, alpha, name)
+    if not hole.any():
+        most = f"nothing to paint, its lightest level is {rgb.max()} of 255"
+        raise wrong(name, most, "white where to paint")
+    return hole
 
 
 def load(args: argparse.Namespace) -> UnCLIP:
