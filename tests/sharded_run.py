@@ -138,7 +138,7 @@ def main(name: str, meshes: list[str]) -> None:
     # Adam's division does not blow the rounding of tiny gradients up.
     config = TrainConfig(
         batch_size=BATCH, learning_rate=1e-3, eps=1e-4, weight_decay=0.01, grad_clip=1.0,
-        grad_accum=2 if name == "prior" else 1, sam_rho=0.01 if name == "clip" else 0.0,
+        grad_accum=2 if name in ("prior", "clip") else 1, sam_rho=0.01 if name == "clip" else 0.0,
         optimizer=optimizer or "adamw",
     )  # fmt: skip
     assert jax.device_count() == 8

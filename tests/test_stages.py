@@ -13,7 +13,7 @@ from unclip_jax import stages
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.errors import UserError
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.clip import contrastive_loss
+from unclip_jax.stages.clip import belonging, contrastive_loss
 from unclip_jax.stages.conditioning import example_keys, random_timesteps, text_mask
 from unclip_jax.stages.degrade import BSR
 from unclip_jax.stages.pixels import resize, to_float, to_uint8
@@ -105,6 +105,62 @@ def test_contrastive_loss_against_a_loop():
             total -= np.log(np.exp(row[i]) / np.exp(row).sum())
     loss, _ = contrastive_loss(jnp.asarray(z_i), jnp.asarray(z_t), jnp.float32(3.0))
     np.testing.assert_allclose(loss, total / 10, rtol=1e-5)
+
+
+def test_equal_captions_and_pictures_are_positives():
+    """A CLIP that knows 4 things, asked 40 times: nothing is wrong, so nothing is to be learned."""
+    z = jnp.eye(4)[jnp.arange(40) % 4]
+    value_and_grad = jax.value_and_grad(lambda *z: contrastive_loss(*z, 100.0), (0, 1), True)
+    (loss, accuracy), grads = value_and_grad(z, z)
+    assert accuracy == 1.0 and abs(loss) < 1e-4
+    assert max(float(jnp.abs(g).max()) for g in grads) < 1e-4
+
+
+def test_contrastive_loss_of_repeats_against_a_loop():
+    """Soft targets less their entropy, over what any row says belongs together."""
+    rng = np.random.default_rng(1)
+    pictures, captions = np.array([0, 0, 1, 2, 3, 3]), np.array([0, 1, 1, 2, 3, 3])
+    z_i, z_t = rng.normal(size=(4, 3))[pictures], rng.normal(size=(4, 3))[captions]
+    known = set(zip(pictures, captions, strict=True))  # (1, 0) is not: no row says so
+    belongs = np.array([[(u, v) in known for v in captions] for u in pictures])
+    assert belongs.sum() == 2 * 3 + 2 + 1 + 4
+    np.testing.assert_array_equal(
+        belonging(*(jnp.uint32(x)[:, None] for x in (pictures, captions))), belongs
+    )
+    logits, total, right = 3.0 * z_i @ z_t.T, 0.0, 0
+    for these, own in ((logits, belongs), (logits.T, belongs.T)):
+        for row, mine in zip(these, own, strict=True):
+            chances = np.exp(row) / np.exp(row).sum()
+            target = mine / mine.sum()
+            total += np.sum(target[mine] * np.log(target[mine] / chances[mine]))
+            right += mine[row.argmax()]
+    for given in ((), (jnp.uint32(pictures), jnp.uint32(captions))):
+        loss, accuracy = contrastive_loss(jnp.asarray(z_i), jnp.asarray(z_t), 3.0, *given)
+        np.testing.assert_allclose(loss, total / 12, rtol=1e-5)
+        np.testing.assert_allclose(accuracy, right / 12, rtol=1e-6)
+
+
+def test_without_repeats_the_contrastive_loss_is_the_paper_s_bit_for_bit():
+    rng = np.random.default_rng(2)
+    z_i, z_t = jnp.asarray(normalisation.unit(rng.normal(size=(2, 64, 16)).astype(np.float32)))
+
+    def paper(z_i, z_t, scale):
+        similar = jnp.einsum("ie,je->ij", z_i, z_t)
+        own = scale * jnp.einsum("ie,ie->i", z_i, z_t)
+        losses = [jax.nn.logsumexp(scale * similar, axis=axis) - own for axis in (1, 0)]
+        return 0.5 * jnp.mean(losses[0] + losses[1])
+
+    for scale in (1.0, 14.3, 100.0):
+        assert contrastive_loss(z_i, z_t, scale)[0] == paper(z_i, z_t, scale)
+
+
+def test_pictures_of_one_number_are_the_same_picture():
+    """However training has scaled and shifted them."""
+    params, batch = tiny.params(tiny.CLIP), tiny.batch(6, 16)
+    loss = lambda **more: tiny.call(tiny.CLIP, "loss", params, batch | more, jax.random.key(0))[1]  # noqa: E731
+    alone, pairs = loss(), loss(picture=jnp.arange(6) // 2)
+    assert alone["guess_loss"] == pytest.approx(np.log(6))
+    assert pairs["guess_loss"] == pytest.approx(np.log(3))
 
 
 def test_clip_embeddings_are_unit_and_take_any_image_size():

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests import tiny, toy_run
+from tests import networks, tiny, toy_run
 from tests.toy_run import Batches, assert_same, init_params, loss_fn, numpy_leaves, run
 from tests.xla_flags import xla_flags
 from unclip_jax import stages
@@ -142,6 +142,27 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     for name in metrics:
         assert float(metrics[name]) == pytest.approx(float(metrics_of_four[name]), rel=1e-5)
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_microbatches_of_a_clip_keep_the_whole_batch_s_negatives(sam_rho):
+    """Loss, gradient and params of one step, with a picture and a caption there twice."""
+    batch, found = tiny.batch(8, 16), []
+    batch["tokens"] = batch["tokens"].at[6].set(batch["tokens"][1])
+    batch["image"] = batch["image"].at[5].set(batch["image"][2])
+    params = {
+        "network": networks.random(jax.eval_shape(tiny.CLIP.init, jax.random.key(0))["network"])
+    }
+    for grad_accum in (1, 2, 4):
+        config = TrainConfig(batch_size=8, eps=1.0, sam_rho=sam_rho, grad_accum=grad_accum)
+        state = init_state(params, make_optimizer(config))
+        found.append(step_fn(config, tiny.CLIP.loss)(state, batch))
+    (one, metrics), *others = found
+    for state, other in others:
+        for a, b in zip(numpy_leaves(state), numpy_leaves(one), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        for name in metrics:
+            assert float(other[name]) == pytest.approx(float(metrics[name]), rel=1e-5), name
 
 
 def test_microbatches_draw_different_noise():

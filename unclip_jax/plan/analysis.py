@@ -19,7 +19,9 @@ from unclip_jax.plan.chips import Topology
 from unclip_jax.plan.kept import compiled
 from unclip_jax.plan.measure import QUICK, Measured, Roofline, together
 from unclip_jax.plan.programs import Plan, device_bytes
+from unclip_jax.stages.base import JointLoss
 from unclip_jax.training.optimizers import trained
+from unclip_jax.training.step import LossFn
 
 DAY = 86400.0
 Say = Callable[[str], None]
@@ -71,12 +73,23 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
         TooLarge: it does not fit.
     """
     train, loss = plan.train, plan.stage.loss
-    passes = train.grad_accum * (2 if train.sam_rho else 1)
+    gradients = 2 if train.sam_rho else 1
+    passes = train.grad_accum * gradients
     params, state, key = plan.params(), plan.state(), jax.random.key(0)
-    shapes = (params, plan.batch(plan.micro_size), key)
+    micro = plan.batch(plan.micro_size)
     total = flops.count(plan.step(), state, plan.batch())
-    model = 3 * flops.count(loss, *shapes) * passes
-    shell = functools.partial(by_blocks, plan, loss, shapes, plan.micro_size) if blocks else None
+    if joint := isinstance(loss, JointLoss) and train.grad_accum > 1:
+        model = 3 * flops.count(loss, params, plan.batch(), key) * gradients
+    else:
+        model = 3 * flops.count(loss, params, micro, key) * passes
+
+    def in_blocks() -> tuple[Split, LossFn]:
+        if not joint:
+            return by_blocks(plan, loss, (params, micro, key), plan.micro_size)
+        split, rows = by_blocks(plan, loss.rows, (params, micro), plan.micro_size)
+        return split, JointLoss(rows, loss.together)
+
+    shell = in_blocks if blocks else None
     whole, parts = _programs(plan, shell, plan.lowered_step, backward=True, say=say)
     figures, peak, line = _figures(topology, total, whole, parts, passes)
     kept = {

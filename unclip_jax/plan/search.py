@@ -25,11 +25,13 @@ from unclip_jax.plan.blocks import Split
 from unclip_jax.plan.chips import GIB, Topology
 from unclip_jax.plan.flops import sub_jaxprs
 from unclip_jax.plan.programs import Plan, device_bytes
+from unclip_jax.stages.base import JointLoss
 from unclip_jax.training.optimizers import trained
 
 REMAT = ("none", "dots", "full")
 ROOM = 0.9  # of a chip's memory: the model is one
 MICROBATCHES = (1, 2, 4, 8, 16)
+COMPARED = 24  # bytes for each picture and caption that are compared: similarities, who belongs
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
@@ -67,6 +69,8 @@ def search(
     shapes = (first.params(), first.batch(), jax.random.key(0))
     split, _ = by_blocks(first, first.stage.loss, shapes, first.micro_size)
     rows = row_bytes(split)
+    joint = isinstance(first.stage.loss, JointLoss)
+    together = COMPARED * first.train.batch_size**2 if joint else 0
     limit = ROOM * topology.chip.hbm_bytes
     for fsdp in (2**i for i in range(topology.chips.bit_length())):
         if topology.chips % fsdp:
@@ -83,6 +87,7 @@ def search(
                 continue
             here = first.train.batch_size / accum / topology.chips
             needed = held + gradients * (2 if accum > 1 else 1) + rows.bytes(here, policy)
+            needed += together / topology.chips
             if needed <= limit:
                 text = (
                     f"smallest that fits: --mesh=fsdp={fsdp} --config.train.grad_accum={accum},"

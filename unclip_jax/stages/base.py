@@ -6,6 +6,7 @@ the diffusion prior and the decoder. Neither has fields: a stage's settings are 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +35,33 @@ from unclip_jax.stages.conditioning import (
 Batch = Mapping[str, jax.Array]
 Loss = tuple[jax.Array, dict[str, jax.Array]]  # and what else is measured, by name
 Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class JointLoss:
+    """A loss for which all rows of a batch matter to each, in two parts. It has no noise.
+
+    So a batch can be read in parts and compared as a whole, see `training.step`.
+
+    Attributes:
+        rows: (params, batch) -> what the network makes of each row, arrays [b, ...], and arrays
+            [b, ...] that the loss reads besides and no gradient passes.
+        together: (params, both of these) -> the loss and what else is measured.
+    """
+
+    rows: Callable[[Params, Batch], tuple[Any, Any]]
+    together: Callable[[Params, Any, Any], Loss]
+
+    def __call__(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
+        """The loss of a batch; the key is of no use."""
+        return self.together(params, *self.rows(params, batch))
+
+    def of(self, change: Callable[[Params], Params]) -> JointLoss:
+        """The loss of the params that `change` makes."""
+        return JointLoss(
+            lambda params, batch: self.rows(change(params), batch),
+            lambda params, made, told: self.together(change(params), made, told),
+        )
 
 
 class Setting(NamedTuple):

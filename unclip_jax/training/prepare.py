@@ -24,6 +24,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.stages import normalisation
+from unclip_jax.stages.base import JointLoss
 from unclip_jax.training import lora
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.fine_tuning import Origin
@@ -250,14 +251,16 @@ def first_params(
 
 def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
     """The run that trains low-rank adapters of its stage, and exports the stage they make."""
-    merged = jax.jit(functools.partial(lora.merged, config))
+
+    whole = functools.partial(lora.merged, config)
+    merged = jax.jit(whole)
 
     def loss(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        return run.loss(lora.merged(config, params), batch, key)
+        return run.loss(whole(params), batch, key)
 
     return dataclasses.replace(
         run,
-        loss=loss,
+        loss=run.loss.of(whole) if isinstance(run.loss, JointLoss) else loss,
         evaluate=lambda params, step: run.evaluate(merged(params), step),
         preview=lambda params, step: run.preview(merged(params), step),
         export=functools.partial(origin.merged, config),

@@ -19,6 +19,7 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from unclip_jax.parallel import axes, sharding
+from unclip_jax.stages.base import JointLoss
 from unclip_jax.training import ema, sam
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.optimizers import Params, learning_rate, stored, trained
@@ -117,6 +118,7 @@ def make_train_step(
 ) -> StepFn:
     """Compile one step: (state, batch) -> (state, metrics). The given state is consumed.
 
+    With `grad_accum` the loss is the mean over microbatches, a `JointLoss` that of the whole batch.
     With `sam_rho` the gradient is that of sharpness-aware minimisation, see `sam`.
 
     The metrics are float32 scalars: the loss function's own, and `loss`, `grad_norm` (before
@@ -130,11 +132,17 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         weights = trained(state.params)
 
+        def whole(weights: Params) -> Params:
+            return state.params | weights
+
         def loss_of(weights: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return loss_fn(state.params | weights, batch, key)
+            return loss_fn(whole(weights), batch, key)
 
         def gradients(weights: Params) -> tuple[jax.Array, Metrics, Params]:
             with axes.on(mesh):
+                if isinstance(loss_fn, JointLoss) and config.grad_accum > 1:
+                    loss = loss_fn.of(whole)
+                    return _joint_gradients(loss, config.grad_accum, mesh, weights, batch)
                 return _gradients(loss_of, config.grad_accum, mesh, weights, batch, key)
 
         loss, own, grads = gradients(weights)
@@ -168,25 +176,17 @@ def _gradients(
 ) -> tuple[jax.Array, Metrics, Params]:
     """Loss, own metrics and gradient, each the mean over the microbatches.
 
-    Microbatch i takes every `microbatches`-th example from the i-th on, so that the rows of each
-    one are spread over the devices as the batch's rows are, and draws from `fold_in(key, i)`.
+    Microbatch i draws from `fold_in(key, i)`.
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         value, own = loss_fn(params, batch, key)
-        taken = sorted(set(own) & set(OWN_METRICS))
-        if taken:
-            raise ValueError(f"metrics {taken} are the loop's own; name the loss's otherwise")
-        return value.astype(jnp.float32), own
+        return value.astype(jnp.float32), _checked(own)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         (value, own), grads = value_and_grad(params, batch, key)
         return value, own, _like_params(grads, mesh)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
-        return jax.lax.with_sharding_constraint(x, sharding.microbatch_sharding(mesh))
 
     def add(total: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         i, microbatch = inputs
@@ -194,13 +194,75 @@ def _gradients(
         part = (part, _like_params(grads, mesh))
         return jax.tree.map(lambda t, x: t + jnp.asarray(x, jnp.float32), total, part), None
 
-    stacked = jax.tree.map(split, batch)
+    stacked = _microbatches(batch, microbatches, mesh)
     first = jax.tree.map(lambda x: x[0], stacked)
     shapes = jax.eval_shape(value_and_grad, params, first, key)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     total, _ = jax.lax.scan(add, zero, (jnp.arange(microbatches), stacked))
     (value, own), grads = jax.tree.map(lambda x: x / microbatches, total)
     return value, own, grads
+
+
+def _joint_gradients(
+    loss_fn: JointLoss, microbatches: int, mesh: Mesh, params: Params, batch: Batch
+) -> tuple[jax.Array, Metrics, Params]:
+    """Loss, own metrics and gradient of the whole batch, whose rows are computed part by part.
+
+    In two passes (GradCache, Gao et al. 2021, arXiv 2101.06983): the first keeps what the network
+    makes of each row and nothing else; from that come the loss and its gradient by every row; the
+    second computes the microbatches again, each with its rows' gradients. To rounding the result is
+    that without microbatches, and memory is that of one, the rows' embeddings and their comparison.
+    """
+    stacked = _microbatches(batch, microbatches, mesh)
+
+    def read(carry: None, microbatch: Batch) -> tuple[None, Any]:
+        return None, loss_fn.rows(params, microbatch)
+
+    def together(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+        return jax.lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
+
+    made, told = jax.tree.map(together, jax.lax.scan(read, None, stacked)[1])
+
+    def loss(params: Params, made: Any) -> tuple[jax.Array, Metrics]:
+        value, own = loss_fn.together(params, made, told)
+        return value.astype(jnp.float32), _checked(own)
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (value, own), (grads, by_row) = both(params, made)
+
+    def add(total: Params, inputs: tuple[Batch, Any]) -> tuple[Params, None]:
+        microbatch, by_row = inputs
+        _, back = jax.vjp(lambda params: loss_fn.rows(params, microbatch)[0], params)
+        part = _like_params(back(by_row)[0], mesh)
+        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, part), None
+
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), _like_params(grads, mesh))
+    parts = (stacked, _microbatches(by_row, microbatches, mesh))
+    grads, _ = jax.lax.scan(add, grads, parts)
+    return value, own, grads
+
+
+def _microbatches(batch: Any, count: int, mesh: Mesh) -> Any:
+    """Arrays [b, ...] as [count, b / count, ...].
+
+    Microbatch i takes every `count`-th example from the i-th on, so that the rows of each one are
+    spread over the devices as the batch's rows are.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding.microbatch_sharding(mesh))
+
+    return jax.tree.map(split, batch)
+
+
+def _checked(own: Metrics) -> Metrics:
+    """What a loss measures; ValueError where a name is the step's own."""
+    taken = sorted(set(own) & set(OWN_METRICS))
+    if taken:
+        raise ValueError(f"metrics {taken} are the loop's own; name the loss's otherwise")
+    return own
 
 
 def _like_params(grads: Params, mesh: Mesh) -> Params:

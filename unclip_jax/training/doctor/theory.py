@@ -1,6 +1,7 @@
 """What loss to expect of a network that has learned nothing, and of the simplest that has.
 
-**Contrastive** (CLIP). With b pairs compared at a time, guessing costs log b nats.
+**Contrastive** (CLIP). With b pairs compared at a time, guessing costs log b nats; less where
+pictures or captions repeat, as `train/guess_loss` says.
 
 **Cross-entropy** (autoregressive prior, classifier). Guessing among n costs log n nats.
 
@@ -27,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unclip_jax.diffusion import gaussian
+from unclip_jax.training.doctor.findings import TENTH
 from unclip_jax.training.doctor.workdir import Workdir
 
 
@@ -49,9 +51,15 @@ class Band(NamedTuple):
 def band(run: Workdir) -> Band | None:
     """The landmarks of a run's loss; None where its data have no known scale."""
     stage, train = run.stage, run.train
-    if guess := stage.guesses(train.batch_size // train.grad_accum):
+    if guess := stage.guesses(train.batch_size):
         n, what = guess
-        return Band("train/loss", math.log(n), f"log {n}, what guessing {what} costs")
+        because = f"log {n}, what guessing {what} costs"
+        if (known := run.last("train/guess_loss")) is not None and known < (1 - TENTH) * math.log(
+            n
+        ):
+            because = f"what guessing {what} costs, where so many captions or pictures are the same"
+            return Band("train/loss", known, because)
+        return Band("train/loss", math.log(n), because)
     power = stage.data_power(run.description.get("normalisation"))
     if power is None:
         return None
