@@ -89,7 +89,8 @@ def main(argv: list[str]) -> None:
     for split in ("train", "heldout"):
         data = DataConfig(name="emoji_styles", split=split, image_size=size)
         splits[split] = plain.read(data)
-    z_t = measurer.read_captions(splits["train"].captions + splits["heldout"].captions)
+    named_all = splits["train"].captions + splits["heldout"].captions
+    z_t, told = measurer.read_captions(named_all), measurer.captions_alike(named_all)
 
     def features(real: Real, rows: np.ndarray) -> np.ndarray:
         images = np.stack(real.pictures(rows))
@@ -111,7 +112,8 @@ def main(argv: list[str]) -> None:
             name=f"pictures, {split}",
         )  # fmt: skip
         truth, named = real.vectors.rows(chosen), styles(captions)
-        found = own_caption(drawn.z_i, truth.z_i, z_t, first + chosen)
+        alike = [real.alike[i] for i in chosen]
+        found = own_caption(drawn.z_i, truth.z_i, z_t, first + chosen, told, alike)
         found["style"] = classifier.accuracy(drawn.features, named)
         unseen = np.setdiff1d(chosen, fitted) if split == "train" else chosen
         unseen_styles = styles([real.captions[i] for i in unseen])

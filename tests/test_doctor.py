@@ -23,6 +23,7 @@ from unclip_jax import stages
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
+from unclip_jax.metrics.retrieval import image_text_retrieval
 from unclip_jax.stages.conditioning import random_timesteps
 from unclip_jax.training import lock, loop, prepare, writers
 from unclip_jax.training.config import TrainConfig
@@ -285,6 +286,34 @@ def test_retrieval_is_compared_with_chance(healthy, found, expected):
     record |= {f"train/{name}": 1.0 for name in ("learning_rate", "param_norm")}
     run = dataclasses.replace(run, records=[record])
     assert wrong(curves.evaluations(run)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pairs", "captions", "found", "expected"),
+    [
+        (200, 40, 1.0, {"note captions_repeat"}),
+        (200, 40, 0.025, {"note captions_repeat", "error retrieval_at_chance"}),
+        (20, 4, 1.0, {"note captions_repeat"}),  # chance is 1/4, and 5 are all
+        (8, 8, 1.0, set()),
+        (8, 8, 0.1, {"error retrieval_at_chance"}),
+        (3, 3, 1.0, {"note heldout_tells_nothing"}),
+        (6, 1, 1.0, {"note captions_repeat", "note heldout_tells_nothing"}),
+    ],
+)
+def test_retrieval_with_few_pairs_and_repeated_captions(healthy, pairs, captions, found, expected):
+    """A perfect CLIP is never called broken; one at chance is, where the pairs can tell."""
+    own = np.arange(pairs) % captions
+    z = np.eye(captions)[own]
+    figures = image_text_retrieval(z, z, np.arange(pairs), own)
+    record = {
+        f"eval/{n}": min(v, found) if "to_" in n and "ch" not in n else v
+        for n, v in figures.items()
+    }
+    record |= {f"train/{name}": 1.0 for name in ("learning_rate", "param_norm")} | {"step": 300}
+    run = dataclasses.replace(workdir.read(healthy), stage=tiny.CLIP, records=[record])
+    said = {f"{f.severity} {f.name}" for f in curves.evaluations(run)}
+    assert said == expected
+    assert {f.name for f in curves.few_heldout(run)} == ({"few_held_out"} if pairs < 32 else set())
 
 
 def test_a_changed_byte_in_a_checkpoint(patient):

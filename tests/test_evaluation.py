@@ -15,6 +15,43 @@ def test_perfect_and_collapsed_embeddings():
     assert collapsed["chance_r1"] == 0.1 and collapsed["chance_r5"] == 0.5
 
 
+def test_a_perfect_clip_of_repeated_captions_is_right():
+    """Chance is over the captions that differ; with numbers of them as by the embeddings."""
+    z, own = np.eye(4)[np.arange(40) % 4], np.arange(40) % 4
+    for told in ((), (own, own), (np.arange(40), own)):
+        found = image_text_retrieval(z, z, *told)
+        assert [v for n, v in found.items() if n.endswith(("image_r1", "text_r1"))] == [1.0, 1.0]
+        assert (found["chance_r1"], found["chance_r5"], found["captions"]) == (0.25, 1.0, 4.0)
+        pictures = found["pictures"]
+        assert found["text_to_image_chance_r1"] == pytest.approx(0.25) and pictures in (4, 40)
+    figures = own_caption(z, z, z, np.arange(40))
+    assert figures["real_r1"] == figures["generated_r1"] == 1.0 and figures["chance_r1"] == 0.25
+
+
+def test_a_collapsed_clip_finds_nothing_among_captions_that_are_told():
+    found = image_text_retrieval(np.ones((40, 4)), np.ones((40, 4)), range(40), np.arange(40) % 4)
+    assert found["image_to_text_r1"] == found["text_to_image_r1"] == 0.0
+
+
+def test_pictures_drawn_alike_are_not_each_other_s():
+    """A decoder that draws one picture for two captions is right for one of them."""
+    z_t, real = np.eye(4), np.eye(4)
+    figures = own_caption(np.eye(4)[[0, 0, 2, 3]], real, z_t, np.arange(4))
+    assert figures["generated_r1"] == 0.75 and figures["real_r1"] == 1.0
+
+
+def test_chance_of_several_own_candidates_is_that_of_drawing_them():
+    """Pictures of five captions each: any of them will do."""
+    rng = np.random.default_rng(5)
+    pictures, z = np.arange(60) // 5, rng.normal(size=(2, 60, 32))
+    found = image_text_retrieval(z[0][pictures], z[1], pictures, np.arange(60))
+    drawn = [np.isin(rng.permutation(60)[:5], np.arange(5)).any() for _ in range(20_000)]
+    assert found["chance_r5"] == pytest.approx(np.mean(drawn), abs=0.02)
+    assert found["text_to_image_chance_r5"] == 5 / 12 and found["chance_r1"] == pytest.approx(
+        5 / 60
+    )
+
+
 def test_ranks_against_sorting():
     rng = np.random.default_rng(0)
     queries, candidates = rng.normal(size=(7, 3)), rng.normal(size=(20, 3))
@@ -48,6 +85,13 @@ def test_shuffled_cosine_is_the_mean_over_all_wrong_pairs():
     a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (a, b))
     wrong = [a[i] @ b[j] for i in range(6) for j in range(6) if i != j]
     assert prior_cosines(a, b, a)["cosine_z_i_shuffled"] == pytest.approx(np.mean(wrong))
+
+
+def test_shuffled_cosine_leaves_out_the_own_caption_s_other_pictures():
+    z = np.eye(4)[np.arange(40) % 4]
+    perfect = prior_cosines(z, z, z)
+    assert perfect["cosine_z_i"] == 1.0 and perfect["cosine_z_i_shuffled"] == 0.0
+    assert np.isnan(prior_cosines(z, z, z, ["the same"] * 40)["cosine_z_i_shuffled"])
 
 
 def test_own_caption_counts():

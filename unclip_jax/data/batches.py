@@ -59,7 +59,8 @@ def batches(
     """An iterator of batches, endless unless `epochs` says otherwise.
 
     Each batch is a dict of numpy arrays: `image` uint8 `[b, s, s, 3]`, `tokens` int32 `[b, l]`,
-    `index` int32 `[b]`, and whatever else the source's records carry. An encoder adds its states of
+    `index` int32 `[b]`, and whatever else the source's records carry; where images are augmented,
+    `picture` int32 `[b]`, equal for pairs that share an image. An encoder adds its states of
     the captions as each batch is read. They stay on the device: nothing is stored, so a data set
     may be of any size.
 
@@ -273,6 +274,7 @@ class _Examples:
         ours = Tokenizer(config.context_length, config.vocab_size)
         self.captions = Captions(source.name, getattr(encoder, "tokenizer", encoder) or ours)
         self._size, self._fit = config.image_size, config.fit
+        self._augments = bool(config.augment)
         self._takes_tokens = encoder is None  # those a record has: they are the config's
         self._reachable = reachable
         self._good = False
@@ -303,6 +305,8 @@ class _Examples:
             tokens = self.captions.tokens(index, record["name"], record["caption"])
         more = {k: np.asarray(v) for k, v in record.items() if k not in _NOT_MORE}
         image = {"image": self._image(record)} if "image" in record else {}
+        if image and self._augments:
+            image["picture"] = np.int32(self.source.image_of(index))
         return {**image, "tokens": tokens, "index": np.int32(index), **more}
 
     def _image(self, record: dict[str, Any]) -> np.ndarray:

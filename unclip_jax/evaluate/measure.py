@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from unclip_jax import metrics
 from unclip_jax.common import checks
@@ -19,7 +20,7 @@ from unclip_jax.evaluate.pictures import Measurer, Real
 from unclip_jax.metrics import pca, zero_shot
 from unclip_jax.metrics.precision_recall import NEIGHBOURS
 from unclip_jax.metrics.prior_cosines import prior_cosines
-from unclip_jax.metrics.retrieval import image_text_retrieval, own_caption
+from unclip_jax.metrics.retrieval import Told, image_text_retrieval, own_caption
 from unclip_jax.metrics.vectors import Vectors
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import memory as host_memory
@@ -135,23 +136,31 @@ def evaluate(
     )
     datasets.load(real_data)  # a split that is not there is told before anything is measured
     heldout = dataclasses.replace(measurer, network=measurer.clip).read(heldout_data)
-    if settings.class_pictures and len(heldout.source.classes) < 2:
+    if settings.class_pictures and (count := len(set(heldout.source.classes))) < 2:
         raise UserError(
-            f"--class_pictures: {heldout.source.name} has {len(heldout.source.classes)} class,"
+            f"--class_pictures: {heldout.source.name} has {count} class,"
             " expected at least 2; leave it out"
         )
     real = measurer.read(real_data)
     chosen, reference, disjoint = choose(len(real.index), settings.num, settings.seed)
 
     held_t, z_t = (measurer.read_captions(part.captions) for part in (heldout, real))
-    figures = {"clip": clip_figures(heldout.vectors.z_i, held_t)}
+    held_told, told = (measurer.captions_alike(part.captions) for part in (heldout, real))
+    _warn_of_repeats(heldout.source.name, len(held_told), len(set(held_told)))
+    _warn_of_repeats(real.source.name, len(told), len(set(told)))
+    figures = {"clip": clip_figures(heldout.vectors.z_i, held_t, heldout.alike, held_told)}
     if model.prior is not None:
         figures["prior"] = _prior_figures(measurer, judge, heldout, heldout_data, key)
 
     captions = [real.captions[i] for i in chosen]
     drawn = _draw(measurer, captions, {scale, *settings.sweep}, settings, key)
     figures["decoder"] = own_caption(
-        drawn[scale][0].z_i, real.vectors.z_i[chosen], np.concatenate([z_t, held_t]), chosen
+        drawn[scale][0].z_i,
+        real.vectors.z_i[chosen],
+        np.concatenate([z_t, held_t]),
+        chosen,
+        captions=told + held_told,
+        pictures=[real.alike[i] for i in chosen],
     )
     others = real.vectors.rows(reference)
     captioned = functools.partial(dataclasses.replace, z_t=z_t[chosen])
@@ -232,9 +241,21 @@ def picture_figures(drawn: Vectors, real: Vectors, disjoint: bool = True) -> Fig
     return alone | (beside if disjoint else dict.fromkeys(beside, math.nan))
 
 
-def clip_figures(z_i: np.ndarray, z_t: np.ndarray) -> Figures:
+def _warn_of_repeats(name: str, pictures: int, captions: int) -> None:
+    if captions < pictures:
+        logging.warning(
+            "%s: %d pictures have %d different captions; ranks and chances are over those",
+            name,
+            pictures,
+            captions,
+        )
+
+
+def clip_figures(
+    z_i: np.ndarray, z_t: np.ndarray, pictures: Told = None, captions: Told = None
+) -> Figures:
     """Retrieval among n pairs [n, e], and how many principal components hold 99 % of z_i."""
-    return image_text_retrieval(z_i, z_t) | {"rank_99": float(pca.rank(z_i))}
+    return image_text_retrieval(z_i, z_t, pictures, captions) | {"rank_99": float(pca.rank(z_i))}
 
 
 def _draw(
@@ -268,15 +289,20 @@ def _prior_figures(
         heldout = measurer.read(dataclasses.replace(heldout_data, **_seen_by(own)))
     drawn = measurer.sample_prior(jax.random.fold_in(key, PRIOR), heldout.captions)
     z_t = measurer.read_captions(heldout.captions)
-    return prior_cosines(drawn, heldout.vectors.z_i, z_t)
+    captions = measurer.captions_alike(heldout.captions)
+    return prior_cosines(drawn, heldout.vectors.z_i, z_t, captions)
 
 
 def _classes(
     measurer: Measurer, heldout: Real, settings: Settings, key: jax.Array, scale: float
 ) -> tuple[Figures, zero_shot.Subsets, Grid]:
-    """Zero-shot accuracy on labelled pictures, and what generated ones say of it."""
-    names, each = heldout.source.classes, settings.class_pictures
+    """Zero-shot accuracy on labelled pictures, and what generated ones say of it.
+
+    Classes of one name are one class: no text could tell them apart.
+    """
+    names, each = list(dict.fromkeys(heldout.source.classes)), settings.class_pictures
     texts = [settings.template.replace("{}", name) for name in names]
+    true = np.array([names.index(name) for name in heldout.source.classes])[heldout.labels]
     labels = np.repeat(np.arange(len(names)), each)
     generated, pictures = measurer.draw(
         jax.random.fold_in(key, CLASSES),
@@ -287,7 +313,7 @@ def _classes(
         name="pictures of classes",
     )
     z_t = measurer.read_captions(texts)
-    made, found = (generated.z_i, labels), (heldout.vectors.z_i, heldout.labels)
+    made, found = (generated.z_i, labels), (heldout.vectors.z_i, true)
     subsets = zero_shot.over_subsets(made, found, z_t, seed=settings.seed)
     figures = {
         "zero_shot_accuracy": zero_shot.accuracy(*found, z_t),

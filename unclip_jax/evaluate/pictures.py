@@ -19,6 +19,7 @@ from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
 from unclip_jax.data.records import Source
 from unclip_jax.evaluate.features import OWN_CLIP, FeatureNetwork, of_clip
+from unclip_jax.metrics.retrieval import digests
 from unclip_jax.metrics.vectors import Vectors
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.pipeline.unclip import batches as row_batches
@@ -67,6 +68,10 @@ class Measurer:
             z_t = encode_text(self.judge.stage, self.judge.params, tokens)
             parts.append(np.asarray(z_t)[:count])
         return np.concatenate(parts)
+
+    def captions_alike(self, captions: Sequence[str]) -> list[bytes]:
+        """What tells captions apart, equal for those that the judge reads alike."""
+        return digests(np.asarray(self.model.tokens(self.judge, list(captions))))
 
     def sample_prior(self, key: jax.Array, captions: Sequence[str]) -> np.ndarray:
         """One z_i [n, e] of the prior for each caption."""
@@ -119,7 +124,7 @@ class Measurer:
     def read(self, config: datasets.DataConfig) -> Real:
         """Every readable picture of a split, with its first caption."""
         config = dataclasses.replace(config, captions="first", cache_bytes=0)
-        source, parts, index, labels = datasets.load(config), [], [], []
+        source, parts, index, labels, alike = datasets.load(config), [], [], [], []
         how = {"shuffle": False, "epochs": 1, "drop_remainder": False}
         stream = batches.batches(source, config, seed=0, batch_size=self.batch_size, **how)
         with _bar(f"real pictures, {config.split}", len(source)) as bar:
@@ -127,9 +132,10 @@ class Measurer:
                 parts.append(self.look(batch["image"]))
                 index.append(batch["index"])
                 labels.append(batch.get("label", np.zeros(0, np.int32)))
+                alike += digests(batch["image"])
                 bar.update(len(batch["index"]))
         rows, classes = np.concatenate(index), np.concatenate(labels)
-        return Real(source, config.image_size, rows, classes, _join(parts))
+        return Real(source, config.image_size, rows, classes, _join(parts), alike)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,6 +148,7 @@ class Real:
         index: [n] of each picture in the source.
         labels: [n] of each picture's class; [0] where the source has none.
         vectors: of the pictures.
+        alike: [n] what tells pictures apart, equal for equal ones.
     """
 
     source: Source
@@ -149,6 +156,7 @@ class Real:
     index: np.ndarray
     labels: np.ndarray
     vectors: Vectors
+    alike: list[bytes]
 
     @functools.cached_property
     def captions(self) -> list[str]:

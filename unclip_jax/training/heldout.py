@@ -22,7 +22,7 @@ from unclip_jax.data.tokenizer import Encoder
 from unclip_jax.metrics import pca
 from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.psnr import psnr
-from unclip_jax.metrics.retrieval import image_text_retrieval
+from unclip_jax.metrics.retrieval import digests, image_text_retrieval
 from unclip_jax.stages import ar_prior, normalisation
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import example_keys
@@ -119,13 +119,15 @@ def held_out_loss(stage: stages.Stage, held: Held, params: Params) -> Figures:
 def retrieval(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """How well CLIP finds held-out pairs, and the rank of its image embeddings."""
     z_i, z_t = towers(stage, params, held.arrays)
-    return image_text_retrieval(z_i, z_t) | {"rank_99": float(pca.rank(z_i))}
+    told = (digests(held.arrays[name]) for name in ("image", "tokens"))
+    return image_text_retrieval(z_i, z_t, *told) | {"rank_99": float(pca.rank(z_i))}
 
 
 def cosines(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """Of sampled z_i with the true ones and with the captions."""
     arrays = held.arrays
-    return prior_cosines(sample(stage, params, arrays), arrays["z_i"], arrays["z_t"])
+    captions = digests(arrays["tokens"])
+    return prior_cosines(sample(stage, params, arrays), arrays["z_i"], arrays["z_t"], captions)
 
 
 def codes(stage: stages.Stage, held: Held, params: Params) -> Figures:
@@ -210,7 +212,8 @@ def figures(stage: stages.Stage, held: Held) -> tuple[Evaluate, Preview]:
 
     def evaluate(params: Params, step: int) -> Figures:
         measured = [FIGURES[name](stage, held, params) for name in stage.figures]
-        return {name: value for group in measured for name, value in group.items()}
+        pairs = {"pairs": float(len(held.arrays["index"]))}
+        return pairs | {name: value for group in measured for name, value in group.items()}
 
     return evaluate, lambda params, step: PREVIEWS[stage.preview](stage, held, params)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from unclip_jax import stages
@@ -17,7 +19,7 @@ from unclip_jax.data import batches, datasets
 from unclip_jax.data.embeddings import store as embeddings
 from unclip_jax.data.embeddings import writer
 from unclip_jax.data.embeddings.shards import Meta
-from unclip_jax.data.records import Source
+from unclip_jax.data.records import BadRecord, Source
 from unclip_jax.errors import UserError
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.weights.clip_text import ClipText
@@ -25,6 +27,7 @@ from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import Part, clip_fingerprint, load_part, tokenizer
 
 EMBED_BATCH = 64
+GLANCE, GLANCES = 256, 8  # pairs looked at for repeated captions, and in how many places
 
 
 def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
@@ -60,6 +63,26 @@ def check_classes(stage: stages.Stage, source: Source, trained: Mapping[str, Any
         raise UserError(
             f"config.data.name: {source.name} has the classes {names}, but the stage in config.init"
             f" learned {', '.join(known)}; use data with those"
+        )
+
+
+def warn_of_repeats(source: Source) -> None:
+    """Say in a line that many pairs of a training set share captions, as far as a glance shows."""
+    n, length = len(source), min(GLANCE // GLANCES, len(source))
+    starts = {round(i * (n - length) / (GLANCES - 1)) for i in range(GLANCES)}
+    captions = []
+    for index in sorted({start + i for start in starts for i in range(length)}):
+        with contextlib.suppress(BadRecord):
+            captions.append(source[index]["caption"])
+    different = len(set(captions))
+    if len(captions) - different > len(captions) // 10:
+        logging.warning(
+            "%s: %d of its %d pairs have %d different captions; equal ones are no negatives of each"
+            " other, and no CLIP can tell their pictures apart",
+            source.name,
+            len(captions),
+            n,
+            different,
         )
 
 

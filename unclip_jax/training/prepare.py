@@ -34,6 +34,7 @@ from unclip_jax.training.inputs import (
     data_for,
     load_clip,
     text_encoder,
+    warn_of_repeats,
     with_embeddings,
 )
 from unclip_jax.training.lora import Lora
@@ -142,6 +143,8 @@ def prepare(config: Mapping[str, Any]) -> Run:
     trained = origin.description if origin else None
     if "label" in stage.reads:
         check_classes(stage, source, trained)
+    if isinstance(stage.loss, JointLoss):
+        warn_of_repeats(source)
     heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
     heldout = datasets.load(heldout_data, needs_images=needs_images)
     description = describe(given, stage, source, origin)

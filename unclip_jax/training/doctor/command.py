@@ -55,7 +55,10 @@ def examine(run: Workdir, clip: str = "", *, files_only: bool = False) -> list[F
 
 def as_text(run: Workdir, findings: list[Finding]) -> str:
     """The findings for people."""
-    lines = [f"{run.path}: {run.stage.kind}, step {run.step:,} of {run.train.steps:,}"]
+    lines = [
+        f"{run.path}: {run.stage.kind}, step {run.step:,} of {run.train.steps:,}",
+        f"{run.step * run.train.batch_size:,} examples seen, {run.train.batch_size:,} a step",
+    ]
     for finding in findings:
         lines.append("")
         lines += textwrap.wrap(f"{finding.severity} {finding.name}: {finding.evidence}.", WIDTH)
@@ -80,6 +83,7 @@ def main(argv: list[str]) -> None:
             "kind": run.stage.kind,
             "step": run.step,
             "steps": run.train.steps,
+            "examples": run.step * run.train.batch_size,
             "wrong": wrong,
             "findings": [dataclasses.asdict(finding) for finding in findings],
         }

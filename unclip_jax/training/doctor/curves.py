@@ -13,6 +13,8 @@ from unclip_jax.training.doctor.workdir import Workdir
 
 FEWEST_LINES = 8  # of a curve that is judged by its shape
 SURE = 3.0  # standard errors
+UNLIKELY = 0.00135  # the tail of a normal beyond so many
+FEW = 32  # held-out pairs
 
 
 def examine(run: Workdir) -> Iterator[Finding]:
@@ -33,6 +35,7 @@ def examine(run: Workdir) -> Iterator[Finding]:
     yield from shape(run)
     yield from warm_up(run)
     yield from gradients(run)
+    yield from few_heldout(run)
     yield from evaluations(run)
     yield from overfitting(run)
 
@@ -251,21 +254,74 @@ def evaluations(run: Workdir) -> Iterator[Finding]:
 
 
 def retrieval(run: Workdir) -> Iterator[Finding]:
-    """CLIP's held-out retrieval: above chance, by the binomial's standard error."""
+    """CLIP's held-out retrieval: above chance, by the binomial's tail."""
     pairs = run.last("eval/pairs")
-    for way in ("image_to_text", "text_to_image"):
-        found, chance = run.last(f"eval/{way}_r5"), run.last("eval/chance_r5")
-        if not pairs or found is None or chance is None or chance >= 1.0:
-            continue
-        spread = math.sqrt(chance * (1 - chance) / pairs)
-        if found < chance + SURE * spread:
+    if not pairs:
+        return
+    captions, pictures = (run.last(f"eval/{name}") or pairs for name in ("captions", "pictures"))
+    if captions < pairs:
+        yield note(
+            "captions_repeat",
+            f"of {int(pairs)} held-out pairs {int(captions)} captions are different, and ranks and"
+            " chances are over those",
+            "nothing, if your data are so; a CLIP can't tell apart what its captions don't",
+        )
+    told = 0
+    for way, tries in (("image_to_text", pictures), ("text_to_image", captions)):
+        own_chance = "" if way == "image_to_text" else f"{way}_"
+        seen = []
+        for k in (1, 5):
+            found = run.last(f"eval/{way}_r{k}")
+            chance = run.last(f"eval/{own_chance}chance_r{k}") or run.last(f"eval/chance_r{k}")
+            if found is not None and chance and _tail(tries, tries, chance) < UNLIKELY:
+                seen.append((k, found, chance))
+        told += bool(seen)
+        if seen and all(
+            _tail(found * tries, tries, chance) > UNLIKELY for _, found, chance in seen
+        ):
+            k, found, chance = seen[-1]
             yield error(
                 "retrieval_at_chance",
-                f"{way.replace('_', ' ')} finds {found:.1%} of {int(pairs)} held-out pairs among"
-                f" the first five, and chance {chance:.1%} ± {spread:.1%}",
+                f"{way.replace('_', ' ')} finds {found:.1%} of {int(pairs)} held-out pairs"
+                f" {'among the first five' if k == 5 else 'at once'}, and chance {chance:.1%}",
                 "check that captions belong to their pictures; then train longer, on more data or"
                 " with a larger batch",
             )
+    if not told:
+        yield note(
+            "heldout_tells_nothing",
+            f"{int(pairs)} held-out pairs, {int(captions)} captions: so few that even if all were"
+            " found it might be chance",
+            "hold more out, such as with another config.heldout_split",
+        )
+
+
+def _tail(hits: float, tries: float, chance: float) -> float:
+    """How likely at least so many of so many are found by chance."""
+    n, at_least = round(tries), round(hits)
+    terms = (
+        math.exp(
+            math.lgamma(n + 1)
+            - math.lgamma(i + 1)
+            - math.lgamma(n - i + 1)
+            + i * math.log(chance)
+            + (n - i) * math.log1p(-chance)
+        )
+        for i in range(at_least, n + 1)
+    )
+    return 1.0 if chance >= 1.0 else sum(terms)
+
+
+def few_heldout(run: Workdir) -> Iterator[Finding]:
+    """Whether figures are of so few pairs that each of them counts."""
+    pairs = run.last("eval/pairs")
+    if pairs and pairs < FEW:
+        yield note(
+            "few_held_out",
+            f"all held-out figures are of {int(pairs)} pairs: one more that is right moves a"
+            f" fraction of them by {1 / pairs:.1%}",
+            "do not compare runs by them; hold more out, or measure with unclip evaluate --num",
+        )
 
 
 def overfitting(run: Workdir) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from unclip_jax.data import datasets
 from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
+from unclip_jax.metrics.retrieval import digests
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import GuidedDiffusion
 from unclip_jax.stages.clip import encode_image, encode_text
@@ -220,6 +221,16 @@ def average(run: Workdir, last: Params, averaged: Params, batch: Arrays) -> Iter
         )
 
 
+def _another(cond: Arrays) -> np.ndarray:
+    """For each of n conditions the number of another one, if there is one that differs."""
+    rows = list(zip(*(digests(np.asarray(x)) for x in jax.tree.leaves(cond)), strict=True))
+    n = len(rows)
+    before = ([j % n for j in range(i - 1, i - n, -1)] for i in range(n))
+    return np.array(
+        [next((j for j in js if rows[j] != rows[i]), js[0]) for i, js in enumerate(before)]
+    )
+
+
 def worth(run: Workdir, params: Params, batch: Arrays) -> Iterator[Finding]:
     """What the own condition saves of the squared error, against another example's."""
     stage = run.stage
@@ -227,7 +238,7 @@ def worth(run: Workdir, params: Params, batch: Arrays) -> Iterator[Finding]:
     n = len(x_0)
     if n < 2:
         return
-    other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), cond)
+    other = jax.tree.map(lambda x: x[_another(cond)], cond)
     saved = np.zeros(n)
     for i in range(ROUNDS):
         # The noisier half: there the condition says what x_t does not.
