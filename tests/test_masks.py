@@ -83,8 +83,8 @@ REFUSED = {
     "transparent all over": (
         lambda: with_alpha(0, np.ones((40, 40), bool)), "transparent all over",
     ),
-    "black all over": (lambda: grey(np.zeros((40, 40))), "nothing to paint.*lightest level is 0"),
-    "classes by number": (lambda: grey(STROKES, 0, 1), "nothing to paint.*lightest level is 1 of"),
+    "black all over": (lambda: grey(np.zeros((40, 40))), "nothing to paint.*lightest grey is 0"),
+    "classes by number": (lambda: grey(STROKES, 0, 1), "nothing to paint.*lightest grey is 1 of"),
     "floats": (lambda: grey(STROKES, 0, 1, np.float32), "floating-point"),
 }  # fmt: skip
 

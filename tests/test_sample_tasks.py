@@ -169,7 +169,8 @@ def test_image_files_of_any_mode_are_read_as_they_look(folder):
         (("textdiff", "--image", "plain.png", "--to", "x", "--theta_max", "-1"), "theta"),
         (("textdiff", "--image", "plain.png", "--to", "x", "--frames", "0"), "--frames: got 0"),
         (("inpaint", "--image", "plain.png", "--mask", "text.png"), "--mask.*text.png"),
-        (("inpaint", "--image", "plain.png", "--mask", "turned.png"), "proportions"),
+        (("inpaint", "--image", "plain.png", "--mask", "deep.png"), "proportions"),
+        (("inpaint", "--image", "plain.png", "--mask", "turned.png"), "lightest grey is 85 of 255"),
         (
             ("probe", "pca", "--image", "plain.png", "--dims", "9", "--data", "data", "--split",
              "all"), "from 1 to CLIP's 8",

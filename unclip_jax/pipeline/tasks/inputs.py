@@ -69,7 +69,7 @@ def read_mask(path: str) -> np.ndarray:
         raise UserError(f"{name}: {error}; give an image file") from error
     hole = hole_of(rgb, alpha, name)
     if not hole.any():
-        most = f"nothing to paint, its lightest level is {rgb.max()} of 255"
+        most = f"nothing to paint, its lightest grey is {rgb.mean(axis=2).max():.0f} of 255"
         raise wrong(name, most, "white where to paint")
     return hole
 
