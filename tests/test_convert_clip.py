@@ -13,7 +13,7 @@ from tests.networks import normal, relative_error
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.models import ClipConfig
-from unclip_jax.weights.convert import clip
+from unclip_jax.weights.convert import clip, clip_configs
 from unclip_jax.weights.convert.command import main as convert
 from unclip_jax.weights.trained import load_part, tokenizer
 
@@ -217,23 +217,103 @@ ODD = dataclasses.replace(
 
 def test_openclip_with_odd_heads_and_its_own_pixels(tmp_path):
     pixels = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.2, 0.3, 0.4)}
-    config = dataclasses.replace(ODD, **pixels)
+    config = dataclasses.replace(ODD, **pixels, resize_mode="longest", fill=127)
     model = their_clip("gelu", config)
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "resize_mode": "shortest"}
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "random"}
+    preprocess |= {"resize_mode": "longest", "fill_color": 127, "size": [14, 14], "mode": None}
     save_openclip(model, tmp_path, openclip_settings(config), preprocess)
     part = clip.load(tmp_path)
     assert part.stage.model == config
     check_embeddings(part, *embeddings(model, config))
+    preprocess |= {"resize_mode": "squash", "interpolation": "bilinear"}
+    save_openclip(model, tmp_path, openclip_settings(config), preprocess)
+    model = clip.load(tmp_path).stage.model
+    assert (model.resize_mode, model.interpolation) == ("squash", "bilinear")
+
+
+def test_two_preparations_of_the_same_weights_are_two_clips(tmp_path):
+    """Stored embeddings of the one are not those of the other."""
+    model, marks = their_clip("gelu"), set()
+    for preprocess in ({}, {"mean": [0.5] * 3}, {"resize_mode": "squash"}):
+        save_openclip(model, tmp_path, openclip_settings(), preprocess)
+        marks.add(clip.load(tmp_path).description["fingerprint"])
+    assert len(marks) == 3
+
+
+OTHERS = [
+    ("vision_cfg", {"layers": [3, 4, 6, 3]}, r"vision_cfg.layers: got \[3.*no ResNet"),
+    ("vision_cfg", {"pool_type": "avg"}, "vision_cfg.pool_type: got 'avg'"),
+    ("vision_cfg", {"attentional_pool": True}, "vision_cfg.attentional_pool: got True"),
+    ("vision_cfg", {"no_ln_pre": True}, "no_ln_pre"),
+    ("vision_cfg", {"norm_kwargs": {"eps": 1e-6}}, "norm_kwargs"),
+    ("vision_cfg", {"ls_init_value": 0.1}, "ls_init_value"),
+    ("text_cfg", {"no_causal_mask": True}, "text_cfg.no_causal_mask: got True"),
+    ("text_cfg", {"pool_type": "last"}, "text_cfg.pool_type: got 'last'"),
+    ("text_cfg", {"embed_cls": True}, "embed_cls"),
+    ("text_cfg", {"hf_model_name": "xlm-roberta-base"}, "hf_model_name"),
+    ("text_cfg", {"hf_tokenizer_name": "bert-base"}, "hf_tokenizer_name"),
+    ("text_cfg", {"width": "64"}, "text_cfg.width: got '64'"),
+    ("multimodal_cfg", {"width": 8}, "model_cfg.multimodal_cfg"),  # CoCa
+    ("", {"init_logit_bias": -10}, "model_cfg.init_logit_bias: got -10"),  # SigLIP
+    ("", {"text_cfg": None}, "text_cfg: got None, expected the settings of a tower"),
+]
+
+
+@pytest.mark.parametrize(("where", "change", "message"), OTHERS)
+def test_what_is_no_plain_clip_of_openclip_is_refused_by_the_field(
+    where, change, message, tmp_path
+):
+    settings = openclip_settings()
+    (settings.setdefault(where, {}) if where else settings).update(change)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    with pytest.raises(UserError, match=message):
+        clip.load(tmp_path)
+
+
+def test_fields_of_openclip_without_effect_are_passed_over(tmp_path):
+    """Defaults spelled out, the text tower under a name of its own, a checkpoint of training."""
+    model, settings = their_clip("quick_gelu"), openclip_settings() | {"custom_text": True}
+    settings["vision_cfg"] |= {"pool_type": "tok", "patch_dropout": 0.5, "no_ln_pre": False}
+    settings["text_cfg"] |= {"pool_type": "argmax", "proj_type": "linear", "eos_id": 2}
+    text = ("transformer.", "token_embedding.", "positional_", "ln_final.", "text_projection")
+    state = {
+        "module." + "text." * name.startswith(text) + name: tensor
+        for name, tensor in model.state_dict().items()
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    checkpoint = {"epoch": 3, "state_dict": state, "optimizer": {"state": {0: torch.zeros(2)}}}
+    torch.save(checkpoint, tmp_path / "open_clip_pytorch_model.bin")
+    part = clip.load(tmp_path)
+    assert part.stage.model == CONFIG
+    check_embeddings(part, *embeddings(model))
+
+
+def test_pictures_that_are_no_whole_patches(tmp_path):
+    """Both leave out what no patch covers, at the right and at the bottom."""
+    text, vision = karlo_folders.clip_settings(CONFIG)
+    vision["image_size"] = 17
+    settings = transformers.CLIPConfig(
+        projection_dim=CONFIG.embed_dim, text_config=text, vision_config=vision
+    )
+    model = karlo_folders.randomise(transformers.CLIPModel(settings), 0)
+    model.save_pretrained(tmp_path)
+    images = jnp.tanh(normal(0, 2, 17, 17, 3))
+    with torch.no_grad():
+        seen = model.vision_model(pixels_of(images)).pooler_output
+        expected = model.visual_projection(seen)
+    part = clip.load(tmp_path)
+    assert (part.stage.model.image_size, part.stage.model.margin) == (17, 3)
+    stage = dataclasses.replace(part.stage, unit_embeddings=False)
+    assert relative_error(stage.encode_image(part.params, images), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("preprocess", "message"),
     [
-        (
-            {"resize_mode": "squash"},
-            "resize_mode: got 'squash', expected 'shortest'",
-        ),
-        ({"interpolation": "bilinear"}, "interpolation: got 'bilinear', expected 'bicubic'"),
+        ({"resize_mode": "fit"}, "resize_mode: got 'fit', expected one of shortest, squash"),
+        ({"interpolation": "area"}, "interpolation: got 'area', expected one of bicubic"),
+        ({"mode": "L"}, "preprocess_cfg.mode: got 'L'"),
+        ({"fill_color": -1}, "fill_color: got -1"),
         ({"mean": 0.5}, "mean of the pixels: got 0.5, expected three numbers"),
         ({"size": 28}, "preprocess_cfg.size: got 28, expected vision_cfg.image_size = 14"),
     ],
@@ -244,7 +324,20 @@ def test_pictures_prepared_in_another_way_are_refused(preprocess, message, tmp_p
         clip.load(tmp_path)
 
 
-def test_a_file_that_does_not_say_what_it_is(tmp_path):
+def test_an_arch_that_is_not_the_files(tmp_path):
+    """Heads are in no shape, but those of published widths are known."""
+    wide = dataclasses.replace(CONFIG, vision_width=1280, vision_heads=16, activation="gelu")
+    save_openclip(their_clip("gelu", wide), tmp_path, openclip_settings(wide))
+    for arch in ("openai", "ViT-L-14", "ViT-B-32-quickgelu"):
+        with pytest.raises(UserError, match=r"the 80 features.* as wide as 1280; give ViT-H-14"):
+            clip.load(tmp_path / "open_clip_model.safetensors", arch=arch)
+    assert clip.load(tmp_path / "open_clip_model.safetensors", arch="ViT-H-14").stage.model == wide
+    torch.save(their_clip("quick_gelu").state_dict(), tmp_path / "ViT.pt")
+    with pytest.raises(UserError, match=r"arch: got 'ViT-B-32', expected none.*OpenAI's"):
+        clip.load(tmp_path / "ViT.pt", arch="ViT-B-32")
+
+
+def test_a_file_that_does_not_say_what_it_is(tmp_path, capsys):
     model = their_clip("gelu", ODD)
     save_openclip(model, tmp_path, openclip_settings(ODD))
     file = tmp_path / "open_clip_model.safetensors"
@@ -257,6 +350,7 @@ def test_a_file_that_does_not_say_what_it_is(tmp_path):
     with pytest.raises(UserError, match="--arch: got 'openai', expected one with heads that"):
         clip.load(file, arch="openai")
     convert(["clip", str(file), "--out", str(tmp_path / "ours"), "--arch", "ViT-bigG-14"])
+    assert "does not say how pictures are prepared" in capsys.readouterr().out
     part = load_part(tmp_path / "ours")
     assert (part.stage.model.activation, part.stage.model.vision_heads) == ("gelu", 1)
     check_embeddings(part, *embeddings(model))
@@ -313,8 +407,8 @@ def edit(path, change):
     path.write_text(json.dumps(settings))
 
 
-# Each caption has ids 2, 7, 38 and 39 once or twice, in another order.
-MANY_ENDS = jnp.array([[38, 5, 2, 7, 39, 3, 7, 2, 0], [1, 39, 7, 3, 38, 2, 39, 7, 0]])
+# Ids 2, 7, 38 and 39 once or twice, in another order; one caption lacks the last of them.
+MANY_ENDS = [[38, 5, 2, 7, 39, 3, 7, 2, 0], [1, 39, 7, 3, 38, 2, 39, 7, 0], [1, 7, 38, 2] + 5 * [3]]
 
 
 @pytest.mark.parametrize("end", [7, 38, 39, 2])
@@ -324,7 +418,8 @@ def test_text_is_pooled_where_transformers_pools(end, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     convert(["clip", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
     part = load_part(tmp_path / "ours")
-    check_embeddings(part, *hf_embeddings(model, tokens=MANY_ENDS), tokens=MANY_ENDS)
+    tokens = jnp.array([ids for ids in MANY_ENDS if end in ids])
+    check_embeddings(part, *hf_embeddings(model, tokens=tokens), tokens=tokens)
 
 
 def test_legacy_settings_are_read_as_transformers_reads_them(tmp_path):
@@ -347,7 +442,7 @@ def test_towers_with_perceptrons_of_their_own_width(tmp_path):
     model.save_pretrained(tmp_path)
     check_embeddings(clip.load(tmp_path), *hf_embeddings(model))
     for hidden, width in ((8192, 1664), (6144, 1408), *((h, 97) for h in range(1, 400))):
-        assert int(width * clip._ratio(hidden, width)) == hidden
+        assert int(width * clip_configs.ratio(hidden, width)) == hidden
 
 
 def test_pixels_are_normalised_as_the_folder_says(tmp_path):
@@ -367,9 +462,15 @@ def test_pixels_are_normalised_as_the_folder_says(tmp_path):
     config = dataclasses.replace(CONFIG, pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3)
     check_embeddings(clip.load(tmp_path), *hf_embeddings(model, config))
     for change, message in (
-        ({"size": {"height": 14, "width": 14}}, "size: got .*'height': 14.*shorter side"),
-        ({"resample": 2}, "resample: got 2, expected 3"),
-        ({"do_center_crop": False}, "do_center_crop: got False"),
+        ({"size": {"height": 14, "width": 15}}, "size: got .*'height': 14"),
+        ({"size": {"shortest_edge": 13}}, "size: got .*13.*image_size = 14"),
+        ({"size": {"longest_edge": 14}}, "size: got|transformers refuses"),
+        ({"resample": 1}, "resample: got 1, expected one of 2, 3"),
+        ({"do_center_crop": False}, "size: got .*do_center_crop"),
+        ({"do_resize": False}, "do_resize: got False"),
+        ({"do_rescale": False}, "do_rescale: got False"),
+        ({"do_pad": True}, "do_pad: got True"),
+        ({"image_processor_type": "BlipImageProcessor"}, "type: got 'BlipImageProcessor'"),
         ({"crop_size": 28}, "crop_size"),
         ({"rescale_factor": 1.0}, "rescale_factor: got 1.0, expected 1/255"),
         ({"image_mean": [0.5]}, "mean of the pixels"),
@@ -378,6 +479,53 @@ def test_pixels_are_normalised_as_the_folder_says(tmp_path):
         edit(tmp_path / "preprocessor_config.json", lambda s, c=change: s.update(c))
         with pytest.raises(UserError, match=message):
             clip.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"size": {"shortest_edge": 16}, "resample": 2}, ("shortest", 16, "bilinear")),
+        ({"size": {"height": 14, "width": 14}, "do_center_crop": False}, ("squash", 0, "bicubic")),
+        ({"size": {"height": 16, "width": 16}}, ("squash", 16, "bicubic")),
+        ({"image_processor_type": "CLIPImageProcessorFast"}, ("shortest", 0, "bicubic")),
+        (
+            # what it doesn't say is as this processor has it, not as CLIP's
+            {"image_processor_type": "ViTImageProcessor", "size": 14, "resample": None},
+            ("squash", 0, "bilinear"),
+        ),
+    ],
+)
+def test_pictures_are_resized_as_the_folder_says(change, expected, tmp_path):
+    huggingface().save_pretrained(tmp_path)
+    settings = {"size": 14, "crop_size": 14, "image_processor_type": "CLIPImageProcessor"}
+    settings = {k: v for k, v in (settings | change).items() if v is not None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = clip.load(tmp_path).stage.model
+    assert (config.resize_mode, config.resize_to, config.interpolation) == expected
+    is_vit = "ViT" in settings["image_processor_type"]
+    assert config.pixel_mean == ((0.5,) * 3 if is_vit else CONFIG.pixel_mean)
+
+
+def test_pixels_are_found_wherever_the_folder_says_them(tmp_path, capsys):
+    """transformers 5 writes a processor whole; of a folder of two layouts either may say it."""
+    huggingface().save_pretrained(tmp_path / "one")
+    Tokenizer(9, 600).save(tmp_path / "tokens")
+    tokens = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokens")
+    pixels = transformers.CLIPImageProcessor(size=14, crop_size=14, image_mean=[0.5, 0.5, 0.4])
+    transformers.CLIPProcessor(pixels, tokens).save_pretrained(tmp_path / "processor")
+    file = tmp_path / "processor" / "processor_config.json"
+    convert(["clip", str(tmp_path / "one"), "--out", str(tmp_path / "ours")])
+    said = capsys.readouterr().out
+    assert "how pictures are prepared" in said and "the tokenizer; taken to be as OpenAI's" in said
+    (tmp_path / "one" / file.name).write_bytes(file.read_bytes())
+    assert clip.load(tmp_path / "one").stage.model.pixel_mean == (0.5, 0.5, 0.4)
+    save_openclip(their_clip("gelu"), tmp_path / "two", openclip_settings())
+    (tmp_path / "two" / file.name).write_bytes(file.read_bytes())
+    assert clip.load(tmp_path / "two").stage.model.pixel_mean == (0.5, 0.5, 0.4)
+    settings = json.dumps({"model_cfg": {}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}})
+    (tmp_path / "one" / file.name).unlink()
+    (tmp_path / "one" / "open_clip_config.json").write_text(settings)
+    assert clip.load(tmp_path / "one").stage.model.pixel_mean == (0.1, 0.2, 0.3)
 
 
 CAPTIONS = [
@@ -417,6 +565,39 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         clip.load(tmp_path)
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        clip.load(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "openclip"])
+def test_captions_need_the_tokenizer_of_other_ids_than_openais(layout, tmp_path):
+    if layout == "openclip":
+        save_openclip(their_clip("gelu"), tmp_path, openclip_settings())
+    else:
+        huggingface(text_changes={"eos_token_id": 7}).save_pretrained(tmp_path)
+    end = 39 if layout == "openclip" else 7
+    with pytest.raises(UserError, match=f"has 40 ids, of which {end} ends a text, and came with"):
+        tokenizer(clip.load(tmp_path))
+
+
+def test_a_legacy_end_below_other_ids(tmp_path):
+    """transformers reads z_t at the highest id: fine where only rows of the table are above it."""
+    config = dataclasses.replace(CONFIG, vocab_size=710)
+    text, vision = karlo_folders.clip_settings(config)
+    settings = transformers.CLIPConfig(
+        projection_dim=11, text_config=text | {"eos_token_id": 2}, vision_config=vision
+    )
+    model = karlo_folders.randomise(transformers.CLIPModel(settings), 0)
+    model.save_pretrained(tmp_path)
+    Tokenizer(9, 700).save(tmp_path)
+    part = clip.load(tmp_path)
+    tokens = tokenizer(part).encode(["a cat", "on a mat"])
+    check_embeddings(part, *hf_embeddings(model, tokens=tokens), tokens=jnp.asarray(tokens))
+    added = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    added.add_tokens(["<new>"])
+    added.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"ids above the 699 .*; write eos_token_id 699 in the conf"
+    ):
         clip.load(tmp_path)
 
 
@@ -463,6 +644,9 @@ def test_towers_cut_apart(tmp_path):
         ("text_config", {"hidden_act": "relu"}, "towers differ in hidden_act"),
         ("text_config", {"eos_token_id": 50000}, "eos_token_id: got 50000, expected one id below"),
         ("projection_dim", 12, "do not fit"),
+        ("text_config", {"eos_token_id": [7]}, r"eos_token_id: got \[7\], expected one id below"),
+        ("auto_map", {"AutoModel": "mine.py"}, "auto_map: got .*mine.py"),
+        ("quantization_config", {"bits": 4}, "quantization_config: got"),
     ],
 )
 def test_what_is_no_clip(field, value, message, tmp_path):

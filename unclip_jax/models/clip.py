@@ -34,9 +34,9 @@ class ClipConfig:
     """Size of a `Clip`. The defaults are OpenAI's ViT-L/14.
 
     Attributes:
-        image_size: side of the images in pixels. What is left of whole patches, at the right and
-            at the bottom, is not seen.
+        image_size: side of the images in pixels; without `margin`, a multiple of `patch`.
         patch: side of a patch in pixels.
+        margin: pixels at the right and at the bottom that no patch covers, as in some public CLIPs.
         vision_width: features of a patch; a multiple of `vision_heads`.
         vision_layers, vision_heads: blocks, and attention heads, of the image tower.
         text_width: features of a token; a multiple of `text_heads`.
@@ -63,6 +63,7 @@ class ClipConfig:
 
     image_size: int = 224
     patch: int = 14
+    margin: int = 0
     vision_width: int = 1024
     vision_layers: int = 24
     vision_heads: int = 16
@@ -92,8 +93,13 @@ class ClipConfig:
         check_counts(self, "image_size", "patch", "vision_width", "vision_layers", "vision_heads")
         check_counts(self, "text_width", "text_layers", "text_heads")
         check_counts(self, "vocab_size", "context_length", "embed_dim")
-        whole = self.image_size >= self.patch
-        check(self, "image_size", whole, f"at least a patch, {self.patch}")
+        check_counts(self, "margin", least=0)
+        seen = self.image_size - self.margin
+        expected = f"a multiple of patch = {self.patch}" + f", and {self.margin}" * bool(
+            self.margin
+        )
+        check(self, "image_size", seen > 0 and seen % self.patch == 0, expected)
+        check(self, "margin", self.margin < self.patch, f"less than patch = {self.patch}")
         check_heads(self, "vision_width", "vision_heads")
         check_heads(self, "text_width", "text_heads")
         checks.choice("ClipConfig.activation", self.activation, ACTIVATIONS)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint, flatten
-from unclip_jax.data.tokenizer import Encoder, FileTokenizer, Tokenizer
+from unclip_jax.data.tokenizer import MIN_VOCAB_SIZE, VOCAB_SIZE, Encoder, FileTokenizer, Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import memory as host_memory
@@ -51,10 +51,21 @@ def clip_fingerprint(clip: Part) -> str:
 
 
 def tokenizer(part: Part) -> Encoder:
-    """What makes the tokens that a stage reads: public weights' own, or that of this package."""
+    """What makes the tokens that a stage reads: public weights' own, or that of this package.
+
+    Raises:
+        UserError: public weights that came without one, and whose ids cannot be OpenAI's.
+    """
     length, vocab_size = part.stage.context
     if "tokenizer" in part.description:
         return FileTokenizer.of(part.description["tokenizer"], length)
+    end = getattr(part.stage.model, "end", vocab_size - 1)
+    if end != vocab_size - 1 or not MIN_VOCAB_SIZE <= vocab_size <= VOCAB_SIZE:
+        raise UserError(
+            f"captions: {part.description.get('converted_from', 'this CLIP')} has {vocab_size} ids,"
+            f" of which {end} ends a text, and came without its tokenizer; convert it again from a"
+            " folder with its tokenizer.json"
+        )
     return Tokenizer(length, vocab_size)
 
 

@@ -58,6 +58,9 @@ def save(folder: Path, part: Part, dtype: str) -> None:
         folder, params=part.params, description=part.description, dtype=dtype or _stored(part)
     )
     tqdm.write(f"{folder}: {part.stage.kind} of {_count(part):,} parameters")
+    for what in part.description.get("assumed", ()):
+        source = part.description["converted_from"]
+        tqdm.write(f"{folder}: {source} does not say {what}; taken to be as OpenAI's")
 
 
 def _stored(part: Part) -> str:

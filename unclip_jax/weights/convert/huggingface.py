@@ -7,16 +7,19 @@ is imported here alone, when such a folder is read or written; PyTorch need not 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unclip_jax.common.checks import choice
 from unclip_jax.data.tokenizer import FileTokenizer
 from unclip_jax.errors import UserError, one_line, wrong
 from unclip_jax.models import ClipConfig
 from unclip_jax.weights.convert.folders import read_json
 
 CONFIG_FILE = "config.json"
-PIXELS_FILE = "preprocessor_config.json"
+PIXELS_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 
 # Their class for each model_type that we can be.
@@ -27,7 +30,9 @@ _CONFIGS = {
     "t5": "T5Config",
     "mt5": "MT5Config",
 }
-_BICUBIC = 3
+# Image processors that resize, crop at the centre and normalise, each with its own defaults.
+_PROCESSORS = ("CLIPImageProcessor", "ViTImageProcessor", "SiglipImageProcessor")
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def library() -> Any:
@@ -48,6 +53,9 @@ def read_config(path: Path, kinds: tuple[str, ...]) -> Any:
     kind = settings.get("model_type")
     if kind not in kinds:
         raise wrong(f"{path}: model_type", kind, " or ".join(kinds), "give the folder of such one")
+    for field in ("auto_map", "quantization_config"):  # code of its own; weights in another form
+        if settings.get(field):
+            raise wrong(f"{path}: {field}", settings[field], "none", "get the plain model")
     try:
         return getattr(library(), _CONFIGS[kind]).from_dict(settings)
     except Exception as error:  # whatever its checks raise
@@ -77,67 +85,94 @@ def read_tokenizer(folder: Path, context_length: int) -> FileTokenizer | None:
     return FileTokenizer(model, context_length, special)
 
 
-def read_pixels(folder: Path, image_size: int) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation of the pixels, as `CLIPImageProcessor` takes them from a folder.
+def read_pixels(folder: Path, image_size: int) -> dict[str, Any]:
+    """How pictures are prepared, as the image processor in a folder does it.
 
-    Without a preprocessor_config.json they are OpenAI's.
+    Args:
+        folder: of preprocessor_config.json, or of the processor_config.json that newer releases
+            write, which counts before it.
+        image_size: of the network.
+
+    Returns:
+        fields of a `ClipConfig`; none where the folder says nothing.
 
     Raises:
-        UserError: the file cannot be read, or asks for another resize and crop than ours: the
-            shorter side to `image_size`, bicubic, and the centre.
+        UserError: the file cannot be read, is of a processor that we don't know, or asks for what
+            we don't do.
     """
-    path = folder / PIXELS_FILE
-    if not path.is_file():
-        return {}
+    path, settings = folder / PROCESSOR_FILE, None
+    if path.is_file():
+        settings = read_json(path).get("image_processor")
+    if settings is None:
+        path = folder / PIXELS_FILE
+        if not path.is_file():
+            return {}
+        settings = read_json(path)
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    kind = str(kind or _PROCESSORS[0]).replace("FeatureExtractor", "ImageProcessor")
+    kind = choice(f"{path}: image_processor_type", re.sub("(Fast|Pil)$", "", kind), _PROCESSORS)
     module = library()
-    # Newer releases call it so; their other one is for torchvision.
-    kind = getattr(module, "CLIPImageProcessorPil", None) or module.CLIPImageProcessor
-    settings = read_json(path)
+    # Newer releases call those of Pillow so; their others are for torchvision.
+    reader = getattr(module, f"{kind}Pil", None) or getattr(module, kind)
     try:
-        found = kind.from_dict(settings).to_dict()
+        found = reader.from_dict(settings).to_dict()
     except Exception as error:
         raise UserError(f"{path}: transformers refuses it ({one_line(error)})") from error
-    ours = {
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": _BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-    }
-    for field, expected in ours.items():
-        if (value := found.get(field)) != expected:
-            raise wrong(f"{path}: {field}", value, repr(expected), ONLY)
+    crops = bool(found.get("do_center_crop"))
+    expected = {"do_resize": True, "do_rescale": True}
+    if crops:
+        expected["crop_size"] = {"height": image_size, "width": image_size}
+    for field, value in expected.items():
+        if found.get(field) != value:
+            raise wrong(f"{path}: {field}", found.get(field), repr(value))
+    if found.get("do_pad"):
+        raise wrong(f"{path}: do_pad", True, "none")
     if abs((found.get("rescale_factor") or 0) - 1 / 255) > 1e-6:
         raise wrong(f"{path}: rescale_factor", found.get("rescale_factor"), "1/255")
+    choice(f"{path}: resample", found.get("resample"), _RESAMPLE)
+    size = {name: side for name, side in dict(found.get("size") or {}).items() if side}
+    mode, side = "squash" if "height" in size else "shortest", max(size.values(), default=0)
+    fits = side == image_size or (crops and side > image_size)
+    forms = {"shortest_edge": side}, {"height": side, "width": side}
+    if size not in forms or not fits or not (crops or mode == "squash"):
+        raise wrong(
+            f"{path}: size",
+            size,
+            f"one from which a square of image_size = {image_size} follows: a shorter side of that"
+            " or more with do_center_crop, or both sides",
+        )
+    fields = {"resize_mode": mode, "interpolation": _RESAMPLE[found["resample"]]}
+    fields["resize_to"] = 0 if side == image_size else side
     if not found.get("do_normalize"):
-        return {"pixel_mean": (0.0,) * 3, "pixel_std": (1.0,) * 3}
-    return channels(path, found.get("image_mean"), found.get("image_std"))
+        return fields | {"pixel_mean": (0.0,) * 3, "pixel_std": (1.0,) * 3}
+    given = {"mean": found.get("image_mean"), "std": found.get("image_std")}
+    return fields | channels(str(path), given)
 
 
-ONLY = (
-    "pictures are resized here to the shorter side, bicubic, and cropped at the centre (set the"
-    " field so if all of yours are square and of that size)"
-)
-
-
-def channels(path: Path, mean: Any, std: Any) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation of three channels, as fields of a `ClipConfig`.
+def channels(where: str, given: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """The `mean` and `std` that are given for three channels, as fields of a `ClipConfig`.
 
     Raises:
         UserError: they are something else.
     """
-    for field, values in (("mean", mean), ("std", std)):
-        given = isinstance(values, list | tuple) and len(values) == 3
-        if not given or not all(isinstance(value, int | float) for value in values):
-            raise wrong(f"{path}: {field} of the pixels", values, "three numbers, one per channel")
-    return {"pixel_mean": tuple(map(float, mean)), "pixel_std": tuple(map(float, std))}
+    for field, values in given.items():
+        three = isinstance(values, list | tuple) and len(values) == 3
+        if not three or not all(isinstance(value, int | float) for value in values):
+            raise wrong(f"{where}: {field} of the pixels", values, "three numbers, one per channel")
+    return {f"pixel_{field}": tuple(map(float, values)) for field, values in given.items()}
 
 
 def pixel_settings(config: ClipConfig) -> dict[str, Any]:
-    """The preprocessor_config.json that `read_pixels` reads."""
+    """The preprocessor_config.json that `read_pixels` reads.
+
+    Raises:
+        UserError: pictures are prepared as no processor of a CLIP does it.
+    """
+    side = config.resize_to or config.image_size
+    sizes = {"shortest": {"shortest_edge": side}, "squash": {"height": side, "width": side}}
+    choice("ClipConfig.resize_mode", config.resize_mode, sizes)
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": _PROCESSORS[0],
         "crop_size": {"height": config.image_size, "width": config.image_size},
         "do_center_crop": True,
         "do_convert_rgb": True,
@@ -146,7 +181,7 @@ def pixel_settings(config: ClipConfig) -> dict[str, Any]:
         "do_resize": True,
         "image_mean": list(config.pixel_mean),
         "image_std": list(config.pixel_std),
-        "resample": _BICUBIC,
+        "resample": next(n for n, name in _RESAMPLE.items() if name == config.interpolation),
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": config.image_size},
+        "size": sizes[config.resize_mode],
     }

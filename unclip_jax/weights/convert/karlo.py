@@ -249,9 +249,7 @@ def _read_original(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part]
 
 def _state_dict(tensors: Tensors, prefix: str) -> Tensors:
     """What a checkpoint holds under "state_dict", without `prefix`; the rest is training's."""
-    outer = "state_dict."
-    inside = tensors.select(lambda n: n[len(outer) :] if n.startswith(outer) else None)
-    return inside.select(lambda name: name.removeprefix(prefix))
+    return tensors.within("state_dict.").select(lambda name: name.removeprefix(prefix))
 
 
 def _original_file(folders: list[Path], kind: str) -> Path:

@@ -217,6 +217,10 @@ class Tensors:
         """These, with `prefix` before their names."""
         return self.select(lambda name: prefix + name)
 
+    def within(self, prefix: str) -> Tensors:
+        """Those whose names begin with `prefix`, without it."""
+        return self.select(lambda n: n[len(prefix) :] if n.startswith(prefix) else None)
+
     def join(self, other: Tensors, prefix: str) -> Tensors:
         """These and others, whose names get `prefix`."""
         theirs = {prefix + name: shape for name, shape in other.shapes.items()}

@@ -107,7 +107,7 @@ def _write_decoder(part: Part, out: Path) -> Iterator[_Component]:
     model = part.stage.model
     tensors = to_theirs(karlo_names.diffusers_decoder(model), part.params["network"])
     unet = tensors.select(lambda n: None if n.startswith("text_proj.") else n)
-    text_proj = _within(tensors, "text_proj.")
+    text_proj = tensors.within("text_proj.")
     settings = karlo_configs.decoder_settings(model.unet)
     yield _network(out, "decoder", "UNet2DConditionModel", settings, unet)
     settings = karlo_configs.text_proj_settings(model)
@@ -122,7 +122,7 @@ def _write_upsampler(part: Part, out: Path) -> Iterator[_Component]:
     tensors = to_theirs(karlo_names.diffusers_super_res(model), tree)
     settings = karlo_configs.super_res_settings(model)
     for place in ("first", "last"):
-        one = _within(tensors, f"{place}.")
+        one = tensors.within(f"{place}.")
         yield _network(out, f"super_res_{place}", "UNet2DModel", settings, one)
     yield _scheduler(out, "super_res_scheduler", part)
 
@@ -163,7 +163,3 @@ def _scheduler(out: Path, name: str, part: Part) -> _Component:
     about = {"_class_name": "UnCLIPScheduler"}
     write_json(out / name / "scheduler_config.json", about | settings)
     return name, "diffusers", "UnCLIPScheduler"
-
-
-def _within(tensors: Tensors, prefix: str) -> Tensors:
-    return tensors.select(lambda n: n[len(prefix) :] if n.startswith(prefix) else None)
