@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 import threading
 
@@ -120,7 +121,39 @@ def test_a_text_that_is_no_utf8_spoils_no_other(tmp_path):
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), texts)
     for column in (texts, lists):
         data = of(tmp_path, {"jpg": [png(0), png(1)], "text": column})
-        assert [data[i]["caption"] for i in (0, 1)] == ["a\ufffdb", "ok"]
+        assert [data[i]["caption"] for i in range(len(data))] == ["ok"]
+        assert list(data.skipped.values()) == ["text that is not UTF-8; save it as UTF-8"]
+
+
+def test_captions_may_lie_inside_or_be_names_of_classes(tmp_path):
+    rows = {"jpg": [png(0), png(1)], "notes": [[{"id": 1, "text": "one"}], []]}
+    data = of(tmp_path, rows, caption_key="notes/text")
+    assert [data[i]["caption"] for i in range(len(data))] == ["one"]
+    said = {"info": {"features": {"label": {"names": ["cat", "ant"], "_type": "ClassLabel"}}}}
+    table = pa.table({"jpg": [png(0), png(1), png(2)], "label": [1, 0, -1]})
+    pq.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps(said)}), tmp_path / "hf.parquet"
+    )
+    data = source(tmp_path, "hf.parquet", caption_key="label")
+    assert [data[i]["caption"] for i in range(len(data))] == ["ant", "cat"]
+    data = source(tmp_path, "hf.parquet", labels=True)
+    assert data.classes == ("cat", "ant")  # in the order of their numbers
+    assert [(data[i]["label"], data[i]["caption"]) for i in (0, 1)] == [(1, "ant"), (0, "cat")]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_is_text_in_any_of_its_types(tmp_path, kind):
+    data = of(tmp_path, {"jpg": [png(0)], "text": pa.array(["words"]).cast(kind)})
+    assert data[0]["caption"] == "words"
+    data = of(tmp_path, {"jpg": [png(0)], "text": ['["one", "two"]']})
+    assert [data[i]["caption"] for i in (0, 1)] == ["one", "two"]
+
+
+def test_pictures_alone_where_no_captions_are_needed(tmp_path):
+    bare = of(tmp_path, {"jpg": [png(0), png(1)]}, bare=True)
+    assert [bare[i]["caption"] for i in (0, 1)] == ["", ""]
+    mixed = of(tmp_path, {"jpg": [png(0), png(1)], "text": ["words", None]}, bare=True)
+    assert [mixed[i]["caption"] for i in (0, 1)] == ["words", ""]
 
 
 def test_classes_are_a_column(tmp_path):
@@ -166,7 +199,13 @@ def test_rows_without_an_image_are_bad_records(tmp_path):
         ),
         ({"jpg": [b"x"], "text": ["c"]}, {"labels": True}, "label_key: got 'label'"),
         ({"jpg": [b"x"], "text": [None]}, {}, "none of the 0 .*nothing under 'text'"),
-        ({"jpg": [b"x"], "text": [7]}, {}, "none of the 0 "),
+        ({"jpg": [b"x"], "text": [7]}, {}, "'text', expected text, which int64 is not"),
+        (
+            {"jpg": [b"x"], "caption": [[{"id": 1, "text": "c"}]], "alt": ["c"]},
+            {},
+            "list<.* is not; .* has 'caption/text', 'alt'",
+        ),
+        ({"jpg": [b"x"], "text": ["c"]}, {"label_key": "kind"}, "label_key: got 'kind'"),
     ],
 )
 def test_files_without_what_is_needed_are_refused(tmp_path, rows, options, why):

@@ -90,19 +90,35 @@ def test_captions_come_from_the_text_or_the_json(folder):
         members = [("k.jpg", jpeg(0)), *members]
         return [caption for _, caption in pairs(of(folder, archive(members), **options))]
 
-    fields = {"caption": " from json ", "text": "t", "alt": ["one", "", 3, "two "], "none": None}
+    fields = {
+        "caption": " from json ", "text": "t", "alt": ["one", "", "two "], "none": None, "width": 3,
+        "deep": {"er": "inside"},
+    }  # fmt: skip
     described = ("k.json", json.dumps(fields).encode())
-    assert found(("k.txt", b" a\xffb\n"), described) == ["a\ufffdb"]
+    assert found(("k.txt", "\u00fcber\n".encode("utf-16")), described) == ["\u00fcber"]
     assert found(described, ("k.txt", b"  ")) == ["from json"]
     assert found(("k.json", b'{"text": "t"}')) == ["t"]
     assert found(described, ("k.txt", b"not this"), caption_key="alt") == ["one", "two"]
     assert found(described, caption_key="alt", captions="first") == ["one"]
-    assert found(("k.json", b'{"caption": "\\ud800 x"}')) == ["? x"]
-    for useless in (b"", b"[1]", b"{", b"[" * 100_000, b'{"caption": 5}', b"\xff", b"9" * 9999):
-        with pytest.raises(UserError, match="no caption"):
+    assert found(described, caption_key="deep/er") == ["inside"]
+    assert found(("k.tags", b"a tag"), ("k.txt", b"t"), caption_key=".tags") == ["a tag"]
+    for useless, why in (
+        (b"", "no JSON"), (b"[1]", "no caption"), (b"{", "no JSON"), (b"[" * 100_000, "no JSON"),
+        (b'{"caption": 5}', "int '5', which is no text"), (b"\xff", "not UTF-8"),
+        (b"9" * 9999, "no JSON"), (b'{"caption": "\\ud800 x"}', "not UTF-8"),
+        (b'{"alt": "x"}', "no caption in .jpg, .json; its .json has 'alt'"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=why):
             found(("k.json", useless))
-    with pytest.raises(UserError, match="no caption"):
+    for text in ("\u00fcber".encode("latin-1"), "no mark".encode("utf-16-le")):
+        with pytest.raises(UserError, match="save it as UTF-8"):
+            found(("k.txt", text))
+    with pytest.raises(
+        UserError, match=r"no 'none', the caption_key.*'caption', 'text', 'alt', 'deep/er'"
+    ):
         found(described, caption_key="none")
+    with pytest.raises(UserError, match="int '3', which is no text"):
+        found(described, caption_key="width")
 
 
 def test_several_captions_share_an_image(folder):

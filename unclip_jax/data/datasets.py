@@ -12,9 +12,11 @@ from absl import logging
 from unclip_jax.common import checks, extras
 from unclip_jax.common.files import default_cache_dir
 from unclip_jax.data.images import CENTRE, Fit
-from unclip_jax.data.records import Source
+from unclip_jax.data.records import Source, summary
 from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from unclip_jax.errors import UserError, wrong
+
+KEYS = ("image_key", "caption_key", "label_key")
 
 
 class Kind(NamedTuple):
@@ -28,22 +30,28 @@ class Kind(NamedTuple):
         rest: what that `rest` is, for messages; "" where the name is no prefix but the whole.
         extra: the extra of this package that the module needs.
         has_images: whether its records hold pictures.
+        settings: the fields of a config that it knows, of those that not every kind does.
     """
 
     module: str
     rest: str = ""
     extra: str = "train"
     has_images: bool = True
+    settings: tuple[str, ...] = KEYS
 
 
 # What a data set's name is or begins with. To add a kind: its module, and a row here.
 KINDS = {
-    "emoji": Kind("unclip_jax.data.emoji.builder", extra="train,emoji"),
-    "emoji_styles": Kind("unclip_jax.data.emoji.styles", extra="train,emoji"),
+    "emoji": Kind("unclip_jax.data.emoji.builder", extra="train,emoji", settings=("skin_tones",)),
+    "emoji_styles": Kind(
+        "unclip_jax.data.emoji.styles", extra="train,emoji", settings=("skin_tones",)
+    ),
     "tfds:": Kind("unclip_jax.data.tfds", "NAME"),
     "wds:": Kind("unclip_jax.data.shards.webdataset", "PATTERN"),
     "parquet:": Kind("unclip_jax.data.shards.parquet", "PATTERN", extra="train,parquet"),
-    "embeddings:": Kind("unclip_jax.data.embeddings.store", "FOLDER", has_images=False),
+    "embeddings:": Kind(
+        "unclip_jax.data.embeddings.store", "FOLDER", has_images=False, settings=("caption_key",)
+    ),
 }
 FOLDER = Kind("unclip_jax.data.folder", "PATH")  # a name without any of these, but with a slash
 
@@ -71,6 +79,8 @@ class DataConfig:
             there are several, the sub-folder it lies in, its `.cls` (wds), or what is under
             `label_key`.
         label_key: the feature (TFDS) or column (parquet) with the class.
+        bare: whether pictures without a caption count, too, with an empty one: for stages that read
+            no captions.
         cache_dir: where prepared data and the indices of shards are; "" for `$UNCLIP_JAX_CACHE`,
             else `~/.cache/unclip_jax`; for "tfds:NAME" "" is TFDS's own default.
         context_length: tokens per caption, start and end included.
@@ -90,6 +100,7 @@ class DataConfig:
     caption_key: str = "caption"
     labels: bool = False
     label_key: str = "label"
+    bare: bool = False
     cache_dir: str = ""
     context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCAB_SIZE
@@ -115,18 +126,32 @@ class DataConfig:
         if checks.count("read_threads", self.read_threads, least=0) > 1024:
             raise wrong("read_threads", self.read_threads, "0 (automatic) to 1024")
 
+    def key(self, what: str) -> str:
+        """The setting `{what}_key`; "" for the default, which stands for any usual name."""
+        name = f"{what}_key"
+        given = getattr(self, name)
+        return "" if given == type(self).__dataclass_fields__[name].default else given
+
+    def refuse(self, what: str, *fields: str) -> None:
+        """Raise UserError if a field is set that a data set, `what`, has no use for."""
+        for field in fields:
+            given, default = (getattr(of, field) for of in (self, type(self)))
+            if given not in (default, ""):
+                raise wrong(field, given, f"{default!r}", f"{what} has no such choice")
+
     @property
     def cache(self) -> pathlib.Path:
         """Where prepared data and indices are."""
         return pathlib.Path(self.cache_dir) if self.cache_dir else default_cache_dir()
 
 
-def load(config: DataConfig, *, needs_images: bool = True) -> Source:
+def load(config: DataConfig, *, needs_images: bool = True, split_field: str = "split") -> Source:
     """The source that a config names; the emoji are rendered the first time.
 
     Args:
         config: the config.
         needs_images: False if whoever asks reads no pictures: stored embeddings will do.
+        split_field: what the user knows the split by, for messages.
 
     Raises:
         UserError: there is no such data set, split, folder or feature, nothing usable in it, no
@@ -153,13 +178,13 @@ def load(config: DataConfig, *, needs_images: bool = True) -> Source:
             )
         if config.augment:
             raise wrong("augment", config.augment, f"0 for {name}, which holds no pictures")
-    source = extras.load(kind.module, kind.extra, f"name: {name!r}").open_source(config, rest)
-    logging.info(
-        "%s, split %s: %d captions of %d images (%s)",
-        source.name,
-        config.split,
-        len(source),
-        source.image_count,
-        source.fingerprint,
-    )
+    config.refuse(name, *{*KEYS, "skin_tones"} - {*kind.settings})
+    module = extras.load(kind.module, kind.extra, f"name: {name!r}")
+    try:
+        source = module.open_source(config, rest)
+    except UserError as error:
+        if not str(error).startswith("split: ") or split_field == "split":
+            raise
+        raise UserError(f"{split_field}{str(error).removeprefix('split')}") from error
+    logging.info("%s (%s)", summary(source, config.split), source.fingerprint)
     return source

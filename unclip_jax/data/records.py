@@ -6,18 +6,23 @@ skipped. Only when nothing is left is that a `UserError`.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from absl import logging
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 
 HELDOUT_FRACTION = 0.1
 SPLITS = ("train", "heldout", "all")
+MAX_CLASSES = 1_000_000
+_REASONS = 8  # that are told of what is left out
+_NUMBERED = re.compile(r"\b(line|row|entry|annotation|byte) \d+")
 NAMED = 5  # of what is skipped or cut, this many are named in warnings
 
 
@@ -26,7 +31,7 @@ class Record(TypedDict):
 
     Attributes:
         image: an image file's bytes, or decoded pixels, uint8 `[h, w, c]`.
-        caption: never empty.
+        caption: empty only where no captions are needed: `DataConfig.bare`.
         index: the pair's place in its source, from 0.
         name: the image's name in messages: a relative path, or code points.
     """
@@ -97,9 +102,42 @@ def nothing_in(split: str, of: str, more: str = "use split 'all', or more data")
     return UserError(f"split: {split!r}: none of the {of} is in it; {more}")
 
 
+def class_names(labels: Iterable[str], name: str) -> tuple[str, ...]:
+    """Classes in order of their numbers: all up to the largest where they are numbers, else sorted.
+
+    Raises:
+        UserError: a number is `MAX_CLASSES` or more; `name` says of which data.
+    """
+    met = set(labels)
+    if not all(label.isascii() and label.isdigit() for label in met):
+        return tuple(sorted(met))
+    largest = max((int(label[:20]) for label in met), default=-1)
+    if largest >= MAX_CLASSES:
+        raise wrong(f"labels: {name}: class", largest, f"numbers below {MAX_CLASSES}")
+    return tuple(str(number) for number in range(largest + 1))
+
+
+def counted(skipped: Mapping[str, str]) -> str:
+    """How many records were left out, by reason, in one line; "" for none.
+
+    The numbers of lines and bytes in a reason make no reason of their own.
+    """
+    reasons = collections.Counter(_NUMBERED.sub(r"\1 N", reason) for reason in skipped.values())
+    told = [f"{reason}: {count}" for reason, count in reasons.most_common(_REASONS)]
+    if len(reasons) > _REASONS:
+        told.append(f"and {len(reasons) - _REASONS} more reasons")
+    return f"left out {len(skipped)} ({'; '.join(told)})" if skipped else ""
+
+
+def summary(source: Source, split: str) -> str:
+    """What a data set holds, and what it left out, in a line."""
+    said = f"{source.name}, split {split}: {len(source)} pairs of {source.image_count} images"
+    return "; ".join(filter(None, (said, counted(source.skipped))))
+
+
 def warn_of_skipped(name: str, skipped: Mapping[str, str]) -> None:
-    """Name the first few records that the data set `name` left out, and say how many there are."""
+    """Name the first few records that the data set `name` left out, and count all by reason."""
     for record, reason in list(skipped.items())[:NAMED]:
         logging.warning("%s: skipped %s: %s", name, record, reason)
     if len(skipped) > NAMED:
-        logging.warning("%s: skipped %d in all", name, len(skipped))
+        logging.warning("%s: %s", name, counted(skipped))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import os
 import pathlib
 from collections.abc import Iterator
@@ -11,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from tensorflow_datasets.core import read_only_builder
 
+from unclip_jax.data import texts
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.records import BadRecord, fingerprint_of
+from unclip_jax.data.records import BadRecord, fingerprint_of, warn_of_skipped
 from unclip_jax.errors import UserError, one_line, wrong
 
 
@@ -27,7 +25,9 @@ def open_source(config: DataConfig, name: str) -> TfdsSource:
         image_key=config.image_key,
         caption_key=config.caption_key,
         captions=config.captions,
-        label_key=config.label_key if config.labels else None,
+        label_key=config.label_key if config.labels or config.key("label") else None,
+        labels=config.labels,
+        bare=config.bare,
     )
 
 
@@ -48,7 +48,9 @@ class TfdsSource:
         captions: str = "all",
         name_key: str | None = None,
         label_key: str | None = None,
+        labels: bool = True,
         classes: tuple[str, ...] = (),
+        bare: bool = False,
     ):
         """Open a data set.
 
@@ -56,35 +58,46 @@ class TfdsSource:
             builder: a `tfds.core.DatasetBuilder` whose data are prepared.
             split: a split as TFDS writes them: "train", "all", "train[:10%]".
             image_key: the feature with the image; "a/b" for a nested one, here and below.
-            caption_key: the feature with the text, or list of texts.
+            caption_key: the feature with the text, or list of texts; or with a class, whose name is
+                the caption.
             captions: "all", or "first" for one pair a record.
             name_key: a text feature that names a record in messages; else its row does.
             label_key: the feature with the class of a record, its `label`. Where there is no
-                feature `caption_key`, the class's name is the caption.
+                feature "caption", the class's name is the caption.
+            labels: whether records carry that `label`.
             classes: what that feature says of each class, if it is a text.
+            bare: whether records without a caption, or a data set without any, will do.
 
         Raises:
             UserError: the data aren't prepared for random access, or lack the split or a key.
         """
         self.name = f"tfds:{builder.info.full_name}"
         leaves = dict(_leaves(builder.info.features))
-        caption_key = label_key if label_key and caption_key not in leaves else caption_key
-        self._image_key, self._caption_key, self._name_key = image_key, caption_key, name_key
         keys = {"label_key": label_key, "image_key": image_key, "caption_key": caption_key}
+        if caption_key == "caption" and caption_key not in leaves and (label_key or bare):
+            keys["caption_key"] = caption_key = label_key if labels else None
+        self._image_key, self._caption_key, self._name_key = image_key, caption_key, name_key
+        tests = {"image_key": _is_image, "caption_key": _is_caption}
         for field, key in keys.items():
-            if key is not None and key not in leaves:
-                raise wrong(field, key, f"a feature of {self.name}: {', '.join(leaves)}")
+            fits = tests.get(field, lambda feature: True)
+            if key is not None and not (key in leaves and fits(leaves[key].feature)):
+                there = [name for name, leaf in leaves.items() if fits(leaf.feature)]
+                what = {"image_key": "pictures", "caption_key": "text"}.get(field, "features")
+                raise wrong(field, key, f"a feature of {self.name} with {what}",
+                            f"it has {', '.join(there) or f'no {what}'}")  # fmt: skip
         if leaves[image_key].several:
             raise UserError(f"image_key: {image_key!r}: {self.name} has several there; name one")
-        self._label_key, self.classes = label_key, ()
-        if label_key:
-            self.classes = classes or tuple(getattr(leaves[label_key].feature, "names", ()))
+        self._bare, self._label_key, self.classes = bare, label_key if labels else None, ()
+        if label_key and labels:
+            self.classes = classes or _names(leaves[label_key].feature)
             if not self.classes:
                 raise wrong("label_key", label_key, f"a ClassLabel of {self.name} that has names")
+        self._names = _names(leaves[caption_key].feature) if caption_key else ()
         self._rows = _open(builder, split, self.name, image_key, leaves[image_key].feature)
         self.image_count = len(self._rows)
         self.skipped: dict[str, str] = {}
-        self._pairs = self._all_pairs(captions) if leaves[caption_key].several else None
+        several = bool(caption_key) and (leaves[caption_key].several or self._lists())
+        self._pairs = self._all_pairs(captions) if several else None
         if len(self) == 0:
             raise UserError(f"split: {split!r}: {self.name} has no captioned record in it")
         self.fingerprint = self._fingerprint(builder, split)
@@ -105,21 +118,42 @@ class TfdsSource:
         label = self._label_of(example, name) if self._label_key else None
         if self._pairs is not None:
             caption = self._pairs[index][1]
-        elif self._caption_key == self._label_key:
+        elif label is not None and self._caption_key == self._label_key:
             caption = self.classes[label]
         else:
-            caption = _text(_lookup(example, self._caption_key))
-        image = _lookup(example, self._image_key)
-        if not caption:
+            caption = next(iter(self._captions(example, name)), "")
+        image = texts.lookup(example, self._image_key)
+        if not caption and not self._bare:
             raise BadRecord(f"{name}: an empty caption")
         record = {"image": image, "caption": caption, "index": index, "name": name}
         return record if label is None else record | {"label": label}
 
+    def _captions(self, example: dict, name: str) -> tuple[str, ...]:
+        """The captions of a record; `BadRecord` if they are no text."""
+        found = texts.lookup(example, self._caption_key) if self._caption_key else None
+        if self._names:  # of the classes that numbers stand for
+            numbers = np.ravel(found).tolist()
+            found = [self._names[n] for n in numbers if 0 <= n < len(self._names)]
+        try:
+            return texts.captions(found.tolist() if isinstance(found, np.ndarray) else found)
+        except texts.NotText as error:
+            if self._bare:
+                return ()
+            raise BadRecord(f"{name}: its caption is {error}") from error
+
+    def _lists(self) -> bool:
+        """Whether captions are texts that are lists of texts, going by the first record."""
+        try:
+            return bool(self.image_count) and len(self._captions(self._example(0), "")) > 1
+        except BadRecord:
+            return False
+
     def _label_of(self, example: dict, name: str) -> np.int32:
         """The number of a record's class; TFDS says -1 where it knows none."""
-        found = _lookup(example, self._label_key)
+        found = texts.lookup(example, self._label_key)
         if isinstance(found, bytes | str):
-            found = self.classes.index(text) if (text := _text(found)) in self.classes else -1
+            text = texts.one(found)
+            found = self.classes.index(text) if text in self.classes else -1
         if not 0 <= found < len(self.classes):
             raise BadRecord(f"{name}: of no known class")
         return np.int32(found)
@@ -131,26 +165,25 @@ class TfdsSource:
             raise BadRecord(f"{self.name} row {row}: can't be read ({one_line(error)})") from error
 
     def _name_of(self, example: dict, row: int) -> str:
-        return _text(example[self._name_key]) if self._name_key else f"{self.name} row {row}"
+        return texts.one(example[self._name_key]) if self._name_key else f"{self.name} row {row}"
 
     def _all_pairs(self, captions: str) -> list[tuple[int, str]]:
         pairs = []
         for row in range(self.image_count):
+            name = f"{self.name} row {row}"
             try:
                 example = self._example(row)
+                name = self._name_of(example, row)
+                found = self._captions(example, name)[: None if captions == "all" else 1]
             except BadRecord as error:
-                self._skip(f"{self.name} row {row}", str(error))
+                self.skipped[name] = str(error).removeprefix(f"{name}: ")
                 continue
-            texts = [_text(text) for text in _lookup(example, self._caption_key)]
-            texts = [text for text in texts if text][: None if captions == "all" else 1]
-            if not texts:
-                self._skip(self._name_of(example, row), "no caption")
-            pairs.extend((row, text) for text in texts)
+            if not found and not self._bare:
+                self.skipped[name] = "no caption"
+            found = found or ("",) * self._bare
+            pairs.extend((row, text) for text in found)
+        warn_of_skipped(self.name, self.skipped)
         return pairs
-
-    def _skip(self, name: str, reason: str) -> None:
-        self.skipped[name] = reason
-        logging.warning("%s: skipped %s: %s", self.name, name, reason)
 
     def _fingerprint(self, builder: Any, split: str) -> str:
         """Of each pair where all are known, else of what TFDS says of the data."""
@@ -196,7 +229,7 @@ def _open(builder: Any, split: str, name: str, image_key: str, image: Any) -> An
     decoders = None
     if isinstance(image, tfds.features.Image):
         decoders = tfds.decode.SkipDecoding()
-        for part in reversed(image_key.split("/")):
+        for part in reversed(_path(builder.info.features, image_key)):
             decoders = {part: decoders}
     anew = f"delete {builder.data_dir} to prepare it anew"
     if not builder.info.splits:
@@ -218,6 +251,18 @@ def _open(builder: Any, split: str, name: str, image_key: str, image: Any) -> An
         raise wrong("split", split, f"one that {name} has: {there}", one_line(error)) from error
 
 
+def _path(features: Any, key: str) -> list[str]:
+    """The names of nested features that "a/b" is made of: a name may hold a slash itself."""
+    if key in features:
+        return [key]
+    for head in features:
+        inner = getattr(features[head], "feature", features[head])
+        rest = key.removeprefix(f"{head}/")
+        if rest != key and hasattr(inner, "items") and (below := _path(inner, rest)):
+            return [head, *below]
+    return []
+
+
 class _Leaf(NamedTuple):
     feature: Any
     several: bool  # whether it is a list, or lies inside one
@@ -234,12 +279,23 @@ def _leaves(features: Any, prefix: str = "", several: bool = False) -> Iterator[
             yield f"{prefix}{key}", leaf
 
 
-def _lookup(example: dict, key: str) -> Any:
-    """What an example has at "a/b"."""
-    return functools.reduce(operator.getitem, key.split("/"), example)
+def _names(feature: Any) -> tuple[str, ...]:
+    """The names of the classes that a feature's numbers stand for; () for any other."""
+    return tuple(getattr(feature, "names", None) or ())
 
 
-def _text(value: Any) -> str:
-    """A TFDS text, which comes as bytes."""
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return text.strip()
+def _is_caption(feature: Any) -> bool:
+    """Whether a feature holds text, or classes that have names."""
+    is_text = isinstance(feature, tfds.features.Text) or (
+        isinstance(feature, tfds.features.Tensor)
+        and feature.np_dtype in (object, np.str_, np.bytes_)
+    )
+    return is_text or bool(_names(feature))
+
+
+def _is_image(feature: Any) -> bool:
+    """Whether a feature holds pictures: as files, or as arrays of bytes or of 16 bits."""
+    if isinstance(feature, tfds.features.Image):
+        return True
+    is_array = isinstance(feature, tfds.features.Tensor) and len(feature.shape) in (2, 3)
+    return is_array and feature.np_dtype in (np.uint8, np.uint16)

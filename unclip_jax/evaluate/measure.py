@@ -135,7 +135,8 @@ def evaluate(
         data, split=heldout_split, labels=settings.class_pictures > 0, **_seen_by(measurer.judge)
     )
     datasets.load(real_data)  # a split that is not there is told before anything is measured
-    heldout = dataclasses.replace(measurer, network=measurer.clip).read(heldout_data)
+    by_clip = dataclasses.replace(measurer, network=measurer.clip)
+    heldout = by_clip.read(heldout_data, "heldout_split")
     if settings.class_pictures and (count := len(set(heldout.source.classes))) < 2:
         raise UserError(
             f"--class_pictures: {heldout.source.name} has {count} class,"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
-from unclip_jax.data.records import Source
+from unclip_jax.data.records import Source, summary
 from unclip_jax.evaluate.features import OWN_CLIP, FeatureNetwork, of_clip
 from unclip_jax.metrics.retrieval import digests
 from unclip_jax.metrics.vectors import Vectors
@@ -121,10 +122,12 @@ class Measurer:
                 bar.update(count)
         return _join(parts), np.concatenate(kept)
 
-    def read(self, config: datasets.DataConfig) -> Real:
+    def read(self, config: datasets.DataConfig, split_field: str = "split") -> Real:
         """Every readable picture of a split, with its first caption."""
         config = dataclasses.replace(config, captions="first", cache_bytes=0)
-        source, parts, index, labels, alike = datasets.load(config), [], [], [], []
+        source = datasets.load(config, split_field=split_field)
+        print(f"data: {summary(source, config.split)}", file=sys.stderr)
+        parts, index, labels, alike = [], [], [], []
         how = {"shuffle": False, "epochs": 1, "drop_remainder": False}
         stream = batches.batches(source, config, seed=0, batch_size=self.batch_size, **how)
         with _bar(f"real pictures, {config.split}", len(source)) as bar:

@@ -158,6 +158,11 @@ class Stage:
         """The entries of a batch that `loss` reads."""
         return frozenset(self.batch_spec(1))
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether `loss` reads captions in any form; else pictures without one will do."""
+        return self.reads_states or not self.reads.isdisjoint(("tokens", "text_states", "z_t"))
+
     def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of so many rows that `loss` reads."""
         fields = {**self.learns, **self.conditions}

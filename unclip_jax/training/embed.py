@@ -16,6 +16,7 @@ See docs/data.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from unclip_jax.data.embeddings.writer import (
     default_shards,
     missing_shards,
 )
+from unclip_jax.data.records import summary
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed
 from unclip_jax.stages.pixels import to_float
@@ -56,6 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--captions", default="all", choices=("all", "first"), help="of an image (default all)")
     add("--image_key", default="image", metavar="KEY", help="as config.data.image_key")
     add("--caption_key", default="caption", metavar="KEY", help="as config.data.caption_key")
+    add("--bare", action="store_true",
+        help="pictures without captions too, for decoders that read none")  # fmt: skip
     add("--skin_tones", action="store_true", help="as config.data.skin_tones")
     add("--cache_dir", default="", metavar="DIR", help="as config.data.cache_dir")
     add("--out", required=True, metavar="FOLDER", help="a path, or a URL such as gs://bucket/name")
@@ -120,7 +124,9 @@ def main(argv: list[str]) -> None:
     fields = ("split", "captions", "skin_tones", "image_key", "caption_key", "cache_dir")
     given = {name: getattr(args, name) for name in fields}
     data = data_for(clip.stage, datasets.DataConfig(name=args.data, **given))
+    data = dataclasses.replace(data, bare=args.bare)
     source = datasets.load(data)
+    print(f"data: {summary(source, data.split)}", flush=True)
     shards = default_shards(len(source)) if args.shards is None else args.shards
     meta = meta_of(clip, source, dtype=args.dtype, shards=shards)
     index, count = jax.process_index(), jax.process_count()

@@ -18,20 +18,23 @@ from unclip_jax.common.files import default_cache_dir
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.embeddings import store as embeddings
 from unclip_jax.data.embeddings import writer
+from unclip_jax.data.embeddings.retrieval import RetrievalStore
 from unclip_jax.data.embeddings.shards import Meta
 from unclip_jax.data.records import BadRecord, Source
 from unclip_jax.errors import UserError
 from unclip_jax.stages.clip import encode_image, encode_text
+from unclip_jax.stages.normalisation import cosine
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import Part, clip_fingerprint, load_part, tokenizer
 
 EMBED_BATCH = 64
 GLANCE, GLANCES = 256, 8  # pairs looked at for repeated captions, and in how many places
+COMPARED, SAME_CLIP = 64, 0.95  # pairs of unknown origin compared with a CLIP; the least cosine
 
 
 def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
-    """The data's settings with what follows from the stage: size, fit, vocabulary, labels."""
+    """The data's settings with what follows from the stage: sizes, labels, if captions count."""
     length, vocab_size = stage.context
     follows = {
         "image_size": stage.image_size,
@@ -40,7 +43,13 @@ def data_for(stage: stages.Stage, data: datasets.DataConfig) -> datasets.DataCon
         "vocab_size": vocab_size,
         "labels": "label" in stage.reads,
     }
-    return dataclasses.replace(data, **{name: value for name, value in follows.items() if value})
+    follows = {name: value for name, value in follows.items() if value}
+    return dataclasses.replace(data, **follows, bare=not stage.reads_captions)
+
+
+def seen_by(clip: stages.Stage, data: datasets.DataConfig) -> datasets.DataConfig:
+    """The same pairs as another stage reads, in the size and the tokens of a CLIP."""
+    return dataclasses.replace(data_for(clip, data), bare=data.bare)
 
 
 def check_classes(stage: stages.Stage, source: Source, trained: Mapping[str, Any] | None) -> None:
@@ -173,11 +182,33 @@ def with_embeddings(
     of_clip = {n: getattr(meta, n) for n in ("clip_fingerprint", "unit_embeddings", "width")}
     if isinstance(source, embeddings.EmbeddingSource):
         source.store.check(**of_clip)
+        if isinstance(source.store, RetrievalStore):
+            check_made_by(clip, source)
         return source
     cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
     folder = stored or cached_embeddings(data, clip, meta, cache / "embeddings")
     store = embeddings.EmbeddingStore.open(folder, cache_dir=cache, **of_clip)
     return embeddings.WithEmbeddings(source, store)
+
+
+def check_made_by(clip: Part, source: embeddings.EmbeddingSource) -> None:
+    """Raise UserError unless the CLIP makes the stored z_t of the first captions."""
+    pairs = []
+    for index in range(min(len(source), COMPARED)):
+        with contextlib.suppress(BadRecord):
+            pairs.append(source[index])
+    if not pairs:
+        raise UserError(f"config.data.name: {source.name}: its first {COMPARED} pairs are all bad")
+    tokens = tokenizer(clip).encode([pair["caption"] for pair in pairs])
+    z_t = np.asarray(encode_text(clip.stage, clip.params, tokens), np.float32)
+    stored = np.stack([pair["z_t"] for pair in pairs])
+    near = float(np.median(cosine(z_t, stored)))
+    if near < SAME_CLIP:
+        raise UserError(
+            f"config.clip: its z_t of the first {len(pairs)} captions of {source.name} have cosine"
+            f" {near:.3f} with those stored, expected {SAME_CLIP} or more; give the CLIP that made"
+            " them"
+        )
 
 
 def meta_of(clip: Part, source: Source, **stored: Any) -> Meta:
@@ -203,7 +234,7 @@ def cached_embeddings(data: datasets.DataConfig, clip: Part, meta: Meta, cache: 
         folder = folder.with_name(f"{folder.name}-own-tokens")
     if folder.exists():
         return folder
-    seen = data_for(clip.stage, data)
+    seen = seen_by(clip.stage, data)
 
     def encode(images: np.ndarray, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
         z_i = encode_image(clip.stage, clip.params, images)

@@ -18,7 +18,7 @@ from unclip_jax.common import checks
 from unclip_jax.common import config as settings
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.batches import Batches, TextEncoder
-from unclip_jax.data.records import Source
+from unclip_jax.data.records import Source, summary
 from unclip_jax.data.tokenizer import Encoder, FileTokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
@@ -43,8 +43,8 @@ from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import clip_fingerprint
 
-# Of the data's settings, those that change no batch.
-MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads")
+# Of the data's settings, those that change no batch or follow from the stage.
+MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads", "bare")
 STATE_COPIES = 4  # of the params: themselves, their average, two moments
 
 
@@ -146,7 +146,11 @@ def prepare(config: Mapping[str, Any]) -> Run:
     if isinstance(stage.loss, JointLoss):
         warn_of_repeats(source)
     heldout_data = dataclasses.replace(data, split=given.heldout_split, captions="first")
-    heldout = datasets.load(heldout_data, needs_images=needs_images)
+    heldout = datasets.load(
+        heldout_data, needs_images=needs_images, split_field="config.heldout_split"
+    )
+    for name, one in ((data.split, source), (given.heldout_split, heldout)):
+        print(f"data: {summary(one, name)}", flush=True)
     description = describe(given, stage, source, origin)
     if trained and "tokenizer" in trained:  # a CLIP's own
         description["tokenizer"] = trained["tokenizer"]

@@ -18,6 +18,7 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.embeddings import retrieval
 from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import (
     FIRST,
@@ -72,9 +73,13 @@ class EmbeddingStore:
         folder = Folder(where, cache_dir)
         names = folder.names()
         if META not in names:
-            raise UserError(
-                f"embeddings: {folder}: no stored embeddings; compute them with unclip embed"
-            )
+            what = "no stored embeddings; compute them with unclip embed"
+            if names & set(retrieval.FOLDERS):
+                what = (
+                    "clip-retrieval's layout, which doesn't say of which pictures it is; only"
+                    f" --config.data.name=embeddings:{folder} reads it; for others use unclip embed"
+                )
+            raise UserError(f"embeddings: {folder}: {what}")
         meta = Meta.from_json(folder.read_text(META), str(folder))
         store = cls(folder, meta)
         store.check(**expected)
@@ -212,7 +217,7 @@ class EmbeddingSource:
     They hold `caption`, `z_i`, `z_t` and, where those that are stored fit, `tokens`. The SHA-256 of
     its name decides an image's split, as `records.is_heldout` says: a store of a whole folder has
     the folder's own splits. See `records.Source` for the attributes; besides, `store` is the
-    `EmbeddingStore`.
+    `EmbeddingStore`, or a `retrieval.RetrievalStore`.
     """
 
     classes: tuple[str, ...] = ()
@@ -231,7 +236,12 @@ class EmbeddingSource:
         """
         split, captions = checks.choice("split", config.split, SPLITS), config.captions
         self.name = f"embeddings:{where}"
-        self.store = EmbeddingStore.open(where, cache_dir=config.cache)
+        if retrieval.is_layout(where, config.cache):
+            key = config.key("caption")
+            self.store = retrieval.RetrievalStore(where, config.cache, key)
+        else:
+            config.refuse(f"{self.name}, which `unclip embed` made,", "caption_key")
+            self.store = EmbeddingStore.open(where, cache_dir=config.cache)
         self.skipped: dict[str, str] = {}
         meta, flags = self.store.meta, self.store.flags
         self._among = np.ones(len(flags), bool)

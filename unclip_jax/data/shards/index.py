@@ -27,7 +27,7 @@ from unclip_jax.data.records import is_heldout
 from unclip_jax.data.shards.storage import StorageError, StoredFile
 from unclip_jax.errors import UserError
 
-FORMAT = 1  # of the file; raised when its layout or what is put in it changes
+FORMAT = 2  # of the file; raised when its layout or what is put in it changes
 _INDEXED_AT_ONCE = 8
 _HELDOUT, _TEXT = 2, 4  # columns of `images`
 
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
     Attributes:
         key: its name, which decides its split.
-        captions: its texts, none empty.
+        captions: its texts; one, and empty, where it has none and none is needed.
         place: where the image is, as the shard's format counts.
         size: of the image in bytes, or of what it is stored with.
         label: its class; "" where classes weren't asked for.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,10 +18,12 @@ import numpy as np
 from absl import logging
 
 from unclip_jax.common import extras
+from unclip_jax.data import texts
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.memory import Budget
 from unclip_jax.data.records import BadRecord
 from unclip_jax.data.shards.index import Sample
-from unclip_jax.data.shards.source import ShardedSource, named
+from unclip_jax.data.shards.source import ShardedSource
 from unclip_jax.data.shards.storage import StoredFile
 from unclip_jax.errors import UserError, one_line, wrong
 
@@ -28,9 +31,10 @@ IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTIONS = ("caption", "text", "TEXT")
 _ADDRESSES = ("url", "URL")
 _STATUS = frozenset({"key", "url", "status"})  # columns of img2dataset, which keeps failures too
-_SUCCESS = b"success"
+_SUCCESS = "success"
 _OPEN_FILES = 256
 _KEPT = 2**28  # bytes of decoded row groups
+_DECODED_AT_ONCE = 2**30  # bytes of images in the row groups that threads decode
 _LARGE_GROUP = 2**26  # bytes of images in a row group, from where random order is slow
 _MAX_GROUP = 2**32
 
@@ -46,12 +50,12 @@ class ParquetShards:
     def __init__(self, config: DataConfig):
         """What a config says of the columns; the image's holds bytes, or a struct with "bytes"."""
         self._parquet = extras.load("pyarrow.parquet", "parquet", "name: reading parquet")
-        self._image = named(config.image_key, "image")
-        self._caption = named(config.caption_key, "caption")
+        self._image, self._caption = config.key("image"), config.key("caption")
         self._label = config.label_key if config.labels else ""
-        self.settings = ["parquet", self._image, self._caption, self._label]
+        self._asked, self._bare = config.key("label"), config.bare
+        self.settings = ["parquet", self._image, self._caption, self._label, self._bare]
         self._open = functools.lru_cache(_OPEN_FILES)(self._opening)
-        self._groups = _Recent(_KEPT)
+        self._groups, self._decoding = _Recent(_KEPT), Budget(_DECODED_AT_ONCE)
         self._warned = False
 
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
@@ -102,11 +106,19 @@ class ParquetShards:
         parquet = self._parquet.ParquetFile(file.open())
         schema = parquet.schema_arrow
         image = _image_column(schema, self._image, file)
+        if self._asked:  # refused even where no classes are read
+            _column(schema, self._asked, (), "label_key", file)
         label = _column(schema, self._label, (), "label_key", file) if self._label else None
-        caption = _column(schema, self._caption, CAPTIONS, "caption_key", file, label is None)
-        named = "key" if "key" in schema.names else None
-        status = "status" if set(schema.names) >= _STATUS else None
-        wanted = [name for name in (caption, label, named, status) if name]
+        required = label is None and not self._bare
+        caption = _column(schema, self._caption, CAPTIONS, "caption_key", file, required)
+        if caption:
+            _check_text(schema, caption, file)
+        wanted = {"caption": caption, "label": label}
+        wanted["key"] = "key" if "key" in schema.names else None
+        wanted["status"] = "status" if set(schema.names) >= _STATUS else None
+        wanted = {role: path for role, path in wanted.items() if path}
+        tops = list(dict.fromkeys(_top(schema, path) for path in wanted.values()))
+        names = _class_names(schema, label) if label else ()
         row = 0
         for group in range(parquet.num_row_groups):
             size = _image_bytes(parquet.metadata.row_group(group), image)
@@ -115,23 +127,43 @@ class ParquetShards:
                     f"name: {file.url}: {size} bytes in a row group, more than {_MAX_GROUP}; write "
                     "smaller ones (row_group_size=100)"
                 )
-            table = parquet.read_row_group(group, wanted, use_threads=False)
-            values = {name: _values(table[name]) for name in wanted}
+            table = parquet.read_row_group(group, tops, use_threads=False)
+            values = {role: _values(table, schema, path, role) for role, path in wanted.items()}
             for at in range(len(table)):
-                told = values[status][at] if status else _SUCCESS
-                class_name = _text(values[label][at]) if label else ""
-                captions = _texts(values[caption][at]) if caption else ()
-                captions = captions or ((class_name,) if class_name else ())
-                if told != _SUCCESS:
-                    skipped[f"row {row}"] = f"not downloaded ({_text(told)})"
-                elif label and not class_name:
-                    skipped[f"row {row}"] = f"nothing under {label!r}"
-                elif not captions:
-                    skipped[f"row {row}"] = f"nothing under {caption!r}"
-                else:
-                    key = _text(values[named][at]) if named else ""
-                    yield Sample(key or f"{file.name}#{row}", captions, row, size, class_name)
+                told = {role: column[at] for role, column in values.items()}
+                try:
+                    key = _text(told.get("key")) or f"{file.name}#{row}"
+                    captions = self._captions(told, wanted, names)
+                    yield Sample(key, captions, row, size, _text(told.get("label")))
+                except texts.NotText as error:
+                    skipped[f"row {row}"] = str(error)
                 row += 1
+
+    def _captions(
+        self, told: dict[str, Any], wanted: dict[str, str], names: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """The captions of a row; `NotText` says why it can't be used."""
+        if (status := _text(told.get("status", _SUCCESS))) != _SUCCESS:
+            raise texts.NotText(f"not downloaded ({status})")
+        label = _text(told.get("label"))
+        if names:  # which number the classes
+            label = names[int(label)] if label.isdigit() and int(label) < len(names) else ""
+        if "label" in wanted and not label:
+            raise texts.NotText(f"nothing under {wanted['label']!r}")
+        try:
+            found = texts.captions(told.get("caption"))
+        except texts.NotText:
+            if not self._bare:
+                raise
+            found = ()
+        if not (found or label or self._bare):
+            raise texts.NotText(f"nothing under {wanted['caption']!r}")
+        return found or (label,)
+
+    def class_names(self, file: StoredFile) -> tuple[str, ...]:
+        """What Hugging Face's datasets say that the numbers of the label mean; () if nothing."""
+        schema = self._parquet.ParquetFile(file.open()).schema_arrow
+        return _class_names(schema, self._label)
 
     def _opening(self, file: StoredFile) -> tuple[Any, str, np.ndarray]:
         """Metadata, the column of images, and where each row group ends."""
@@ -153,7 +185,8 @@ class ParquetShards:
     def _decode(self, file: StoredFile, metadata: Any, column: str, group: int) -> Any:
         """The images of a row group. Each has a file object of its own: threads share none."""
         parquet = self._parquet.ParquetFile(file.open(), metadata=metadata)
-        return parquet.read_row_group(group, [column], use_threads=False).column(0)
+        with self._decoding.holding(_image_bytes(metadata.row_group(group), column)):
+            return parquet.read_row_group(group, [column], use_threads=False).column(0)
 
 
 class _Recent:
@@ -195,7 +228,7 @@ def _column(
 ) -> str | None:
     """The column a key names, or the first of the usual ones; None if none is required."""
     there = ", ".join(schema.names)[:300]
-    if key and key not in schema.names:
+    if key and _type_of(schema, key) is None:
         raise wrong(field, key, f"a column of {file.url}: {there}")
     found = key or next((name for name in usual if name in schema.names), None)
     if found is None and required:
@@ -233,24 +266,111 @@ def _image_bytes(group: Any, column: str) -> int:
     return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
 
 
-def _values(column: Any) -> list[Any]:
+def _top(schema: Any, path: str) -> str:
+    """The column that "a/b" lies in: the whole name first."""
+    return path if path in schema.names else path.partition("/")[0]
+
+
+def _type_of(schema: Any, path: str) -> Any:
+    """The Arrow type of what lies at "a/b", in lists or not; None if nothing does."""
+    top = _top(schema, path)
+    if top not in schema.names:
+        return None
+    kind, rest = schema.field(top).type, path[len(top) + 1 :]
+    for part in rest.split("/") if rest else ():
+        kind = _item(kind)
+        at = kind.get_field_index(part) if hasattr(kind, "get_field_index") else -1
+        if at < 0:
+            return None
+        kind = kind.field(at).type
+    return kind
+
+
+def _item(kind: Any) -> Any:
+    """The type of what a list or a dictionary holds; any other as it is."""
+    import pyarrow as pa
+
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return kind.value_type if is_list or pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    kind = _item(_item(kind))
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
+
+
+def _text_paths(kind: Any, path: str) -> list[str]:
+    """Where in a column there is text."""
+    inner = _item(kind)
+    if _is_text(kind):
+        return [path]
+    if not hasattr(inner, "get_field_index"):
+        return []
+    fields = (inner.field(at) for at in range(inner.num_fields))
+    return [p for field in fields for p in _text_paths(field.type, f"{path}/{field.name}")]
+
+
+def _check_text(schema: Any, caption: str, file: StoredFile) -> None:
+    """Raise UserError unless a caption's column holds text, or numbers of classes with names."""
+    import pyarrow as pa
+
+    kind = _type_of(schema, caption)
+    inner = _item(kind)
+    if (
+        _is_text(kind)
+        or any(test(inner) for test in (pa.types.is_binary, pa.types.is_large_binary))
+        or pa.types.is_null(kind)
+        or _class_names(schema, caption)
+    ):
+        return
+    there = [p for name in schema.names for p in _text_paths(schema.field(name).type, name)]
+    there += [name for name in schema.names if _class_names(schema, name)]
+    raise wrong(
+        "caption_key", caption, f"text, which {kind} is not; {file.url} has {texts.offered(there)}"
+    )
+
+
+def _class_names(schema: Any, column: str) -> tuple[str, ...]:
+    """What Hugging Face's datasets say that a column's numbers mean; () if nothing."""
+    try:
+        said = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(map(str, said["info"]["features"][column]["names"]))
+    except (KeyError, ValueError, TypeError):
+        return ()
+
+
+def _values(table: Any, schema: Any, path: str, role: str) -> list[Any]:
     """What a column holds; texts as bytes, since what should be UTF-8 may be something else."""
     import pyarrow as pa
 
-    kind, many = column.type, pa.types.is_list(column.type)
-    if pa.types.is_string(kind.value_type if many else kind):
+    top = _top(schema, path)
+    column = table[top]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if path != top:
+        return [_inside(item, path[len(top) + 1 :]) for item in column]
+    many = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if _is_text(column.type):
         column = column.cast(pa.list_(pa.binary()) if many else pa.binary())
-    return column.to_pylist()
+    found = column.to_pylist()
+    if role == "caption" and (names := _class_names(schema, path)):
+        return [names[n] if n is not None and 0 <= n < len(names) else None for n in found]
+    return found
+
+
+def _inside(item: Any, path: str) -> Any:
+    """What lies at "a/b" in an Arrow value."""
+    try:
+        return texts.lookup(item.as_py(), path)
+    except KeyError:
+        return None
+    except UnicodeDecodeError:
+        return b"\xff"  # which is not UTF-8 either
 
 
 def _text(found: Any) -> str:
-    """A value as text, bytes that are no UTF-8 replaced; "" for none."""
-    if isinstance(found, bytes):
-        return found.decode("utf-8", "replace").strip()
-    return "" if found is None else str(found).strip()
-
-
-def _texts(found: Any) -> tuple[str, ...]:
-    """The captions that a value is: those that are texts, and not empty."""
-    texts = found if isinstance(found, list) else [found]
-    return tuple(text for t in texts if isinstance(t, str | bytes) and (text := _text(t)))
+    """A value as text; "" for none. `NotText` where it is not UTF-8."""
+    return texts.one(found if found is None or isinstance(found, bytes) else str(found))

@@ -10,12 +10,18 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.records import SPLITS, BadRecord, fingerprint_of, nothing_in, warn_of_skipped
+from unclip_jax.data.records import (
+    SPLITS,
+    BadRecord,
+    class_names,
+    fingerprint_of,
+    nothing_in,
+    warn_of_skipped,
+)
 from unclip_jax.data.shards.index import Format, ShardIndex, indexed, shown
 from unclip_jax.data.shards.storage import StorageError, find
-from unclip_jax.errors import UserError, wrong
+from unclip_jax.errors import UserError
 
-MAX_CLASSES = 1_000_000
 _OPEN_INDICES = 512
 
 
@@ -46,8 +52,13 @@ class ShardedSource:
         self._part = functools.lru_cache(_OPEN_INDICES)(self._open)
         headers = [ShardIndex.open(path).header for path in self._indices]
         self.skipped = self._named_skipped(headers)
-        self.classes = _all_classes(headers, name) if config.labels else ()
-        self._numbers = {label: number for number, label in enumerate(self.classes)}
+        self.classes = ()
+        if config.labels:
+            met = {label for header in headers for label in header["classes"]}
+            told = getattr(form, "class_names", lambda file: ())(self._files[0])
+            self.classes = told or class_names(met, name)
+            labels = map(str, range(len(told))) if told else self.classes
+            self._numbers = {label: number for number, label in enumerate(labels)}
         counts = np.array([header["counts"][split] for header in headers]).reshape(-1, 2)
         self._image_ends = np.cumsum(counts[:, 0])
         self._pair_ends = np.cumsum(counts[:, 0 if self._first_only else 1])
@@ -128,19 +139,3 @@ class _Part(NamedTuple):
     def image_of(self, pair: int) -> int:
         """The place in `images` of a pair of this part."""
         return int(np.searchsorted(self.pair_ends, pair, "right"))
-
-
-def _all_classes(headers: Sequence[dict[str, Any]], name: str) -> tuple[str, ...]:
-    """The classes of all shards: the numbers up to the largest, or names in order."""
-    met = {label for header in headers for label in header["classes"]}
-    if not all(label.isascii() and label.isdigit() for label in met):
-        return tuple(sorted(met))
-    largest = max((int(label[:20]) for label in met), default=-1)
-    if largest >= MAX_CLASSES:
-        raise wrong(f"labels: {name}: class", largest, f"numbers below {MAX_CLASSES}")
-    return tuple(str(number) for number in range(largest + 1))
-
-
-def named(key: str, default: str) -> str:
-    """A key that a config names; "" for the default, which stands for any usual name in shards."""
-    return "" if key == default else key

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
+_READ = 2**16  # bytes looked at together behind the end mark
 _MAX_LONG_NAME = 2**20  # bytes of a pax header or a long name
 _WITHOUT_DATA = b"123456V"  # links, devices, folders, pipes, volume labels
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -45,7 +46,8 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
         size: of the tar, in bytes.
 
     Raises:
-        Damaged: the tar ends early or turns into something else.
+        Damaged: the tar ends early, without an end mark or before its last byte, or turns into
+            something else.
     """
     if size < BLOCK:
         raise Damaged(f"only {size} bytes", 0)
@@ -54,7 +56,8 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
         if offset + BLOCK > size:
             raise Damaged("ends inside a header", offset)
         header = read(offset, offset + BLOCK)
-        if not any(header):  # the end, as most writers mark it
+        if not any(header):
+            _check_rest(read, offset + BLOCK, size)
             return
         kind, name, length = _parsed(header, offset)
         data = offset + BLOCK
@@ -76,6 +79,15 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
                 yield Member(_text(name), data, length)
             named = {}
         offset = data + -(-length // BLOCK) * BLOCK
+    raise Damaged("ends without an end mark, so it may be cut short", offset)
+
+
+def _check_rest(read: Callable[[int, int], bytes], start: int, size: int) -> None:
+    """Raise Damaged unless all bytes behind the end mark are zeros, of which there may be some."""
+    for offset in range(start, size, _READ):
+        if any(read(offset, min(offset + _READ, size))):
+            rest = size - start
+            raise Damaged(f"{rest} bytes follow its end mark, perhaps another archive,", start)
 
 
 def _parsed(header: bytes, offset: int) -> tuple[bytes, bytes, int]:

@@ -1,25 +1,28 @@
 """Webdataset's tar shards, read in any order.
 
 A sample is a run of members that share a key: their path up to the first dot of the file's name.
-What follows says what a member is: an image by its usual suffix; `.txt`, the caption; `.json`, with
-the caption under "caption" or "text"; `.cls`, the class.
+What follows says what a member is: an image by its usual suffix, or by its bytes; `.txt`, the
+caption; `.json`, with the caption under "caption" or "text"; `.cls`, the class.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
 
+from unclip_jax.data import images, texts
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.shards import tar
 from unclip_jax.data.shards.index import Sample, shown
-from unclip_jax.data.shards.source import ShardedSource, named
+from unclip_jax.data.shards.source import ShardedSource
 from unclip_jax.data.shards.storage import StoredFile, is_remote
 from unclip_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
-CAPTION_FIELDS = ("caption", "text")
+CAPTION_FIELDS = ("caption", "text", "captions", "texts")
+_NO_IMAGES = ("txt", "json", "cls", "npy", "pyd", "pth", "url", "mp4", "wav", "flac")
 _MAX_TEXT = 2**24  # bytes of a caption, a class or a .json
 _MAX_LABEL = 200  # characters
 _BLOCK_LOCAL, _BLOCK_REMOTE = 2**16, 2**22  # bytes: the headers lie between the images
@@ -34,15 +37,18 @@ class TarShards:
     """The format of webdataset's shards; see `index.Format`."""
 
     def __init__(self, config: DataConfig):
-        """What a config says of the image's suffix, the `.json`'s field of captions, and `.cls`."""
-        image_key = named(config.image_key, "image")
-        caption_key, labels = named(config.caption_key, "caption"), config.labels
-        self.settings = ["webdataset", image_key, caption_key, labels]
-        self._images = (image_key,) if image_key else IMAGES
-        self._caption_fields = (caption_key,) if caption_key else CAPTION_FIELDS
-        texts = ("json",) if caption_key else ("txt", "json")
-        self._texts = (*texts, "cls") if labels else texts
-        self._labels = labels
+        """What a config says of the image's suffix, the caption and the class.
+
+        The keys of those name a member by its suffix, or a field of the `.json`.
+        """
+        image, self._caption, self._label = map(config.key, ("image", "caption", "label"))
+        self._labels, self._bare = config.labels, config.bare
+        self.settings = ["webdataset", image, self._caption, self._label, self._labels, self._bare]
+        self._images = (image.lower().lstrip("."),) if image else IMAGES
+        self._sniffed = not image
+        keys = {key.lower().lstrip(".") for key in (self._caption, self._label) if key}
+        self._texts = keys | {"json"} | (set() if self._caption else {"txt"})
+        self._texts |= {"cls"} if self._labels and not self._label else set()
 
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
         """The captioned images of a shard, from one pass over its headers and texts.
@@ -64,6 +70,9 @@ class TarShards:
                 sample.members[suffix] = member
                 if suffix in self._texts and member.size <= _MAX_TEXT:
                     sample.texts[suffix] = read(member.offset, member.offset + member.size)
+                elif self._sniffed and suffix not in (*IMAGES, *_NO_IMAGES) and "." not in suffix:
+                    head = read(member.offset, member.offset + min(images.HEAD, member.size))
+                    sample.pictures += [member] * images.is_picture(head)
         except tar.Damaged as error:
             if not error.offset:
                 raise UserError(
@@ -80,39 +89,69 @@ class TarShards:
     def _finished(self, sample: _Parts, skipped: dict[str, str]) -> Iterator[Sample]:
         if not sample.key:
             return
-        label = sample.text("cls") if self._labels else ""
-        image = next((m for s in self._images if (m := sample.members.get(s))), None)
-        captions = self._captions(sample) or ((label,) if label else ())
-        if reason := self._fault(sample, image, captions, label):
-            skipped[f"{shown(sample.key)} (byte {sample.offset})"] = reason
+        known = (m for s in self._images if (m := sample.members.get(s)))
+        image = next(known, next(iter(sample.pictures), None))
+        try:
+            label = self._label_of(sample) if self._labels else ""
+            captions = self._captions(sample, label)
+            if reason := self._fault(sample, image, label):
+                raise texts.NotText(reason)
+        except texts.NotText as error:
+            skipped[f"{shown(sample.key)} (byte {sample.offset})"] = str(error)
         else:
             yield Sample(sample.key, captions, image.offset, image.size, label)
 
-    def _fault(
-        self, sample: _Parts, image: tar.Member | None, captions: tuple[str, ...], label: str
-    ) -> str:
+    def _fault(self, sample: _Parts, image: tar.Member | None, label: str) -> str:
         """Why a sample can't be used; "" if it can."""
-        there = shown(", ".join(f".{suffix}" for suffix in sample.members))
         if image is None:
-            return f"no image among {there}"
+            dotted = any("." in suffix for suffix in sample.members)
+            why = " (a key ends at its first dot; image_key may name what is behind)" * dotted
+            return f"no image among {sample.there}{why}"
         if not image.size:
             return "an image of 0 bytes"
         if self._labels and not 0 < len(label) <= _MAX_LABEL:
-            return f"no .cls among {there}" if not label else "a class that is a long text"
-        return "" if captions else f"no caption in {there}"
+            what = repr(self._label) if self._label else ".cls"
+            return f"no {what} among {sample.there}" if not label else "a class that is a long text"
+        return ""
 
-    def _captions(self, sample: _Parts) -> tuple[str, ...]:
-        if "txt" in self._texts and (text := sample.text("txt")):
-            return (text,)
+    def _label_of(self, sample: _Parts) -> str:
+        """The class, a text or a number; "" for none."""
         try:
-            fields = json.loads(sample.texts.get("json", b"{}"))
-        except (ValueError, RecursionError):
-            return ()
-        found: Any = None
-        for field in self._caption_fields if isinstance(fields, dict) else ():
-            found = fields.get(field) if found is None else found
-        texts = found if isinstance(found, list) else [found]
-        return tuple(t.strip() for t in texts if isinstance(t, str) and t.strip())
+            found = self._under(sample, self._label) if self._label else sample.text("cls")
+        except KeyError:
+            return ""
+        return str(found).strip() if isinstance(found, str | int) else ""
+
+    def _captions(self, sample: _Parts, label: str) -> tuple[str, ...]:
+        """Its captions; `NotText` says why there are none."""
+        try:
+            captions = self._written(sample)
+        except texts.NotText:
+            if not self._bare:
+                raise
+            captions = ()
+        if captions or label or self._bare:
+            return captions or (label,)
+        offers = texts.text_fields(sample.fields)
+        has = f"; its .json has {texts.offered(offers)}" if offers else ""
+        named = f"no {self._caption!r}, the caption_key," if self._caption else "no caption"
+        raise texts.NotText(f"{named} in {sample.there}{has}")
+
+    def _written(self, sample: _Parts) -> tuple[str, ...]:
+        if self._caption:
+            try:
+                return texts.captions(self._under(sample, self._caption))
+            except KeyError:
+                return ()
+        if captions := texts.captions(sample.text("txt")):
+            return captions
+        field = texts.field_of(sample.fields, CAPTION_FIELDS)
+        return texts.captions(sample.fields[field]) if field else ()
+
+    def _under(self, sample: _Parts, key: str) -> Any:
+        """What a key names: a member's text, or a field of the `.json`."""
+        suffix = key.lower().lstrip(".")
+        return sample.text(suffix) if suffix in sample.texts else texts.lookup(sample.fields, key)
 
 
 class _Parts:
@@ -122,9 +161,27 @@ class _Parts:
         self.key, self.offset = key, offset  # what they share, where the first is
         self.members: dict[str, tar.Member] = {}  # by suffix
         self.texts: dict[str, bytes] = {}  # likewise, the content of those read while indexing
+        self.pictures: list[tar.Member] = []  # those of unusual suffixes, by their bytes
+
+    @property
+    def there(self) -> str:
+        """The suffixes of the members, for messages."""
+        return shown(", ".join(f".{suffix}" for suffix in self.members))
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """What the `.json` says, if it is an object; `NotText` if it is no JSON."""
+        try:
+            found = json.loads(texts.decoded(self.texts.get("json", b"{}")))
+        except texts.NotText:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise texts.NotText("a .json that is no JSON") from error
+        return found if isinstance(found, dict) else {}
 
     def text(self, suffix: str) -> str:
-        return self.texts.get(suffix, b"").decode("utf-8", "replace").strip()
+        """A member that is text; `NotText` if it is none."""
+        return texts.one(self.texts.get(suffix, b""))
 
 
 def _split(name: str) -> tuple[str, str]:

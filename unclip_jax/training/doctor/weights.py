@@ -98,7 +98,8 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     data = settings.build(datasets.DataConfig, run.description["data"], "description.json: data")
     data = dataclasses.replace(data, augment=0.0, cache_bytes=0)
     needs_images = "image" in stage.reads
-    source = datasets.load(inputs.data_for(stage, data), needs_images=needs_images)
+    data = inputs.data_for(stage, data)
+    source = datasets.load(data, needs_images=needs_images)
     if source.fingerprint != run.description["data_fingerprint"]:
         raise UserError(
             f"data {data.name!r}: they have changed since (fingerprint {source.fingerprint}, was"
@@ -117,9 +118,9 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     encoder = inputs.text_encoder(stage, part, "", "float32")
     wanted = PICTURES if needs_images else EXAMPLES
     size = {"seed": 0, "batch_size": min(wanted, len(source))}
-    batch = dict(next(batches(source, inputs.data_for(stage, data), encoder=encoder, **size)))
+    batch = dict(next(batches(source, data, encoder=encoder, **size)))
     if part is not None and "z_i" not in batch:
-        seen = inputs.data_for(part.stage, data)
+        seen = inputs.seen_by(part.stage, data)
         own = trained.tokenizer(part)
         pairs = next(batches(datasets.load(seen), seen, encoder=own, **size))
         batch["z_i"] = encode_image(part.stage, part.params, pairs["image"])
