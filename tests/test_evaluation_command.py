@@ -193,7 +193,8 @@ def test_models_and_networks_that_do_not_do(model, data, tmp_path):
         evaluate(UnCLIP(None, None, captions_alone), data, "all", SETTINGS)
     with pytest.raises(UserError, match="--model: has no prior"):
         evaluate(dataclasses.replace(model, prior=None), data, "all", SETTINGS)
-    for name in ("vgg", "inception", "inception:"):
+    lite0 = "efficientnet-lite0"
+    for name in ("vgg", "inception", "inception:", f"{lite0}:", f"{lite0}:8", f"{lite0}:big"):
         with pytest.raises(UserError, match="--features: got"):
             features.load(name, features.of_clip(model.clip))
     with pytest.raises(UserError, match="no such file"):

