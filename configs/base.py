@@ -6,6 +6,7 @@ config.data           the data set (unclip_jax.data.datasets.DataConfig); image 
 config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.TrainConfig)
 config.heldout_split  the data set's split that figures are measured on
 config.clip           folder of the trained CLIP that the prior and the decoder stand on
+config.canvas         folder of the trained canvas that the decoder sees, "" for none
 config.embeddings     folder or URL of the training set's CLIP embeddings, as
                       unclip embed stores them; "" to compute and cache them
 config.t5             folder of the T5 whose text states the decoder reads, where it reads any
@@ -51,6 +52,7 @@ def from_settings(stage: dict, data: DataConfig, train: TrainConfig, **rest):
         "train": settings.to_dict(train),
         "heldout_split": "heldout",
         "clip": "",
+        "canvas": "",
         "embeddings": "",
         "t5": "",
         "t5_dtype": "float32",

@@ -58,7 +58,9 @@ STAGES = {
     "clip": tiny.CLIP,
     "prior": tiny.PRIOR,
     "ar_prior": AR_PRIOR,
+    "canvas": tiny.CANVAS,
     "decoder": DECODER,
+    "on_canvas": DECODER.with_canvas(tiny.CANVAS.model),
     "upsampler": tiny.UPSAMPLER,
     "classifier": CLASSIFIER,
 }
@@ -101,7 +103,7 @@ def sample(stage, params, mesh):
     keys = jax.random.split(jax.random.key(1), 8)
     if stage.kind in ("prior", "ar_prior"):
         cond = stage.condition(batch["tokens"], batch["z_t"], None)
-    elif stage.kind == "decoder":
+    elif stage.kind in ("canvas", "decoder"):
         cond = stage.condition_of(batch)
     else:
         cond = jnp.asarray(tiny.batch(8, stage.low_size)["image"], jnp.float32) / 127.5 - 1.0

@@ -232,9 +232,7 @@ def data(pictures, tmp_path):
 
 def first_params(run):
     """Random ones, with the run's own normalisation."""
-    return tiny.params(run.stage) | {
-        "normalisation": run.stage.fit_normalisation("whiten", run.source.chunks)
-    }
+    return tiny.params(run.stage) | run.stage.fit_constants("whiten", run.source.chunks)
 
 
 @functools.partial(jax.jit, static_argnames="stage")

@@ -188,8 +188,8 @@ def check_equal(stage: str, *meshes: str) -> None:
 
 
 def test_a_mesh_with_every_axis_trains_and_samples_as_one_device():
-    """The decoder, which has a U-Net and a Transformer."""
-    check_equal("decoder", "all")
+    """The decoder, which has a U-Net and a Transformer, and a canvas here."""
+    check_equal("on_canvas", "all")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from unclip_jax.stages.pixels import resize, to_float, to_uint8
 from unclip_jax.stages.upsampler import random_crops
 from unclip_jax.training import heldout
 
-ALL = [tiny.CLIP, tiny.PRIOR, tiny.DECODER, tiny.UPSAMPLER]
+ALL = [tiny.CLIP, tiny.PRIOR, tiny.CANVAS, tiny.DECODER, tiny.ON_CANVAS, tiny.UPSAMPLER]
 NOISED = dataclasses.replace(tiny.UPSAMPLER, noise_max=0.5, noise_level=0.1)
 
 
@@ -322,7 +322,7 @@ def test_pixels_survive_the_round_trip():
         (lambda: dataclasses.replace(tiny.UPSAMPLER, low_size=5), "divisor"),
         (lambda: dataclasses.replace(tiny.UPSAMPLER, crop=0.3), "whole"),
         (lambda: dataclasses.replace(tiny.PRIOR, draws=0), "draws: got 0, expected an integer, 1"),
-        (lambda: stages.build({"kind": "priro"}), "expected one of ar_prior, classifier, clip"),
+        (lambda: stages.build({"kind": "priro"}), "expected one of ar_prior, canvas, class"),
         (lambda: stages.build({"kind": "clip", "model": {"ptach": 3}}), "did you mean patch"),
     ],
 )

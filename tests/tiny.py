@@ -10,6 +10,7 @@ from tests import networks
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint
 from unclip_jax.diffusion.samplers import Sampling
+from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.prior import PriorConfig
@@ -45,6 +46,10 @@ DECODER = stages.DecoderStage(
     ),
     sampling=Sampling(method="ddpm", spacing="4", clip_x_0=1.0),
 )  # fmt: skip
+CANVAS = stages.CanvasStage(
+    model=CanvasConfig(embed_dim=DIM, width=16, layers=1, size=8), image_size=16
+)
+ON_CANVAS = DECODER.with_canvas(CANVAS.model)
 UPSAMPLER = stages.UpsamplerStage(
     model=UNetConfig(
         image_size=32, in_channels=6, out_channels=3, channels=16, channel_mults=(1, 2),

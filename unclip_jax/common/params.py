@@ -1,7 +1,8 @@
 """The convention that every stage's params follow, and what is asked of any tree of them.
 
 Params are nested dicts of arrays. Of a stage's top-level entries only "network" trains; those whose
-name ends so hold weights, trained or frozen; the others are constants.
+name ends so hold weights, trained or frozen; the others are constants, but for the params of
+another stage that stands in this one ("canvas"), where the same holds.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ _LISTED = 3
 
 
 def is_weights(name: str) -> bool:
-    """Whether a top-level entry of a stage's params holds a network's weights, trained or frozen.
+    """Whether an entry of a stage's params holds a network's weights, trained or frozen.
 
     The others hold constants, which keep their own dtype wherever weights are rounded.
     """
     return name.endswith(TRAINED)
+
+
+def in_weights(path: str) -> bool:
+    """Whether an array, by its names joined by "/", belongs to a network's weights."""
+    return any(map(is_weights, path.split("/")))
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ __all__, __getattr__, __dir__ = lazy.face(
     __name__,
     {
         "ar_prior": "ARPrior ARPriorConfig",
+        "canvas": "Canvas CanvasConfig",
         "classifier": "Classifier",
         "clip": "Clip ClipConfig",
         "decoder": "Decoder DecoderConfig",

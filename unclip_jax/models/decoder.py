@@ -21,7 +21,7 @@ from unclip_jax.models.layers import check, check_counts, layer_norm
 from unclip_jax.models.text_encoder import TextConfig, TextEncoder
 from unclip_jax.models.unet import UNet, UNetConfig
 
-CONDITIONS = ("z_i", "z_i_mask", "tokens", "text_states", "text_mask", "z_t", "label")
+CONDITIONS = ("z_i", "z_i_mask", "tokens", "text_states", "text_mask", "z_t", "label", "canvas")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DecoderConfig:
 
     Attributes:
         unet: the U-Net; its `context_dim` is the width of the context tokens, 0 where there are
-            none.
+            none. What its input has beyond three channels are those of a canvas beside x_t.
         text: the decoder's own caption Transformer, as wide as the context; None where there is
             none.
         text_width: features of a frozen encoder's text states (CLIP's in Karlo, T5's in Imagen),
@@ -88,7 +88,13 @@ class DecoderConfig:
         if self.has_text:
             names += ("tokens" if self.text else "text_states", "text_mask")
         names += ("z_t",) if self.use_z_t else ()
-        return names + (("label",) if self.num_classes else ())
+        names += ("label",) if self.num_classes else ()
+        return names + (("canvas",) if self.canvas_channels else ())
+
+    @property
+    def canvas_channels(self) -> int:
+        """Channels of the canvas that the U-Net sees beside x_t; 0 for none."""
+        return max(0, self.unet.in_channels - 3)
 
 
 def masked_mean(states: jax.Array, mask: jax.Array) -> jax.Array:
@@ -141,12 +147,13 @@ class Decoder(nn.Module):
             cond: the arrays named by `config.conditions`, and optionally "z_i_mask":
                 "z_i" `[b, e]`; "z_i_mask" `[b]` bool; "tokens" `[b, l]` int or "text_states"
                 `[b, l, text_width]`; "text_mask" `[b, l]` bool; "z_t" `[b, e]`; "label" `[b]` int,
-                where `num_classes` stands for a class that is left out. Other conditions of
-                `CONDITIONS` may be there and are not read.
+                where `num_classes` stands for a class that is left out; "canvas" `[b, s, s, 3]`,
+                of the U-Net's image size. Other conditions of `CONDITIONS` may be there and are not
+                read.
 
         Returns:
             What `denoise` takes: "emb" `[b, embedding_features]`, "context" `[b, m, context_dim]`
-            and "context_mask" `[b, m]`, each None where there is none.
+            and "context_mask" `[b, m]`, each None where there is none; and "canvas", if there is.
 
         Raises:
             UserError: a condition is missing, unknown or of the wrong shape.
@@ -179,7 +186,8 @@ class Decoder(nn.Module):
             embs.append(self.z_t_to_emb(jnp.where(has_caption, cond["z_t"], 0.0)))
         if c.num_classes:
             embs.append(self.label_to_emb(cond["label"]))
-        return {
+        canvas = {"canvas": cond["canvas"]} if c.canvas_channels else {}
+        return canvas | {
             "emb": sum(embs) if embs else None,
             "context": jnp.concatenate(contexts, axis=1) if contexts else None,
             "context_mask": jnp.concatenate(masks, axis=1) if masks else None,
@@ -191,7 +199,7 @@ class Decoder(nn.Module):
         """One evaluation of the U-Net.
 
         Args:
-            x_t: `[b, h, w, in_channels]` noisy images.
+            x_t: `[b, h, w, 3]` noisy images.
             t: `[b]` timesteps, int or float.
             encoded: what `encode` returned.
             deterministic: False in training: dropout then draws from the rng "dropout".
@@ -199,6 +207,8 @@ class Decoder(nn.Module):
         Returns:
             `[b, h, w, out_channels]` float32.
         """
+        if self.config.canvas_channels:
+            x_t = jnp.concatenate([x_t, encoded["canvas"].astype(x_t.dtype)], axis=-1)
         return self.unet(
             x_t,
             t,
@@ -244,3 +254,7 @@ class Decoder(nn.Module):
             checks.shape("decoder cond text_mask", cond["text_mask"], states.shape[:2])
         if c.num_classes:
             checks.shape("decoder cond label", cond["label"], (None,))
+        if c.canvas_channels:
+            size = c.unet.image_size
+            shape = (None, size, size, c.canvas_channels)
+            checks.shape("decoder cond canvas", cond["canvas"], shape)

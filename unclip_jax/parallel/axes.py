@@ -81,6 +81,9 @@ PARAM_AXES: dict[str, str] = {
     "conv_in/kernel": "window window pixel -> embed",
     "conv_out/kernel": "window window embed -> pixel",
     "patches/kernel": "window window pixel -> embed",
+    # A canvas's last product.
+    "pixels/kernel": "embed -> pixel",
+    "pixels/bias": "pixel",
     # Tables of embeddings.
     "tokens/embedding": "vocab embed",
     "latents/embedding": "vocab embed",

@@ -18,6 +18,7 @@ from unclip_jax.parallel import axes, sharding
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.optimizers import make_optimizer
 from unclip_jax.training.step import LossFn, TrainState, make_train_step, placed, state_shapes
+from unclip_jax.weights.trained import read_stage, stage_folder
 
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct
 
@@ -57,6 +58,9 @@ class Plan:
                 batch does not fit the mesh.
         """
         stage = stages.build(config["stage"])
+        if config.get("canvas"):
+            canvas, _ = read_stage(stage_folder(config["canvas"]), "canvas")
+            stage = stage.with_canvas(canvas.model)
         train = settings.build(TrainConfig, config["train"], "config.train")
         train = dataclasses.replace(train, **(changes or {}))
         if mesh is None:

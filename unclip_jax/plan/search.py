@@ -150,7 +150,7 @@ def _bytes(aval: Any) -> int:
 def remat_of(stage: Any) -> str:
     """The remat policy of a stage's networks; the U-Net's where there are several."""
     model = stage.model
-    return getattr(model, "unet", model).remat
+    return getattr(getattr(model, "unet", model), "remat", "none")
 
 
 def with_remat(plan: Plan, policy: str) -> Plan:

@@ -13,6 +13,7 @@ from typing import Any
 from unclip_jax.common import checks, config
 from unclip_jax.stages.ar_prior import ARPriorStage
 from unclip_jax.stages.base import Stage
+from unclip_jax.stages.canvas import CanvasStage
 from unclip_jax.stages.classifier import ClassifierStage
 from unclip_jax.stages.clip import ClipStage
 from unclip_jax.stages.decoder import DecoderStage
@@ -22,12 +23,14 @@ from unclip_jax.stages.upsampler import UpsamplerStage
 KINDS = {
     stage.kind: stage
     for stage in (
-        ClipStage, PriorStage, ARPriorStage, DecoderStage, UpsamplerStage, ClassifierStage
+        ClipStage, PriorStage, ARPriorStage, CanvasStage, DecoderStage, UpsamplerStage,
+        ClassifierStage,
     )
 }  # fmt: skip
 
 __all__ = [
     "ARPriorStage",
+    "CanvasStage",
     "ClassifierStage",
     "ClipStage",
     "DecoderStage",

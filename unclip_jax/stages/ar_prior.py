@@ -144,9 +144,9 @@ class ARPriorStage(OfCaptions, Stage):
         """Each code among the buckets."""
         return self.model.buckets, "a code"
 
-    def fit_normalisation(self, name: str, chunks: Chunks) -> Quantiser:
+    def fit_constants(self, name: str, chunks: Chunks) -> Params:
         """The quantiser of the data set, see `fit_quantiser`."""
-        return fit_quantiser(self.model, chunks)
+        return {"normalisation": fit_quantiser(self.model, chunks)}
 
     def init(self, key: jax.Array) -> Params:
         """Random params, with a quantiser of [-1, 1] along the axes until it is replaced."""

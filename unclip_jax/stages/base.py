@@ -18,6 +18,7 @@ from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
+from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.parallel.axes import checked
 from unclip_jax.stages import normalisation
@@ -91,6 +92,7 @@ class Stage:
         sampling: how a diffusion is walked.
         analytic: whether the statistic of the analytic variance is in its params.
         last_steps: how many steps of sampling a network does that is never trained here.
+        canvas: the perceptron whose picture it sees, see `DecoderStage`; None for none.
     """
 
     model: Any
@@ -109,6 +111,7 @@ class Stage:
     sampling = None
     analytic = False
     last_steps = 0
+    canvas = None
 
     @property
     def network(self) -> Any:
@@ -217,9 +220,17 @@ class Stage:
         """
         return 1.0
 
-    def fit_normalisation(self, name: str, chunks: Chunks) -> normalisation.Normalisation:
-        """The normalisation of that name; `chunks` begins a pass over z_i [n, e] and z_t [n, e]."""
-        return normalisation.fit(name, self.model.embed_dim, (z_i for z_i, _ in chunks()))
+    def fit_constants(self, name: str, chunks: Chunks) -> Params:
+        """The constants measured on embeddings: here z_i's normalisation of that name.
+
+        `chunks` begins a pass over z_i [n, e] and z_t [n, e].
+        """
+        e = self.model.embed_dim
+        return {"normalisation": normalisation.fit(name, e, (z_i for z_i, _ in chunks()))}
+
+    def with_canvas(self, canvas: CanvasConfig) -> Stage:
+        """The stage with a canvas of that size; UserError unless it can have it."""
+        raise UserError(f"config.canvas: given, but a {self.kind} takes no canvas; leave it out")
 
     def check_untrained(self) -> None:
         """Raise UserError unless it can be trained from random params."""

@@ -4,6 +4,10 @@ An ADM U-Net with learned variance. Without z_i it is GLIDE, or Imagen's base mo
 a frozen encoder's text states; with a class in place of both it is ADM itself (arXiv 2105.05233).
 With every condition dropped it is an unconditional model, which is what classifier-free guidance
 leads away from.
+
+With a canvas (`models.canvas`, trained before it and frozen) the U-Net sees beside x_t what a
+perceptron draws of z_i and z_t, of those that are given. In training the canvas is made worse at
+random, or the decoder would trust it too much. Guidance leads away from the canvas of nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.common import checks
 from unclip_jax.diffusion import gaussian, samplers
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
+from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, check_channels, denoising_loss
+from unclip_jax.stages.canvas import CanvasStage, enlarge, noised
 from unclip_jax.stages.conditioning import (
     Condition,
     Field,
@@ -31,6 +38,9 @@ from unclip_jax.stages.conditioning import (
     z_t_field,
 )
 from unclip_jax.stages.pixels import to_float
+
+# What a canvas is clipped to: as far as it may overshoot the range of pictures.
+CANVAS_RANGE = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +58,13 @@ class DecoderStage(GuidedDiffusion):
         empty_null: whether a dropped caption is the empty caption as CLIP encodes it (Karlo),
             kept in the params under `null_caption`, rather than no caption at all.
         states_length: tokens of a caption where the decoder reads another network's text states.
+        canvas: the perceptron whose picture is three more channels of the U-Net's input; its params
+            are constant, under `canvas`. None for none.
+        canvas_z_i_drop: how often training draws the canvas without z_i, where the decoder has it.
+        canvas_z_t_drop: likewise without z_t.
+        canvas_noise: the most noise that training adds to the canvas's normalised inputs: a
+            standard deviation, for each example uniform from 0 to this.
+        z_i_noise: standard deviation of the noise that training adds to the normalised z_i.
         analytic: whether the statistic of the analytic variance is in the params, under
             `analytic`; `unclip analytic` measures it on a trained stage.
     """
@@ -68,18 +85,49 @@ class DecoderStage(GuidedDiffusion):
     guidance_scale: float = 3.0
     empty_null: bool = False
     states_length: int = 77
+    canvas: CanvasConfig | None = None
+    canvas_z_i_drop: float = 0.25
+    canvas_z_t_drop: float = 0.15
+    canvas_noise: float = 0.5
+    z_i_noise: float = 0.0
     analytic: bool = False
 
     def __post_init__(self) -> None:
-        """Check that the network has the channels that the diffusion needs."""
+        """Check that the network has the channels that diffusion and canvas need."""
         self.check_sampling()
-        self.check_drops("z_i", "caption", "label")
+        self.check_drops("z_i", "caption", "label", "canvas_z_i", "canvas_z_t")
+        for name in ("canvas_noise", "z_i_noise"):
+            checks.number(f"stage.{name}", getattr(self, name), least=0)
         if self.empty_null and not (self.reads_states and self.model.use_z_t):
             raise UserError(
                 "stage.empty_null: got True, expected False unless the decoder reads CLIP's text"
                 " states and z_t (stage.model.text_width above 0, use_z_t)"
             )
         check_channels(self.model.unet.out_channels, self.diffusion, "stage.model.unet")
+        self._check_canvas()
+
+    def _check_canvas(self) -> None:
+        found, expected = self.model.unet.in_channels, 6 if self.canvas else 3
+        if found != expected:
+            what = f"{expected}: x_t's" + " and the canvas's" * bool(self.canvas)
+            raise wrong("stage.model.unet.in_channels", found, what)
+        if self.canvas and self.canvas.embed_dim != self.model.embed_dim:
+            what = f"stage.model.embed_dim = {self.model.embed_dim}, which must be above 0"
+            raise wrong("stage.canvas.embed_dim", self.canvas.embed_dim, what)
+
+    def with_canvas(self, canvas: CanvasConfig) -> DecoderStage:
+        """The stage with a canvas of that size, and room for it in the U-Net's input.
+
+        UserError if the stage says another size.
+        """
+        if self.canvas is not None:
+            of_own = dataclasses.replace(canvas, dtype=self.canvas.dtype)
+            if self.canvas != of_own:
+                raise wrong("config.stage.canvas", self.canvas, f"{of_own}, that of config.canvas")
+            return self
+        unet = dataclasses.replace(self.model.unet, in_channels=6)
+        model = dataclasses.replace(self.model, unet=unet)
+        return dataclasses.replace(self, model=model, canvas=canvas)
 
     @property
     def text_encoder(self) -> str:
@@ -106,7 +154,8 @@ class DecoderStage(GuidedDiffusion):
             found |= caption_fields(*self.context, model.text_width)
         if model.embed_dim:
             found |= z_i_field(model.embed_dim)
-        return found | (z_t_field(model.embed_dim) if model.use_z_t else {})
+        reads_z_t = model.use_z_t or (self.canvas and model.has_text)
+        return found | (z_t_field(model.embed_dim) if reads_z_t else {})
 
     @property
     def drops(self) -> tuple[str, ...]:
@@ -117,7 +166,11 @@ class DecoderStage(GuidedDiffusion):
     def init(self, key: jax.Array) -> Params:
         """Random params, with the identity as normalisation of z_i until it is replaced."""
         x_t, t = jnp.zeros((1, *self.x_shape)), jnp.zeros((1,), jnp.int32)
-        return {"network": self.fresh(key, x_t, t, blank(self.conditions))} | self.constants()
+        cond, params = blank(self.conditions), self.constants()
+        if self.canvas:
+            params["canvas"] = CanvasStage(self.canvas).init(jax.random.fold_in(key, 1))
+            cond["canvas"] = x_t
+        return {"network": self.fresh(key, x_t, t, cond)} | params
 
     def condition(
         self,
@@ -169,11 +222,37 @@ class DecoderStage(GuidedDiffusion):
         rows = jnp.shape(next(iter(cond.values()), 0))[:1]
         return self.drop(params, cond, dict.fromkeys(self.drops, jnp.zeros(rows, bool)))
 
-    def encode(self, params: Params, cond: Condition) -> dict[str, jax.Array]:
-        """All of the conditioning that depends on neither x_t nor t, computed once."""
+    def encode(
+        self, params: Params, cond: Condition, worse_key: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """All of the conditioning that depends on neither x_t nor t, computed once.
+
+        A key makes the canvas worse at random, as training does.
+        """
+        canvas = {"canvas": self.draw_canvas(params, cond, worse_key)} if self.canvas else {}
         if "z_i" in self.conditions:
             cond = cond | {"z_i": normalisation.normalise(params["normalisation"], cond["z_i"])}
-        return self.apply(params, cond, method="encode")
+        return self.apply(params, cond | canvas, method="encode")
+
+    def draw_canvas(
+        self, params: Params, cond: Condition, worse_key: jax.Array | None = None
+    ) -> jax.Array:
+        """The canvas [b, h, w, 3] of what a condition has of z_i and z_t, as large as x_t."""
+        rows, e = cond["z_i"].shape
+        none = jnp.zeros(rows, bool)
+        told = {"z_i": cond["z_i"], "z_t": cond.get("z_t", jnp.zeros((rows, e)))}
+        kept = {"z_i": cond.get("z_i_mask", ~none), "z_t": none}
+        if "z_t" in cond:
+            kept["z_t"] = cond["text_mask"].any(axis=-1)
+        noise = 0.0
+        if worse_key is not None:
+            z_i_key, z_t_key, size_key, noise_key = jax.random.split(worse_key, 4)
+            kept["z_i"] &= keep(z_i_key, rows, self.canvas_z_i_drop)
+            kept["z_t"] &= keep(z_t_key, rows, self.canvas_z_t_drop)
+            size = jax.random.uniform(size_key, (rows, 1), maxval=self.canvas_noise)
+            noise = size * jax.random.normal(noise_key, (rows, 2 * e))
+        small = CanvasStage(self.canvas).draw(params["canvas"], told, kept, noise)
+        return enlarge(jnp.clip(small, -CANVAS_RANGE, CANVAS_RANGE), self.image_size)
 
     def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
         """x_0 [b, h, w, 3] and the whole condition of a batch, see `loss`."""
@@ -190,11 +269,20 @@ class DecoderStage(GuidedDiffusion):
         drop_keys = {"z_i": z_i_key, "caption": caption_key}
         drop_keys["label"] = jax.random.fold_in(caption_key, 1)
         x_0, cond = self.data(params, batch)
+        if self.z_i_noise and "z_i" in cond:
+            more_key = jax.random.fold_in(z_i_key, 1)
+            stats = params["normalisation"]
+            cond = cond | {"z_i": noised(more_key, cond["z_i"], stats, self.z_i_noise)}
         kept = {
             name: keep(drop_keys[name], len(x_0), getattr(self, f"{name}_drop"))
             for name in self.drops
         }
-        denoise = self.denoiser(params, self.drop(params, cond, kept), dropout_key)
+        worse_key = jax.random.fold_in(caption_key, 2)
+        encoded = self.encode(params, self.drop(params, cond, kept), worse_key)
+
+        def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return self.denoise(params, x_t, t, encoded, dropout_key)
+
         return denoising_loss(self.diffusion, denoise, x_0, t_key, noise_key)
 
     def sample(

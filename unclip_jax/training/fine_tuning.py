@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from unclip_jax import stages
-from unclip_jax.common.params import TRAINED, flatten, unflatten
+from unclip_jax.common.params import TRAINED, flatten, in_weights, unflatten
 from unclip_jax.errors import UserError
+from unclip_jax.models.unet import UNetConfig
 from unclip_jax.training import lora
 from unclip_jax.training.lora import Lora
 from unclip_jax.weights import folder as model_folder
@@ -30,10 +32,11 @@ Params = dict[str, Any]
 FREE = frozenset({
     "sampling", "guidance_scale", "draws", "dtype", "remat", "dropout",
     "loss", "min_snr_gamma", "timestep_shift", "crop", "corruption", "blur_probability",
-    "blur_sigma", "bsr", "noise_level",
+    "blur_sigma", "bsr", "noise_level", "canvas_noise", "z_i_noise", "input_noise", "penalty",
 })  # fmt: skip
 
-# Settings that a fine-tuned stage may raise from 0: what they add begins as nothing.
+# Settings that a fine-tuned stage may raise from 0: what they add begins as nothing. A decoder
+# without a canvas may be given one: the input's new channels count for nothing at first.
 GROWING = frozenset({"pixel_channels"})
 
 _LISTED = 3
@@ -109,9 +112,12 @@ class Origin:
         )
         if jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(self.stage.init, key)):
             return params
+        if self.trained.unet != self.stage.unet:
+            unet = widened(params[TRAINED]["unet"], self.trained.unet, self.stage.unet)
+            params = params | {TRAINED: params[TRAINED] | {"unet": unet}}
         fresh = flatten(jax.jit(self.stage.init)(key))
-        fresh = {name: x.astype(dtype or x.dtype) for name, x in fresh.items()}
-        return unflatten(fresh | flatten(params))
+        rounded = {n: x.astype(dtype or x.dtype) if in_weights(n) else x for n, x in fresh.items()}
+        return unflatten(rounded | flatten(params))
 
     def adapted(self, config: Lora, key: jax.Array) -> Params:
         """The params to train with low-rank adapters: theirs, and the frozen network's."""
@@ -136,8 +142,37 @@ def _overlaid(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
     return found
 
 
+def widened(unet: Params, old: UNetConfig, new: UNetConfig) -> Params:
+    """A U-Net's params for an input of more channels, which count for nothing at first.
+
+    Args:
+        unet: its params.
+        old: its config.
+        new: the same with more `in_channels`; what else it has more is left out here.
+    """
+
+    def wide(conv: Params, pixels: int) -> Params:
+        """A convolution that sees so many pixels of the input first, and other features then."""
+        *window, _, features = conv["kernel"].shape
+        known, rest = jnp.split(conv["kernel"], [pixels * old.in_channels], axis=2)
+        known = known.reshape(*window, pixels, old.in_channels, features)
+        none = [(0, 0)] * 3
+        known = jnp.pad(known, [*none, (0, new.in_channels - old.in_channels), (0, 0)])
+        known = known.reshape(*window, pixels * new.in_channels, features)
+        return conv | {"kernel": jnp.concatenate([known, rest], axis=2)}
+
+    found = unet | {"conv_in": wide(unet["conv_in"], old.patch**2)}
+    if head := unet.get("pixels"):
+        found["pixels"] = head | {"conv_in": wide(head["conv_in"], 1)}
+    return found
+
+
 def _check_same_weights(trained: Mapping[str, Any], asked: Mapping[str, Any], folder: str) -> None:
     before, now = flatten(trained), flatten(asked)
+    if before.get("canvas", "") is None and "canvas" not in now:
+        before = {n: x for n, x in before.items() if n not in ("canvas", "model/unet/in_channels")}
+        now = {n: x for n, x in now.items() if not n.startswith("canvas/")}
+        now.pop("model/unet/in_channels", None)
     differing = [
         f"{name.replace('/', '.')} is {now.get(name)!r}, but there {before.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

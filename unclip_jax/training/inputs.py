@@ -115,6 +115,26 @@ def load_clip(folder: str, stage: stages.Stage) -> Part:
     return clip
 
 
+def load_canvas(folder: str, clip: Part) -> Part:
+    """The trained canvas that a config names.
+
+    UserError if the folder holds none, or one that was trained with another CLIP.
+    """
+    canvas = load_part(folder, kind="canvas")
+    check_same_clip(canvas, f"config.canvas: {folder!r}", clip)
+    return canvas
+
+
+def check_same_clip(part: Part, what: str, clip: Part) -> None:
+    """Raise UserError, which begins with `what`, unless a part was trained with that CLIP."""
+    found, expected = part.description.get("clip_fingerprint"), clip_fingerprint(clip)
+    if found != expected:
+        raise UserError(
+            f"{what} was trained with CLIP {found}, but config.clip is CLIP {expected}; give one"
+            " that was trained with it"
+        )
+
+
 def text_encoder(
     stage: stages.Stage, clip: Part | None, t5: str, t5_dtype: str
 ) -> ClipText | T5 | None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from unclip_jax import stages
 from unclip_jax.common import checks
 from unclip_jax.common import config as settings
+from unclip_jax.common.params import fingerprint
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.batches import Batches, TextEncoder
 from unclip_jax.data.records import Source, summary
@@ -32,6 +33,7 @@ from unclip_jax.training.heldout import Arrays, Evaluate, Held, Params, Preview,
 from unclip_jax.training.inputs import (
     check_classes,
     data_for,
+    load_canvas,
     load_clip,
     text_encoder,
     warn_of_repeats,
@@ -41,7 +43,7 @@ from unclip_jax.training.lora import Lora
 from unclip_jax.training.step import LossFn, random_params
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
-from unclip_jax.weights.trained import clip_fingerprint
+from unclip_jax.weights.trained import Part, clip_fingerprint, read_stage, stage_folder
 
 # Of the data's settings, those that change no batch or follow from the stage.
 MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads", "bare")
@@ -57,6 +59,7 @@ class Settings:
     train: TrainConfig
     heldout_split: str = "heldout"
     clip: str = ""
+    canvas: str = ""
     embeddings: str = ""
     t5: str = ""
     t5_dtype: str = "float32"
@@ -129,12 +132,15 @@ def prepare(config: Mapping[str, Any]) -> Run:
     """
     given = settings.build(Settings, config, "config")
     origin = Origin.read(given.init, given.stage) if given.init else None
-    stage = origin.stage if origin else stages.build(given.stage)
+    stage = with_canvas(given, origin.stage if origin else stages.build(given.stage), origin)
     if origin is None:
         check_from_the_beginning(given, stage)
+    else:
+        origin = dataclasses.replace(origin, stage=stage)
     clip = load_clip(given.clip, stage) if "z_i" in stage.reads else None
     if origin is not None and clip is not None:
         origin.check_clip(clip_fingerprint(clip), given.clip)
+    canvas = load_canvas(given.canvas, clip) if given.canvas else None
     data = data_for(stage, given.data)
     encoder = text_encoder(stage, clip, given.t5, given.t5_dtype)
     check_embeddings(given, stage)
@@ -157,6 +163,8 @@ def prepare(config: Mapping[str, Any]) -> Run:
         encoder = FileTokenizer.of(trained["tokenizer"], stage.context[0])
     if isinstance(encoder, T5):
         description["t5"] = {"fingerprint": encoder.fingerprint, "dtype": encoder.config.dtype}
+    if canvas is not None:
+        description["canvas"] = {"fingerprint": fingerprint(canvas.params)}
     if clip is not None:
         description["clip_fingerprint"] = clip_fingerprint(clip)
         source = with_embeddings(source, data, clip, given.embeddings)
@@ -165,7 +173,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     evaluate, preview = figures(stage, held)
     run = Run(
         stage=stage,
-        init_params=first_params(given, stage, origin, source, encoder),
+        init_params=first_params(given, stage, origin, source, encoder, canvas),
         loss=stage.loss,
         source=source,
         data=data,
@@ -236,21 +244,39 @@ def complete(description: Mapping[str, Any]) -> dict[str, Any]:
     return {**description, **parts, "stage": stages.describe(stage)}
 
 
+def with_canvas(given: Settings, stage: stages.Stage, origin: Origin | None) -> stages.Stage:
+    """The stage with the canvas that config.canvas names, if it names one.
+
+    UserError if the stage takes no such canvas, or lacks the trained one that it needs.
+    """
+    if given.canvas:
+        return stage.with_canvas(read_stage(stage_folder(given.canvas), "canvas")[0].model)
+    if stage.canvas and (origin is None or origin.trained.canvas is None):
+        raise UserError(
+            "config.canvas: empty, expected the folder of the trained canvas that config.stage asks"
+            " for; train one and give --config.canvas=WORKDIR, or set config.stage.canvas to None"
+            " and config.stage.model.unet.in_channels to 3"
+        )
+    return stage
+
+
 def first_params(
     given: Settings,
     stage: stages.Stage,
     origin: Origin | None,
     source: Source,
     encoder: TextEncoder | None,
+    canvas: Part | None,
 ) -> Callable[[], Params]:
     """What makes the params that training begins with."""
     key = jax.random.key(given.train.seed)
+    beside: Params = {} if canvas is None else {"canvas": canvas.params}
     if origin is not None:
         lora = given.lora
-        return functools.partial(origin.adapted, lora, key) if lora.rank else origin.params
-    beside: Params = {}
+        begun = functools.partial(origin.adapted, lora, key) if lora.rank else origin.params
+        return lambda: begun() | beside
     if "z_i" in stage.reads:
-        beside["normalisation"] = stage.fit_normalisation(given.normalisation, source.chunks)
+        beside |= stage.fit_constants(given.normalisation, source.chunks)
     if isinstance(encoder, ClipText) and stage.empty_null:
         beside["null_caption"] = encoder.empty_caption()
     return lambda: random_params(stage.init, key) | beside

@@ -33,7 +33,7 @@ from unclip_jax.common.params import (
     compare_shapes,
     fingerprint,
     flatten,
-    is_weights,
+    in_weights,
     listing,
     unflatten,
 )
@@ -58,7 +58,7 @@ def save_stage(
         params: nested dict of arrays.
         description: JSON-able; what `load_stage` gives back.
         dtype: store floating-point weights so ("bfloat16" halves the file). Constants keep their
-            own dtype, see `is_weights`.
+            own dtype, see `params.is_weights`.
 
     Raises:
         UserError: `folder` is something other than a model folder, or an unknown dtype.
@@ -110,10 +110,8 @@ def _cast(params: Params, dtype: str) -> Params:
         floating = jnp.issubdtype(value.dtype, jnp.floating)
         return np.asarray(value).astype(jnp.dtype(dtype), copy=False) if floating else value
 
-    return {
-        name: jax.tree.map(cast, part) if is_weights(name) else part
-        for name, part in params.items()
-    }
+    flat = flatten(params)
+    return unflatten({name: cast(x) if in_weights(name) else x for name, x in flat.items()})
 
 
 @contextlib.contextmanager
@@ -329,7 +327,7 @@ def _expected_dtypes(
 
     def in_memory(name: str) -> Any:
         floating = jnp.issubdtype(expected[name].dtype, jnp.floating)
-        rounded = dtype and floating and is_weights(name.split("/")[0])
+        rounded = dtype and floating and in_weights(name)
         return dtype if rounded else expected[name].dtype
 
     return {name: in_memory(name) for name in expected}

@@ -103,14 +103,18 @@ def stage_folder(path: str | Path) -> Path:
     return path
 
 
-def read_stage(path: Path) -> tuple[stages.Stage, dict[str, Any]]:
+def read_stage(path: Path, kind: str | None = None) -> tuple[stages.Stage, dict[str, Any]]:
     """The stage that a stage folder describes, and all that the folder says of itself.
 
     Raises:
-        UserError: not a stage folder, or one that says something wrong.
+        UserError: not a stage folder, one that says something wrong, or of another kind than asked
+            for.
     """
     about = model_folder.read_description(path)
-    return stages.build(about["stage"], f"{path / model_folder.CONFIG_FILE}: stage"), about
+    stage = stages.build(about["stage"], f"{path / model_folder.CONFIG_FILE}: stage")
+    if kind is not None and stage.kind != kind:
+        raise UserError(f"{str(path)!r}: holds a {stage.kind}, expected a {kind}")
+    return stage, about
 
 
 def load_part(
@@ -129,9 +133,7 @@ def load_part(
             not divide its weights.
     """
     path = stage_folder(path)
-    stage, _ = read_stage(path)
-    if kind is not None and stage.kind != kind:
-        raise UserError(f"{str(path)!r}: holds a {stage.kind}, expected a {kind}")
+    stage, _ = read_stage(path, kind)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     if mesh is None:
         params, description = model_folder.load_stage(path, shapes, dtype)

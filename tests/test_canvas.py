@@ -1,0 +1,338 @@
+"""The canvas: what it computes, how it trains, and what a decoder makes of it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import erf
+
+from configs import base
+from tests import tiny
+from unclip_jax import stages
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.diffusion import guidance
+from unclip_jax.errors import UserError
+from unclip_jax.models.canvas import CanvasConfig
+from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.stages.conditioning import example_keys
+from unclip_jax.training import command, prepare, save
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.fine_tuning import Origin
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import load_part
+
+STAGE, DECODER = tiny.CANVAS, tiny.ON_CANVAS
+PLAIN = dataclasses.replace(STAGE, input_noise=0.0, z_i_drop=0.0, z_t_drop=0.0)
+
+
+def stats(params, name="normalisation"):
+    """Params with a normalisation that is not the identity."""
+    e = tiny.DIM
+    found = {"mean": jnp.linspace(-0.5, 0.5, e), "std": jnp.linspace(0.5, 2.0, e)}
+    return params | {name: found}
+
+
+PARAMS = stats(tiny.params(STAGE), "z_t_normalisation")
+FULL = tiny.params(DECODER) | {"canvas": PARAMS}
+
+
+def by_hand(params, z_i, z_t):
+    """The picture that the perceptron draws, in NumPy."""
+    network = jax.tree.map(lambda x: np.asarray(x, np.float64), params["network"])
+
+    def normalised(z, name):
+        return (np.asarray(z) - params[name]["mean"][None]) / params[name]["std"][None]
+
+    def product(h, name):
+        return h @ network[name]["kernel"] + network[name]["bias"][None]
+
+    def gelu(x):
+        return x * (1 + erf(x / np.sqrt(2))) / 2
+
+    def norm(x):
+        return x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6)
+
+    c = [normalised(z_i, "normalisation"), normalised(z_t, "z_t_normalisation")]
+    h = gelu(product(np.concatenate(c, axis=1), "in"))
+    h = h + gelu(product(norm(h), "hidden_0"))
+    return product(norm(h), "pixels").reshape(-1, 8, 8, 3)
+
+
+def test_it_is_the_perceptron_of_its_formula():
+    batch = tiny.batch(3, 16)
+    found = tiny.call(STAGE, "draw", PARAMS, STAGE.condition_of(batch))
+    np.testing.assert_allclose(found, by_hand(PARAMS, batch["z_i"], batch["z_t"]), atol=1e-5)
+    large = tiny.call(STAGE, "sample", PARAMS, example_keys(jax.random.key(0), 3), batch)
+    assert large.shape == (3, 16, 16, 3)
+
+
+@pytest.mark.parametrize("penalty", ["squared", "charbonnier"])
+def test_the_loss_is_that_of_the_picture_averaged_down(penalty):
+    batch = tiny.batch(3, 16)
+    stage = dataclasses.replace(PLAIN, penalty=penalty)
+    loss, own = tiny.call(stage, "loss", PARAMS, batch, jax.random.key(0))
+    picture = np.asarray(batch["image"], np.float64).reshape(3, 8, 2, 8, 2, 3).mean((2, 4))
+    off = by_hand(PARAMS, batch["z_i"], batch["z_t"]) - (picture / 127.5 - 1)
+    squared = np.mean(off**2)
+    expected = {"squared": squared, "charbonnier": np.mean(np.sqrt(off**2 + 0.03**2))}
+    np.testing.assert_allclose(loss, expected[penalty], rtol=1e-5)
+    if penalty == "charbonnier":
+        np.testing.assert_allclose(own["squared_error"], squared, rtol=1e-5)
+
+
+def test_a_dropped_input_is_its_mean_and_noise_is_of_the_size_said():
+    batch = tiny.batch(4, 16)
+    none = jnp.zeros(4, bool)
+    kept = {"z_i": ~none, "z_t": none}
+    found = tiny.call(STAGE, "draw", PARAMS, STAGE.condition_of(batch), kept)
+    mean = np.tile(PARAMS["z_t_normalisation"]["mean"], (4, 1))
+    np.testing.assert_allclose(found, by_hand(PARAMS, batch["z_i"], mean), atol=1e-5)
+    # Noise on z_i alone, in units of its standard deviation: the same as noise on the input.
+    params = stats(PARAMS)
+    z = jnp.zeros((20_000, tiny.DIM))
+    moved = stages.canvas.noised(jax.random.key(0), z, params["normalisation"], 0.3)
+    np.testing.assert_allclose(
+        np.std(moved, axis=0), 0.3 * params["normalisation"]["std"], rtol=0.03
+    )
+    assert stages.canvas.noised(jax.random.key(0), z, params["normalisation"], 0.0) is z
+
+
+# -------------------------------------------------------------------------- the decoder with it
+
+
+def given(rows=3, **changes):
+    return DECODER.condition_of(tiny.batch(rows, 16) | changes)
+
+
+def test_the_decoder_sees_what_the_canvas_draws_of_what_is_there():
+    cond = given()
+    canvas = tiny.call(DECODER, "draw_canvas", FULL, cond)
+    drawn = np.clip(by_hand(PARAMS, cond["z_i"], cond["z_t"]), -1.05, 1.05)
+    rows = [Image.fromarray(np.float32(x)) for x in np.moveaxis(drawn, 3, 1).reshape(-1, 8, 8)]
+    rows = [np.asarray(x.resize((16, 16), Image.Resampling.BILINEAR)) for x in rows]
+    expected = np.moveaxis(np.reshape(rows, (3, 3, 16, 16)), 1, 3)
+    np.testing.assert_allclose(canvas, expected, atol=1e-5)
+    # Without a caption it is drawn of z_i, without z_i of the caption, and without both of neither.
+    none, e = jnp.zeros(3, bool), jnp.zeros((3, tiny.DIM))
+    silent = DECODER.condition_of(tiny.batch(3, 16), jnp.zeros((3, tiny.CONTEXT), bool))
+    mean = e + PARAMS["z_t_normalisation"]["mean"][None]
+    for given_cond, z_i, z_t in (
+        (silent, cond["z_i"], mean),
+        (cond | {"z_i_mask": none}, e, cond["z_t"]),
+        (DECODER.null(FULL, cond), e, mean),
+    ):
+        found = tiny.call(DECODER, "draw_canvas", FULL, given_cond)
+        same = {"z_i": z_i, "z_t": z_t, "z_i_mask": ~none, "text_mask": cond["text_mask"]}
+        np.testing.assert_array_equal(found, tiny.call(DECODER, "draw_canvas", FULL, same))
+
+
+def test_training_makes_the_canvas_worse_and_sampling_does_not():
+    cond = given(400)
+    clean = tiny.call(DECODER, "draw_canvas", FULL, cond)
+    keys = [jax.random.key(i) for i in (0, 0, 1)]
+    one, again, other = (tiny.call(DECODER, "draw_canvas", FULL, cond, key) for key in keys)
+    np.testing.assert_array_equal(one, again)
+    assert np.any(one != other)
+    silent = dataclasses.replace(DECODER, canvas_noise=0.0)
+    worse = np.asarray(tiny.call(silent, "draw_canvas", FULL, cond, keys[0]))
+    whole = np.mean(np.all(np.isclose(worse, clean, atol=1e-6), axis=(1, 2, 3)))
+    assert abs(whole - 0.75 * 0.85) < 0.08
+    kept = dataclasses.replace(silent, canvas_z_i_drop=0.0, canvas_z_t_drop=0.0)
+    np.testing.assert_allclose(
+        tiny.call(kept, "draw_canvas", FULL, cond, keys[0]), clean, atol=1e-6
+    )
+
+
+def test_guidance_leads_away_from_the_canvas_of_nothing_and_rows_are_apart():
+    cond, keys = given(), example_keys(jax.random.key(3), 3)
+    sample = functools.partial(tiny.call, DECODER, "sample", FULL)
+    three = sample(keys, cond, guidance_scale=jnp.float32(2.0))
+    one = {name: x[1:2] for name, x in cond.items()}
+    np.testing.assert_allclose(
+        sample(keys[1:2], one, guidance_scale=jnp.float32(2.0))[0], three[1], atol=1e-5
+    )
+    x_t, t = jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), jnp.full(3, 500)
+    own, null = (
+        tiny.call(DECODER, "denoise", FULL, x_t, t, tiny.call(DECODER, "encode", FULL, c))
+        for c in (cond, DECODER.null(FULL, cond))
+    )
+    denoise = guidance.classifier_free(
+        lambda x, t, encoded: tiny.call(DECODER, "denoise", FULL, x, t, encoded),
+        cond, DECODER.null(FULL, cond), 3.0, learned_variance=True,
+        encode=lambda c: tiny.call(DECODER, "encode", FULL, c),
+    )  # fmt: skip
+    expected = own[..., :3] + 2.0 * (own - null)[..., :3]
+    np.testing.assert_allclose(denoise(x_t, t)[..., :3], expected, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match=r"unet\.in_channels: got 3, expected 6: x_t's and"):
+        dataclasses.replace(tiny.DECODER, canvas=STAGE.model)
+    with pytest.raises(UserError, match=r"canvas\.embed_dim: got 9, expected stage\.model\.embed"):
+        tiny.DECODER.with_canvas(CanvasConfig(embed_dim=9))
+    with pytest.raises(UserError, match=r"stage\.canvas: got .*width=16.*expected .*width=17"):
+        DECODER.with_canvas(dataclasses.replace(STAGE.model, width=17))
+    with pytest.raises(UserError, match="a prior takes no canvas"):
+        tiny.PRIOR.with_canvas(STAGE.model)
+    for changes, message in (
+        ({"image_size": 12}, "image_size: got 12, expected a multiple of stage.model.size = 8"),
+        ({"penalty": "l1"}, "penalty: got 'l1', expected one of squared, charbonnier"),
+        ({"input_noise": -1.0}, "input_noise: got -1.0"),
+        ({"z_t_drop": 1.0}, "z_t_drop: got 1.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(STAGE, **changes)
+
+
+# ------------------------------------------------------------------------------- as runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with pictures, and the workdirs of a tiny CLIP and a decoder without a canvas."""
+    folder = tmp_path_factory.mktemp("canvas")
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for i in range(40):
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i:02d}.png")
+        (folder / "pictures" / f"{i:02d}.txt").write_text(f"picture {i}\nthe same {i}")
+    clip = tiny.params(tiny.CLIP)
+    about = {"stage": stages.describe(tiny.CLIP)}
+    model_folder.save_stage(folder / "clip", params=clip, description=about)
+    plain = tiny.model().decoder
+    model_folder.save_stage(folder / "plain", params=plain.params, description=plain.description)
+    return folder
+
+
+def run(folder, stage, name, **settings):
+    """Train for a few steps in `folder`/`name`, as the command does."""
+    config = config_of(folder, stage, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "parse", lambda argv: None)
+        for flag, value in (("CONFIG", config), ("WORKDIR", str(folder / name))):
+            patch.setattr(command, flag, type("Flag", (), {"value": value}))
+        for flag in ("DISTRIBUTED", "COORDINATOR", "PROCESSES", "PROCESS"):
+            value = "off" if flag == "DISTRIBUTED" else None
+            patch.setattr(command, flag, type("Flag", (), {"value": value}))
+        command.main([])
+    return load_part(folder / name)
+
+
+def config_of(folder, stage, train=None, **settings):
+    data = DataConfig(name=str(folder / "pictures"), cache_dir=str(folder / "cache"))
+    train = {"batch_size": 8, "steps": 4, "checkpoint_every": 2, "log_every": 2} | (train or {})
+    train = TrainConfig(**{"eval_every": 4, "preview_every": 4} | train)
+    given = {"previews": 2, "clip": str(folder / "clip")} | settings
+    return base.make(stage, data, train, **given)
+
+
+def test_it_trains_and_a_decoder_trains_on_it_and_draws(folder, no_curves):
+    canvas = run(folder, STAGE, "canvas")
+    assert canvas.stage == STAGE and (folder / "canvas/previews/step_00000004.png").is_file()
+    # Both normalisations are those of the training set.
+    prepared = prepare.prepare(config_of(folder, STAGE))
+    z_i, z_t = (np.concatenate(z) for z in zip(*prepared.source.chunks(), strict=True))
+    for z, name in ((z_i, "normalisation"), (z_t, "z_t_normalisation")):
+        np.testing.assert_allclose(canvas.params[name]["mean"], z.mean(0), atol=1e-6)
+        np.testing.assert_allclose(canvas.params[name]["std"], z.std(0), rtol=1e-4)
+
+    decoder = run(folder, tiny.DECODER, "decoder", canvas=str(folder / "canvas"))
+    assert decoder.stage == DECODER
+    same = jax.tree.map(np.array_equal, decoder.params["canvas"], canvas.params)
+    assert all(jax.tree.leaves(same))
+    # What unclip save makes of the checkpoint is the same, with nothing else given.
+    save.main(["--workdir", str(folder / "decoder"), "--out", str(folder / "saved")])
+    saved = load_part(folder / "saved")
+    assert jax.tree.all(jax.tree.map(np.array_equal, saved.params, decoder.params))
+
+    model = dataclasses.replace(tiny.model(), decoder=decoder)
+    model.check()
+    model.save(folder / "half", "bfloat16")
+    stored, _ = model_folder.load_stage(folder / "half" / "decoder")
+    dtypes = {name: {x.dtype.name for x in jax.tree.leaves(part)} for name, part in stored.items()}
+    assert dtypes["network"] == {"bfloat16"} and dtypes["normalisation"] == {"float32"}
+    canvas_dtypes = {
+        n: {x.dtype.name for x in jax.tree.leaves(p)} for n, p in stored["canvas"].items()
+    }
+    assert canvas_dtypes == {
+        "network": {"bfloat16"}, "normalisation": {"float32"}, "z_t_normalisation": {"float32"},
+    }  # fmt: skip
+    again = UnCLIP.load(folder / "half")
+    pictures = again.generate(jax.random.key(0), ["picture 3"], upsample=False)
+    others = again.variations(jax.random.key(0), pictures, upsample=False)
+    assert pictures.shape == others.shape == (1, 16, 16, 3)
+
+
+def test_a_decoder_with_a_canvas_resumes_bit_for_bit(folder, no_curves):
+    if not (folder / "canvas").exists():
+        run(folder, STAGE, "canvas")
+    flags = {"canvas": str(folder / "canvas")}
+    stage = dataclasses.replace(tiny.DECODER, z_i_noise=0.1)
+    whole = run(folder, stage, "whole", **flags)
+    run(folder, stage, "parts", train={"steps": 2}, **flags)
+    parts = run(folder, stage, "parts", **flags)
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole.params, parts.params))
+    other = run(folder, STAGE, "other", train={"learning_rate": 1e-2})
+    assert np.any(other.params["network"]["in"]["bias"])
+    with pytest.raises(UserError, match="canvas"):
+        run(folder, stage, "parts", train={"steps": 6}, canvas=str(folder / "other"))
+
+
+def test_what_a_run_needs_is_asked_for(folder):
+    with pytest.raises(UserError, match=r"config\.canvas: empty, expected the folder"):
+        prepare.prepare(config_of(folder, DECODER))
+    with pytest.raises(UserError, match="holds a clip, expected a canvas"):
+        prepare.prepare(config_of(folder, tiny.DECODER, canvas=str(folder / "clip")))
+    about = {"stage": stages.describe(STAGE), "clip_fingerprint": "0" * 16}
+    model_folder.save_stage(folder / "strange", params=tiny.params(STAGE), description=about)
+    with pytest.raises(UserError, match="a clip takes no canvas"):
+        prepare.prepare(config_of(folder, tiny.CLIP, canvas=str(folder / "strange")))
+    with pytest.raises(UserError, match="was trained with CLIP 0000000000000000, but config"):
+        prepare.prepare(config_of(folder, tiny.DECODER, canvas=str(folder / "strange")))
+
+
+@pytest.mark.parametrize("unet", [{}, {"patch": 2, "pixel_channels": 4, "attention_sizes": (4,)}])
+def test_a_decoder_that_is_given_a_canvas_draws_the_same_at_first(unet, tmp_path):
+    model = tiny.DECODER.model
+    model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, **unet))
+    stage = dataclasses.replace(tiny.DECODER, model=model)
+    before, about = tiny.params(stage), {"stage": stages.describe(stage)}
+    model_folder.save_stage(tmp_path / "plain", params=before, description=about)
+    asked = stages.describe(stage.with_canvas(STAGE.model))
+    origin = Origin.read(str(tmp_path / "plain"), asked)
+    params = origin.params()
+    shapes = jax.eval_shape(origin.stage.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    batch = tiny.batch(2, 16)
+    x_t, t = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.array([3, 900])
+    found, expected = (
+        tiny.call(s, "denoise", p, x_t, t, tiny.call(s, "encode", p, s.condition_of(batch)))
+        for s, p in ((origin.stage, params), (stage, before))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # the sums have other partial sums
+    moved = jax.tree.map(lambda x: x + 0.1, params["network"]["unet"]["conv_in"])
+    network = params["network"] | {"unet": params["network"]["unet"] | {"conv_in": moved}}
+    other = params | {"network": network}
+    one, two = (
+        tiny.call(
+            origin.stage, "denoise", p, x_t, t,
+            tiny.call(origin.stage, "encode", p, origin.stage.condition_of(batch | {"z_t": z_t})),
+        )
+        for p, z_t in ((other, batch["z_t"]), (other, -batch["z_t"]))
+    )  # fmt: skip
+    assert np.any(np.asarray(one) != two)
+
+
+def test_no_other_change_of_the_input_is_taken(folder):
+    for overrides, message in (
+        ({"model": {"unet": {"in_channels": 6}}}, "in_channels"),
+        ({"canvas": {"embed_dim": 8}}, "in_channels: got 3, expected 6"),
+        ({"model": {"embed_dim": 9}}, "model.embed_dim is 9, but there 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Origin.read(str(folder / "plain"), overrides)

@@ -1,0 +1,149 @@
+"""The canvas as a stage: z_i and z_t in, a small picture out, by regression alone.
+
+It draws the mean of the pictures that its inputs may be of: the layout, without detail. A decoder
+takes it as further channels beside x_t (`DecoderStage.canvas`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.common import checks
+from unclip_jax.errors import wrong
+from unclip_jax.models.canvas import Canvas, CanvasConfig
+from unclip_jax.stages import normalisation
+from unclip_jax.stages.base import Batch, Chunks, Loss, Stage
+from unclip_jax.stages.conditioning import Condition, Field, Params, keep, z_i_field, z_t_field
+from unclip_jax.stages.pixels import to_float
+
+PENALTIES = ("squared", "charbonnier")
+KNEE = 0.03  # where Charbonnier's penalty turns from a square to an absolute value
+
+INPUTS = {"z_i": "normalisation", "z_t": "z_t_normalisation"}  # each with its normalisation
+
+
+@dataclasses.dataclass(frozen=True)
+class CanvasStage(Stage):
+    """A canvas and how it is trained.
+
+    Attributes:
+        model: the perceptron.
+        image_size: side of the pictures it learns from, averaged down to `model.size`.
+        penalty: of a pixel that is off by d: "squared", d^2, or "charbonnier", sqrt(d^2 + 0.03^2),
+            which lets go of the few pixels that nobody could foresee.
+        input_noise: standard deviation of the noise on both normalised inputs in training.
+        z_i_noise: of further noise, on the normalised z_i alone.
+        z_i_drop: how often training drops z_i, which then is zero once normalised.
+        z_t_drop: likewise of z_t.
+    """
+
+    kind: ClassVar[str] = "canvas"
+    module: ClassVar[type] = Canvas
+    preview: ClassVar[str] = "drawn"
+    makes: ClassVar[tuple[str, str]] = ("images", "RGB, about in [-1, 1]")
+    drops: ClassVar[tuple[str, ...]] = tuple(INPUTS)
+    normalisations: ClassVar[tuple[str, ...]] = normalisation.NAMES
+
+    model: CanvasConfig
+    image_size: int = 64
+    penalty: str = "squared"
+    input_noise: float = 0.05
+    z_i_noise: float = 0.0
+    z_i_drop: float = 0.15
+    z_t_drop: float = 0.15
+
+    def __post_init__(self) -> None:
+        """Check the fields that no part checks alone."""
+        size = self.model.size
+        if checks.count("stage.image_size", self.image_size) % size:
+            expected = f"a multiple of stage.model.size = {size}"
+            raise wrong("stage.image_size", self.image_size, expected)
+        checks.choice("stage.penalty", self.penalty, PENALTIES)
+        for name in ("input_noise", "z_i_noise"):
+            checks.number(f"stage.{name}", getattr(self, name), least=0)
+        self.check_drops(*self.drops)
+
+    @property
+    def conditions(self) -> dict[str, Field]:
+        """CLIP's embeddings."""
+        return z_i_field(self.model.embed_dim) | z_t_field(self.model.embed_dim)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random params, with the identity as both normalisations until they are replaced."""
+        e = self.model.embed_dim
+        constants = {name: normalisation.identity(e) for name in INPUTS.values()}
+        return {"network": self.fresh(key, jnp.zeros((1, 2 * e)))} | constants
+
+    def fit_constants(self, name: str, chunks: Chunks) -> Params:
+        """Both normalisations of that name."""
+        e = self.model.embed_dim
+        return {
+            stats: normalisation.fit(name, e, (pair[i] for pair in chunks()))
+            for i, stats in enumerate(INPUTS.values())
+        }
+
+    def draw(
+        self,
+        params: Params,
+        cond: Condition,
+        kept: Condition | None = None,
+        noise: jax.Array | float = 0.0,
+    ) -> jax.Array:
+        """Pictures [b, size, size, 3], float32 and not clipped.
+
+        Args:
+            params: as `init` made them.
+            cond: z_i and z_t, each [b, e], in CLIP's coordinates.
+            kept: False where an input is dropped, bool [b], by its name; by default nothing is.
+            noise: added to the normalised inputs, [b, 2 * e].
+        """
+        inputs = []
+        for name, stats in INPUTS.items():
+            z = normalisation.normalise(params[stats], cond[name])
+            inputs.append(z if kept is None else jnp.where(kept[name][:, None], z, 0.0))
+        return self.apply(params, jnp.concatenate(inputs, axis=-1) + noise)
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
+        """Loss of {"image": uint8 [b, h, h, 3], "z_i": [b, e], "z_t": [b, e]}; its mean square."""
+        noise_key, z_i_key, *drop_keys = jax.random.split(key, 4)
+        cond = self.condition_of(batch)
+        rows, e = cond["z_i"].shape
+        drops = zip(self.drops, drop_keys, strict=True)
+        kept = {name: keep(k, rows, getattr(self, f"{name}_drop")) for name, k in drops}
+        cond["z_i"] = noised(z_i_key, cond["z_i"], params["normalisation"], self.z_i_noise)
+        noise = self.input_noise * jax.random.normal(noise_key, (rows, 2 * e))
+        off = self.draw(params, cond, kept, noise) - self.small(to_float(batch["image"]))
+        squared = jnp.mean(off**2)
+        if self.penalty == "squared":
+            return squared, {}
+        return jnp.mean(jnp.sqrt(off**2 + KNEE**2)), {"squared_error": squared}
+
+    def small(self, images: jax.Array) -> jax.Array:
+        """Pictures [b, h, h, 3] averaged down to [b, size, size, 3]."""
+        s, times = self.model.size, self.image_size // self.model.size
+        return images.reshape(-1, s, times, s, times, 3).mean((2, 4))
+
+    def sample(
+        self, params: Params, keys: jax.Array, cond: Condition, **settings: Any
+    ) -> jax.Array:
+        """What `draw` draws, as large as the pictures it learned from, [b, h, h, 3].
+
+        Neither keys nor settings change anything.
+        """
+        return enlarge(self.draw(params, cond), self.image_size)
+
+
+def enlarge(images: jax.Array, size: int) -> jax.Array:
+    """Pictures [b, s, s, 3] to [b, size, size, 3], bilinear."""
+    return jax.image.resize(images, (len(images), size, size, 3), "linear")
+
+
+def noised(
+    key: jax.Array, z: jax.Array, stats: normalisation.Normalisation, size: float
+) -> jax.Array:
+    """z [b, e] in CLIP's coordinates with normal noise of that size on what it is normalised to."""
+    return z + size * stats["std"][None] * jax.random.normal(key, z.shape) if size else z
