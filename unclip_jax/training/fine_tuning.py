@@ -112,7 +112,7 @@ class Origin:
         )
         if jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(self.stage.init, key)):
             return params
-        if self.trained.unet != self.stage.unet:
+        if self.stage.canvas and not self.trained.canvas:
             unet = widened(params[TRAINED]["unet"], self.trained.unet, self.stage.unet)
             params = params | {TRAINED: params[TRAINED] | {"unet": unet}}
         fresh = flatten(jax.jit(self.stage.init)(key))
