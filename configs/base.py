@@ -7,6 +7,9 @@ config.train          optimizer, EMA, checkpoints, logging (unclip_jax.training.
 config.heldout_split  the data set's split that figures are measured on
 config.clip           folder of the trained CLIP that the prior and the decoder stand on
 config.canvas         folder of the trained canvas that the decoder sees, "" for none
+config.prior          folder of a trained prior, of whose samples for their captions training the
+                      decoder or the canvas takes some in place of the real z_i; "" for none
+config.prior_share    how often; config.prior_samples are drawn once for each caption, and cached
 config.embeddings     folder or URL of the training set's CLIP embeddings, as
                       unclip embed stores them; "" to compute and cache them
 config.t5             folder of the T5 whose text states the decoder reads, where it reads any
@@ -53,6 +56,9 @@ def from_settings(stage: dict, data: DataConfig, train: TrainConfig, **rest):
         "heldout_split": "heldout",
         "clip": "",
         "canvas": "",
+        "prior": "",
+        "prior_share": 0.5,
+        "prior_samples": 2,
         "embeddings": "",
         "t5": "",
         "t5_dtype": "float32",

@@ -19,7 +19,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
-from unclip_jax.training import command, prepare, save
+from unclip_jax.training import command, prepare, prior_samples, save
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.weights import folder as model_folder
@@ -204,8 +204,8 @@ def folder(tmp_path_factory):
     clip = tiny.params(tiny.CLIP)
     about = {"stage": stages.describe(tiny.CLIP)}
     model_folder.save_stage(folder / "clip", params=clip, description=about)
-    plain = tiny.model().decoder
-    model_folder.save_stage(folder / "plain", params=plain.params, description=plain.description)
+    for part, name in ((tiny.model().decoder, "plain"), (tiny.model().prior, "prior")):
+        model_folder.save_stage(folder / name, params=part.params, description=part.description)
     return folder
 
 
@@ -283,7 +283,84 @@ def test_a_decoder_with_a_canvas_resumes_bit_for_bit(folder, no_curves):
         run(folder, stage, "parts", train={"steps": 6}, canvas=str(folder / "other"))
 
 
+# ------------------------------------------------------------------- the prior's own z_i
+
+
+def test_each_pair_has_the_priors_samples_of_its_own_caption(folder, monkeypatch):
+    monkeypatch.setattr(prior_samples, "PAIRS_PER_PART", 30)
+    monkeypatch.setattr(prior_samples, "BATCH", 16)
+    flags = {"prior": str(folder / "prior"), "prior_samples": 3}
+    given = prepare.prepare(config_of(folder, STAGE, **flags))
+    (cached,) = (folder / "cache" / "prior_samples").iterdir()
+    parts = sorted(cached.iterdir())
+    assert len(parts) == -(-len(given.source) // 30) > 1
+    pairs = (0, 1, 29, 30, len(given.source) - 1)
+    records = [given.source[i] for i in pairs]
+    model = tiny.model()
+    for number in range(3):
+        keys = jnp.stack(
+            [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), number) for i in pairs]
+        )
+        text = jnp.asarray(model.tokens(model.prior, [record["caption"] for record in records]))
+        cond = tiny.PRIOR.condition(text, jnp.stack([record["z_t"] for record in records]))
+        expected = tiny.call(
+            tiny.PRIOR, "sample", model.prior.params, keys, cond,
+            guidance_scale=tiny.PRIOR.guidance_scale,
+        )  # fmt: skip
+        found = [record[prior_samples.NAME][number] for record in records]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    # A part that is missing is drawn again, the same; those that are there are not touched.
+    whole, times = np.load(parts[1]), parts[0].stat().st_mtime_ns
+    parts[1].unlink()
+    prepare.prepare(config_of(folder, STAGE, **flags))
+    np.testing.assert_array_equal(np.load(parts[1]), whole)
+    assert parts[0].stat().st_mtime_ns == times and sorted(cached.iterdir()) == parts
+
+
+def test_as_many_rows_as_asked_take_a_sample():
+    rows = 1000
+    batch = {"z_i": jnp.zeros((rows, 2)), "image": jnp.zeros(rows)}
+    batch[prior_samples.NAME] = jnp.broadcast_to(jnp.arange(1.0, 5.0)[None, :, None], (rows, 4, 2))
+
+    def taken(share, seed=0):
+        def loss(params, batch, key):
+            assert set(batch) == {"z_i", "image"} and params == {} and key == jax.random.key(seed)
+            return batch["z_i"], {}
+
+        z_i, _ = prior_samples.Mixed(loss, share)({}, batch, jax.random.key(seed))
+        np.testing.assert_array_equal(z_i[:, 0], z_i[:, 1])
+        return np.asarray(z_i[:, 0])
+
+    assert not taken(0.0).any() and taken(1.0).all()
+    counts = np.bincount(taken(0.6).astype(int), minlength=5) / rows
+    np.testing.assert_allclose(counts, [0.4, 0.15, 0.15, 0.15, 0.15], atol=0.05)
+    np.testing.assert_array_equal(taken(0.6), taken(0.6))
+    assert np.any(taken(0.6) != taken(0.6, seed=1))
+
+
+def test_a_run_on_the_priors_samples_resumes_bit_for_bit(folder, no_curves):
+    flags = {"prior": str(folder / "prior")}
+    stage = dataclasses.replace(STAGE, z_i_noise=0.1)
+    whole = run(folder, stage, "sampled", **flags)
+    run(folder, stage, "sampled_parts", train={"steps": 2}, **flags)
+    parts = run(folder, stage, "sampled_parts", **flags)
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole.params, parts.params))
+    plain = run(folder, stage, "unsampled")
+    assert not jax.tree.all(jax.tree.map(np.array_equal, whole.params, plain.params))
+    assert whole.description["prior"]["share"] == 0.5
+    with pytest.raises(UserError, match="prior"):
+        run(folder, stage, "sampled_parts", train={"steps": 6}, prior_share=0.6, **flags)
+
+
 def test_what_a_run_needs_is_asked_for(folder):
+    for stage, changes, message in (
+        (STAGE, {"prior": str(folder / "clip")}, "holds a clip, expected a prior"),
+        (tiny.PRIOR, {"prior": str(folder / "prior")}, "a prior is not drawn of z_i"),
+        (STAGE, {"prior_share": 1.5}, r"config\.prior_share: got 1\.5"),
+        (STAGE, {"prior_samples": 0}, r"config\.prior_samples: got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare.prepare(config_of(folder, stage, **changes))
     with pytest.raises(UserError, match=r"config\.canvas: empty, expected the folder"):
         prepare.prepare(config_of(folder, DECODER))
     with pytest.raises(UserError, match="holds a clip, expected a canvas"):

@@ -125,6 +125,23 @@ def load_canvas(folder: str, clip: Part) -> Part:
     return canvas
 
 
+def load_prior(folder: str, stage: stages.Stage, clip: Part | None) -> Part:
+    """The trained prior of which a stage's training takes samples.
+
+    UserError if the folder holds none, or one that was trained with another CLIP, or if the stage
+    is not drawn of z_i.
+    """
+    if clip is None or "z_i" not in stage.conditions:
+        raise UserError(
+            f"config.prior: got {folder!r}, but a {stage.kind} is not drawn of z_i; leave it out"
+        )
+    prior = load_part(folder)
+    if prior.stage.kind not in ("prior", "ar_prior"):
+        raise UserError(f"config.prior: {folder!r} holds a {prior.stage.kind}, expected a prior")
+    check_same_clip(prior, f"config.prior: {folder!r}", clip)
+    return prior
+
+
 def check_same_clip(part: Part, what: str, clip: Part) -> None:
     """Raise UserError, which begins with `what`, unless a part was trained with that CLIP."""
     found, expected = part.description.get("clip_fingerprint"), clip_fingerprint(clip)

@@ -35,11 +35,13 @@ from unclip_jax.training.inputs import (
     data_for,
     load_canvas,
     load_clip,
+    load_prior,
     text_encoder,
     warn_of_repeats,
     with_embeddings,
 )
 from unclip_jax.training.lora import Lora
+from unclip_jax.training.prior_samples import Mixed, with_samples
 from unclip_jax.training.step import LossFn, random_params
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
@@ -60,6 +62,9 @@ class Settings:
     heldout_split: str = "heldout"
     clip: str = ""
     canvas: str = ""
+    prior: str = ""
+    prior_share: float = 0.5
+    prior_samples: int = 2
     embeddings: str = ""
     t5: str = ""
     t5_dtype: str = "float32"
@@ -73,6 +78,8 @@ class Settings:
         """Check the fields that belong to no part."""
         checks.choice("config.normalisation", self.normalisation, (*normalisation.NAMES, "codes"))
         checks.count("config.previews", self.previews)
+        checks.number("config.prior_share", self.prior_share, least=0, most=1)
+        checks.count("config.prior_samples", self.prior_samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +148,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     if origin is not None and clip is not None:
         origin.check_clip(clip_fingerprint(clip), given.clip)
     canvas = load_canvas(given.canvas, clip) if given.canvas else None
+    prior = load_prior(given.prior, stage, clip) if given.prior else None
     data = data_for(stage, given.data)
     encoder = text_encoder(stage, clip, given.t5, given.t5_dtype)
     check_embeddings(given, stage)
@@ -169,12 +177,18 @@ def prepare(config: Mapping[str, Any]) -> Run:
         description["clip_fingerprint"] = clip_fingerprint(clip)
         source = with_embeddings(source, data, clip, given.embeddings)
         heldout = with_embeddings(heldout, heldout_data, clip)
+    loss: LossFn = stage.loss
+    if prior is not None:
+        source = with_samples(source, prior, clip, given.prior_samples, given.data.cache)
+        loss = Mixed(stage.loss, given.prior_share)
+        how = {"share": given.prior_share, "samples": given.prior_samples}
+        description["prior"] = {"fingerprint": fingerprint(prior.params)} | how
     held = Held(heldout, data, given.previews, encoder)
     evaluate, preview = figures(stage, held)
     run = Run(
         stage=stage,
         init_params=first_params(given, stage, origin, source, encoder, canvas),
-        loss=stage.loss,
+        loss=loss,
         source=source,
         data=data,
         train=given.train,
