@@ -325,6 +325,15 @@ def rename_tensor(folder):
     ("damage", "message"),
     [
         (without("decoder"), "no folder 'decoder'"),
+        (without("tokenizer"), "no folder 'tokenizer'"),
+        (
+            setting("prior_scheduler", "variance_type", "learned_range", "scheduler_config.json"),
+            "prior_scheduler.*variance_type: got 'learned_range'",
+        ),
+        (
+            setting("", "decoder_scheduler", ["diffusers", "DDPMScheduler"], "model_index.json"),
+            "decoder_scheduler: got 'DDPMScheduler', expected one of UnCLIPScheduler",
+        ),
         (without("prior_scheduler"), "no folder 'prior_scheduler'"),
         (swap, "num_attention_heads|positive integer"),
         (swap_weights, "prior.*do not fit.*missing.*unexpected"),
@@ -342,7 +351,7 @@ def rename_tensor(folder):
         (setting("text_encoder", "layer_norm_eps", 1e-6), "layer_norm_eps"),
         (
             setting("prior_scheduler", "prediction_type", "magic", "scheduler_config.json"),
-            "prediction_type 'magic'",
+            "prediction_type: got 'magic'",
         ),
         (
             setting("decoder_scheduler", "beta_schedule", "linear", "scheduler_config.json"),

@@ -124,6 +124,16 @@ def test_every_weight_arrives_and_it_runs(tiny_presets, folder, params):
     assert size(model.decoder.params["network"]) == size(params["decoder"]["network"])
 
 
+def test_of_two_layouts_the_one_with_weights_counts(tiny_presets, folder):
+    """An index of diffusers without its networks is no reason to leave the weights unread."""
+    (folder / karlo.INDEX).write_text('{"_class_name": "UnCLIPPipeline"}')
+    assert set(dict(karlo.read([folder]))) == {"clip", "prior", "decoder", "upsampler_32"}
+    (folder / "decoder").mkdir()
+    (folder / "decoder" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="no folder 'text_encoder'"):
+        list(karlo.read([folder]))
+
+
 def rename(folder, one, other):
     one, other = (next(folder.glob(pattern)) for pattern in (one, other))
     kept = one.read_bytes()

@@ -169,6 +169,14 @@ def test_inception_is_pytorch_fids(tmp_path):
     assert relative_error(found, expected) < 1e-5
 
 
+def test_an_inception_of_torchvisions_classes_is_another(tmp_path):
+    """Its layers have the same names and shapes, its weights are others."""
+    weights = random_weights(feature_networks.inception_table(), INCEPTION)
+    torch.save(weights | {"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
+    with pytest.raises(UserError, match=r"classes of fc.weight: got 1000, expected 1008"):
+        feature_networks.load_inception(tmp_path / "torchvision.pth")
+
+
 def test_inception_has_its_published_size():
     # 27,161,264 of torchvision's Inception3 are 1000 logits (2,049,000) and an auxiliary head
     # (3,326,696); our means and variances are buffers there, not parameters.

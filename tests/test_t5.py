@@ -151,6 +151,8 @@ def test_batches_carry_the_states_of_their_captions_and_resume(t5, tmp_path):
             {"feed_forward_proj": "gated-silu"},
             "_proj: got 'gated-silu', expected one of relu",
         ),
+        ({"dense_act_fn": "relu"}, r"dense_act_fn: got \(True, 'relu'\), expected .* 'gelu_new'"),
+        ({"is_gated_act": False}, r"is_gated_act and dense_act_fn: got \(False, 'gelu_new'\)"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon: got 1e-05, expected one of 1e-06"),
         ({"d_model": None}, "shared.weight is float32.128, 16., expected float32.128, 512."),
         ({"d_model": "16"}, "transformers refuses it .*Field 'd_model' expected int, got str"),
@@ -169,6 +171,18 @@ def test_settings_of_another_network_are_named(copy, change, message):
     with pytest.raises(UserError, match=message) as caught:
         T5.load(copy, LENGTH)
     assert "\n" not in str(caught.value)
+
+
+def test_an_embedding_under_both_names_is_one(copy):
+    weights = load_file(copy / "model.safetensors")
+    mark = T5.load(copy, LENGTH).fingerprint
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"].copy()
+    save_file(weights, copy / "model.safetensors")
+    assert T5.load(copy, LENGTH).fingerprint == mark
+    weights["encoder.embed_tokens.weight"][3] += 1
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"shared.weight and .*embed_tokens.weight differ"):
+        T5.load(copy, LENGTH)
 
 
 @pytest.mark.parametrize(

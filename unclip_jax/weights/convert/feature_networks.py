@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.features import efficientnet, inception
 from unclip_jax.weights.convert.tables import Params, Row, Tensors, row, to_ours
 from unclip_jax.weights.convert.tensor_files import open_tensors
@@ -52,9 +52,9 @@ def load_inception(path: str | Path) -> Params:
     """Read Inception-v3 from a file with pytorch-fid's names.
 
     Raises:
-        UserError: no such file, a damaged one, or another network.
+        UserError: no such file, a damaged one, or another network, such as torchvision's.
     """
-    return _load(Path(path).expanduser(), inception.Inception(), inception_table(), "fc.")
+    return _load(Path(path).expanduser(), inception.Inception(), inception_table(), "fc.", 1008)
 
 
 def load_efficientnet_lite0() -> Params:
@@ -70,11 +70,15 @@ def load_efficientnet_lite0() -> Params:
             f" {PACKAGE}"
         )
     path = Path(found.origin).parent / _WEIGHTS
-    return _load(path, efficientnet.EfficientNetLite0(), efficientnet_table(), "_fc.")
+    return _load(path, efficientnet.EfficientNetLite0(), efficientnet_table(), "_fc.", 1000)
 
 
-def _load(path: Path, network: Any, table: list[Row], logits: str) -> Params:
-    """Params of a network from a file, of which logits and counts of batches are left out."""
+def _load(path: Path, network: Any, table: list[Row], logits: str, classes: int) -> Params:
+    """Params of a network from a file, of which logits and counts of batches are left out.
+
+    How many classes the logits have tells it from networks of the same names that were trained on
+    other data, whose features are others.
+    """
     picture = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     target = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
 
@@ -83,5 +87,9 @@ def _load(path: Path, network: Any, table: list[Row], logits: str) -> Params:
         return None if left_out else name
 
     with open_tensors(path) as source:
+        found = source.shapes.get(f"{logits}weight")
+        if found is not None and found.shape[0] != classes:
+            do = "get the file that the class's documentation names"
+            raise wrong(f"{path}: classes of {logits}weight", found.shape[0], str(classes), do)
         tensors = Tensors(source.shapes, source.read, str(path)).select(choose)
         return to_ours(table, tensors, target, dtype="float32")

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unclip_jax import stages
+from unclip_jax.common.checks import choice
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.errors import UserError
@@ -60,6 +61,15 @@ def is_karlo(folder: Path) -> bool:
     return (folder / INDEX).is_file() or any(
         any(folder.glob(pattern)) for pattern, _ in ORIGINAL.values()
     )
+
+
+def _is_diffusers(folder: Path) -> bool:
+    """Whether a folder is in diffusers' layout: it has an index, and not the other's weights."""
+    if not (folder / INDEX).is_file():
+        return False
+    is_other = any(any(folder.glob(pattern)) for pattern, _ in ORIGINAL.values())
+    decoder = folder / "decoder"
+    return not is_other or bool(weights_in(decoder, needed=False))
 
 
 def load(
@@ -125,7 +135,7 @@ def read(folders: Sequence[str | Path], dtype: str = "") -> Iterator[tuple[str, 
                 f"Karlo {str(path)!r}: neither {INDEX} of diffusers nor the original files"
                 f" ({', '.join(pattern for pattern, _ in ORIGINAL.values())}) in it"
             )
-    in_diffusers = [(path / INDEX).is_file() for path in paths]
+    in_diffusers = [_is_diffusers(path) for path in paths]
     if any(in_diffusers) and not all(in_diffusers):
         raise UserError(
             f"Karlo {', '.join(map(str, paths))}: some are in diffusers' layout and some in the"
@@ -138,15 +148,29 @@ def read(folders: Sequence[str | Path], dtype: str = "") -> Iterator[tuple[str, 
 
 # ---------------------------------------------------------------- diffusers' layout
 
+# The class of each component that a config of its own does not name.
+_COMPONENTS = {
+    "text_encoder": "CLIPTextModelWithProjection",
+    "image_encoder": "CLIPVisionModelWithProjection",
+    "prior": "PriorTransformer",
+    "decoder": "UNet2DConditionModel",
+    "text_proj": "UnCLIPTextProjModel",
+    "super_res_first": "UNet2DModel",
+    "super_res_last": "UNet2DModel",
+    "prior_scheduler": "UnCLIPScheduler",
+    "decoder_scheduler": "UnCLIPScheduler",
+    "super_res_scheduler": "UnCLIPScheduler",
+}
+
 
 def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part]]:
     for folder in folders:
-        kind = read_json(folder / INDEX).get("_class_name")
-        if kind not in ("UnCLIPPipeline", "UnCLIPImageVariationPipeline"):
-            raise UserError(
-                f"{folder / INDEX}: _class_name {kind!r}: expected UnCLIPPipeline or"
-                " UnCLIPImageVariationPipeline; this is another kind of model"
-            )
+        index = read_json(folder / INDEX)
+        kinds = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
+        choice(f"{folder / INDEX}: _class_name", index.get("_class_name"), kinds)
+        for name, kind in _COMPONENTS.items():
+            found = index.get(name) or (None, kind)
+            choice(f"{folder / INDEX}: {name}", found[-1] or kind, (kind,))
 
     def find(name: str, needed: bool = True) -> Path | None:
         for folder in folders:
@@ -161,13 +185,16 @@ def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part
 
     def scheduler(name: str, steps: str) -> tuple[Diffusion, Sampling]:
         path = find(name) / "scheduler_config.json"
-        return karlo_configs.read_scheduler(read_json(path), steps, str(path))
+        diffusion, sampling = karlo_configs.read_scheduler(read_json(path), steps, str(path))
+        if name == "prior_scheduler":  # as that network has no second output
+            choice(f"{path}: variance_type", diffusion.variance, ("fixed_small_log",))
+        return diffusion, sampling
 
     towers = [find("text_encoder"), find("image_encoder", needed=False)]
     part = clip.load_huggingface(
         [t for t in towers if t],
-        tokenizer=find("tokenizer", needed=False),
-        pixels=find("feature_extractor", needed=False),
+        tokenizer=find("tokenizer"),
+        pixels=find("feature_extractor", needed=towers[1] is not None),
         dtype=dtype,
         unit_embeddings=False,
     )

@@ -10,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unclip_jax.common.checks import choice, count, number
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.models import DecoderConfig, PriorConfig, UNetConfig
 
 Settings = dict[str, Any]
 
 _ATTENDING = "SimpleCrossAttnDownBlock2D"
+VARIANCES = ("fixed_small_log", "learned_range")  # those of diffusers' UnCLIPScheduler
 
-# Fields that are the same in every network we can be. They may be missing: older versions of
-# diffusers didn't write them all, and these are its defaults.
-_PRIOR_CONSTANTS = {
+# What diffusers takes where a config.json leaves a field out, as older versions of it do.
+_PRIOR = {
+    "num_attention_heads": 32,
+    "attention_head_dim": 64,
+    "num_layers": 20,
+    "embedding_dim": 768,
+    "num_embeddings": 77,
     "additional_embeddings": 4,
     "dropout": 0.0,
     "time_embed_act_fn": "silu",
@@ -33,28 +39,46 @@ _PRIOR_CONSTANTS = {
     "embedding_proj_dim": None,
     "clip_embed_dim": None,
 }
-_UNET_CONSTANTS = {
+_UNET = {
+    "sample_size": None,
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "layers_per_block": 2,
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
+    "dropout": 0.0,
     "act_fn": "silu",
+    "norm_num_groups": 32,
     "norm_eps": 1e-5,
+    "attention_head_dim": 8,
+    "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
     "time_embedding_dim": None,
+    "class_embed_type": None,
     "num_class_embeds": None,
 }
-_SUPER_RES_CONSTANTS = _UNET_CONSTANTS | {
+_SUPER_RES = _UNET | {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
     "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
     "downsample_type": "conv",
     "upsample_type": "conv",
     "attn_norm_num_groups": None,
-    "class_embed_type": None,
+    "add_attention": True,
     "num_train_timesteps": None,
-    "attention_head_dim": 8,
 }
-_DECODER_CONSTANTS = _UNET_CONSTANTS | {
+_DECODER = _UNET | {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1280,
     "only_cross_attention": False,
     "transformer_layers_per_block": 1,
     "reverse_transformer_layers_per_block": None,
@@ -80,8 +104,18 @@ _DECODER_CONSTANTS = _UNET_CONSTANTS | {
     "mid_block_only_cross_attention": None,
     "cross_attention_norm": None,
 }
-# Of no consequence for weights or pictures: where a size is only a hint, or a rate of training.
-_FREE = {"dropout", "sample_size", "downsample_type", "upsample_type", "attention_head_dim"}
+_TEXT_PROJ = {"clip_extra_context_tokens": 4, "clip_embeddings_dim": 768}
+_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "variance_type": "fixed_small_log",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "prediction_type": "epsilon",
+    "beta_schedule": "squaredcos_cap_v2",
+}
+_PREDICTIONS = {"sample": "x_0", "epsilon": "eps"}
+# Of no consequence for weights or pictures: a rate of training, and what no block of Karlo's reads.
+_FREE = {"dropout", "downsample_type", "upsample_type"}
 
 
 # ---------------------------------------------------------------- ours to theirs
@@ -89,7 +123,7 @@ _FREE = {"dropout", "sample_size", "downsample_type", "upsample_type", "attentio
 
 def prior_settings(config: PriorConfig) -> Settings:
     """config.json of diffusers' PriorTransformer."""
-    return _PRIOR_CONSTANTS | {
+    return _PRIOR | {
         "num_attention_heads": config.heads,
         "attention_head_dim": config.width // config.heads,
         "num_layers": config.layers,
@@ -100,13 +134,13 @@ def prior_settings(config: PriorConfig) -> Settings:
 
 def super_res_settings(config: UNetConfig) -> Settings:
     """config.json of diffusers' UNet2DModel."""
-    return _SUPER_RES_CONSTANTS | _unet_settings(config) | {"add_attention": False}
+    return _SUPER_RES | _unet_settings(config) | {"add_attention": False}
 
 
 def decoder_settings(config: UNetConfig) -> Settings:
     """config.json of diffusers' UNet2DConditionModel."""
     return (
-        _DECODER_CONSTANTS
+        _DECODER
         | _unet_settings(config)
         | {
             "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
@@ -150,7 +184,7 @@ def scheduler_settings(diffusion: Diffusion, sampling: Sampling) -> Settings:
     return {
         "num_train_timesteps": diffusion.steps,
         "variance_type": diffusion.variance,
-        "prediction_type": {"x_0": "sample", "eps": "epsilon"}[diffusion.prediction],
+        "prediction_type": next(k for k, v in _PREDICTIONS.items() if v == diffusion.prediction),
         "beta_schedule": {"cosine": "squaredcos_cap_v2"}[diffusion.schedule],
         "clip_sample": sampling.clip_x_0 > 0,
         "clip_sample_range": sampling.clip_x_0 or 1.0,
@@ -166,6 +200,7 @@ def read_prior(given: Mapping[str, Any], where: str) -> PriorConfig:
     Raises:
         UserError: a size is missing, or a field asks for what our prior doesn't do.
     """
+    given = _PRIOR | given
     heads = _size(given, "num_attention_heads", where)
     embed_dim = _size(given, "embedding_dim", where)
     config = PriorConfig(
@@ -177,7 +212,11 @@ def read_prior(given: Mapping[str, Any], where: str) -> PriorConfig:
         vocab_size=0,
         text_width=embed_dim,
     )
-    _check(given, prior_settings(config), where)
+    # What diffusers takes for None may be spelled out.
+    spelled = {"embedding_proj_dim": embed_dim, "clip_embed_dim": embed_dim}
+    spelled |= {"time_embed_dim": config.width}
+    given = {k: None if v and v == spelled.get(k) else v for k, v in given.items()}
+    _check(given, prior_settings(config), "PriorTransformer", where)
     return config
 
 
@@ -187,10 +226,10 @@ def read_super_res(given: Mapping[str, Any], where: str) -> UNetConfig:
     Raises:
         UserError: as for `read_prior`.
     """
-    config = UNetConfig(
-        **_read_unet(given, where), attention_sizes=(), scale_shift=_scale_shift(given)
-    )
-    _check(given, super_res_settings(config), where)
+    given = _SUPER_RES | given
+    config = UNetConfig(**_read_unet(given, where), attention_sizes=())
+    # Without attention the width of its heads says nothing.
+    _check(given | {"attention_head_dim": 8}, super_res_settings(config), "UNet2DModel", where)
     return config
 
 
@@ -202,18 +241,17 @@ def read_decoder(
     Raises:
         UserError: as for `read_prior`, or the two don't fit each other.
     """
-    sizes = _read_unet(given, where)
-    types = given.get("down_block_types", [])
+    given, text_proj = _DECODER | given, _TEXT_PROJ | text_proj
+    sizes, types = _read_unet(given, where), given["down_block_types"]
     attending = tuple(sizes["image_size"] >> i for i, t in enumerate(types) if t == _ATTENDING)
     unet = UNetConfig(
         **sizes,
         attention_sizes=attending,
         head_channels=_size(given, "attention_head_dim", where),
         context_dim=_size(given, "cross_attention_dim", where),
-        scale_shift=_scale_shift(given),
         dropout=0.1,
     )
-    _check(given, decoder_settings(unet), where)
+    _check(given, decoder_settings(unet), "UNet2DConditionModel", where)
     embed_dim = _size(text_proj, "clip_embeddings_dim", f"{where}: text_proj")
     config = DecoderConfig(
         unet=unet,
@@ -223,7 +261,7 @@ def read_decoder(
         use_z_t=True,
         learned_null=True,
     )
-    _check(text_proj, text_proj_settings(config), f"{where}: text_proj")
+    _check(text_proj, text_proj_settings(config), "UnCLIPTextProjModel", f"{where}: text_proj")
     return config
 
 
@@ -235,36 +273,33 @@ def read_scheduler(
     Raises:
         UserError: a field asks for what our diffusion doesn't do.
     """
-    predictions = {"sample": "x_0", "epsilon": "eps"}
-    found = given.get("prediction_type", "epsilon")
-    if found not in predictions:
-        raise UserError(f"{where}: prediction_type {found!r}: expected sample or epsilon")
-    variance = given.get("variance_type", "fixed_small_log")
-    learned = variance == "learned_range"
+    given = _SCHEDULER | given
+    found = choice(f"{where}: prediction_type", given["prediction_type"], _PREDICTIONS)
+    variance = choice(f"{where}: variance_type", given["variance_type"], VARIANCES)
+    clip = 0.0
+    if given["clip_sample"]:
+        clip = number(f"{where}: clip_sample_range", given["clip_sample_range"], above=0)
     diffusion = Diffusion(
-        steps=given.get("num_train_timesteps", 1000),
+        steps=count(f"{where}: num_train_timesteps", given["num_train_timesteps"]),
         schedule="cosine",
-        prediction=predictions[found],
+        prediction=_PREDICTIONS[found],
         variance=variance,
-        loss="hybrid" if learned else "simple",
+        loss="hybrid" if variance == "learned_range" else "simple",
     )
-    clip = given.get("clip_sample_range", 1.0) if given.get("clip_sample", True) else 0.0
-    sampling = Sampling(method="ddpm", spacing=spacing, clip_x_0=float(clip))
+    sampling = Sampling(method="ddpm", spacing=spacing, clip_x_0=clip)
     diffusion.process(spacing)
-    _check(given, scheduler_settings(diffusion, sampling), where)
+    implied = scheduler_settings(diffusion, sampling)
+    _check(given | {"clip_sample_range": clip or 1.0}, implied, "UnCLIPScheduler", where)
     return diffusion, sampling
 
 
 def _read_unet(given: Mapping[str, Any], where: str) -> Settings:
-    channels = given.get("block_out_channels")
-    if not isinstance(channels, list | tuple) or not channels or channels[0] < 1:
-        raise UserError(
-            f"{where}: block_out_channels {channels!r}: expected a list of channels, one a level"
-        )
-    if any(c % channels[0] for c in channels):
-        raise UserError(
-            f"{where}: block_out_channels {channels!r}: expected multiples of the first"
-        )
+    channels = given["block_out_channels"]
+    if not isinstance(channels, list | tuple) or not channels:
+        raise wrong(f"{where}: block_out_channels", channels, "a list, one number a level")
+    first = count(f"{where}: block_out_channels", channels[0])
+    if any(c % first for c in channels):
+        raise wrong(f"{where}: block_out_channels", channels, "multiples of the first")
     return {
         "image_size": _size(given, "sample_size", where),
         "in_channels": _size(given, "in_channels", where),
@@ -272,12 +307,9 @@ def _read_unet(given: Mapping[str, Any], where: str) -> Settings:
         "channels": channels[0],
         "channel_mults": tuple(c // channels[0] for c in channels),
         "res_blocks": _size(given, "layers_per_block", where),
-        "groups": given.get("norm_num_groups", 32),
+        "groups": _size(given, "norm_num_groups", where),
+        "scale_shift": given["resnet_time_scale_shift"] == "scale_shift",
     }
-
-
-def _scale_shift(given: Mapping[str, Any]) -> bool:
-    return given.get("resnet_time_scale_shift", "default") == "scale_shift"
 
 
 def _size(given: Mapping[str, Any], field: str, where: str) -> int:
@@ -287,12 +319,13 @@ def _size(given: Mapping[str, Any], field: str, where: str) -> int:
     return value
 
 
-def _check(given: Mapping[str, Any], implied: Settings, where: str) -> None:
-    """Raise UserError unless every given field is as `implied`; names that begin with _ are not."""
+def _check(given: Mapping[str, Any], implied: Settings, kind: str, where: str) -> None:
+    """Raise UserError unless every given field is as `implied`, of this class of diffusers."""
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
+    choice(f"{where}: _class_name", given.get("_class_name", kind), (kind,))
     for field, value in given.items():
         if field.startswith("_") or field in _FREE:
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.errors import UserError
@@ -19,7 +20,9 @@ from unclip_jax.weights.convert.huggingface import CONFIG_FILE, read_config
 from unclip_jax.weights.convert.tables import Params, Row, Tensors, row, to_ours
 from unclip_jax.weights.convert.tensor_files import open_tensors
 
+# By their field and by what transformers makes of all fields: whether it is gated, and by what.
 _PERCEPTRONS = {"relu": "relu", "gated-gelu": "gated_gelu"}
+_COMPUTED = {"relu": (False, "relu"), "gated-gelu": (True, "gelu_new")}
 
 
 def t5_table(config: T5Config) -> list[Row]:
@@ -48,7 +51,9 @@ def t5_config(path: Path, dtype: str = "float32") -> T5Config:
         UserError: the settings are no T5's, or of one with other parts than ours.
     """
     found = read_config(path, ("t5", "mt5"))
-    checks.choice(f"{path}: feed_forward_proj", found.feed_forward_proj, _PERCEPTRONS)
+    kind = checks.choice(f"{path}: feed_forward_proj", found.feed_forward_proj, _PERCEPTRONS)
+    computed = found.is_gated_act, found.dense_act_fn
+    checks.choice(f"{path}: is_gated_act and dense_act_fn", computed, (_COMPUTED[kind],))
     checks.choice(f"{path}: layer_norm_epsilon", found.layer_norm_epsilon, (1e-6,))
     return T5Config(
         vocab_size=found.vocab_size,
@@ -57,7 +62,7 @@ def t5_config(path: Path, dtype: str = "float32") -> T5Config:
         heads=found.num_heads,
         head_dim=found.d_kv,
         mlp_width=found.d_ff,
-        perceptron=_PERCEPTRONS[found.feed_forward_proj],
+        perceptron=_PERCEPTRONS[kind],
         buckets=found.relative_attention_num_buckets,
         max_distance=found.relative_attention_max_distance,
         dtype=dtype,
@@ -98,8 +103,14 @@ def encoder_tensors(tensors: Tensors) -> Tensors:
 
     The decoder and the output layer are left out. The embedding goes by the name "shared.weight",
     by "encoder.embed_tokens.weight", or by both, as the two are one.
+
+    Raises:
+        UserError: they are not one.
     """
     has_shared = "shared.weight" in tensors.shapes
+    names = [n for n in ("shared.weight", "encoder.embed_tokens.weight") if n in tensors.shapes]
+    if len(names) == 2 and not np.array_equal(*(tensors.read(name) for name in names)):
+        raise UserError(f"{tensors.origin}: {' and '.join(names)} differ, expected one embedding")
 
     def choose(name: str) -> str | None:
         if name == "encoder.embed_tokens.weight":
