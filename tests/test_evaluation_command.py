@@ -131,6 +131,10 @@ def test_everything_is_written(report, tmp_path):
         assert Image.open(tmp_path / "new" / f"{name}.png").size[0] > 100
     assert "evaluation" in read_png_metadata(tmp_path / "new" / "generated.png")
     assert "guidance 3/frechet" in page.as_table(report)
+    (tmp_path / "new" / "mine.png").write_text("not of a report")
+    page.write(report._replace(sweep=[], subsets=None, grids=report.grids[:1]), tmp_path / "new")
+    left = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert left == ["figures.json", "generated.png", "index.html", "mine.png"]
 
 
 def test_the_undefined_is_null_and_a_dash(report):

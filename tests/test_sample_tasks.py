@@ -212,3 +212,42 @@ def test_wrong_usage_is_status_two(folder, command, capsys):
     with pytest.raises(SystemExit) as error:
         run(folder, *command)
     assert error.value.code == 2 and "error" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------- what an earlier run left
+
+
+def draw(folder, out, num, *more):
+    run(folder, "upscale", "--image", "plain.png", "--num", num, *QUICK, "--out", out, *more)
+
+
+def test_no_picture_of_an_earlier_run_is_left_beside_a_new_one(folder, tmp_path):
+    draw(folder, tmp_path / "st.png", 3)
+    (tmp_path / "st" / "notes.txt").write_text("mine")
+    (tmp_path / "st" / "best.png").write_bytes((tmp_path / "st" / "0001.png").read_bytes())
+    draw(folder, tmp_path / "st.png", 1, "--seed", 1)
+    left = sorted(path.name for path in (tmp_path / "st").iterdir())
+    assert left == ["0000.png", "0001.png", "0002.png", "best.png", "notes.txt"]
+    about = [read_png_metadata(tmp_path / "st" / f"{i:04d}.png") for i in range(3)]
+    assert all(json.loads(one["settings"])["seed"] == 1 for one in about)
+
+
+def test_what_another_made_is_not_replaced(folder, tmp_path):
+    (tmp_path / "st").mkdir()
+    for content in ((folder / "plain.png").read_bytes(), b"no picture"):
+        (tmp_path / "st" / "0007.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"--out.*0007.png is there, which unclip sample did"):
+            draw(folder, tmp_path / "st.png", 1)
+        assert (tmp_path / "st" / "0007.png").read_bytes() == content
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--out.*is a file"):
+        draw(folder, tmp_path / "file.png", 1)
+
+
+def test_a_picture_that_is_read_is_not_replaced(folder, tmp_path):
+    draw(folder, tmp_path / "st.png", 1)
+    for image in ("st.png", "st/0001.png"):
+        command = ["upscale", "--image", tmp_path / image, "--out", tmp_path / "st.png"]
+        with pytest.raises(UserError, match=r"--out.*would replace.*which is read"):
+            run(folder, *command, *QUICK)
+    assert len(list((tmp_path / "st").iterdir())) == 3

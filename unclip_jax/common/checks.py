@@ -4,6 +4,8 @@ steps = checks.count("train.steps", steps)
 eta = checks.number("eta", eta, least=0, most=1)
 schedule = checks.choice("schedule", schedule, SCHEDULES)
 checks.shape("images", images, (None, 64, 64, 3))
+
+Numbers may be of any type: Python's, NumPy's and JAX's, and arrays without axes.
 """
 
 from __future__ import annotations
@@ -19,12 +21,21 @@ from unclip_jax.errors import wrong
 T = TypeVar("T")
 
 
+def plain(value: Any) -> Any:
+    """A scalar of NumPy or JAX, or an array without axes, as Python's own; else what it is.
+
+    What JAX traces has no value yet and must not come here.
+    """
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def count(field: str, value: Any, least: int = 1) -> int:
     """The value, if it is an integer of any type and at least `least`.
 
     Raises:
         UserError: it is not; a bool is no integer here.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise wrong(field, value, f"an integer, {least} or more")
     return int(value)
@@ -52,6 +63,7 @@ def number(
     Raises:
         UserError: it is not; a bool is no number here.
     """
+    value = plain(value)
     limits = (
         (least, operator.ge, "{} or more"),
         (above, operator.gt, "above {}"),

@@ -10,12 +10,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.diffusion.gaussian import Denoise, Diffusion, levels, split_variance
 from unclip_jax.errors import wrong
 
 Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """`network(x_t [b, ...], t int32 [b], condition) -> output`, condition a pytree of `[b, ...]`."""
+
+
+def changes_nothing(scale: float | jax.Array, at: float = 1.0) -> bool:
+    """Whether a guidance scale is known to be `at`, where the network need be asked only once.
+
+    Args:
+        scale: a number of any type, or one per example; False for what is traced.
+        at: the scale that changes nothing.
+
+    Raises:
+        UserError: it is known, and no finite number.
+    """
+    if isinstance(scale, jax.core.Tracer):
+        return False
+    if np.ndim(scale):
+        scale = np.asarray(scale, np.float64)
+        if not np.isfinite(scale).all():
+            raise wrong("guidance scale", scale.tolist(), "finite numbers")
+        return bool((scale == at).all())
+    return checks.number("guidance scale", scale) == at
 
 
 def classifier_free(
@@ -37,7 +59,7 @@ def classifier_free(
         network: evaluates each row on its own.
         cond: pytree of `[b, ...]` arrays.
         null: what to lead away from; the same tree and shapes.
-        scale: scalar or `[b]`, may be traced. A plain 1 evaluates the condition alone.
+        scale: scalar or `[b]`, may be traced. A 1 that is not evaluates the condition alone.
         learned_variance: whether the output's last axis holds variance channels in its second half.
         encode: of a condition, what `network` takes in its place; called once, not once a step.
 
@@ -45,16 +67,22 @@ def classifier_free(
         a `denoise` whose output is float32.
 
     Raises:
-        UserError: `cond` and `null` differ in structure or shape, or the scale's shape is wrong.
+        UserError: `cond` and `null` differ in structure or shape, or the scale's shape is wrong,
+            or it is not finite.
     """
     _check_same_shapes(cond, null)
-    if isinstance(scale, int | float) and scale == 1:
+    if changes_nothing(scale):
         encoded = encode(cond)
-        return lambda x_t, t: network(x_t, t, encoded).astype(jnp.float32)
-    pairs = encode(jax.tree.map(_interleave, cond, null))
+
+        def alone(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            _per_example(scale, x_t)
+            return network(x_t, t, encoded).astype(jnp.float32)
+
+        return alone
+    pairs = encode(jax.tree.map(interleave, cond, null))
 
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        output = network(_interleave(x_t, x_t), _interleave(t, t), pairs).astype(jnp.float32)
+        output = network(interleave(x_t, x_t), interleave(t, t), pairs).astype(jnp.float32)
         output = output.reshape(x_t.shape[0], 2, *output.shape[1:])
         conditional, unconditional = output[:, 0], output[:, 1]
         variance = []
@@ -84,15 +112,17 @@ def classifier_guided(
     Args:
         denoise: the network to guide.
         log_prob: `log_prob(x_t [b, ...], t int32 [b]) -> log p(y | x_t) [b]`, differentiable.
-        scale: scalar or `[b]`, may be traced; 1 is Bayes' rule.
+        scale: scalar or `[b]`, may be traced; 1 is Bayes' rule. A 0 that is not asks no classifier.
         diffusion: what the network predicts. A learned variance is left alone.
 
     Returns:
         a `denoise` whose output is float32.
 
     Raises:
-        UserError: the scale's shape is wrong.
+        UserError: the scale's shape is wrong, or it is not finite.
     """
+    if changes_nothing(scale, at=0.0):
+        return lambda x_t, t: denoise(x_t, t).astype(jnp.float32)
     full = diffusion.process()
 
     def guided(x_t: jax.Array, t: jax.Array) -> jax.Array:
@@ -107,7 +137,7 @@ def classifier_guided(
     return guided
 
 
-def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
     """Two `[b, ...]` -> `[2b, ...]`: first[0], second[0], first[1], ..."""
     pairs = jnp.stack([first, second], axis=1)
     return pairs.reshape(-1, *pairs.shape[2:])

@@ -13,7 +13,6 @@ and analytic statistics may be traced, so that a new value compiles nothing.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +61,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check every field but `spacing`, which only a `Diffusion` can judge."""
         checks.choice("Sampling.method", self.method, METHODS)
-        checks.number("Sampling.clip_x_0", self.clip_x_0, least=0)
-        checks.number("Sampling.last_noise", self.last_noise, least=0)
+        for field in ("clip_x_0", "last_noise", "dynamic_percentile"):
+            value = checks.number(f"Sampling.{field}", getattr(self, field), least=0)
+            object.__setattr__(self, field, value)
         if self.dynamic_percentile != 0 and not 50 <= self.dynamic_percentile <= 100:
             expected = "0 (off) or percent from 50 to 100, such as 99.5"
             raise wrong("Sampling.dynamic_percentile", self.dynamic_percentile, expected)
@@ -93,7 +93,8 @@ def sample(
         sampling: method, steps and clipping.
         noise: what the steps add, instead of keys: float `[b, steps - 1, ...]`, the noisiest
             step's first.
-        eta: DDIM's noise, 0 (deterministic) to 1 (DDPM's variance); may be traced.
+        eta: DDIM's noise, 0 (deterministic) to 1 (DDPM's variance), of any numeric type; may be
+            traced, and is then not checked: other methods ignore it.
         analytic: float `[diffusion.steps]` from `analytic.statistic`; other methods than
             "analytic" ignore it.
         loop: what does the steps; `progress.Watchable` passes one that a host can watch.
@@ -104,8 +105,8 @@ def sample(
     Raises:
         UserError: keys, noise, eta, spacing, the statistic or the network's output do not fit.
     """
-    if isinstance(eta, numbers.Real):
-        checks.number("eta", eta, least=0, most=1)
+    if not isinstance(eta, jax.core.Tracer):
+        eta = checks.number("eta", eta, least=0, most=1)
         check_used("eta", eta, "eta", sampling.method)
     process = diffusion.process(sampling.spacing)
     draw = _noise_of_steps(process, x_T, keys, noise)

@@ -87,7 +87,7 @@ def ddim(setting: Setting) -> Solver:
     differential equation, which `ddim_inverse` follows the other way; a plain 0 draws no noise.
     """
     process, eta = setting.process, jnp.asarray(setting.eta, jnp.float32)
-    deterministic = isinstance(setting.eta, int | float) and setting.eta == 0
+    deterministic = not isinstance(setting.eta, jax.core.Tracer) and setting.eta == 0
     # 1 - alpha_bar_prev - beta_tilde eta^2, factored so that nothing cancels near alpha_bar = 1.
     share = process.betas / process.sqrt_one_minus_alpha_bar**2
 

@@ -64,7 +64,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.num <= NEIGHBOURS:
+        if checks.count("--num", self.num) <= NEIGHBOURS:
             why = f"precision and recall look at {NEIGHBOURS} neighbours of each picture"
             raise wrong("--num", self.num, f"at least {NEIGHBOURS + 1}", why)
         checks.count("--batch_size", self.batch_size)
@@ -72,9 +72,12 @@ class Settings:
         if self.template.count("{}") != 1:
             expected = '{} once, where the class\'s name goes, as in "a photo of a {}"'
             raise wrong("--template", self.template, expected)
-        for scale in (self.guidance_scale or 0.0, *self.sweep):
-            checks.number("guidance scale", scale)
-        if not 0 <= self.seed < 2**63:
+        sweep = tuple(checks.number("guidance scale", scale) for scale in self.sweep)
+        object.__setattr__(self, "sweep", sweep)
+        if self.guidance_scale is not None:
+            scale = checks.number("guidance scale", self.guidance_scale)
+            object.__setattr__(self, "guidance_scale", scale)
+        if not 0 <= checks.count("--seed", self.seed, 0) < 2**63:
             raise wrong("--seed", self.seed, f"0 to {2**63 - 1}")
 
 

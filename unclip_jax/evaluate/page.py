@@ -17,6 +17,9 @@ from unclip_jax.metrics.zero_shot import Subsets
 
 JSON, PAGE = "figures.json", "index.html"
 
+_TITLE = "<title>Evaluation</title>"
+_IMAGES = ("sweep.png", "subsets.png", "generated.png", "sweep_pictures.png", "classes.png")
+
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; }
@@ -61,8 +64,12 @@ def _number(value: float) -> str:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write everything into `folder`, which is made; files of the same names are replaced."""
-    images = []
+    """Write everything into `folder`, which is made; what an earlier report left there is gone."""
+    images, page = [], folder / PAGE
+    if page.is_file() and _TITLE in (before := page.read_text(encoding="utf-8", errors="replace")):
+        for name in _IMAGES:
+            if f'src="{name}"' in before:
+                (folder / name).unlink(missing_ok=True)
     if report.sweep:
         images.append("sweep.png")
         plot_sweep(report.sweep, folder / images[-1])
@@ -76,7 +83,7 @@ def write(report: Report, folder: Path) -> None:
         image = captioned_grid(pictures, captions, columns=grid.columns, title=grid.title)
         save_png(image, folder / images[-1], about)
     write_text(folder / JSON, as_json(report))
-    write_text(folder / PAGE, _page(report, images))
+    write_text(page, _page(report, images))
 
 
 def plot_sweep(sweep: list[Figures], path: Path) -> None:
@@ -133,7 +140,7 @@ def _page(report: Report, images: list[str]) -> str:
     )
     shown = "".join(f'<img src="{name}" alt="{name.removesuffix(".png")}">\n' for name in images)
     return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Evaluation</title>\n'
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n' + _TITLE + "\n"
         f"<style>{_STYLE}</style>\n"
         f"<h1>Evaluation</h1>\n<table>\n{rows(report.about)}</table>\n"
         f"<h2>Figures</h2>\n<table>\n{tables}</table>\n"

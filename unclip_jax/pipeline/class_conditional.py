@@ -83,7 +83,8 @@ def generate(
         upsamplers: from small to large.
         num: pictures per class.
         guidance_scale: classifier-free, away from no class; None takes the decoder's own.
-        classifier_scale: of the classifier's gradient; 1 is Bayes' rule, more is more typical.
+        classifier_scale: of the classifier's gradient; 1 is Bayes' rule, more is more typical, and
+            0 asks no classifier.
         batch_size: pictures computed together; it changes no picture.
 
     Returns:
@@ -99,19 +100,17 @@ def generate(
     numbers = np.repeat([number(name, known) for name in labels], checks.count("num", num))
     cascade = UnCLIP(clip=None, prior=None, decoder=decoder, upsamplers=tuple(upsamplers))
     cascade.check()
-    scale = decoder.stage.guidance_scale if guidance_scale is None else guidance_scale
-    checks.number("guidance_scale", scale)
-    checks.number("classifier_scale", classifier_scale)
-    away = None if scale == 1 or not decoder.stage.num_classes else jnp.float32(scale)
-    guiding = (None, None) if classifier is None else classifier[:2]
+    guided = decoder.stage.guided_by(guidance_scale) if decoder.stage.num_classes else {}
+    strength = checks.number("classifier_scale", classifier_scale)
+    guiding = classifier[:2] if classifier is not None and strength else (None, None)
 
     keys = jnp.tile(example_keys(key, num), len(labels))
-    strength = jnp.float32(classifier_scale)
 
     def make(rows: np.ndarray) -> jax.Array:
         own = stage_keys(keys[rows], DECODER)
         label = jnp.int32(numbers[rows])
-        small = _draw(decoder.stage, decoder.params, own, label, away, *guiding, strength)
+        given = own, label, guided.get("guidance_scale"), *guiding, jnp.float32(strength)
+        small = _draw(decoder.stage, decoder.params, *given)
         return to_uint8(cascade.upsample(keys[rows], small))
 
     return in_batches(len(numbers), batch_size, make)

@@ -314,10 +314,7 @@ class UnCLIP:
 
     def _run(self, part, name, keys, purpose, cond, guidance_scale, noise, progress) -> jax.Array:
         """Sample one part with what only some stages take left out where they don't."""
-        settings: dict[str, Any] = {}
-        if "guidance_scale" in part.stage.settings:
-            scale = part.stage.guidance_scale if guidance_scale is None else guidance_scale
-            settings["guidance_scale"] = jnp.float32(scale)
+        settings: dict[str, Any] = part.stage.guided_by(guidance_scale)
         if noise is not None:
             if part.stage.sampling is None:
                 raise UserError(f"noise: given for a {part.stage.kind}, which has none")
@@ -384,6 +381,8 @@ class UnCLIP:
                 part that is not there.
         """
         check_prompts(prompts)
+        for scale in (prior_guidance_scale, guidance_scale):
+            self.decoder.stage.guided_by(scale)  # a wrong one is told before anything is drawn
         texts = [prompt for prompt in prompts for _ in range(checks.count("num", num))]
         reads_z_i = "z_i" in self.decoder.stage.conditions
 

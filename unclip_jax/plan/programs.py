@@ -107,9 +107,8 @@ class Plan:
             raise UserError(f"--sample: got a {stage.kind}, which draws nothing; leave it out")
 
         def sample(params: Any, keys: jax.Array, batch: Any, scale: jax.Array) -> jax.Array:
-            guided = "guidance_scale" in stage.settings
             with axes.on(mesh):
-                settings = {"guidance_scale": scale} if guided else {}
+                settings = {"guidance_scale": scale} if stage.guided_by() else {}
                 return stage.sample(params, keys, stage.condition_of(batch), **settings)
 
         return sample

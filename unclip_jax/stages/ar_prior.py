@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
+from unclip_jax.diffusion import guidance
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics import pca
@@ -223,21 +224,22 @@ class ARPriorStage(OfCaptions, Stage):
             loop: what draws one code after the other, see `diffusion.progress`.
         """
         m = self.model
-        null = self.null(params, cond) if null is None else null
-        # Each example and its null lie side by side, so that a batch spread over devices stays.
-        pairs = jax.tree.map(
-            lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null
-        )
-        cache = self.apply(params, *_text(pairs), method="prefill")
+        asked, times = cond, 1
+        if not guidance.changes_nothing(guidance_scale):
+            null = self.null(params, cond) if null is None else null
+            # Each example and its null lie side by side, so that a batch spread over devices stays.
+            asked, times = jax.tree.map(guidance.interleave, cond, null), 2
+        cache = self.apply(params, *_text(asked), method="prefill")
         extra = jnp.reshape(jnp.asarray(guidance_scale, jnp.float32), (-1, 1)) - 1.0
 
         def step(i, carry):
             latent, cache, codes = carry
-            pair = jnp.repeat(latent, 2)
-            logits, cache = self.apply(params, pair, i, cache, pairs["text_mask"], method="step")
-            conditional, unconditional = logits[::2], logits[1::2]
-            guided = conditional + extra * (conditional - unconditional)
-            code = self._draw(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys), guided)
+            rows, mask = jnp.repeat(latent, times), asked["text_mask"]
+            logits, cache = self.apply(params, rows, i, cache, mask, method="step")
+            if times == 2:
+                conditional, unconditional = logits[::2], logits[1::2]
+                logits = conditional + extra * (conditional - unconditional)
+            code = self._draw(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys), logits)
             return code, cache, codes.at[:, i].set(code)
 
         none = jnp.zeros((keys.shape[0], m.code_dims), jnp.int32)

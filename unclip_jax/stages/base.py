@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.common import checks
 from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
@@ -150,6 +151,23 @@ class Stage:
         scale = getattr(self, "guidance_scale", None)
         meaning = "classifier-free guidance; 1 is the conditional model"
         return {} if scale is None else {"guidance_scale": Setting(scale, meaning)}
+
+    def guided_by(self, scale: float | None = None) -> dict[str, jax.Array]:
+        """What `sample` is told of guidance: the scale, to be traced, or nothing.
+
+        Nothing where there is no guidance, and of a scale of 1: `sample` then runs the network once
+        for each example, not twice. That is another program, and all other scales share one.
+
+        Args:
+            scale: of any numeric type; None for the stage's own.
+
+        Raises:
+            UserError: it is no finite number.
+        """
+        scale = getattr(self, "guidance_scale", 1.0) if scale is None else scale
+        scale = checks.number("guidance_scale", scale)
+        guided = "guidance_scale" in self.settings and scale != 1
+        return {"guidance_scale": jnp.float32(scale)} if guided else {}
 
     @property
     def learns(self) -> dict[str, Field]:

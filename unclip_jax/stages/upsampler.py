@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.diffusion import gaussian, samplers
@@ -244,8 +245,8 @@ class UpsamplerStage(Stage):
             low: images in [-1, 1]; values outside are clipped.
             eta: DDIM's noise, for sampling.method "ddim".
             noise_level: of the noise-conditioning augmentation of `low`, from 0 to noise_max, one
-                for all or one per example [b]; None takes the stage's own. Arrays, which may be
-                traced, are not checked.
+                for all or one per example [b]; None takes the stage's own. Those that are traced
+                are not checked.
             noise: as for `GuidedDiffusion.draw`.
             loop: what does the steps, see `samplers.sample`.
 
@@ -253,8 +254,9 @@ class UpsamplerStage(Stage):
             UserError: `low` has another size than low_size, or training saw no such noise_level.
         """
         checks.shape("low", low, (None, self.low_size, self.low_size, 3))
-        if isinstance(noise_level, int | float):
-            self._check_level(noise_level, "noise_level")
+        if noise_level is not None and not isinstance(noise_level, jax.core.Tracer):
+            for level in np.ravel(noise_level):
+                self._check_level(level, "noise_level")
         elif noise_level is not None and not self.noise_max:
             raise UserError(
                 "noise_level: given, but stage.noise_max is 0: this upsampler was trained without"

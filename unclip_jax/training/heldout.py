@@ -230,8 +230,8 @@ def sample(stage: stages.Stage, params: Params, arrays: Arrays) -> np.ndarray:
     """A sample of each pair's condition, with the stage's own guidance."""
     keys = example_keys(jax.random.key(0), len(arrays["index"]))
     cond = stage.condition_of({name: jnp.asarray(x) for name, x in arrays.items()})
-    settings = {name: setting.default for name, setting in stage.settings.items()}
-    return np.asarray(_sample(stage, params, keys, cond, **settings))
+    own = {n: setting.default for n, setting in stage.settings.items() if n != "guidance_scale"}
+    return np.asarray(_sample(stage, params, keys, cond, **own, **stage.guided_by()))
 
 
 def towers(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:

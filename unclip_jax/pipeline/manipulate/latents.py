@@ -55,8 +55,9 @@ class Walk:
             gives exactly: 25, 50, 100 and 250 do for 1000 timesteps.
         eta: DDIM's noise on the way to the picture, 0 (none) to 1 (as much as DDPM's).
         guidance_scale: classifier-free guidance on the way to the picture. None is the
-            conditional model alone, without clipping, as inversion went, at half the cost. With a
-            number, x_0 is clipped as the decoder's own settings say, since guidance overshoots.
+            conditional model alone, without clipping, as inversion went, at half the cost, and so
+            is 1. With a number, 1 too, x_0 is clipped as the decoder's own settings say, since
+            guidance overshoots.
         caption: what the decoder reads beside z_i, both ways; "" for no caption.
         batch_size: pictures computed together; it changes no picture.
 
@@ -72,6 +73,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         """Check every field but `steps`, which only a diffusion can judge."""
+        checks.count("steps", self.steps, least=0)
         checks.number("eta", self.eta, least=0, most=1)
         if self.guidance_scale is not None:
             checks.number("guidance_scale", self.guidance_scale)
@@ -148,7 +150,7 @@ def decode(
     stage = model.decoder.stage
     texts = [walk.caption] * len(latents.z_i) if captions is None else list(captions)
     sampling = walk.sampling(model)
-    scale = None if walk.guidance_scale is None else jnp.float32(walk.guidance_scale)
+    scale = stage.guided_by(1 if walk.guidance_scale is None else walk.guidance_scale)
 
     def make(rows: np.ndarray) -> jax.Array:
         cond = model.condition(latents.z_i[rows], [texts[i] for i in rows])
@@ -239,7 +241,7 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *
         lambda x_t, t, encoded: stage.denoise(params, x_t, t, encoded),
         cond,
         stage.null(params, cond),
-        1 if scale is None else scale,
+        scale.get("guidance_scale", 1),
         learned_variance=stage.diffusion.learned_variance,
         encode=lambda condition: loop.once(stage.encode, params, condition),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,12 +49,42 @@ class Drawn:
     seen: Sequence[str] = ()
 
 
-def check_out(out: str) -> None:
-    """Raise UserError unless a grid can be written to `out`."""
-    path = Path(out)
+def check_out(out: str, given: Sequence[str] = ()) -> None:
+    """Raise UserError unless a grid can be written to `out`, and single pictures beside it.
+
+    Single pictures of an earlier run are replaced, all of them; what `unclip sample` did not make,
+    and the `given` files, which this run reads, are not.
+    """
+    path, folder = Path(out), Path(out).with_suffix("")
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {out!r}: expected a name that ends in .png")
     check_place("--out", path)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {out!r}: {folder} is a file, expected a folder; give another name")
+    replaced = _numbered(folder)
+    if foreign := [str(one) for one in replaced if not _is_ours(one)]:
+        raise UserError(
+            f"--out {out!r}: {foreign[0]} is there, which unclip sample did not make; give another"
+            " name, or move it"
+        )
+    kept = {one.resolve() for one in (path, *replaced)}
+    if lost := [name for name in given if Path(name).resolve() in kept]:
+        raise UserError(f"--out {out!r}: would replace {lost[0]}, which is read; give another name")
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The files in a folder that are called as single pictures are."""
+    named = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in named if re.fullmatch(r"\d{4,}\.png", path.name))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `write` made a file, by what it says of itself."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return {"task", "settings"} <= set(image.info)
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 class StageBars:
@@ -87,7 +118,8 @@ class StageBars:
 def write(args: argparse.Namespace, drawn: Drawn) -> None:
     """The grid `args.out`, and every picture alone in the folder of the same name.
 
-    The settings go into the metadata of all; the grid's says the captions, too.
+    The settings go into the metadata of all; the grid's says the captions, too. Pictures that an
+    earlier run left in the folder are removed.
     """
     settings = {"model": "the box model"} | {
         name: value
@@ -101,6 +133,8 @@ def write(args: argparse.Namespace, drawn: Drawn) -> None:
     images, captions = zip(*drawn.cells, strict=True)
     grid = captioned_grid(images, captions, columns=drawn.columns, title=drawn.title)
     out = Path(args.out)
+    for path in filter(_is_ours, _numbered(out.with_suffix(""))):
+        path.unlink()
     save_png(grid, out, common | about)
     for i, (image, caption) in enumerate(drawn.cells):
         metadata = {"label": caption} if drawn.each is None else drawn.each[i]

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a wrong setting, or a file or model that cannot be used.
     """
-    check_out(args.out)
+    mask = [args.mask] if "mask" in args else []
+    check_out(args.out, [*getattr(args, "image", ()), *mask])
     cpu_devices.use()
     compile_cache.use()
     if "prompts" in args:

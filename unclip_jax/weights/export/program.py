@@ -100,7 +100,15 @@ def of_sample(stage: stages.Stage) -> Sampler:
     def run(params: Params, inputs: Arrays) -> Arrays:
         cond = stage.condition_of(inputs, inputs.get("text_mask"))
         chosen = {name: inputs[name] for name in settings}
-        return {made: stage.sample(params, _typed(inputs["keys"]), cond, **chosen)}
+        scale = chosen.pop("guidance_scale", None)
+
+        def drawn(**guided: jax.Array) -> jax.Array:
+            return stage.sample(params, _typed(inputs["keys"]), cond, **chosen, **guided)
+
+        if scale is None:
+            return {made: drawn()}
+        # Of the two samplers in the program one runs: without guidance the network runs once.
+        return {made: jax.lax.cond(scale == 1, drawn, lambda: drawn(guidance_scale=scale))}
 
     return Sampler({"keys": _KEYS} | _inputs(stage.conditions) | scalars, run, {made: meaning})
 
