@@ -59,7 +59,7 @@ def suffixes() -> tuple[str, ...]:
 def is_picture(head: bytes) -> bool:
     """Whether a file that begins with these `HEAD` bytes is in a format that is read here."""
     tests = (Image.OPEN[name][1] for name in formats() if name not in _UNMARKED)
-    return len(head) >= HEAD and any(test is not None and test(head) is True for test in tests)
+    return len(head) >= HEAD // 2 and any(test is not None and test(head) is True for test in tests)
 
 
 _decoding = Budget(_AT_ONCE)

@@ -6,7 +6,6 @@ skipped. Only when nothing is left is that a `UserError`.
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import re
@@ -118,14 +117,17 @@ def class_names(labels: Iterable[str], name: str) -> tuple[str, ...]:
 
 
 def counted(skipped: Mapping[str, str]) -> str:
-    """How many records were left out, by reason, in one line; "" for none.
+    """How many records were left out, by reason, in one line, with an example; "" for none.
 
     The numbers of lines and bytes in a reason make no reason of their own.
     """
-    reasons = collections.Counter(_NUMBERED.sub(r"\1 N", reason) for reason in skipped.values())
-    told = [f"{reason}: {count}" for reason, count in reasons.most_common(_REASONS)]
-    if len(reasons) > _REASONS:
-        told.append(f"and {len(reasons) - _REASONS} more reasons")
+    reasons: dict[str, list] = {}
+    for record, reason in skipped.items():
+        reasons.setdefault(_NUMBERED.sub(r"\1 N", reason), [0, record])[0] += 1
+    most = sorted(reasons.items(), key=lambda item: -item[1][0])
+    told = [f"{reason}: {count}, such as {one}" for reason, (count, one) in most[:_REASONS]]
+    if len(most) > _REASONS:
+        told.append(f"and {len(most) - _REASONS} more reasons")
     return f"left out {len(skipped)} ({'; '.join(told)})" if skipped else ""
 
 
@@ -136,8 +138,9 @@ def summary(source: Source, split: str) -> str:
 
 
 def warn_of_skipped(name: str, skipped: Mapping[str, str]) -> None:
-    """Name the first few records that the data set `name` left out, and count all by reason."""
-    for record, reason in list(skipped.items())[:NAMED]:
-        logging.warning("%s: skipped %s: %s", name, record, reason)
+    """Name the few records that the data set `name` left out, or count the many by reason."""
     if len(skipped) > NAMED:
         logging.warning("%s: %s", name, counted(skipped))
+        return
+    for record, reason in skipped.items():
+        logging.warning("%s: skipped %s: %s", name, record, reason)
