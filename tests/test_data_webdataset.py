@@ -315,3 +315,41 @@ def test_processes_over_one_stream_see_each_picture_once_an_epoch(folder):
             seen.update(batch["index"].tolist())
             np.testing.assert_allclose(batch["image"][:, 4, 4, 0], batch["index"], atol=1)
     assert seen == {index: 2 for index in range(30)}
+
+
+def test_a_shard_without_an_end_mark_or_with_bytes_behind_it_says_so(folder):
+    content = shard(range(4))
+    last = content.rindex(b"ustar") - 257  # the last member's header
+    size = int(content[last + 124 : last + 135], 8)
+    cut = last + 512 + -(-size // 512) * 512
+    for other, why in (
+        (content[:cut], "without an end mark"),
+        (content * 2, "follow its end mark"),
+    ):
+        data = of(folder, other)
+        assert [caption for _, caption in pairs(data)] == [f"picture {n}" for n in range(4)]
+        assert [why in reason for reason in data.skipped.values()] == [True]
+    assert of(folder, content).skipped == {}
+
+
+def test_an_image_of_another_suffix_is_known_by_its_bytes(folder):
+    data = of(folder, archive([("k.jfif", jpeg(0)), ("k.txt", b"one"), ("k.npy", jpeg(1))]))
+    assert (data[0]["image"], data[0]["caption"]) == (jpeg(0), "one")
+    with pytest.raises(UserError, match=r"a key ends at its first dot; image_key"):
+        of(folder, archive([("k.v2.jpg", jpeg(0)), ("k.v2.txt", b"one")]))
+
+
+def test_pictures_alone_where_no_captions_are_needed(folder):
+    members = [("a.jpg", jpeg(0)), ("b.jpg", jpeg(1)), ("b.txt", b"two"), ("c.jpg", jpeg(2)),
+               ("c.txt", b"\xfc")]  # fmt: skip
+    assert [caption for _, caption in pairs(of(folder, archive(members)))] == ["two"]
+    assert [c for _, c in pairs(of(folder, archive(members), bare=True))] == ["", "two", ""]
+
+
+def test_classes_may_be_a_field_of_the_json(folder):
+    members = [("0.jpg", jpeg(0)), ("0.json", b'{"kind": "dog"}')]
+    members += [("1.jpg", jpeg(1)), ("1.json", b'{"kind": "cat"}')]
+    data = of(folder, archive(members), labels=True, label_key="kind")
+    assert (data.classes, [data[i]["label"] for i in (0, 1)]) == (("cat", "dog"), [1, 0])
+    with pytest.raises(UserError, match="no 'gone' among"):
+        of(folder, archive(members), labels=True, label_key="gone")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from unclip_jax.data import images, tables, texts
-from unclip_jax.data.listing import Listing, endings, progress, stem
+from unclip_jax.data.listing import Listing, endings, parted, progress, stem
 from unclip_jax.data.matches import Matcher
 from unclip_jax.data.records import class_names, is_heldout
 from unclip_jax.data.tables import Keys
@@ -54,7 +54,7 @@ class Reader:
         self.layout = "the names of the files"
         files = self.listing.files
         beside = (name for name in files if name.lower().endswith(_BESIDE))
-        self._texts = {stem(n) + os.path.splitext(n)[1].lower(): n for n in beside}
+        self._texts = {"".join(parted(name)): name for name in beside}
         self.images = self._pictures()
 
     def takes(self, name: str, told: Told) -> bool:
@@ -93,11 +93,10 @@ class Reader:
         A usual suffix is believed until the file is read. Others are looked into: all with a
         caption beside them, and of the rest three of each suffix, more if one was a picture.
         """
-        usual, found, files = images.suffixes(), [], self.listing.files
+        usual, found, files = frozenset(images.suffixes()), [], self.listing.files
         tried: dict[str, int] = {}  # suffix -> how many were no pictures, far below 0 if any was
         for name, (size, _) in files.items():
-            base, suffix = os.path.splitext(name)
-            suffix = suffix.lower()
+            base, suffix = parted(name)
             if suffix in usual:
                 if size:
                     found.append(name)

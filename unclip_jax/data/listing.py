@@ -154,15 +154,21 @@ def _reason(entry: os.DirEntry, error: OSError) -> str:
     return f"can't be looked at ({error.strerror})"
 
 
+def parted(name: str) -> tuple[str, str]:
+    """A posix path without its suffix, and the suffix in lower case: ("a/b", ".png")."""
+    dot = name.rfind(".")
+    return (name[:dot], name[dot:].lower()) if dot > name.rfind("/") + 1 else (name, "")
+
+
 def stem(name: str) -> str:
     """A path without its suffix."""
-    return os.path.splitext(name)[0]
+    return parted(name)[0]
 
 
 def endings(names: Iterator[str]) -> dict[str, int]:
     """How many of some files have each suffix, the most frequent first; "" for none."""
     counts: dict[str, int] = {}
     for name in names:
-        suffix = os.path.splitext(name)[1].lower()
+        suffix = parted(name)[1]
         counts[suffix] = counts.get(suffix, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))

@@ -65,8 +65,10 @@ def one(value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise NotText(f"{_shown(value)}, which is no text")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise BadEncoding("text that is not UTF-8; save it as UTF-8")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # surrogates, which `decoded` leaves
+        raise BadEncoding("text that is not UTF-8; save it as UTF-8") from error
     return value.strip()
 
 

@@ -93,9 +93,9 @@ class TarShards:
         image = next(known, next(iter(sample.pictures), None))
         try:
             label = self._label_of(sample) if self._labels else ""
-            captions = self._captions(sample, label)
             if reason := self._fault(sample, image, label):
                 raise texts.NotText(reason)
+            captions = self._captions(sample, label)
         except texts.NotText as error:
             skipped[f"{shown(sample.key)} (byte {sample.offset})"] = str(error)
         else:

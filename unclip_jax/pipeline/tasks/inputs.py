@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from unclip_jax.data import texts
 from unclip_jax.data.images import MAX_PIXELS, open_alpha, open_rgb
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError, wrong
@@ -30,13 +31,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts:
         try:
-            text = Path(args.prompts).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = texts.file_text(Path(args.prompts).read_bytes())
+        except (OSError, texts.NotText) as error:
             raise UserError(
                 f"--prompts {args.prompts!r}: cannot be read ({error}); give a UTF-8 text file"
                 " with one caption per line"
             ) from error
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        prompts += [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError('--prompt: no caption given; write --prompt "a red apple"')
     check_prompts(prompts)
