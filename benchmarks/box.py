@@ -13,6 +13,8 @@ trained on, with the model's own settings, and asks of it
 - copies: whether it lies within a mean squared error of 0.01, pixels from -1 to 1, of any training
   drawing: then it is that drawing;
 - clip: whether its own caption is the nearest of all captions, by the model's CLIP;
+- paraphrases, where the data keep words out of training: whether those find a drawing and the name
+  of an emoji that has them, by the model's CLIP;
 - Fréchet distances to the training drawings whose captions are not drawn, by both networks.
 
 Beside each stands what real drawings score: the caption's own ("real"), it at half its size or with
@@ -38,14 +40,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from unclip_jax.common.grids import captioned_grid, save_png
-from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.datasets import DataConfig, load
+from unclip_jax.data.emoji.styles import BUILDERS, PARAPHRASES
 from unclip_jax.data.images import square
 from unclip_jax.errors import run_command
 from unclip_jax.evaluate import features as feature_networks
 from unclip_jax.evaluate.measure import choose
 from unclip_jax.evaluate.pictures import Measurer
 from unclip_jax.metrics.frechet import frechet
-from unclip_jax.metrics.nearest import Nearest, errors
+from unclip_jax.metrics.nearest import Nearest, by_chance, errors, top
 from unclip_jax.metrics.retrieval import own_caption
 from unclip_jax.metrics.vectors import Vectors, moments
 from unclip_jax.parallel import compile_cache
@@ -53,7 +56,6 @@ from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.pipeline.unclip import UnCLIP
 
 JUDGE_SIZE = 112  # px; smaller ones are enlarged by a bicubic filter
-SPLITS = ("train", "heldout")
 COPY = 0.01  # mean squared error of pixels from -1 to 1
 NOISE = 0.02  # its standard deviation, likewise
 FITTED = 500  # real pictures of each style, to which the classifier is fitted
@@ -81,6 +83,7 @@ class Drawings(NamedTuple):
         images: uint8 [n, s, s, 3].
         captions: the canonical ones.
         emoji: [n] what each shows, by number.
+        codes: the code points of each number.
         styles: [n] by number.
         same: [n] a number for each, equal for equal pictures.
         first: each split -> its first row, in order.
@@ -90,6 +93,7 @@ class Drawings(NamedTuple):
     images: np.ndarray
     captions: list[str]
     emoji: np.ndarray
+    codes: list[str]
     styles: np.ndarray
     same: np.ndarray
     first: dict[str, int]
@@ -193,9 +197,10 @@ def read(measurer: Measurer, data: str, splits: tuple[str, ...], size: int) -> D
         alike += real.alike
         found.append((real.labels, real.vectors.z_i, real.vectors.features))
     styles, z_i, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    emoji, same = (np.unique(each, return_inverse=True)[1] for each in (names, alike))
+    codes, emoji = np.unique(names, return_inverse=True)
+    same = np.unique(alike, return_inverse=True)[1]
     vectors = Vectors(z_i, features)
-    return Drawings(np.stack(images), captions, emoji, styles, same, first, vectors)
+    return Drawings(np.stack(images), captions, emoji, codes.tolist(), styles, same, first, vectors)
 
 
 def looked(measurer: Measurer, images: list[np.ndarray]) -> np.ndarray:
@@ -248,12 +253,14 @@ class Bench:
         judge = Enlarging(plain.name, plain.params, plain.apply, plain.mesh)
         self.measurer = Measurer(model, model.clip, clip, judge, batch_size)
         self.stage = model.decoder.stage
-        self.real = real = read(self.measurer, data, SPLITS, self.stage.image_size)
+        splits = BUILDERS[data][0].splits if data in BUILDERS else ("train", "heldout")
+        self.data = data
+        self.real = real = read(self.measurer, data, splits, self.stage.image_size)
         self.z_t = self.measurer.read_captions(real.captions)
         self.told = self.measurer.captions_alike(real.captions)
         self.nearest = Nearest(real.vectors.features, real.emoji, real.same)
         self.train = real.rows("train")
-        nums = {split: num if split == "train" else heldout for split in SPLITS}
+        nums = {split: num if split == "train" else heldout for split in splits}
         self.chosen = {
             split: first + choose(len(real.rows(split)), nums[split], seed=0)[0]
             for split, first in real.first.items()
@@ -295,6 +302,25 @@ class Bench:
             "frechet_judge": self._frechet("features", drawn, truth),
         }
 
+    def paraphrases(self) -> Figures:
+        """Whether words that no caption of training has find what is called so, by CLIP."""
+        number = {code: i for i, code in enumerate(self.real.codes)}
+        emoji = defaultdict(set)
+        source = load(DataConfig(name=f"{self.data}:{PARAPHRASES}", split="all"))
+        for pair in (source[i] for i in range(len(source))):
+            emoji[pair["caption"]].add(number[pair["name"].rpartition("/")[2]])
+        z_t = self.measurer.read_captions(list(emoji))
+        first = np.unique(self.real.emoji, return_index=True)[1]
+        named = [self.real.captions[i].rpartition(", ")[0] for i in first]
+        found = {"words": float(len(emoji))}
+        for what, shown, candidates in (
+            ("drawing", self.real.emoji, self.real.vectors.z_i),
+            ("name", np.arange(len(named)), self.measurer.read_captions(named)),
+        ):
+            right = np.stack([np.isin(shown, list(own)) for own in emoji.values()])
+            found |= top(z_t @ candidates.T, {what: right}) | by_chance({f"{what}_chance": right})
+        return found
+
     def _frechet(self, field: str, drawn: Vectors, truth: Vectors) -> Figures:
         reference, a, b = (moments(getattr(v, field)) for v in (self.reference, drawn, truth))
         return {"drawn": frechet(a, reference), "real": frechet(b, reference)}
@@ -329,6 +355,10 @@ def main(argv: list[str]) -> None:
         grid(pairs, [real.captions[i] for i in rows[:SHOWN]], COLUMNS, args.out / f"{split}.png")
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
         print(json.dumps({split: figures[split]}, indent=1), flush=True)
+    if data in BUILDERS and PARAPHRASES in BUILDERS[data][0].features:
+        figures[PARAPHRASES] = bench.paraphrases()
+        (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        print(json.dumps({PARAPHRASES: figures[PARAPHRASES]}, indent=1), flush=True)
     if not args.no_galleries:
         galleries(model, [real.captions[i] for i in bench.train], args.out)
 

@@ -18,7 +18,8 @@ def real():
     images = RNG.integers(0, 256, (9, 8, 8, 3), np.uint8)
     captions = [f"{emoji}, {style} style" for emoji, style in zip(EMOJI, STYLES, strict=True)]
     vectors, first = Vectors(features, features.astype(np.float32)), {"train": 0, "heldout": 7}
-    return box.Drawings(images, captions, EMOJI, STYLES, np.arange(9), first, vectors)
+    codes = list("abcde")
+    return box.Drawings(images, captions, EMOJI, codes, STYLES, np.arange(9), first, vectors)
 
 
 def nearest_of(real):

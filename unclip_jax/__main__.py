@@ -22,7 +22,7 @@ COMMANDS = {
     "save": ("unclip_jax.training.save", "make a model folder of a training checkpoint"),
     "analytic": ("unclip_jax.training.analytic", "estimate a stage's analytic variance"),
     "embed": ("unclip_jax.training.embed", "store CLIP's embeddings of a data set"),
-    "styles": ("unclip_jax.data.emoji.styles", "fetch the emoji art of several styles"),
+    "styles": ("unclip_jax.data.emoji.command", "fetch the emoji art of several styles"),
     "convert": ("unclip_jax.weights.convert.command", "public weights to model folders and back"),
     "export": ("unclip_jax.weights.export.command", "write for plain JAX, transformers, diffusers"),
     "plan": ("unclip_jax.plan.command", "what a run would cost on a pod that is not there"),

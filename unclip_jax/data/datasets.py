@@ -40,12 +40,13 @@ class Kind(NamedTuple):
     settings: tuple[str, ...] = KEYS
 
 
+EMOJI = Kind("unclip_jax.data.emoji.builder", extra="train,emoji", settings=("skin_tones",))
 # What a data set's name is or begins with. To add a kind: its module, and a row here.
 KINDS = {
-    "emoji": Kind("unclip_jax.data.emoji.builder", extra="train,emoji", settings=("skin_tones",)),
-    "emoji_styles": Kind(
-        "unclip_jax.data.emoji.styles", extra="train,emoji", settings=("skin_tones",)
-    ),
+    "emoji": EMOJI,
+    "emoji_styles": EMOJI._replace(module="unclip_jax.data.emoji.styles"),
+    "emoji_art": EMOJI._replace(module="unclip_jax.data.emoji.styles"),
+    "emoji_art:": EMOJI._replace(module="unclip_jax.data.emoji.styles", rest="paraphrases"),
     "tfds:": Kind("unclip_jax.data.tfds", "NAME"),
     "wds:": Kind("unclip_jax.data.shards.webdataset", "PATTERN"),
     "parquet:": Kind("unclip_jax.data.shards.parquet", "PATTERN", extra="train,parquet"),
@@ -61,8 +62,8 @@ class DataConfig:
     """A data set and what is made of its pairs.
 
     Attributes:
-        name: "emoji"; "emoji_styles", whose art `unclip styles` fetches; the path of
-            a folder of images; "tfds:NAME", a TFDS data set; "wds:PATTERN", webdataset's tar
+        name: "emoji"; "emoji_styles" or "emoji_art", whose art `unclip styles` fetches; the path
+            of a folder of images; "tfds:NAME", a TFDS data set; "wds:PATTERN", webdataset's tar
             shards; "parquet:PATTERN", parquet files with images in them; "embeddings:FOLDER", what
             `unclip embed` stored, without pictures. A pattern is a path or address
             (gs://, s3://, http://) with `{00000..00123}` or `*`.

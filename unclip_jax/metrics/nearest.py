@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -53,24 +54,41 @@ class Nearest:
         cosines = self._unit(features) @ self._real.T
         if hidden is not None:
             cosines[self._right(hidden)["own"]] = -np.inf
-        order = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST]
-        found = {}
-        for name, right in self._right(rows).items():
-            hit = np.take_along_axis(right, order, axis=1)
-            found[f"{name}_top1"] = float(hit[:, 0].mean())
-            found[f"{name}_top{NEAREST}"] = float(hit.any(axis=1).mean())
-        return found
+        return top(cosines, self._right(rows))
 
     def chance(self, rows: np.ndarray) -> dict[str, float]:
         """The same of real pictures taken at random."""
-        total = len(self._same)
-        return {
-            f"{name}_top{k}": 1
-            - float(np.mean([math.comb(total - n, k) / math.comb(total, k) for n in counts]))
-            for name, right in self._right(rows).items()
-            for counts in [right.sum(axis=1).tolist()]
-            for k in (1, NEAREST)
-        }
+        return by_chance(self._right(rows))
+
+
+def top(scores: np.ndarray, right: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How often the candidate with the highest score is right, and one of the highest five.
+
+    Args:
+        scores: [q, c] of every candidate for every query.
+        right: by name, boolean [q, c]: which candidates are right.
+
+    Returns:
+        `NAME_top1` and `NAME_top5` for each name.
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :NEAREST]
+    found = {}
+    for name, wanted in right.items():
+        hit = np.take_along_axis(wanted, order, axis=1)
+        found[f"{name}_top1"] = float(hit[:, 0].mean())
+        found[f"{name}_top{NEAREST}"] = float(hit.any(axis=1).mean())
+    return found
+
+
+def by_chance(right: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What `top` would be of scores at random."""
+    found = {}
+    for name, wanted in right.items():
+        total, counts = wanted.shape[1], wanted.sum(axis=1).tolist()
+        for k in (1, NEAREST):
+            missed = [math.comb(total - n, k) / math.comb(total, k) for n in counts]
+            found[f"{name}_top{k}"] = 1 - float(np.mean(missed))
+    return found
 
 
 def errors(images: np.ndarray, others: np.ndarray, block: int = 512) -> np.ndarray:

@@ -56,17 +56,17 @@ class Drawing(NamedTuple):
         name: of the picture.
         emoji: what it is of.
         captions: the canonical one first.
-        svg: the drawing.
-        heldout: whether it is kept from training.
+        art: the drawing, an SVG or the file of a picture.
+        split: the one that it is in.
         features: what this data set has beside those that all have.
     """
 
     name: str
     emoji: Emoji
     captions: tuple[str, ...]
-    svg: str
-    heldout: bool
-    features: dict[str, str]
+    art: str | bytes
+    split: str
+    features: dict[str, Any]
 
 
 class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -77,6 +77,7 @@ class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     homepage: str
     attribution: str
     features: Mapping[str, Any]  # those that not all have
+    splits: tuple[str, ...] = ("train", "heldout")
     # TFDS would look beside this file for checksums of downloads, of which there are none, and
     # needs a package for it that it doesn't install (importlib_resources).
     code_path = None
@@ -110,8 +111,8 @@ class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager  # everything is here
         drawings = self._drawings()
         return {
-            "train": self._generate_examples([d for d in drawings if not d.heldout]),
-            "heldout": self._generate_examples([d for d in drawings if d.heldout]),
+            split: self._generate_examples([d for d in drawings if d.split == split])
+            for split in self.splits
         }
 
     def _drawings(self) -> Sequence[Drawing]:
@@ -122,7 +123,7 @@ class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield (
                 drawing.name,
                 {
-                    "image": io.BytesIO(rasterise(drawing.svg, self.builder_config.image_size)),
+                    "image": io.BytesIO(rasterise(drawing.art, self.builder_config.image_size)),
                     "caption": drawing.captions[0],
                     "captions": list(drawing.captions),
                     "category": drawing.emoji.category,
@@ -152,7 +153,7 @@ class EmojiBuilder(PictureBuilder):
                 e,
                 e.captions,
                 e.art.read_text(encoding="utf-8"),
-                is_heldout(e.concept),
+                "heldout" if is_heldout(e.concept) else "train",
                 {"codepoints": e.codepoints},
             )
             for e in catalogue(self.builder_config.skin_tones)
@@ -171,13 +172,14 @@ def source(
     name_key: str,
     label_key: str,
     classes: tuple[str, ...] = (),
+    caption_key: str = "captions",
 ) -> TfdsSource:
     """A builder's pictures, rendered into the config's cache if they weren't before."""
     return TfdsSource(
         prepared(builder_class, config.image_size, config.skin_tones, config.cache),
         config.split,
         image_key="image",
-        caption_key="captions",
+        caption_key=caption_key,
         captions=config.captions,
         name_key=name_key,
         label_key=label_key if config.labels else None,

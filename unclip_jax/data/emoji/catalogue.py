@@ -16,6 +16,7 @@ import pathlib
 from PIL import Image
 
 from unclip_jax.common import extras
+from unclip_jax.data.images import open_rgb
 
 ATTRIBUTION = (
     "Emoji graphics: Twemoji, copyright 2020 Twitter, Inc and other contributors, "
@@ -99,13 +100,21 @@ def concept_of(text: str) -> str:
     return hexadecimal("".join(map(chr, _SPELLED_OUT.get(neutral, neutral))))
 
 
+def without_tones(codepoints: str) -> str:
+    """Hexadecimal code points without those of skin tones."""
+    points = codepoints.split("-")
+    return "-".join(point for point in points if int(point, 16) not in _SKIN_TONES)
+
+
 def clean_name(name: str) -> str:
     """A shortcode as words: ":red_apple:" becomes "red apple"."""
     return " ".join(name.strip(":").replace("_", " ").replace("’", "'").split())
 
 
-def _is_flag_of_a_place(text: str) -> bool:
-    return ord(text[0]) in _REGIONAL or ord(text[-1]) in _TAGS
+def is_flag_of_a_place(codepoints: str) -> bool:
+    """Whether hexadecimal code points are the flag of a country or a region."""
+    points = [int(point, 16) for point in codepoints.split("-")]
+    return points[0] in _REGIONAL or points[-1] in _TAGS
 
 
 def _names(text: str, entry: dict) -> list[str]:
@@ -116,7 +125,7 @@ def _names(text: str, entry: dict) -> list[str]:
     """
     name = clean_name(entry["en"])
     aliases = [clean_name(alias) for alias in entry.get("alias") or ()]
-    if _is_flag_of_a_place(text):
+    if is_flag_of_a_place(hexadecimal(text)):
         name, aliases = f"flag of {name}", [name, *aliases]
     return [name, *(a for a in aliases if sum(letter.isalpha() for letter in a) >= 2)]
 
@@ -141,11 +150,23 @@ def _captions(names: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
     return captions
 
 
-def rasterise(svg: str, size: int) -> bytes:
-    """A drawing as a PNG file: RGB, `size` x `size`, centred on white."""
-    resvg = extras.load("resvg_py", "emoji", "drawing emoji")
-    drawing = resvg.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    drawn = Image.open(io.BytesIO(drawing)).convert("RGBA")
+def rasterise(drawing: str | bytes, size: int) -> bytes:
+    """A drawing as a PNG file: RGB, `size` x `size`, centred on white.
+
+    Args:
+        drawing: an SVG, or the file of a picture, which is scaled by a Lanczos filter.
+        size: in pixels.
+    """
+    if isinstance(drawing, bytes):
+        drawn = open_rgb(drawing, size)
+        scale = size / max(drawn.size)
+        sides = [max(1, round(side * scale)) for side in drawn.size]
+        drawn = drawn.resize(sides, Image.Resampling.LANCZOS).convert("RGBA")
+    else:
+        resvg = extras.load("resvg_py", "emoji", "drawing emoji")
+        options = {"width": size, "height": size, "skip_system_fonts": True}
+        drawn = resvg.svg_to_bytes(svg_string=drawing, **options)
+        drawn = Image.open(io.BytesIO(drawn)).convert("RGBA")
     canvas = Image.new("RGBA", (size, size), "white")
     canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
     file = io.BytesIO()
