@@ -194,6 +194,7 @@ def test_numbers_of_any_type_are_checked_as_plain_ones(make):
     with pytest.raises(UserError, match=r"clip_x_0: got -1\.0"):
         Sampling(clip_x_0=make(-1.0))
     assert hash(Sampling(clip_x_0=make(1.0))) == hash(Sampling(clip_x_0=1.0))
+    assert Walk(steps=np.int64(4), eta=make(1.0), guidance_scale=make(2.0)) == Walk(4, 1.0, 2.0)
 
 
 def test_an_eta_of_nothing_draws_nothing_whatever_its_type():

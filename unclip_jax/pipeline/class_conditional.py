@@ -100,7 +100,8 @@ def generate(
     numbers = np.repeat([number(name, known) for name in labels], checks.count("num", num))
     cascade = UnCLIP(clip=None, prior=None, decoder=decoder, upsamplers=tuple(upsamplers))
     cascade.check()
-    guided = decoder.stage.guided_by(guidance_scale) if decoder.stage.num_classes else {}
+    away = decoder.stage.guided_by(guidance_scale).get("guidance_scale")
+    away = away if decoder.stage.num_classes else None
     strength = checks.number("classifier_scale", classifier_scale)
     guiding = classifier[:2] if classifier is not None and strength else (None, None)
 
@@ -109,7 +110,7 @@ def generate(
     def make(rows: np.ndarray) -> jax.Array:
         own = stage_keys(keys[rows], DECODER)
         label = jnp.int32(numbers[rows])
-        given = own, label, guided.get("guidance_scale"), *guiding, jnp.float32(strength)
+        given = own, label, away, *guiding, jnp.float32(strength)
         small = _draw(decoder.stage, decoder.params, *given)
         return to_uint8(cascade.upsample(keys[rows], small))
 

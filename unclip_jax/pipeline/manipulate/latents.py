@@ -73,11 +73,15 @@ class Walk:
 
     def __post_init__(self) -> None:
         """Check every field but `steps`, which only a diffusion can judge."""
-        checks.count("steps", self.steps, least=0)
-        checks.number("eta", self.eta, least=0, most=1)
+        plain = {
+            "steps": checks.count("steps", self.steps, least=0),
+            "eta": checks.number("eta", self.eta, least=0, most=1),
+            "batch_size": checks.count("batch_size", self.batch_size),
+        }
         if self.guidance_scale is not None:
-            checks.number("guidance_scale", self.guidance_scale)
-        checks.count("batch_size", self.batch_size)
+            plain["guidance_scale"] = checks.number("guidance_scale", self.guidance_scale)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def sampling(self, model: UnCLIP) -> samplers.Sampling:
         """The decoder's DDIM; UserError if its diffusion cannot walk in so many steps."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from unclip_jax.common import checks
 from unclip_jax.common.grids import FONTS
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
@@ -67,8 +68,9 @@ def pca_embeddings(components: pca.PCA, z_i: np.ndarray, dims: Sequence[int]) ->
     """
     z_i = np.asarray(z_i, np.float64)
     width = z_i.shape[1]
-    if not len(dims) or not all(1 <= k <= width for k in dims):
-        raise wrong("PCA dimensions", list(dims), f"numbers from 1 to CLIP's {width}")
+    dims = [checks.count("PCA dimensions", k, 0) for k in dims]
+    if not dims or not all(1 <= k <= width for k in dims):
+        raise wrong("PCA dimensions", dims, f"numbers from 1 to CLIP's {width}")
     kept = np.stack([components.reconstruct(components.project(z_i, k)) for k in dims], axis=1)
     lengths = [np.linalg.norm(x, axis=-1, keepdims=True) for x in (z_i[:, None], kept)]
     kept *= lengths[0] / np.maximum(lengths[1], 1e-12)
