@@ -39,6 +39,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from unclip_jax.common.files import replacing
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.data.datasets import DataConfig, load
 from unclip_jax.data.emoji.styles import BUILDERS, PARAPHRASES
@@ -46,7 +47,7 @@ from unclip_jax.data.images import square
 from unclip_jax.errors import run_command
 from unclip_jax.evaluate import features as feature_networks
 from unclip_jax.evaluate.measure import choose
-from unclip_jax.evaluate.pictures import Measurer
+from unclip_jax.evaluate.pictures import Measurer, Real
 from unclip_jax.metrics.frechet import frechet
 from unclip_jax.metrics.nearest import Nearest, by_chance, errors, top
 from unclip_jax.metrics.retrieval import own_caption
@@ -54,6 +55,7 @@ from unclip_jax.metrics.vectors import Vectors, moments
 from unclip_jax.parallel import compile_cache
 from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights.trained import clip_fingerprint
 
 JUDGE_SIZE = 112  # px; smaller ones are enlarged by a bicubic filter
 COPY = 0.01  # mean squared error of pixels from -1 to 1
@@ -184,11 +186,31 @@ class StyleClassifier:
         return float(np.mean((self._prepare(features) @ self._weights).argmax(axis=1) == labels))
 
 
-def read(measurer: Measurer, data: str, splits: tuple[str, ...], size: int) -> Drawings:
+def looked_at(measurer: Measurer, config: DataConfig, keep: Path | None) -> Real:
+    """A split as the networks see it; what they saw is kept in a folder, if there is one."""
+    if keep is None:
+        return measurer.read(config)
+    source = load(config)
+    path = keep / f"{source.fingerprint}-{config.image_size}-{clip_fingerprint(measurer.judge)}.npz"
+    if not path.exists():
+        real = measurer.read(config)
+        alike = np.frombuffer(b"".join(real.alike), np.uint8).reshape(len(real.alike), -1)
+        seen = {"z_i": real.vectors.z_i, "features": real.vectors.features, "alike": alike}
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, index=real.index, labels=real.labels, **seen)
+    with np.load(path) as kept:
+        vectors, alike = Vectors(kept["z_i"], kept["features"]), [bytes(x) for x in kept["alike"]]
+        return Real(source, config.image_size, kept["index"], kept["labels"], vectors, alike)
+
+
+def read(
+    measurer: Measurer, data: str, splits: tuple[str, ...], size: int, keep: Path | None
+) -> Drawings:
     """Look at every drawing of a data set."""
     images, captions, names, alike, found, first = [], [], [], [], [], {}
     for split in splits:
-        real = measurer.read(DataConfig(name=data, split=split, image_size=size, labels=True))
+        config = DataConfig(name=data, split=split, image_size=size, labels=True, captions="first")
+        real = looked_at(measurer, config, keep)
         records = [real.source[int(i)] for i in real.index]
         first[split] = len(captions)
         images += [square(record["image"], size) for record in records]
@@ -246,21 +268,21 @@ def galleries(model: UnCLIP, captions: list[str], out: Path) -> None:
 class Bench:
     """A model, all real drawings, and what is fitted to them."""
 
-    def __init__(self, model: UnCLIP, data: str, num: int, heldout: int, batch_size: int) -> None:
-        """Look at the drawings; `num` captions of training and `heldout` others are chosen."""
+    def __init__(self, model: UnCLIP, data: str, args: argparse.Namespace) -> None:
+        """Look at the drawings, and choose captions of each split."""
         clip = feature_networks.of_clip(model.clip)
         plain = feature_networks.load(f"{feature_networks.LITE0}:{JUDGE_SIZE}", clip)
         judge = Enlarging(plain.name, plain.params, plain.apply, plain.mesh)
-        self.measurer = Measurer(model, model.clip, clip, judge, batch_size)
+        self.measurer = Measurer(model, model.clip, clip, judge, args.batch_size)
         self.stage = model.decoder.stage
         splits = BUILDERS[data][0].splits if data in BUILDERS else ("train", "heldout")
         self.data = data
-        self.real = real = read(self.measurer, data, splits, self.stage.image_size)
+        self.real = real = read(self.measurer, data, splits, self.stage.image_size, args.keep)
         self.z_t = self.measurer.read_captions(real.captions)
         self.told = self.measurer.captions_alike(real.captions)
         self.nearest = Nearest(real.vectors.features, real.emoji, real.same)
         self.train = real.rows("train")
-        nums = {split: num if split == "train" else heldout for split in splits}
+        nums = {split: args.num if split == "train" else args.heldout for split in splits}
         self.chosen = {
             split: first + choose(len(real.rows(split)), nums[split], seed=0)[0]
             for split, first in real.first.items()
@@ -335,6 +357,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--heldout", type=int, default=100, help="and of each held-out split")
     parser.add_argument("--data", help="default: what the decoder was trained on")
     parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--keep", type=Path, help="folder for what the networks see in real ones")
     parser.add_argument("--no_galleries", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -344,7 +367,7 @@ def main(argv: list[str]) -> None:
     host_memory.keep_freed()
     model = UnCLIP.load(args.model)
     data = args.data or model.decoder.description["data"]["name"]
-    bench = Bench(model, data, args.num, args.heldout, args.batch_size)
+    bench = Bench(model, data, args)
     real = bench.real
     figures: dict = {"data": data, "drawings": len(real.images), "pixels": real.images.shape[1]}
     for split, rows in bench.chosen.items():

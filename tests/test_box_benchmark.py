@@ -1,10 +1,13 @@
 """What the benchmark of the box counts, on drawings that are made up."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from benchmarks import box
-from unclip_jax.metrics.nearest import Nearest, errors
+from unclip_jax.data.datasets import DataConfig
+from unclip_jax.metrics.nearest import Nearest, by_chance, errors, top
 from unclip_jax.metrics.vectors import Vectors
 
 RNG = np.random.default_rng(0)
@@ -120,3 +123,33 @@ def test_halving_keeps_what_is_coarse_and_noise_is_small():
     assert np.ptp(box.halved(checks.astype(np.uint8))) == 0
     noise = box.noisy(np.full((64, 64, 3), 128, np.uint8), 0) / 127.5 - 128 / 127.5
     assert noise.std() == pytest.approx(box.NOISE, rel=0.1)
+
+
+def test_what_the_networks_saw_is_kept_for_the_same_clip(tmp_path, monkeypatch):
+    asked, source = [], SimpleNamespace(fingerprint="f")
+    vectors = Vectors(RNG.normal(size=(2, 4)), RNG.normal(size=(2, 6)))
+    seen = box.Real(source, 64, np.arange(2), np.array([1, 0]), vectors, [bytes(16), b"ab" * 8])
+
+    def measurer(clip):
+        return SimpleNamespace(read=lambda config: asked.append(config) or seen, judge=clip)
+
+    monkeypatch.setattr(box, "load", lambda config: source)
+    monkeypatch.setattr(box, "clip_fingerprint", lambda judge: judge)
+    for clip, times in (("a", 1), ("a", 1), ("b", 2)):
+        found = box.looked_at(measurer(clip), DataConfig(), tmp_path)
+        assert len(asked) == times
+        np.testing.assert_array_equal(found.vectors.z_i, vectors.z_i)
+        np.testing.assert_array_equal(found.vectors.features, vectors.features)
+        assert found.labels.tolist() == [1, 0] and found.alike == seen.alike
+    assert box.looked_at(measurer("a"), DataConfig(), None) is seen
+
+
+def test_words_find_what_is_called_so():
+    scores = np.array([[3.0, 2, 1, 0, -1, -2, -3], [-3, -2, -1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
+    right = np.zeros((3, 7), bool)
+    right[0, 0] = right[1, 3] = right[2, [0, 1]] = True  # ranks 1, 4, and 6 with 7
+    found = top(scores, {"drawing": right})
+    assert found == {"drawing_top1": pytest.approx(1 / 3), "drawing_top5": pytest.approx(2 / 3)}
+    chance = by_chance({"drawing": right})
+    assert chance["drawing_top1"] == pytest.approx((1 / 7 + 1 / 7 + 2 / 7) / 3)
+    assert chance["drawing_top5"] == pytest.approx((5 / 7 + 5 / 7 + 1 - 1 / 21) / 3)
