@@ -90,8 +90,8 @@ from unclip_jax.parallel.sharding import MeshConfig
 cpu_devices._cores = lambda: 4
 cpu_devices.memory.total_bytes = lambda: 4000
 cpu_devices.use()
-def shape(config=MeshConfig(), rows=0, held=1):
-    mesh = cpu_devices.make_mesh(config, rows=rows, held_bytes=lambda: held)
+def shape(config=MeshConfig(), rows=0, held=1, most=8):
+    mesh = cpu_devices.make_mesh(config, rows=rows, held_bytes=lambda: held, most=most)
     print("x".join(map(str, mesh.devices.shape)))
 shape()                                         # 4: as many as there are
 shape(rows=32)                                  # 4
@@ -104,13 +104,15 @@ shape(MeshConfig(data=1), rows=3)               # 1: as asked
 shape(MeshConfig(tensor=2), rows=3)             # rows are over data and fsdp alone
 shape(MeshConfig(spatial=2), rows=1)            # and so here
 shape(MeshConfig(spatial=2), held=500)          # 2 copies, of which each has half of an image
+shape(rows=32, most=1)                          # 1: more would not serve
+shape(MeshConfig(data=2), rows=32, most=1)      # 2: as asked
 """
 
 
 def test_a_mesh_has_as_many_devices_as_divide_the_rows_and_fit_in_memory():
     assert ran(MESHES) == [
         "4x1x1x1", "4x1x1x1", "2x1x1x1", "1x1x1x1", "2x1x1x1", "1x1x1x1",
-        "1x4x1x1", "1x1x1x1", "1x1x1x2", "1x1x2x1", "1x1x2x1",
+        "1x4x1x1", "1x1x1x1", "1x1x1x2", "1x1x2x1", "1x1x2x1", "1x1x1x1", "2x1x1x1",
     ]  # fmt: skip
 
 

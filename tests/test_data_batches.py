@@ -366,6 +366,21 @@ def test_a_small_data_set_is_read_once_and_a_large_one_again():
         assert (source.reads > 10) == again
 
 
+@pytest.mark.parametrize("drop_remainder", [True, False])
+def test_batches_from_memory_are_those_that_are_read(drop_remainder):
+    options = {"seed": 3, "batch_size": 4, "epochs": 2, "drop_remainder": drop_remainder}
+    streams = [batches(Pictures(11, bad=(2, 7)), c, **options) for c in (CACHED, READ_AGAIN)]
+    for _ in range(4 if drop_remainder else 5):
+        kept, read = map(next, streams)
+        assert {n: x.dtype for n, x in kept.items()} == {n: x.dtype for n, x in read.items()}
+        for name, array in kept.items():
+            np.testing.assert_array_equal(array, read[name])
+        assert streams[0].get_state() == streams[1].get_state()
+    for stream in streams:
+        with pytest.raises(StopIteration):
+            next(stream)
+
+
 def test_as_many_threads_read_as_are_asked_for():
     together = threading.Barrier(20)
 

@@ -109,15 +109,19 @@ def batches(
     stream = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         stream = stream.shuffle()
-    stream = stream.repeat(epochs).map_with_index(examples)
-    if config.augment:
-        stream = stream.random_map(
-            lambda example, rng: {**example, "image": jitter(example["image"], config.augment, rng)}
-        )
-    mine = grain.MapDataset.range(length).map(lambda j: stream[share.position(j)])
-    threads = 0 if examples.cached else threads_for(config)
-    options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))
-    batched = mine.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
+    order = stream.repeat(epochs)
+    if examples.cached and not config.augment:
+        batched = _InMemory(order, share, examples, length, drop_remainder)
+    else:
+        stream = order.map_with_index(examples)
+        if config.augment:
+            stream = stream.random_map(
+                lambda x, rng: {**x, "image": jitter(x["image"], config.augment, rng)}
+            )
+        mine = grain.MapDataset.range(length).map(lambda j: stream[share.position(j)])
+        threads = 0 if examples.cached else threads_for(config)
+        options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))
+        batched = mine.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
     settings = {
         "data": source.fingerprint,
         "seed": seed,
@@ -335,6 +339,45 @@ class _Examples:
                 f"name: {self.source.name}: every one of the {len(self.bad)} records read is bad; "
                 "the warnings above say why"
             )
+
+
+class _InMemory:
+    """Batches of examples that stay in memory, as grain's iterator makes them.
+
+    Grain minds each element, at several times what one costs that needs no reading.
+    """
+
+    def __init__(
+        self, order: Any, share: Share, examples: _Examples, length: int, drop_remainder: bool
+    ):
+        """Take positions' indices, the share's positions, and how many of those there are."""
+        self._order, self._share, self._examples = order, share, examples
+        self._length, self._drop_remainder = length, drop_remainder
+        self._next = 0
+
+    def __iter__(self) -> _InMemory:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows, following = [], self._next
+        while len(rows) < self._share.block and following < self._length:
+            position = self._share.position(following)
+            example = self._examples(position, self._order[position])
+            following += 1
+            if example is not None:
+                rows.append(example)
+        if not rows or (self._drop_remainder and len(rows) < self._share.block):
+            raise StopIteration
+        self._next = following
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        if state["next_index"] > self._length:
+            raise IndexError(state["next_index"])
+        self._next = state["next_index"]
 
 
 _NOT_MORE = frozenset({"image", "caption", "index", "name", "tokens"})

@@ -87,6 +87,8 @@ class Stage:
         drops: the conditions that training drops, each as often as the field NAME_drop says.
         obeys: what the predictions of a guided diffusion follow, in a word.
         normalisations: those of z_i that training can begin with.
+        dense: whether an example meets each weight once. Moving the weights then takes as long as
+            the products, and a CPU's devices, each of which moves all of them, only slow it down.
         keeps_fingerprint: whether others name it by the fingerprint that its weights had at first.
         text_encoder: whose states of captions it reads: "clip", "t5", or "" for none.
         classes_field: the field of `model` that says how many classes it knows.
@@ -106,6 +108,7 @@ class Stage:
     drops: ClassVar[tuple[str, ...]] = ()
     obeys: ClassVar[str] = ""
     normalisations: ClassVar[tuple[str, ...]] = ()
+    dense: ClassVar[bool] = False
     keeps_fingerprint: ClassVar[bool] = False
     text_encoder: ClassVar[str] = ""
     classes_field: ClassVar[str] = "num_classes"

@@ -47,6 +47,7 @@ class CanvasStage(Stage):
     makes: ClassVar[tuple[str, str]] = ("images", "RGB, about in [-1, 1]")
     drops: ClassVar[tuple[str, ...]] = tuple(INPUTS)
     normalisations: ClassVar[tuple[str, ...]] = normalisation.NAMES
+    dense: ClassVar[bool] = True
 
     model: CanvasConfig
     image_size: int = 64

@@ -214,7 +214,8 @@ def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
         return STATE_COPIES * sum(x.size * x.dtype.itemsize for x in shapes)
 
     rows = given.train.batch_size // given.train.grad_accum
-    mesh = cpu_devices.make_mesh(given.mesh, rows=rows, held_bytes=state_bytes)
+    most = 1 if stage.dense else cpu_devices.AT_MOST
+    mesh = cpu_devices.make_mesh(given.mesh, rows=rows, held_bytes=state_bytes, most=most)
     sharding.check_spatial(mesh, stage.feature_rows)
     return mesh
 

@@ -84,6 +84,7 @@ def make_mesh(
     *,
     rows: int = 0,
     held_bytes: Callable[[], int] = lambda: 0,
+    most: int = AT_MOST,
 ) -> Mesh:
     """The mesh of all devices; of those that `use` made, as many as serve.
 
@@ -92,6 +93,7 @@ def make_mesh(
         rows: of a batch, which the devices are to divide; 0 where that is not known.
         held_bytes: gives the bytes that each copy of the model has of its own, as a state of
             training has; weights that are only read are in memory once.
+        most: devices that serve, where the config leaves it open.
 
     Raises:
         UserError: the config does not fit the number of devices.
@@ -102,7 +104,8 @@ def make_mesh(
     copies = max(1, memory.total_bytes() // MEMORY_PART // max(held_bytes(), 1))
     counts = [2**i for i in reversed(range(len(devices).bit_length()))]
     serving = [count for count in counts if _serves(config, count, rows, copies)]
-    return sharding.make_mesh(config, devices[: serving[0]] if serving else devices)
+    few = [count for count in serving if count <= most] or serving
+    return sharding.make_mesh(config, devices[: few[0]] if few else devices)
 
 
 def _serves(config: MeshConfig, count: int, rows: int, copies: int) -> bool:
