@@ -10,9 +10,24 @@ from unclip_jax.diffusion.gaussian import (
     q_posterior,
     q_sample,
 )
-from unclip_jax.diffusion.guidance import classifier_free, classifier_guided
+from unclip_jax.diffusion.guidance import (
+    autoguided,
+    classifier_free,
+    classifier_guided,
+    composed,
+    perpendicular,
+)
 from unclip_jax.diffusion.losses import training_losses, vlb_bits_per_dim
 from unclip_jax.diffusion.progress import Watchable
+from unclip_jax.diffusion.rules import (
+    apg,
+    interval,
+    per_step,
+    rescaled,
+    rising,
+    zero_init,
+    zero_star,
+)
 from unclip_jax.diffusion.samplers import Sampling, invert, sample
 from unclip_jax.diffusion.schedules import Process
 from unclip_jax.diffusion.solvers import METHODS
@@ -26,14 +41,24 @@ __all__ = [
     "Sampling",
     "Watchable",
     "analytic",
+    "apg",
+    "autoguided",
     "classifier_free",
     "classifier_guided",
+    "composed",
     "interpret",
+    "interval",
     "invert",
     "normal",
+    "per_step",
+    "perpendicular",
     "q_posterior",
     "q_sample",
+    "rescaled",
+    "rising",
     "sample",
     "training_losses",
     "vlb_bits_per_dim",
+    "zero_init",
+    "zero_star",
 ]

@@ -1,11 +1,16 @@
-"""Guidance: a network and a condition, made into a `denoise` that leads further towards it.
+"""Guidance: networks and conditions, made into a `denoise` that leads further to what is asked.
 
-What comes out is again a `denoise(x_t, t)`, which samplers and inversion take like any other.
+What comes out is again a `denoise(x_t, t)`, which samplers and inversion take like any other. Each
+function here asks for two predictions, one to lead towards and one to lead away from, and hands
+them with the scale to a rule; any of them goes with any rule and any scale of `rules`.
+
+All is float32, pure and differentiable. Scales, weights and bounds may be traced, so that a new
+value compiles nothing. A learned variance is that of the first prediction, never guided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,23 +19,31 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.diffusion.gaussian import Denoise, Diffusion, levels, split_variance
+from unclip_jax.diffusion.rules import Rule, Scale, along, linear, scale_at, shaped, x_0_per_output
+from unclip_jax.diffusion.rules import apg as apg
+from unclip_jax.diffusion.rules import interval as interval
+from unclip_jax.diffusion.rules import per_step as per_step
+from unclip_jax.diffusion.rules import rescaled as rescaled
+from unclip_jax.diffusion.rules import rising as rising
+from unclip_jax.diffusion.rules import zero_init as zero_init
+from unclip_jax.diffusion.rules import zero_star as zero_star
 from unclip_jax.errors import wrong
 
 Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """`network(x_t [b, ...], t int32 [b], condition) -> output`, condition a pytree of `[b, ...]`."""
 
 
-def changes_nothing(scale: float | jax.Array, at: float = 1.0) -> bool:
+def changes_nothing(scale: Scale, at: float = 1.0) -> bool:
     """Whether a guidance scale is known to be `at`, where the network need be asked only once.
 
     Args:
-        scale: a number of any type, or one per example; False for what is traced.
+        scale: a number of any type, or one per example; False for functions and what is traced.
         at: the scale that changes nothing.
 
     Raises:
         UserError: it is known, and no finite number.
     """
-    if isinstance(scale, jax.core.Tracer):
+    if callable(scale) or isinstance(scale, jax.core.Tracer):
         return False
     if np.ndim(scale):
         scale = np.asarray(scale, np.float64)
@@ -40,28 +53,38 @@ def changes_nothing(scale: float | jax.Array, at: float = 1.0) -> bool:
     return checks.number("guidance scale", scale) == at
 
 
+def _same(condition: Any) -> Any:
+    return condition
+
+
+# ------------------------------------------------------------------------------- who is asked
+
+
 def classifier_free(
     network: Network,
     cond: Any,
     null: Any,
-    scale: float | jax.Array,
+    scale: Scale,
     learned_variance: bool = False,
-    encode: Callable[[Any], Any] = lambda condition: condition,
+    encode: Callable[[Any], Any] = _same,
+    rule: Rule = linear,
 ) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): one network call per step.
 
     The guided prediction is cond + (scale - 1) (cond - null): scale 1 is exactly the conditional
-    model. It holds for eps, x_0 and v alike, which differ by affine maps at given x_t. A learned
-    variance is the conditional one, never guided. Each example's two conditions lie side by side
-    on the batch axis, so that a batch spread over devices stays where it is.
+    model. Each example's two conditions lie side by side on the batch axis, so that a batch spread
+    over devices stays where it is.
 
     Args:
         network: evaluates each row on its own.
         cond: pytree of `[b, ...]` arrays.
-        null: what to lead away from; the same tree and shapes.
-        scale: scalar or `[b]`, may be traced. A 1 that is not evaluates the condition alone.
+        null: what to lead away from, no condition or one that is not wanted (a negative prompt);
+            the same tree and shapes.
+        scale: see `Scale`.
         learned_variance: whether the output's last axis holds variance channels in its second half.
-        encode: of a condition, what `network` takes in its place; called once, not once a step.
+        encode: of a condition, what `network` takes in its place; called before the first step, not
+            once a step.
+        rule: see `Rule`.
 
     Returns:
         a `denoise` whose output is float32.
@@ -70,36 +93,110 @@ def classifier_free(
         UserError: `cond` and `null` differ in structure or shape, or the scale's shape is wrong,
             or it is not finite.
     """
-    _check_same_shapes(cond, null)
-    if changes_nothing(scale):
-        encoded = encode(cond)
+    alone, both = _asking(network, [cond, null], scale, encode)
+    return _guided(alone, both, scale, rule, learned_variance)
 
-        def alone(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            _per_example(scale, x_t)
-            return network(x_t, t, encoded).astype(jnp.float32)
 
-        return alone
-    pairs = encode(jax.tree.map(interleave, cond, null))
+def composed(
+    network: Network,
+    conds: Sequence[Any],
+    null: Any,
+    weights: Sequence[float | jax.Array],
+    scale: Scale = 1.0,
+    learned_variance: bool = False,
+    encode: Callable[[Any], Any] = _same,
+    rule: Rule = linear,
+) -> Denoise:
+    """Several conditions at once (Liu et al. 2022, arXiv 2206.01714): one network call.
 
-    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        output = network(interleave(x_t, x_t), interleave(t, t), pairs).astype(jnp.float32)
-        output = output.reshape(x_t.shape[0], 2, *output.shape[1:])
-        conditional, unconditional = output[:, 0], output[:, 1]
-        variance = []
-        if learned_variance:
-            conditional, *variance = jnp.split(conditional, 2, axis=-1)
-            unconditional, _ = jnp.split(unconditional, 2, axis=-1)
-        extra = _per_example(scale, x_t) - 1.0
-        guided = conditional + extra * (conditional - unconditional)
-        return jnp.concatenate([guided, *variance], axis=-1)
+    Leads towards null + sum of weight_i (cond_i - null). A negative weight avoids a condition. With
+    scale 1 these are the paper's weights; those that sum to 1, with a scale, mix conditions first
+    and guide then, which the other rules need.
 
-    return denoise
+    Args:
+        conds: conditions, each as for `classifier_free`. A learned variance is the first one's.
+        weights: one for each condition, scalar or `[b]`, may be traced.
+
+    The others and what is raised are as for `classifier_free`; and `UserError` unless there is one
+    weight for each condition, and at least one.
+    """
+    if len(weights) != len(conds) or not len(conds):
+        raise wrong("weights", len(weights), f"one for each of {len(conds)} conditions")
+    _, every = _asking(network, [*conds, null], 0.0, encode)
+
+    def mix(*predictions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *found, away = predictions
+        terms = zip(weights, found, strict=True)
+        return away + sum(shaped(w, away, "weight") * (each - away) for w, each in terms), away
+
+    return _guided(None, every, scale, rule, learned_variance, mix)
+
+
+def perpendicular(
+    network: Network,
+    cond: Any,
+    null: Any,
+    negative: Any,
+    scale: Scale,
+    weight: float | jax.Array = 1.0,
+    learned_variance: bool = False,
+    encode: Callable[[Any], Any] = _same,
+    rule: Rule = linear,
+) -> Denoise:
+    """Perp-Neg (Armandpour et al. 2023, arXiv 2304.04968): one network call of 3b rows.
+
+    Leads away from a negative prompt only as far as it is not the positive one: with p = cond -
+    null and n = negative - null, towards cond - weight (n - <n, p> / <p, p> p).
+
+    Args:
+        negative: the condition that is not wanted; the same tree and shapes as `cond`.
+        weight: of the negative, scalar or `[b]`, may be traced; 0 is `classifier_free`.
+
+    The others and what is raised are as for `classifier_free`.
+    """
+    alone, every = _asking(network, [cond, null, negative], scale, encode)
+
+    def mix(towards: jax.Array, away: jax.Array, avoided: jax.Array) -> tuple[jax.Array, jax.Array]:
+        step = avoided - away
+        step = step - along(step, towards - away)
+        return towards - shaped(weight, step, "weight") * step, away
+
+    return _guided(alone, every, scale, rule, learned_variance, mix)
+
+
+def autoguided(
+    denoise: Denoise,
+    weak: Denoise,
+    scale: Scale,
+    learned_variance: bool = False,
+    rule: Rule = linear,
+) -> Denoise:
+    """Autoguidance (Karras et al. 2024, arXiv 2406.02507): away from a worse version of itself.
+
+    Args:
+        denoise: the network under its condition, perhaps guided already.
+        weak: an earlier checkpoint of it, or a smaller or less trained network, under the same
+            condition; it predicts the same thing. Called once a step beside `denoise`.
+
+    The others are as for `classifier_free`.
+
+    Raises:
+        UserError: the outputs differ in shape, or the scale's shape is wrong.
+    """
+
+    def pair(x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        good, bad = denoise(x_t, t), weak(x_t, t)
+        if good.shape != bad.shape:
+            raise wrong("weak network output's shape", bad.shape, f"the network's {good.shape}")
+        return good, bad
+
+    return _guided(denoise, pair, scale, rule, learned_variance)
 
 
 def classifier_guided(
     denoise: Denoise,
     log_prob: Callable[[jax.Array, jax.Array], jax.Array],
-    scale: float | jax.Array,
+    scale: Scale,
     diffusion: Diffusion,
 ) -> Denoise:
     """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2).
@@ -112,7 +209,8 @@ def classifier_guided(
     Args:
         denoise: the network to guide.
         log_prob: `log_prob(x_t [b, ...], t int32 [b]) -> log p(y | x_t) [b]`, differentiable.
-        scale: scalar or `[b]`, may be traced; 1 is Bayes' rule. A 0 that is not asks no classifier.
+        scale: scalar, `[b]` or a function of t, may be traced; 1 is Bayes' rule. A 0 that is not
+            traced asks no classifier.
         diffusion: what the network predicts. A learned variance is left alone.
 
     Returns:
@@ -129,27 +227,74 @@ def classifier_guided(
         prediction, fraction = split_variance(diffusion, denoise(x_t, t), x_t)
         gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x_t).astype(jnp.float32)
         alpha, sigma = levels(full, t, x_t)
-        size = {"eps": -sigma, "x_0": sigma**2 / alpha, "v": -sigma / alpha}[diffusion.prediction]
-        prediction += _per_example(scale, x_t) * size * gradient
+        x_0_moves = sigma**2 / alpha * gradient
+        prediction += scale_at(scale, x_t, t) * x_0_moves / x_0_per_output(diffusion, x_t, t)
         variance = [] if fraction is None else [fraction]
         return jnp.concatenate([prediction, *variance], axis=-1)
 
     return guided
 
 
-def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Two `[b, ...]` -> `[2b, ...]`: first[0], second[0], first[1], ..."""
-    pairs = jnp.stack([first, second], axis=1)
-    return pairs.reshape(-1, *pairs.shape[2:])
+# ---------------------------------------------------------------------------------- what is shared
 
 
-def _per_example(scale: float | jax.Array, x: jax.Array) -> jax.Array:
-    """A scale, scalar or `[b]`, as float32, shaped to multiply `x`."""
-    value = jnp.asarray(scale, jnp.float32)
-    if value.shape not in ((), x.shape[:1]):
-        expected = f"a scalar or one per example {x.shape[:1]}"
-        raise wrong("guidance scale's shape", value.shape, expected)
-    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
+def _guided(
+    alone: Denoise | None,
+    every: Callable[[jax.Array, jax.Array], Sequence[jax.Array]],
+    scale: Scale,
+    rule: Rule,
+    learned_variance: bool,
+    mix: Callable[..., tuple[jax.Array, jax.Array]] = lambda towards, away: (towards, away),
+) -> Denoise:
+    """The rule over two predictions, mixed of those of `every`, or `alone` where the scale is 1."""
+
+    def plain(x_t: jax.Array, t: jax.Array, value: jax.Array) -> jax.Array:
+        return alone(x_t, t).astype(jnp.float32)
+
+    def guided(x_t: jax.Array, t: jax.Array, value: jax.Array) -> jax.Array:
+        predictions = [output.astype(jnp.float32) for output in every(x_t, t)]
+        variance = []
+        if learned_variance:
+            halves = [jnp.split(output, 2, axis=-1) for output in predictions]
+            predictions, variance = [half for half, _ in halves], halves[0][1:]
+        return jnp.concatenate([rule(*mix(*predictions), value, x_t, t), *variance], axis=-1)
+
+    if not alone or not callable(scale):
+        answer = plain if changes_nothing(scale) and alone else guided
+        return lambda x_t, t: answer(x_t, t, scale_at(scale, x_t, t))
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        value = scale_at(scale, x_t, t)
+        return jax.lax.cond(jnp.any(value != 1.0), guided, plain, x_t, t, value)
+
+    return denoise
+
+
+def _asking(
+    network: Network, conds: Sequence[Any], scale: Scale, encode: Callable[[Any], Any]
+) -> tuple[Denoise, Callable[[jax.Array, jax.Array], list[jax.Array]]]:
+    """The network under the first condition, and under each of n in one call of n b rows.
+
+    Each is encoded only where the scale lets it be asked.
+    """
+    for other in conds[1:]:
+        _check_same_shapes(conds[0], other)
+    n, one = len(conds), changes_nothing(scale)
+    first = encode(conds[0]) if one or callable(scale) else None
+    rows = None if one else encode(jax.tree.map(interleave, *conds))
+
+    def every(x_t: jax.Array, t: jax.Array) -> list[jax.Array]:
+        output = network(interleave(*[x_t] * n), interleave(*[t] * n), rows)
+        output = output.reshape(x_t.shape[0], n, *output.shape[1:])
+        return [output[:, i] for i in range(n)]
+
+    return lambda x_t, t: network(x_t, t, first), every
+
+
+def interleave(*arrays: jax.Array) -> jax.Array:
+    """n of `[b, ...]` -> `[n b, ...]`: every first row, every second row, ..."""
+    stacked = jnp.stack(arrays, axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
 
 
 def _check_same_shapes(cond: Any, null: Any) -> None:
