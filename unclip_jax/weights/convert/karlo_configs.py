@@ -31,16 +31,12 @@ _PRIOR = {
     "additional_embeddings": 4,
     "dropout": 0.0,
     "time_embed_act_fn": "silu",
-    "norm_in_type": None,
-    "embedding_proj_norm_type": None,
     "encoder_hid_proj_type": "linear",
     "added_emb_type": "prd",
-    "time_embed_dim": None,
-    "embedding_proj_dim": None,
-    "clip_embed_dim": None,
 }
+_PRIOR |= dict.fromkeys(("norm_in_type", "embedding_proj_norm_type", "time_embed_dim"))
+_PRIOR |= dict.fromkeys(("embedding_proj_dim", "clip_embed_dim"))
 _UNET = {
-    "sample_size": None,
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -54,10 +50,9 @@ _UNET = {
     "attention_head_dim": 8,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "class_embed_type": None,
-    "num_class_embeds": None,
 }
+_UNET |= dict.fromkeys(("sample_size", "time_embedding_dim", "class_embed_type"))
+_UNET |= {"num_class_embeds": None}
 _SUPER_RES = _UNET | {
     "in_channels": 3,
     "out_channels": 3,
@@ -67,10 +62,9 @@ _SUPER_RES = _UNET | {
     "block_out_channels": [224, 448, 672, 896],
     "downsample_type": "conv",
     "upsample_type": "conv",
-    "attn_norm_num_groups": None,
     "add_attention": True,
-    "num_train_timesteps": None,
 }
+_SUPER_RES |= dict.fromkeys(("attn_norm_num_groups", "num_train_timesteps"))
 _DECODER = _UNET | {
     "in_channels": 4,
     "out_channels": 4,
@@ -79,31 +73,22 @@ _DECODER = _UNET | {
     "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
     "block_out_channels": [320, 640, 1280, 1280],
     "cross_attention_dim": 1280,
-    "only_cross_attention": False,
     "transformer_layers_per_block": 1,
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "num_attention_heads": None,
-    "dual_cross_attention": False,
-    "use_linear_projection": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
     "addition_embed_type_num_heads": 64,
-    "upcast_attention": False,
-    "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
     "attention_type": "default",
-    "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
-    "cross_attention_norm": None,
 }
+_DECODER |= dict.fromkeys(("only_cross_attention", "dual_cross_attention"), False)
+_DECODER |= dict.fromkeys(("use_linear_projection", "upcast_attention"), False)
+_DECODER |= dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), False)
+_DECODER |= dict.fromkeys(("reverse_transformer_layers_per_block", "num_attention_heads"))
+_DECODER |= dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type"))
+_DECODER |= dict.fromkeys(("addition_time_embed_dim", "time_embedding_act_fn"))
+_DECODER |= dict.fromkeys(("timestep_post_act", "time_cond_proj_dim", "cross_attention_norm"))
+_DECODER |= dict.fromkeys(("projection_class_embeddings_input_dim",))
+_DECODER |= {"mid_block_only_cross_attention": None}
 _TEXT_PROJ = {"clip_extra_context_tokens": 4, "clip_embeddings_dim": 768}
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -313,10 +298,7 @@ def _read_unet(given: Mapping[str, Any], where: str) -> Settings:
 
 
 def _size(given: Mapping[str, Any], field: str, where: str) -> int:
-    value = given.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {field} {value!r}: expected a positive integer")
-    return value
+    return count(f"{where}: {field}", given.get(field))
 
 
 def _check(given: Mapping[str, Any], implied: Settings, kind: str, where: str) -> None:

@@ -8,9 +8,11 @@ exact. Nothing is guessed: every tensor must be used once, with the shape that o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ import numpy as np
 
 from unclip_jax.common.params import compare_shapes, flatten, unflatten
 from unclip_jax.errors import UserError
+from unclip_jax.weights.convert.tensor_files import open_tensors
 
 Params = dict[str, Any]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -53,56 +56,15 @@ class Layout(NamedTuple):
 # Their weights are [out, in]; ours are [in, ..., out], where the dots are heads and the like.
 
 
-def _from_linear(weights, shape):
-    return np.stack([w.T for w in weights], axis=1).reshape(shape)
-
-
-def _to_linear(kernel, count):
-    kernel = kernel.reshape(kernel.shape[0], count, -1)
-    return [kernel[:, j].T for j in range(count)]
-
-
-def _from_vectors(vectors, shape):
-    return np.stack(vectors).reshape(shape)
-
-
-def _to_vectors(array, count):
-    return list(array.reshape(count, -1))
-
-
-def _from_output(weights, shape):
-    return weights[0].T.reshape(shape)
-
-
-def _to_output(kernel, count):
-    return [kernel.reshape(-1, kernel.shape[-1]).T]
-
-
 def _from_heads(weights, shape):
     """[heads * group * k, in] to [in, group, heads, k]: q, k, v of one head side by side."""
     d, group, n, k = shape
     return weights[0].reshape(n, group, k, d).transpose(3, 1, 0, 2)
 
 
-def _to_heads(kernel, count):
-    return [kernel.transpose(2, 1, 3, 0).reshape(-1, kernel.shape[0])]
-
-
 def _from_head_biases(biases, shape):
     group, n, k = shape
     return biases[0].reshape(n, group, k).swapaxes(0, 1)
-
-
-def _to_head_biases(bias, count):
-    return [bias.swapaxes(0, 1).reshape(-1)]
-
-
-def _from_conv(weights, shape):
-    return weights[0].transpose(2, 3, 1, 0)
-
-
-def _to_conv(kernel, count):
-    return [kernel.transpose(3, 2, 0, 1)]
 
 
 def _with_leading(axes):
@@ -124,14 +86,33 @@ def _pointwise(layout):
 
 
 _UNCHANGED = (lambda arrays, shape: arrays[0], lambda array, count: [array])
-_LINEAR = Layout("kernel", ".weight", _from_linear, _to_linear)
-_OUTPUT = Layout("kernel", ".weight", _from_output, _to_output)
-_HEADS = Layout("kernel", ".weight", _from_heads, _to_heads)
-_CONV = Layout("kernel", ".weight", _from_conv, _to_conv)
-_BIAS = Layout("bias", ".bias", _from_vectors, _to_vectors)
-_HEAD_BIAS = Layout("bias", ".bias", _from_head_biases, _to_head_biases)
-_SCALE = Layout("scale", ".weight", _from_vectors, _to_vectors)
-_TABLE = Layout("embedding", ".weight", *_UNCHANGED)
+_VECTORS = (
+    lambda vectors, shape: np.stack(vectors).reshape(shape),
+    lambda array, count: list(array.reshape(count, -1)),
+)
+_LINEAR = Layout(
+    "kernel",
+    ".weight",
+    lambda weights, shape: np.stack([w.T for w in weights], axis=1).reshape(shape),
+    lambda kernel, count: [w.T for w in kernel.reshape(len(kernel), count, -1).swapaxes(0, 1)],
+)
+_OUTPUT = _LINEAR._replace(
+    to_ours=lambda weights, shape: weights[0].T.reshape(shape),
+    to_theirs=lambda kernel, count: [kernel.reshape(-1, kernel.shape[-1]).T],
+)
+_HEADS = _LINEAR._replace(
+    to_ours=_from_heads,
+    to_theirs=lambda kernel, count: [kernel.transpose(2, 1, 3, 0).reshape(-1, len(kernel))],
+)
+_CONV = _LINEAR._replace(
+    to_ours=lambda weights, shape: weights[0].transpose(2, 3, 1, 0),
+    to_theirs=lambda kernel, count: [kernel.transpose(3, 2, 0, 1)],
+)
+_BIAS = Layout("bias", ".bias", *_VECTORS)
+_HEAD_BIAS = Layout(
+    "bias", ".bias", _from_head_biases, lambda bias, count: [bias.swapaxes(0, 1).reshape(-1)]
+)
+_SCALE = Layout("scale", ".weight", *_VECTORS)
 
 KINDS: dict[str, tuple[Layout, ...]] = {
     # A dense layer; several of theirs may stand side by side in ours (q, k and v).
@@ -157,12 +138,12 @@ KINDS: dict[str, tuple[Layout, ...]] = {
     "batch_norm": (
         _SCALE,
         _BIAS,
-        Layout("mean", ".running_mean", _from_vectors, _to_vectors),
-        Layout("variance", ".running_var", _from_vectors, _to_vectors),
+        Layout("mean", ".running_mean", *_VECTORS),
+        Layout("variance", ".running_var", *_VECTORS),
     ),
     # Without bias (T5's RMSNorm).
     "rms_norm": (_SCALE,),
-    "embedding": (_TABLE,),
+    "embedding": (Layout("embedding", ".weight", *_UNCHANGED),),
     "array": (_with_leading(0),),
     "array_1": (_with_leading(1),),
     "array_11": (_with_leading(2),),
@@ -221,14 +202,27 @@ class Tensors:
         """Those whose names begin with `prefix`, without it."""
         return self.select(lambda n: n[len(prefix) :] if n.startswith(prefix) else None)
 
-    def join(self, other: Tensors, prefix: str) -> Tensors:
+    def of_training(self, prefix: str) -> Tensors:
+        """The weights in a checkpoint of training, without `prefix`; others as they are."""
+        has_more = any(name.startswith("state_dict.") for name in self.shapes)
+        inside = self.within("state_dict.") if has_more else self
+        return inside.select(lambda name: name.removeprefix(prefix))
+
+    def join(self, other: Tensors, prefix: str = "") -> Tensors:
         """These and others, whose names get `prefix`."""
-        theirs = {prefix + name: shape for name, shape in other.shapes.items()}
+        other = other.prefixed(prefix) if prefix else other
 
         def read(name: str) -> np.ndarray:
-            return other.read(name[len(prefix) :]) if name in theirs else self.read(name)
+            return (other if name in other.shapes else self).read(name)
 
-        return Tensors(self.shapes | theirs, read, f"{self.origin} and {other.origin}")
+        return Tensors(self.shapes | other.shapes, read, f"{self.origin} and {other.origin}")
+
+
+@contextlib.contextmanager
+def open_weights(path: Path) -> Iterator[Tensors]:
+    """The tensors of a weight file, see `tensor_files.open_tensors`."""
+    with open_tensors(path) as source:
+        yield Tensors(source.shapes, source.read, str(path))
 
 
 # ---------------------------------------------------------------- both directions

@@ -14,38 +14,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from unclip_jax.errors import UserError
-from unclip_jax.weights.convert.torch.files import LEGACY_MAGIC, TorchFile, open_legacy, open_zip
+from unclip_jax.weights.convert.torch.files import LEGACY_MAGIC, open_legacy, open_zip
+from unclip_jax.weights.mapped import mapped, shapes
 
 _HEAD = 512  # bytes that tell what a file is
 _MAX_HEADER = 100_000_000  # of a safetensors file, as that format's own limit
 _MAX_INDEX_BYTES = 64 << 20
 _LISTED = 3  # names a message shows before it only counts
-
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +51,8 @@ class TensorSource:
             UserError: no tensor of that name, or the file was damaged meanwhile.
         """
         if name not in self.shapes:
-            raise UserError(
-                f"{self.path}: no tensor {name!r} among its {len(self.shapes)}"
-                f" ({_listing(list(self.shapes))})"
-            )
+            held = f"{len(self.shapes)} ({_listing(list(self.shapes))})"
+            raise UserError(f"{self.path}: no tensor {name!r} among its {held}")
         return self._read(name)
 
 
@@ -105,19 +85,19 @@ def _open_file(path: Path) -> Iterator[TensorSource]:
     if kind == "index":
         raise UserError(f"{path}: an index where a shard was expected; download the model again")
     if kind == "safetensors":
-        with _open_safetensors(path) as source:
-            yield source
+
+        def read(name: str) -> np.ndarray:  # mapped anew for each, so that pages don't pile up
+            with mapped(path) as file:
+                return file.get_tensor(name)
+
+        with mapped(path) as file:
+            found = shapes(file, path)
+        yield TensorSource(path, found, read)
         return
     with path.open("rb") as file:
         torch_file = (open_zip if kind == "zip" else open_legacy)(file, str(path))
-        yield TensorSource(path, _shapes(torch_file), torch_file.read)
-
-
-def _shapes(torch_file: TorchFile) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
-        for name, tensor in torch_file.tensors.items()
-    }
+        found = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in torch_file.tensors.items()}
+        yield TensorSource(path, found, torch_file.read)
 
 
 def _listing(names: list[str]) -> str:
@@ -132,9 +112,8 @@ def _kind(path: Path) -> str:
     """What a file holds, by its first bytes: "safetensors", "zip", "legacy" or "index"."""
     try:
         if path.is_dir():
-            raise UserError(
-                f"{path}: a folder; give one weight file in it, or the index json of its shards"
-            )
+            do = "give one weight file in it, or the index json of its shards"
+            raise UserError(f"{path}: a folder; {do}")
         if not path.exists():
             raise UserError(f"{path}: no such file; download it first, or correct the path")
         if not path.is_file():
@@ -175,43 +154,6 @@ def _guess(head: bytes) -> tuple[str, str]:
     return "not a weight file of a known kind", "download it again if it should be one"
 
 
-# --- safetensors ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _open_safetensors(path: Path) -> Iterator[TensorSource]:
-    """Open a safetensors file: it is mapped anew for each tensor, so its pages don't pile up."""
-    shapes = {}
-    with _mapped(path) as file:
-        for name in file.offset_keys():
-            entry = file.get_slice(name)
-            dtype = _SAFETENSORS_DTYPES.get(entry.get_dtype())
-            if dtype is None:
-                raise UserError(
-                    f"{path}: tensor {name!r} is of {entry.get_dtype()}, expected one of"
-                    f" {', '.join(_SAFETENSORS_DTYPES)}; get the weights in 16 or 32 bits"
-                )
-            shapes[name] = jax.ShapeDtypeStruct(tuple(entry.get_shape()), jnp.dtype(dtype))
-
-    def read(name: str) -> np.ndarray:
-        with _mapped(path) as file:
-            return file.get_tensor(name)
-
-    yield TensorSource(path, shapes, read)
-
-
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[Any]:
-    """The safetensors library's view of a file."""
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: a safetensors file that is damaged or cut short ({error}); download it again"
-        ) from error
-
-
 # --- Shards ---------------------------------------------------------------------------------
 
 
@@ -222,33 +164,27 @@ def _open_shards(index: Path) -> Iterator[TensorSource]:
     shards = list(dict.fromkeys(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        raise UserError(
-            f"{index}: {len(missing)} of its {len(shards)} shards are not beside it"
-            f" ({_listing(missing)}); download them"
-        )
-    shapes = {}
+        which = f"{len(missing)} of its {len(shards)} shards are not beside it"
+        raise UserError(f"{index}: {which} ({_listing(missing)}); download them")
+    found = {}
     for shard in shards:
         with _open_file(index.parent / shard) as source:
             listed = {name for name in shard_of if shard_of[name] == shard}
-            _check_listed(index, shard, listed, source.shapes)
-            shapes.update(source.shapes)
+            _check_listed(index, shard, listed, source.shapes.keys())
+            found.update(source.shapes)
     with contextlib.closing(_Shards(index.parent, shard_of)) as opened:
-        yield TensorSource(index, shapes, opened.read)
+        yield TensorSource(index, found, opened.read)
 
 
-def _check_listed(
-    index: Path, shard: str, listed: set[str], shapes: dict[str, jax.ShapeDtypeStruct]
-) -> None:
+def _check_listed(index: Path, shard: str, listed: Set[str], held: Set[str]) -> None:
     """The index and a shard must name the same tensors."""
     for names, problem in (
-        (sorted(listed - shapes.keys()), "lists tensors that aren't in"),
-        (sorted(shapes.keys() - listed), "doesn't list tensors that are in"),
+        (sorted(listed - held), "lists tensors that aren't in"),
+        (sorted(held - listed), "doesn't list tensors that are in"),
     ):
         if names:
-            raise UserError(
-                f"{index}: {problem} {shard}: {_listing(names)}; the files are of different"
-                " downloads, get them all again"
-            )
+            do = "the files are of different downloads, get them all again"
+            raise UserError(f"{index}: {problem} {shard}: {_listing(names)}; {do}")
 
 
 class _Shards:
@@ -284,10 +220,8 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: damaged, not JSON ({error}); download it again") from error
     shard_of = index.get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise UserError(
-            f"{path}: a json file without weight_map; expected a weight file, or the index json of"
-            " a model's shards"
-        )
+        expected = "expected a weight file, or the index json of a model's shards"
+        raise UserError(f"{path}: a json file without weight_map; {expected}")
     for name, shard in shard_of.items():
         if not isinstance(shard, str) or not _is_plain(shard):
             raise UserError(

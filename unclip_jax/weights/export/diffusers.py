@@ -47,9 +47,9 @@ def write(model: str | Path, out: str | Path) -> Iterator[str]:
     found = find_parts(Path(model))
     for kind in ("clip", "decoder", "upsampler"):
         if len(found.get(kind, [])) != 1:
+            number = f"{len(found.get(kind, []))} of kind {kind}, expected one"
             raise UserError(
-                f"model {str(model)!r}: {len(found.get(kind, []))} of kind {kind}, expected one,"
-                " for diffusers' layout holds a whole Karlo"
+                f"model {str(model)!r}: {number}, for diffusers' layout holds a whole Karlo"
             )
     for kind in ("prior", "decoder", "upsampler"):
         for path in found.get(kind, []):
@@ -70,10 +70,8 @@ def write(model: str | Path, out: str | Path) -> Iterator[str]:
         has_prior = "prior" in components
         kind = "UnCLIPPipeline" if has_prior else "UnCLIPImageVariationPipeline"
         if not has_prior and "image_encoder" not in components:
-            raise UserError(
-                f"model {str(model)!r}: neither a prior nor an image tower in its CLIP; expected"
-                " one"
-            )
+            what = "neither a prior nor an image tower in its CLIP"
+            raise UserError(f"model {str(model)!r}: {what}; expected one")
         if has_prior:  # that pipeline takes no image tower
             components = {k: v for k, v in components.items() if k not in _VARIATION_ONLY}
         write_json(folder / INDEX, {"_class_name": kind} | components)

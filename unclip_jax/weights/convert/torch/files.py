@@ -176,15 +176,11 @@ def open_legacy(file: BinaryIO, where: str) -> TorchFile:
     stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     magic, version, machine = (read_pickle(stream, where)[0] for _ in range(3))
     if magic != LEGACY_MAGIC or version != _LEGACY_VERSION:
-        raise UserError(
-            f"{where}: another version of PyTorch's old format than {_LEGACY_VERSION}; save the"
-            " weights again as safetensors"
-        )
+        what = f"another version of PyTorch's old format than {_LEGACY_VERSION}"
+        raise UserError(f"{where}: {what}; save the weights again as safetensors")
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise UserError(
-            f"{where}: written on a big-endian machine, in PyTorch's old format, expected"
-            " little-endian; save the weights again as safetensors"
-        )
+        what = "written on a big-endian machine, in PyTorch's old format, expected little-endian"
+        raise UserError(f"{where}: {what}; save the weights again as safetensors")
     tree, storages = read_pickle(stream, where)
     keys, _ = read_pickle(stream, where)
     starts = _legacy_starts(file, stream.tell(), keys, storages, where)
@@ -209,9 +205,7 @@ def _legacy_starts(
         starts[key] = position + 8
         position += 8 + storage.nbytes
         if numel != storage.numel or position > size:
-            raise UserError(
-                f"{where}: a storage of {storage.numel} elements where {numel} are said to follow,"
-                f" up to byte {position} of {size}; the file is damaged or cut short, download it"
-                " again"
-            )
+            what = f"a storage of {storage.numel} elements where {numel} are said to follow"
+            end = f"up to byte {position} of {size}; the file is damaged or cut short"
+            raise UserError(f"{where}: {what}, {end}, download it again")
     return starts

@@ -98,36 +98,29 @@ def named_tensors(tree: Any, where: str) -> dict[str, StoredTensor]:
         name, depth, value = pending.pop()
         if isinstance(value, StoredTensor):
             if name in found:
-                raise UserError(
-                    f"{where}: two tensors are named {name!r} once keys are joined by dots; save"
-                    " them again under other names"
-                )
+                what = f"two tensors are named {name!r} once keys are joined by dots"
+                raise UserError(f"{where}: {what}; save them again under other names")
             if problem := value.problem():
                 raise UserError(f"{where}: tensor {name!r} {problem}; download the file again")
             found[name] = value
             continue
         if depth > MAX_DEPTH:
-            raise UserError(
-                f"{where}: containers nested more than {MAX_DEPTH} deep, or inside themselves;"
-                f" {REMEDY}"
-            )
+            what = f"containers nested more than {MAX_DEPTH} deep, or inside themselves"
+            raise UserError(f"{where}: {what}; {REMEDY}")
         if not isinstance(value, _CONTAINERS):
             continue
         entries += len(value)
         if entries > MAX_ENTRIES:
-            raise UserError(
-                f"{where}: its containers unfold to over {MAX_ENTRIES} entries; {REMEDY}"
-            )
+            what = f"its containers unfold to over {MAX_ENTRIES} entries"
+            raise UserError(f"{where}: {what}; {REMEDY}")
         children = []
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
             if not isinstance(child, (*_CONTAINERS, StoredTensor)):
                 continue
             path = f"{name}.{key}" if depth else str(key)
             if len(path) > MAX_NAME_LENGTH:
-                raise UserError(
-                    f"{where}: a name of {len(path)} characters, {path[:40]!r}...; expected at"
-                    f" most {MAX_NAME_LENGTH}"
-                )
+                what = f"a name of {len(path)} characters, {path[:40]!r}..."
+                raise UserError(f"{where}: {what}; expected at most {MAX_NAME_LENGTH}")
             children.append((path, depth + 1, child))
         pending.extend(reversed(children))
     return found

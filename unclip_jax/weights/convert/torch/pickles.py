@@ -46,10 +46,8 @@ def read_pickle(stream: BinaryIO, where: str) -> tuple[Any, dict[str, Storage]]:
     except _Refused as error:
         raise UserError(f"{where}: {error}: {REMEDY}") from None
     except ValueError as error:
-        raise UserError(
-            f"{where}: its pickle is damaged, cut short or over {MAX_PICKLE_BYTES >> 20} MiB"
-            f" ({error}); download it again"
-        ) from error
+        what = f"its pickle is damaged, cut short or over {MAX_PICKLE_BYTES >> 20} MiB ({error})"
+        raise UserError(f"{where}: {what}; download it again") from error
 
 
 class _Refused(Exception):
@@ -169,6 +167,12 @@ _GLOBALS: dict[str, Callable[..., Any] | np.dtype] = {
 # --- The stack machine ----------------------------------------------------------------------
 
 
+# Opcodes that put their argument on the stack, as it is.
+_CONSTANTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
+_CONSTANTS |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_CONSTANTS |= {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+
+
 class _Machine:
     """Runs opcodes one at a time. A ValueError says that the program is malformed."""
 
@@ -194,16 +198,10 @@ class _Machine:
                 self._memo[argument] = self._top(object)
             case "MEMOIZE":
                 self._memo[len(self._memo)] = self._top(object)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINSTRING":
+            case name if name in _CONSTANTS:
                 self._stack.append(argument)
-            case "SHORT_BINSTRING" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
-                self._stack.append(argument)
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                self._stack.append(argument)
-            case "NONE":
-                self._stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                self._stack.append(opcode == "NEWTRUE")
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                self._stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(opcode))
             case "MARK":
                 self._marks.append(len(self._stack))
             case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
