@@ -57,6 +57,7 @@ from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights.trained import clip_fingerprint
 
+JUDGE = "efficientnet-lite0"
 JUDGE_SIZE = 112  # px; smaller ones are enlarged by a bicubic filter
 COPY = 0.01  # mean squared error of pixels from -1 to 1
 NOISE = 0.02  # its standard deviation, likewise
@@ -191,7 +192,8 @@ def looked_at(measurer: Measurer, config: DataConfig, keep: Path | None) -> Real
     if keep is None:
         return measurer.read(config)
     source = load(config)
-    path = keep / f"{source.fingerprint}-{config.image_size}-{clip_fingerprint(measurer.judge)}.npz"
+    by = f"{clip_fingerprint(measurer.judge)}-{measurer.network.name.replace(':', '-')}"
+    path = keep / f"{source.fingerprint}-{config.image_size}-{by}.npz"
     if not path.exists():
         real = measurer.read(config)
         alike = np.frombuffer(b"".join(real.alike), np.uint8).reshape(len(real.alike), -1)
@@ -271,7 +273,7 @@ class Bench:
     def __init__(self, model: UnCLIP, data: str, args: argparse.Namespace) -> None:
         """Look at the drawings, and choose captions of each split."""
         clip = feature_networks.of_clip(model.clip)
-        plain = feature_networks.load(f"{feature_networks.LITE0}:{JUDGE_SIZE}", clip)
+        plain = feature_networks.load(f"{args.judge}:{JUDGE_SIZE}", clip)
         judge = Enlarging(plain.name, plain.params, plain.apply, plain.mesh)
         self.measurer = Measurer(model, model.clip, clip, judge, args.batch_size)
         self.stage = model.decoder.stage
@@ -357,6 +359,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--heldout", type=int, default=100, help="and of each held-out split")
     parser.add_argument("--data", help="default: what the decoder was trained on")
     parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--judge", choices=list(feature_networks.LITE), default=JUDGE)
     parser.add_argument("--keep", type=Path, help="folder for what the networks see in real ones")
     parser.add_argument("--no_galleries", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -369,7 +372,12 @@ def main(argv: list[str]) -> None:
     data = args.data or model.decoder.description["data"]["name"]
     bench = Bench(model, data, args)
     real = bench.real
-    figures: dict = {"data": data, "drawings": len(real.images), "pixels": real.images.shape[1]}
+    figures: dict = {
+        "data": data,
+        "judge": args.judge,
+        "drawings": len(real.images),
+        "pixels": real.images.shape[1],
+    }
     for split, rows in bench.chosen.items():
         drawn, images = bench.draw(split)
         figures[split] = bench.figures(split, drawn, images)

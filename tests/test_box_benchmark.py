@@ -127,11 +127,14 @@ def test_halving_keeps_what_is_coarse_and_noise_is_small():
 
 def test_what_the_networks_saw_is_kept_for_the_same_clip(tmp_path, monkeypatch):
     asked, source = [], SimpleNamespace(fingerprint="f")
+    net = SimpleNamespace(name="lite0:112")
     vectors = Vectors(RNG.normal(size=(2, 4)), RNG.normal(size=(2, 6)))
     seen = box.Real(source, 64, np.arange(2), np.array([1, 0]), vectors, [bytes(16), b"ab" * 8])
 
     def measurer(clip):
-        return SimpleNamespace(read=lambda config: asked.append(config) or seen, judge=clip)
+        return SimpleNamespace(
+            read=lambda config: asked.append(config) or seen, judge=clip, network=net
+        )
 
     monkeypatch.setattr(box, "load", lambda config: source)
     monkeypatch.setattr(box, "clip_fingerprint", lambda judge: judge)

