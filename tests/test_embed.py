@@ -333,3 +333,52 @@ def test_the_description_is_plain(store, clip, data):
     stored = dataclasses.replace(data, name=f"embeddings:{store}")
     run = prepare.prepare(config_of(tiny.PRIOR, stored, clip / "clip"))
     assert json.loads(json.dumps(run.description))["data"]["name"] == f"embeddings:{store}"
+
+
+# ---------------------------------------------------------------- pictures without captions
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Twelve pictures of noise, two of them captioned."""
+    rng = np.random.default_rng(1)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.txt").write_text("three")
+    (tmp_path / "4.txt").write_text("four")
+    return tmp_path
+
+
+def z_i_alone():
+    """A decoder that reads no captions."""
+    model = dataclasses.replace(tiny.DECODER.model, text=None)
+    return dataclasses.replace(tiny.DECODER, model=model)
+
+
+def test_a_stage_without_captions_learns_from_bare_pictures(bare, clip, data, tmp_path, capsys):
+    data = dataclasses.replace(data, name=str(bare), split="all")
+    for stage in (tiny.UPSAMPLER, z_i_alone()):
+        run = prepare.prepare(config_of(stage, data, clip / "clip", heldout_split="all"))
+        assert len(run.source) == run.source.image_count == 12
+        assert "split all: 12 pairs of 12 images" in capsys.readouterr().out
+        assert "bare" not in run.description["data"]
+        met = np.concatenate([next(run.batches())["index"]])
+        assert len(set(met.tolist())) == 8
+    store = tmp_path / "store"
+    embed.main([*command(clip / "clip", bare, store, shards=1), "--bare"])
+    given = config_of(z_i_alone(), data, clip / "clip", heldout_split="all", embeddings=str(store))
+    batch = next(prepare.prepare(given).batches())
+    pixels = np.float32(batch["image"]) / 127.5 - 1
+    z_i = tiny.call(tiny.CLIP, "encode_image", tiny.params(tiny.CLIP), pixels)
+    np.testing.assert_allclose(batch["z_i"], z_i, atol=1e-5)
+    for stage in (tiny.DECODER, tiny.PRIOR):
+        run = prepare.prepare(config_of(stage, data, clip / "clip", heldout_split="all"))
+        assert len(run.source) == 2
+
+
+def test_a_missing_heldout_split_is_named_as_what_it_is(bare, clip, data):
+    data = dataclasses.replace(data, name=str(bare), split="all")
+    with pytest.raises(
+        UserError, match=r"^config\.heldout_split: got 'gone', expected one of train"
+    ):
+        prepare.prepare(config_of(tiny.UPSAMPLER, data, clip / "clip", heldout_split="gone"))
