@@ -83,6 +83,7 @@ class FolderSource:
         numbers = {label: number for number, label in enumerate(self.classes)}
         self._labels = [numbers[told[name].label] for name in self._images] if labels else []
         self.image_count = len(self._images)
+        reader.listing.keep(self._images)
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:

@@ -366,7 +366,7 @@ def _around(table: str) -> tuple[str, str]:
     if table.endswith((".tar", ".tgz", ".tar.gz")):
         raise UserError(f"name: {table}: a tar; name it wds:{table}")
     if not table.lower().endswith(tables.SUFFIXES):
-        raise UserError(f"name: {table}: a file; give the folder that it lies in")
+        raise UserError(f"name: {table}: a file; give a folder: unpack it, or name what it lies in")
     folder, name = os.path.split(table)
     near = Listing(folder or ".")
     usual = images.suffixes()

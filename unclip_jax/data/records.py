@@ -116,6 +116,11 @@ def class_names(labels: Iterable[str], name: str) -> tuple[str, ...]:
     return tuple(str(number) for number in range(largest + 1))
 
 
+def shown(name: str) -> str:
+    """A name in one line of reasonable length, for messages: it may hold anything."""
+    return repr(name[:200])[1:-1]
+
+
 def counted(skipped: Mapping[str, str]) -> str:
     """How many records were left out, by reason, in one line, with an example; "" for none.
 
@@ -125,7 +130,7 @@ def counted(skipped: Mapping[str, str]) -> str:
     for record, reason in skipped.items():
         reasons.setdefault(_NUMBERED.sub(r"\1 N", reason), [0, record])[0] += 1
     most = sorted(reasons.items(), key=lambda item: -item[1][0])
-    told = [f"{reason}: {count}, such as {one}" for reason, (count, one) in most[:_REASONS]]
+    told = [f"{why}: {count}, such as {shown(one)}" for why, (count, one) in most[:_REASONS]]
     if len(most) > _REASONS:
         told.append(f"and {len(most) - _REASONS} more reasons")
     return f"left out {len(skipped)} ({'; '.join(told)})" if skipped else ""

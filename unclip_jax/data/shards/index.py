@@ -50,11 +50,6 @@ class Sample(NamedTuple):
     label: str = ""
 
 
-def shown(key: str) -> str:
-    """A key in one line of reasonable length, for messages: it may be anything."""
-    return repr(key[:200])[1:-1]
-
-
 class Format(Protocol):
     """A kind of shard. Whatever of it can't be read is a `StorageError`.
 

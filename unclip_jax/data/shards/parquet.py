@@ -257,6 +257,11 @@ def _image_column(schema: Any, key: str, file: StoredFile) -> str:
     if named is not None:
         raise UserError(f"image_key: {named!r}: {file.url} has {kind} there; expected image bytes")
     there = ", ".join(schema.names)[:300]
+    if any(name in schema.names for name in ("file_name", "filepath", "image_path")):
+        raise UserError(
+            f"name: {file.url}: names of pictures and no pictures ({there}); name the folder that"
+            " they lie in"
+        )
     raise UserError(f"image_key: {file.url} has none of {', '.join(IMAGES)}; name one of: {there}")
 
 

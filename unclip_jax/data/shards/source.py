@@ -16,9 +16,10 @@ from unclip_jax.data.records import (
     class_names,
     fingerprint_of,
     nothing_in,
+    shown,
     warn_of_skipped,
 )
-from unclip_jax.data.shards.index import Format, ShardIndex, indexed, shown
+from unclip_jax.data.shards.index import Format, ShardIndex, indexed
 from unclip_jax.data.shards.storage import StorageError, find
 from unclip_jax.errors import UserError
 

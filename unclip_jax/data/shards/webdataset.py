@@ -1,8 +1,8 @@
 """Webdataset's tar shards, read in any order.
 
 A sample is a run of members that share a key: their path up to the first dot of the file's name.
-What follows says what a member is: an image by its usual suffix, or by its bytes; `.txt`, the
-caption; `.json`, with the caption under "caption" or "text"; `.cls`, the class.
+What follows says what a member is: an image by its usual suffix, or by its bytes; `.txt`
+or `.caption`, the caption; `.json`, with the caption under "caption" or "text"; `.cls`, the class.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 from unclip_jax.data import images, texts
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.records import shown
 from unclip_jax.data.shards import tar
-from unclip_jax.data.shards.index import Sample, shown
+from unclip_jax.data.shards.index import Sample
 from unclip_jax.data.shards.source import ShardedSource
 from unclip_jax.data.shards.storage import StoredFile, is_remote
 from unclip_jax.errors import UserError
@@ -47,7 +48,7 @@ class TarShards:
         self._images = (image.lower().lstrip("."),) if image else IMAGES
         self._sniffed = not image
         keys = {key.lower().lstrip(".") for key in (self._caption, self._label) if key}
-        self._texts = keys | {"json"} | (set() if self._caption else {"txt"})
+        self._texts = keys | {"json"} | (set() if self._caption else {"txt", "caption"})
         self._texts |= {"cls"} if self._labels and not self._label else set()
 
     def samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
@@ -143,8 +144,9 @@ class TarShards:
                 return texts.captions(self._under(sample, self._caption))
             except KeyError:
                 return ()
-        if captions := texts.captions(sample.text("txt")):
-            return captions
+        for suffix in ("txt", "caption"):
+            if captions := texts.captions(sample.text(suffix)):
+                return captions
         field = texts.field_of(sample.fields, CAPTION_FIELDS)
         return texts.captions(sample.fields[field]) if field else ()
 
