@@ -1,23 +1,25 @@
 """What else emoji are called: Unicode's CLDR has some six English keywords for each.
 
-"automobile" is called "car", "driving", "vehicle". Those become captions, but for one in five,
-which no training caption has: by them one measures whether a model understands other words than
-those it was taught.
+"automobile" is called "car", "driving", "vehicle". Those become captions, but for one in five of
+those that are no word of any name: no caption has them. By them one measures whether a model
+understands other words than it was taught.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from unclip_jax.data.emoji.art import CLDR, bare, member
 from unclip_jax.data.emoji.catalogue import Emoji, catalogue, without_tones
 
-KEPT_OUT = 0.2  # of the keywords
+KEPT_OUT = 0.2  # of the keywords that are in no name
 MOST_CONCEPTS = 3  # "face" has 160: it describes none of them
 TOGETHER = 36  # letters, at most, of the keywords in the caption that lists them
 _ANNOTATIONS = "package/annotations/en/annotations.json"
@@ -37,10 +39,23 @@ class Keywords(NamedTuple):
     kept_out: tuple[str, ...] = ()
 
 
+def _stem(word: str) -> str:
+    """What a word and its plural share."""
+    return word.casefold().removesuffix("s")
+
+
 def is_kept_out(keyword: str) -> bool:
-    """Whether no training caption has this keyword. Its SHA-256 alone decides."""
-    digest = hashlib.sha256(f"keyword {keyword.casefold()}".encode()).digest()
+    """Whether no caption has this keyword, unless names do. Its SHA-256 alone decides."""
+    digest = hashlib.sha256(f"keyword {_stem(keyword)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < KEPT_OUT * 2**64
+
+
+@functools.cache
+def _in_names() -> frozenset[str]:
+    """The stem of every word of every name, and of those that captions have beside."""
+    names = (caption for emoji in catalogue(skin_tones=True) for caption in emoji.captions)
+    words = {_stem(word) for name in names for word in re.findall(r"[^\W_]+", name)}
+    return frozenset(words | {"emoji", "style"})
 
 
 def read(folder: str | os.PathLike) -> dict[str, tuple[str, ...]]:
@@ -73,6 +88,10 @@ def keywords(folder: str | os.PathLike) -> dict[str, Keywords]:
             if keyword.casefold() not in names and sum(map(str.isalpha, keyword)) >= 2
         ]
 
+    def taught(keyword: str) -> bool:
+        words = re.findall(r"[^\W_]+", keyword)
+        return not is_kept_out(keyword) or any(_stem(word) in _in_names() for word in words)
+
     concepts = collections.defaultdict(set)
     for emoji in every:
         for keyword in own(emoji):
@@ -80,12 +99,12 @@ def keywords(folder: str | os.PathLike) -> dict[str, Keywords]:
     found, lists = {}, collections.defaultdict(set)
     for emoji in every:
         few = [k for k in own(emoji) if len(concepts[k.casefold()]) <= MOST_CONCEPTS]
-        taught = _short(k for k in own(emoji) if not is_kept_out(k))
-        lists[taught].add(emoji.concept)
+        listed = _short(k for k in own(emoji) if taught(k))
+        lists[listed].add(emoji.concept)
         found[emoji.codepoints] = Keywords(
-            trained=tuple(k for k in few if not is_kept_out(k)),
-            listed=taught,
-            kept_out=tuple(k for k in few if is_kept_out(k)),
+            trained=tuple(k for k in few if taught(k)),
+            listed=listed,
+            kept_out=tuple(k for k in few if not taught(k)),
         )
     lone = {words for words, owners in lists.items() if len(words) < 2 or len(owners) > 1}
     return {

@@ -38,6 +38,7 @@ STYLES = ("twemoji", *PACKAGES)
 MORE_STYLES = tuple(MORE_PACKAGES)
 WHOLE = 0.04  # of the concepts of which no pair is held out, all drawings are
 PARAPHRASES = "paraphrases"
+NO_WORDS = Keywords()
 
 _NO_ARTICLE = frozenset({"men", "women", "people"})  # first words
 _NOT_SPOKEN_AS_VOWELS = ("uni", "one", "eu")  # "a unicorn", "a one-piece swimsuit"
@@ -54,7 +55,7 @@ def with_article(name: str) -> str:
     return f"{'an' if vowel else 'a'} {name}"
 
 
-def captions_of(emoji: Emoji, style: str, words: Keywords = Keywords()) -> tuple[str, ...]:  # noqa: B008
+def captions_of(emoji: Emoji, style: str, words: Keywords = NO_WORDS) -> tuple[str, ...]:
     """What a drawing of an emoji in a style is called, the canonical caption first.
 
     The last one names no style, so the drawings of one emoji share it, as they do in life.
@@ -146,7 +147,7 @@ class EmojiStyles(PictureBuilder):
         for style, e in itertools.product(("twemoji", *packages), every):
             if style not in drawn[e.concept][e.codepoints]:
                 continue
-            name, own = f"{style}/{e.codepoints}", words.get(e.codepoints, Keywords())
+            name, own = f"{style}/{e.codepoints}", words.get(e.codepoints, NO_WORDS)
             theirs = art.get(style, {}).get(emoji_art.bare(e.codepoints))
             drawing = e.art.read_text(encoding="utf-8") if theirs is None else theirs
             split = kept[e.concept].get(style, "train")
@@ -177,7 +178,7 @@ class EmojiArt(EmojiStyles):
 
     Split `heldout` has the held-out pairs of `emoji_styles`, all of them, and as many of the other
     styles; `concepts` every drawing of some 3 % of the concepts, which training sees in no style.
-    One keyword in five is in no caption, but among the `paraphrases`.
+    One keyword in five, of those in no name, is in no caption, but among the `paraphrases`.
     """
 
     name, what = "emoji_art", "emoji art"
