@@ -217,3 +217,14 @@ def test_numbers_that_are_none_are_refused():
     assert checks.count("x", jnp.int32(3)) == 3 and type(checks.count("x", np.array(3))) is int
     with pytest.raises(UserError, match=r"x: got 3\.0"):
         checks.count("x", jnp.float32(3))
+
+
+def test_a_classifier_of_scale_0_is_not_asked():
+    def log_prob(x_t, t):
+        raise AssertionError("asked")
+
+    for zero in (0, 0.0, np.float32(0), jnp.zeros(())):
+        denoise = guidance.classifier_guided(
+            lambda x_t, t: 2 * x_t, log_prob, zero, tiny.DECODER.diffusion
+        )
+        np.testing.assert_array_equal(denoise(jnp.ones((2, 4)), jnp.zeros(2, jnp.int32)), 2)
