@@ -68,17 +68,17 @@ READ = {
 TWO_READINGS = r"mask.png.*by transparency {} is to paint, by white {}; give one without"
 REFUSED = {
     "a bright picture with an erased part": (
-        lambda: with_alpha(BRIGHT, CORNER), TWO_READINGS.format("25.0%", "36.9%"),
+        lambda: with_alpha(BRIGHT, CORNER), TWO_READINGS.format("25%", "36.9%"),
     ),
     "white strokes on nothing": (
         lambda: with_alpha(np.where(STROKES, 255, 0)[..., None], ~STROKES),
-        TWO_READINGS.format("96.2%", "3.8%"),
+        TWO_READINGS.format("96.2%", "3.75%"),
     ),
     "white with an erased part": (
-        lambda: with_alpha(255, CORNER), TWO_READINGS.format("25.0%", "75.0%"),
+        lambda: with_alpha(255, CORNER), TWO_READINGS.format("25%", "75%"),
     ),
     "white, erased by less than half": (
-        lambda: with_alpha(255, CORNER, 140), TWO_READINGS.format("0.0%", "100.0%"),
+        lambda: with_alpha(255, CORNER, 140), TWO_READINGS.format("0%", "100%"),
     ),
     "transparent all over": (
         lambda: with_alpha(0, np.ones((40, 40), bool)), "transparent all over",

@@ -14,6 +14,7 @@ from unclip_jax.errors import UserError, wrong
 
 Box = tuple[float, float, float, float]
 
+_HOW = "give one without transparency, white where to paint and black elsewhere"
 _HALF = 128
 _VARIES = 5  # levels within which transparency is the same all over
 _TOUCHED = 1e-4  # of a pixel: less of it is rounding
@@ -42,12 +43,10 @@ def hole_of(rgb: np.ndarray, alpha: np.ndarray | None = None, name: str = "mask"
     if int(alpha.max()) - int(alpha.min()) <= _VARIES:
         return white
     if white.any():
-        parts = f"by transparency {clear.mean():.1%} is to paint, by white {white.mean():.1%}"
+        shares = [f"{100 * part.mean():.3g}%" for part in (clear, white)]
+        parts = "by transparency {} is to paint, by white {}".format(*shares)
         raise UserError(f"{name}: has two readings: {parts}; {_HOW}")
     return clear
-
-
-_HOW = "give one without transparency, white where to paint and black elsewhere"
 
 
 def check_hole(hole: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -93,7 +92,9 @@ def cover(hole: np.ndarray, image: np.ndarray, size: int, wider: int = 0) -> np.
     return found[..., None]
 
 
-def _touched(hole: np.ndarray, box: Box, whole: tuple[int, int], shape: tuple[int, int]):
+def _touched(
+    hole: np.ndarray, box: Box, whole: tuple[int, int], shape: tuple[int, int]
+) -> np.ndarray:
     """Which pixels of a grid over a box of the whole picture any part of the hole lies in."""
 
     def ends(first: float, last: float, of: int, held: int, count: int):
