@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from unclip_jax.common import extras
 from unclip_jax.errors import run_command
 
 PAGE = "index.html"
@@ -112,6 +113,7 @@ def page(commands: dict[str, list[str]], attribution: str) -> str:
     )
 
 
+@extras.named("demo.py")
 def main(argv: list[str]) -> None:
     """Draw every show, then write the page."""
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__)

@@ -196,6 +196,7 @@ def test_what_is_imported_is_in_the_core_or_in_the_table_of_extras():
     core = declared(PROJECT["dependencies"])
     late = {package for packages in extras.EXTRAS.values() for package in packages}
     for package in imported() - late:
+        assert package in extras.CORE or package in brought, f"{package}: not in extras.CORE"
         known = {name.lower().replace("_", "-") for name in distributions.get(package, ())}
         assert known & core or brought.get(package) in core | late, f"{package}: in no layer"
     for extra, packages in extras.EXTRAS.items():
@@ -253,7 +254,7 @@ def test_a_package_that_lacks_is_told_in_a_line_with_its_extra(hidden, argv, sai
 @pytest.mark.parametrize(
     ("came", "command"),
     [
-        (None, 'pip install "unclip_jax[train]"'),
+        (None, 'pip install "clu==0.0.12" "grain>=0.2"'),
         ({"url": "file:///d/w.whl"}, 'pip install "unclip_jax[train] @ file:///d/w.whl"'),
         (
             {"url": "https://h/r", "vcs_info": {"vcs": "git", "commit_id": "12ab"}},
@@ -263,6 +264,9 @@ def test_a_package_that_lacks_is_told_in_a_line_with_its_extra(hidden, argv, sai
 )
 def test_an_extra_is_installed_from_where_the_package_came(came, command, monkeypatch, tmp_path):
     class Distribution:
+        requires = ('jax>=0.10', 'clu==0.0.12; extra == "train"', 'emoji; extra == "emoji"',
+                    "grain>=0.2; extra == 'train'")  # fmt: skip
+
         def read_text(self, name):
             return came and json.dumps(came)
 
@@ -270,6 +274,20 @@ def test_an_extra_is_installed_from_where_the_package_came(came, command, monkey
     monkeypatch.setattr(extras, "__file__", str(tmp_path / "unclip_jax" / "common" / "extras.py"))
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution())
     assert extras.how("train") == command
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["sample.py text2im --prompt x", "train.py --config=emoji/clip --workdir=w", "demo.py",
+     "-m unclip_jax app", "-m unclip_jax evaluate --model m"],
+)  # fmt: skip
+def test_without_any_package_a_command_says_what_to_install(line, tmp_path):
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in line.split()]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-S", *words]  # -S: no packages but Python's own
+    found = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert found.returncode == 1 and len(found.stderr.splitlines()) == 1, found.stderr
+    assert f'pip install -e "{ROOT}' in found.stderr
 
 
 # ------------------------------------------------------------------------------------- wheel

@@ -46,7 +46,7 @@ def dispatch(argv: list[str]) -> None:
     """Run the command that the first argument names.
 
     Raises:
-        UserError: there is no such command, or it needs an extra that is not installed.
+        UserError: there is no such command, or it needs a package that is not installed.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -58,13 +58,8 @@ def dispatch(argv: list[str]) -> None:
     if command not in COMMANDS:
         expected = f"one of {', '.join(COMMANDS)}"
         raise wrong("command", command, expected, did_you_mean(command, COMMANDS))
-    try:
+    with extras.named(f"unclip {command}"):
         importlib.import_module(COMMANDS[command][0]).main(rest)
-    except ModuleNotFoundError as error:
-        lacking = extras.lacking(error, f"unclip {command}")
-        if lacking is None:
-            raise
-        raise lacking from error
 
 
 def main() -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 from unclip_jax.errors import UserError, one_line
+
+# What everyone needs, as it is imported.
+CORE = (
+    "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "ml_collections", "absl", "tqdm",
+    "safetensors", "tokenizers", "transformers", "ftfy", "huggingface_hub", "PIL", "filelock",
+    "flatbuffers",
+)  # fmt: skip
 
 # Extra of pyproject.toml -> what its packages are imported as.
 EXTRAS = {
@@ -45,28 +54,43 @@ def load(module: str, extra: str, what: str) -> ModuleType:
 
 
 def lacking(error: ModuleNotFoundError, what: str) -> UserError | None:
-    """What a failed import means to the user; None where no extra brings the module."""
+    """What a failed import means to the user; None where neither core nor extra brings it."""
     package = (error.name or "").partition(".")[0]
-    for extra, packages in EXTRAS.items():
+    for extra, packages in {**EXTRAS, "": CORE}.items():
         if package in packages:
             return UserError(f"{what}: needs {package}, which is not installed; {how(extra)}")
     return None
 
 
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """A block, or a function, in which a package that lacks is a `UserError`; see `lacking`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if found := lacking(error, what):
+            raise found from error
+        raise
+
+
 def how(extra: str) -> str:
-    """The command that installs an extra, where this package came from: a checkout, or a wheel."""
+    """The command that installs what an extra brings; "" stands for the package alone.
+
+    It names where the package came from, a checkout or a wheel; where nobody knows, the packages.
+    """
     import importlib.metadata  # which takes as long as the rest of --help
     import json
 
-    root = Path(__file__).parents[2]
+    root, bracketed = Path(__file__).parents[2], extra and f"[{extra}]"
     if (root / "pyproject.toml").is_file():
-        return f'pip install -e "{root}[{extra}]"'
-    try:
-        source = importlib.metadata.distribution("unclip_jax").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        source = None
-    came = json.loads(source or "{}")  # pip writes it for what came from no index
-    at = f" @ {came['url']}" if "url" in came else ""
+        return f'pip install -e "{root}{bracketed}"'
+    ours = importlib.metadata.distribution("unclip_jax")
+    came = json.loads(ours.read_text("direct_url.json") or "{}")  # pip's, for what no index gave
+    if "url" not in came:
+        lines = (line.partition("; extra == ") for line in ours.requires or ())
+        needed = (f'"{need}"' for need, _, of in lines if of.strip("\"'") == extra)
+        return f"pip install {' '.join(needed)}"
+    at = came["url"]
     if "vcs_info" in came:
-        at = f" @ {came['vcs_info']['vcs']}+{came['url']}@{came['vcs_info']['commit_id']}"
-    return f'pip install "unclip_jax[{extra}]{at}"'
+        at = f"{came['vcs_info']['vcs']}+{at}@{came['vcs_info']['commit_id']}"
+    return f'pip install "unclip_jax{bracketed} @ {at}"'
