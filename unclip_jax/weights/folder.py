@@ -146,10 +146,9 @@ def _check_replaceable(folder: Path) -> None:
         raise UserError(f"model folder {str(folder)!r}: a file of that name exists; choose another")
     foreign = sorted({child.name for child in folder.iterdir()} - {CONFIG_FILE, PARAMS_FILE})
     if foreign:
-        raise UserError(
-            f"model folder {str(folder)!r}: it also holds {listing(foreign)}, which saving would"
-            " delete; choose another folder or move that away"
-        )
+        what = f"it also holds {listing(foreign)}, which saving would delete"
+        do = "choose another folder or move that away"
+        raise UserError(f"model folder {str(folder)!r}: {what}; {do}")
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -173,19 +172,15 @@ def read_fingerprint(folder: str | Path) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(
-            f"model folder {str(folder)!r}: {_what_is(folder)}; expected a folder with"
-            f" {CONFIG_FILE} and {PARAMS_FILE}, as train.py writes them"
-        )
+        expected = f"a folder with {CONFIG_FILE} and {PARAMS_FILE}, as train.py writes them"
+        raise UserError(f"model folder {str(folder)!r}: {_what_is(folder)}; expected {expected}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error}); copy the folder again") from error
     if not isinstance(config, dict) or "schema_version" not in config:
-        raise UserError(
-            f"{path}: has no schema_version, so it is not a model of unclip_jax; expected a folder"
-            " that train.py wrote"
-        )
+        what = "has no schema_version, so it is not a model of unclip_jax"
+        raise UserError(f"{path}: {what}; expected a folder that train.py wrote")
     version = config["schema_version"]
     if version != SCHEMA_VERSION:
         writer = config.get("unclip_jax_version", "unknown")
@@ -196,10 +191,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     missing = {"description", "params_fingerprint", "storage_dtype"} - set(config)
     if missing or not isinstance(config["description"], dict):
-        raise UserError(
-            f"{path}: damaged, without {listing(sorted(missing or {'description'}))};"
-            " copy the folder again"
-        )
+        lost = listing(sorted(missing or {"description"}))
+        raise UserError(f"{path}: damaged, without {lost}; copy the folder again")
     _check_intact(config, path)
     return config
 
@@ -290,11 +283,9 @@ def load_stage(
             mark.add(name, array)
             flat[name] = place(name, array.astype(in_memory, copy=False))
     if mark.hexdigest() != config["params_fingerprint"]:
-        raise UserError(
-            f"{path}: damaged, the weights have changed since they were written (fingerprint"
-            f" {mark.hexdigest()}, expected {config['params_fingerprint']}); copy or download it"
-            " again"
-        )
+        marks = f"fingerprint {mark.hexdigest()}, expected {config['params_fingerprint']}"
+        what = f"damaged, the weights have changed since they were written ({marks})"
+        raise UserError(f"{path}: {what}; copy or download it again")
     return unflatten(flat), config["description"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, one_line
 
 # What a model is made of; code and other programs' formats stay where they are.
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.ckpt", "*.th", "*.pt", "*.txt", "*.model")
@@ -50,8 +50,5 @@ def local_folder(model: str | Path) -> Path:
             " folder"
         ) from error
     except ValueError as error:  # names of files that would lie outside the snapshot
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"model: {name!r} on the Hugging Face hub is refused ({reason[:200]}); use another"
-            " repository"
-        ) from error
+        what = f"{name!r} on the Hugging Face hub is refused ({one_line(error)})"
+        raise UserError(f"model: {what}; use another repository") from error

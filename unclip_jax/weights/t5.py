@@ -69,10 +69,9 @@ class T5:
         tokenizer = T5Tokenizer(folder, context_length)
         config, stored = load_t5(folder, dtype)
         if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"T5 {str(folder)!r}: tokenizer.json has {tokenizer.vocab_size} ids, but the"
-                f" embedding table {config.vocab_size} rows; give files of the same T5"
-            )
+            ids, rows = tokenizer.vocab_size, config.vocab_size
+            what = f"tokenizer.json has {ids} ids, but the embedding table {rows} rows"
+            raise UserError(f"T5 {str(folder)!r}: {what}; give files of the same T5")
 
         def place(path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
             is_matrix = path[-1].key in ("kernel", "embedding")
@@ -123,8 +122,6 @@ def load_described(
         )
     t5 = T5.load(folder, context_length, about["dtype"])
     if t5.fingerprint != about["fingerprint"]:
-        raise UserError(
-            f"t5 {str(folder)!r}: is {t5.fingerprint}, but the decoder was trained with"
-            f" {about['fingerprint']}; give that one"
-        )
+        what = f"is {t5.fingerprint}, but the decoder was trained with {about['fingerprint']}"
+        raise UserError(f"t5 {str(folder)!r}: {what}; give that one")
     return t5

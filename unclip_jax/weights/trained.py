@@ -176,10 +176,10 @@ def load_parts(folder: Path, dtype: str = "", mesh: Mesh | None = None) -> dict[
     for kind, paths in counts.items():
         if len(paths) > 1 or (kind == "decoder" and not paths):
             listing = ", ".join(f"{len(v)} {k}" for k, v in sorted(found.items()))
+            expected = f"expected {'one' if kind == 'decoder' else 'at most one'} {kind}"
             raise UserError(
-                f"model {str(folder)!r}: expected {'one' if kind == 'decoder' else 'at most one'}"
-                f" {kind}, found {listing}; give a folder with one sub-folder for each of clip,"
-                " prior and decoder (and any upsamplers), as train.py writes them"
+                f"model {str(folder)!r}: {expected}, found {listing}; give one with a sub-folder"
+                " for each of clip, prior and decoder (and any upsamplers), as train.py writes them"
             )
     parts = {
         kind: load_part(paths[0], dtype=dtype, mesh=mesh) if paths else None

@@ -18,8 +18,6 @@ def folder() -> Path:
     """
     path = Path(__file__).parent / "model"
     if not (path / "clip").is_dir():
-        raise UserError(
-            f"the box model: no weights in {path}; install the package whole, or name a model"
-            " folder"
-        )
+        do = "install the package whole, or name a model folder"
+        raise UserError(f"the box model: no weights in {path}; {do}")
     return path

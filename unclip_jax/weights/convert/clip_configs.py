@@ -153,15 +153,11 @@ def _end_token(text: Any, encoder: FileTokenizer | None, where: str) -> int:
         do = "write the id that ends a caption in the config.json"
         raise wrong(f"{where}: eos_token_id", end, f"one id below vocab_size = {last + 1}", do)
     if encoder is not None and encoder.end_token != end:
-        raise UserError(
-            f"{where}: eos_token_id is {end}, but its tokenizer ends a text with"
-            f" {encoder.end_token}; take both from one place"
-        )
+        what = f"eos_token_id is {end}, but its tokenizer ends a text with {encoder.end_token}"
+        raise UserError(f"{where}: {what}; take both from one place")
     if encoder is not None and encoder.vocab_size > last + 1:
-        raise UserError(
-            f"{where}: vocab_size is {last + 1}, but its tokenizer has {encoder.vocab_size} ids;"
-            " take both from one place"
-        )
+        what = f"vocab_size is {last + 1}, but its tokenizer has {encoder.vocab_size} ids"
+        raise UserError(f"{where}: {what}; take both from one place")
     return -1 if end == last else end
 
 

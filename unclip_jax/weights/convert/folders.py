@@ -53,7 +53,5 @@ def weights_in(folder: Path, stems: Sequence[str] = STEMS, needed: bool = True) 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; copy or download the whole model again")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise UserError(
-        f"{folder}: no weights, found {found}; expected {names[0]}, {stems[-1]}.bin or the"
-        " like; download them"
-    )
+    expected = f"{names[0]}, {stems[-1]}.bin or the like"
+    raise UserError(f"{folder}: no weights, found {found}; expected {expected}; download them")

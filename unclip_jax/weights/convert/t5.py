@@ -83,10 +83,9 @@ def load_t5(folder: str | Path, dtype: str = "float32") -> tuple[T5Config, Param
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(
-            f"T5 {str(folder)!r}: no such folder; expected one with {CONFIG_FILE},"
-            f" model.safetensors and tokenizer.json, such as a copy of google/t5-v1_1-small"
-        )
+        expected = f"one with {CONFIG_FILE}, model.safetensors and tokenizer.json"
+        such = "such as a copy of google/t5-v1_1-small"
+        raise UserError(f"T5 {str(folder)!r}: no such folder; expected {expected}, {such}")
     config = t5_config(folder / CONFIG_FILE, dtype)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), bool)

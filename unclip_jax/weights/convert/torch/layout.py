@@ -92,35 +92,34 @@ def named_tensors(tree: Any, where: str) -> dict[str, StoredTensor]:
             beyond the limits above.
     """
     found: dict[str, StoredTensor] = {}
-    pending = [("", 0, tree)]
     entries = 0
-    while pending:
-        name, depth, value = pending.pop()
+
+    def refused(what: str, do: str = REMEDY) -> UserError:
+        return UserError(f"{where}: {what}; {do}")
+
+    def walk(value: Any, name: str, depth: int) -> None:
+        nonlocal entries
         if isinstance(value, StoredTensor):
             if name in found:
                 what = f"two tensors are named {name!r} once keys are joined by dots"
-                raise UserError(f"{where}: {what}; save them again under other names")
+                raise refused(what, "save them again under other names")
             if problem := value.problem():
                 raise UserError(f"{where}: tensor {name!r} {problem}; download the file again")
             found[name] = value
-            continue
+            return
         if depth > MAX_DEPTH:
-            what = f"containers nested more than {MAX_DEPTH} deep, or inside themselves"
-            raise UserError(f"{where}: {what}; {REMEDY}")
-        if not isinstance(value, _CONTAINERS):
-            continue
+            raise refused(f"containers nested more than {MAX_DEPTH} deep, or inside themselves")
         entries += len(value)
         if entries > MAX_ENTRIES:
-            what = f"its containers unfold to over {MAX_ENTRIES} entries"
-            raise UserError(f"{where}: {what}; {REMEDY}")
-        children = []
+            raise refused(f"its containers unfold to over {MAX_ENTRIES} entries")
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            if not isinstance(child, (*_CONTAINERS, StoredTensor)):
-                continue
-            path = f"{name}.{key}" if depth else str(key)
-            if len(path) > MAX_NAME_LENGTH:
-                what = f"a name of {len(path)} characters, {path[:40]!r}..."
-                raise UserError(f"{where}: {what}; expected at most {MAX_NAME_LENGTH}")
-            children.append((path, depth + 1, child))
-        pending.extend(reversed(children))
+            if isinstance(child, (*_CONTAINERS, StoredTensor)):
+                path = f"{name}.{key}" if depth else str(key)
+                if len(path) > MAX_NAME_LENGTH:
+                    what = f"a name of {len(path)} characters, {path[:40]!r}..."
+                    raise refused(what, f"expected at most {MAX_NAME_LENGTH}")
+                walk(child, path, depth + 1)
+
+    if isinstance(tree, (*_CONTAINERS, StoredTensor)):
+        walk(tree, "", 0)
     return found
