@@ -203,6 +203,16 @@ def test_any_prompt_comes_back_out_of_the_command(text):
     assert parsed.prompt == [text] and parsed.seed == 0 and parsed.num == 4
 
 
+def test_a_negative_prompt_leads_away_and_is_in_the_command(served):
+    request = tasks.text_to_image(served, "a dog", 4, 1, None, None, True, "a cat")
+    parsed = sample.parse(shlex.split(results.command(request.args))[2:])
+    assert parsed.negative == "a cat"
+    plain = tasks.text_to_image(served, "a dog", 4, 1, None, None, True, "")
+    assert "--negative" not in results.command(plain.args)
+    drawn, other = (asked.draw(lambda *_: None).cells for asked in (request, plain))
+    assert any(np.any(a != b) for (a, _), (b, _) in zip(drawn, other, strict=True))
+
+
 def test_labels_alone_are_judged_without_drawing(served, folder, tmp_path):
     request = tasks.labels(served, str(folder / "one.png"), "a\nb\nc", "", 0, 0, 10, None, False)
     drawn = request.draw(lambda *_: pytest.fail("nothing is sampled"))

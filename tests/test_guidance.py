@@ -1,13 +1,16 @@
 """Guidance against closed forms, its papers' formulas in NumPy, and diffusers' guiders."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion import Diffusion, Sampling, guidance, sample
+from unclip_jax import diffusion
+from unclip_jax.diffusion import Diffusion, Sampling, guidance, rules, sample
 from unclip_jax.diffusion.gaussian import PREDICTIONS, predict
 from unclip_jax.errors import UserError
 
@@ -339,3 +342,23 @@ def test_scales_that_change_over_the_steps():
 def test_what_does_not_fit_is_an_error(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_the_pages_examples_run_and_say_the_truth():
+    page = (Path(__file__).parent.parent / "docs" / "guidance.md").read_text(encoding="utf-8")
+    scope = {}
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    exec(compile(code, "docs/guidance.md", "exec"), scope)
+    named = {*rules.__dict__, *guidance.__dict__} & set(diffusion.__all__)
+    public = {name for name in named if name.islower()}
+    assert not [name for name in public if f"guidance.{name}(" not in code]
+    walked = scope["draw"](
+        lambda x, t: scope["network"](x, t, scope["null"])
+    )  # N(0, 0.3^2), the same noise
+    for name, mean in {
+        "twice": (2, 0), "away": (2, -1), "both": (1.5, 0.5), "mixed": (1.5, 0.5),
+        "better": (1.1, -0.05),
+    }.items():  # fmt: skip
+        np.testing.assert_allclose(scope[name] - walked, np.tile(mean, (8, 1)), atol=0.02)
+    t = jnp.arange(1000)
+    np.testing.assert_array_equal(scope["limited"](t), scope["same"](t))

@@ -14,7 +14,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.metrics import pca
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.manipulate import Latents, Walk, slerp
-from unclip_jax.pipeline.manipulate.latents import knowing
+from unclip_jax.pipeline.manipulate.latents import decode, knowing, noise
 from unclip_jax.stages import DecoderStage
 from unclip_jax.stages.pixels import to_float, to_uint8
 
@@ -463,3 +463,17 @@ def test_a_decoder_of_captions_alone_has_nothing_to_edit(model):
     glide = dataclasses.replace(model, decoder=model.decoder._replace(stage=stage))
     with pytest.raises(UserError, match="reads captions alone"):
         manipulate.encode(glide, pictures(), Walk(STEPS))
+
+
+def test_a_walk_leads_away_from_a_negative_caption(model):
+    """At scale 0 it arrives there, with z_i dropped."""
+    keys, z_i = jax.random.split(jax.random.key(3), TWO), model.embed_text(["x", "y"])
+    latents = Latents(np.asarray(z_i), noise(model, keys))
+    walk = walk_of(guidance_scale=0.0, caption="a dog", negative="a cat")
+    found = decode(model, keys, latents, walk)
+    cat = walk_of(guidance_scale=1.0, caption="a cat")
+    there = decode(model, keys, latents, cat, keep_z_i=False)
+    np.testing.assert_allclose(found, there, atol=2e-4)
+    assert np.abs(found - decode(model, keys, latents, walk_of(guidance_scale=0.0))).max() > 0.01
+    with pytest.raises(UserError, match="guidance_scale: got None, expected above 1"):
+        Walk(negative="a cat")

@@ -219,3 +219,61 @@ def test_a_stage_of_another_config_is_refused_with_the_arrays_named(folder):
 @pytest.mark.filterwarnings("ignore:.*cut")
 def test_any_caption_gives_a_picture(model, prompt):
     assert generate(model, [prompt], upsample=False).shape == (1, 16, 16, 3)
+
+
+# ------------------------------------------------------------------------------- negative prompts
+
+
+def test_at_scale_0_guidance_arrives_at_the_negative_prompt(model):
+    """cond + (0 - 1) (cond - null) is the null: the negative caption, without z_i."""
+    keys, z_i = jax.random.split(jax.random.key(1), 2), model.embed_text(["x", "y"])
+    noise = np.array(jax.random.normal(jax.random.key(2), (2, 4, 16, 16, 3)))
+    noise[:, 1:] = 0.0  # of the learned variance, which is never guided
+    settings = {"guidance_scale": 0.0, "noise": noise}
+    away = model.decode(keys, z_i, ["a dog"] * 2, negative=["a cat", ""], **settings)
+    there = model.condition(z_i, ["a cat", ""]) | {"z_i_mask": np.zeros(2, bool)}
+    stage, params = model.decoder.stage, model.decoder.params
+    expected = tiny.call(stage, "sample", params, keys, there, noise=noise)
+    np.testing.assert_allclose(away, expected, atol=2e-4)
+
+    one = model.prior._replace(stage=dataclasses.replace(model.prior.stage, draws=1))
+    single = dataclasses.replace(model, prior=one)
+    found = single.sample_prior(keys, ["a dog"] * 2, negative=["a cat", ""], guidance_scale=0.0)
+    cat = single.sample_prior(keys, ["a cat"] * 2, guidance_scale=1.0)
+    nothing = single.sample_prior(keys, ["a dog"] * 2, guidance_scale=0.0)
+    np.testing.assert_allclose(found[0], cat[0], atol=2e-4)
+    np.testing.assert_allclose(found[1], nothing[1], atol=2e-4)
+    assert np.abs(found[0] - nothing[0]).max() > 0.01
+
+
+def test_negative_prompts_are_for_all_or_for_each_and_compile_once(model):
+    prompts, options = ["a dog", "a cat"], {"num": 2, "upsample": False}
+    plain = generate(model, prompts, **options).astype(int)
+    assert np.all(generate(model, prompts, negative=["", " "], **options) == plain)
+    first = generate(model, prompts, negative=["a red apple", ""], **options).astype(int)
+    before = _sample.programs()
+    both = generate(model, prompts, negative="a red apple", **options).astype(int)
+    generate(model, prompts, negative="a snake", guidance_scale=2.5, **options)
+    assert _sample.programs() == before
+    assert np.abs(first[:2] - both[:2]).max() <= 1 and np.abs(first[2:] - plain[2:]).max() <= 1
+    assert np.abs(both - plain).reshape(4, -1).max(axis=1).min() > 1
+    image = np.zeros((1, 16, 16, 3), np.uint8)
+    other = model.variations(jax.random.key(0), image, negative="a dog", upsample=False)
+    alone = model.variations(jax.random.key(0), image, upsample=False)
+    assert np.abs(other.astype(int) - alone).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negative": ["a"]}, "how many negative prompts: got 1, expected one for all"),
+        ({"negative": ["a", None]}, r"negative\[1\]: got None"),
+        (
+            {"negative": "a", "guidance_scale": 1, "prior_guidance_scale": 1},
+            "guidance scale of 1 nothing leads away",
+        ),
+    ],
+)
+def test_negative_prompts_that_lead_nowhere_are_refused(model, options, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, ["a dog", "a cat"], **options)

@@ -81,6 +81,9 @@ class Page:
                 form.append(guidance("empty: the model's own"))
                 form.append(guidance("empty: the model's own", "Prior's guidance scale"))
                 form.append(self._small())
+                if "text_mask" in self.served.model.decoder.stage.conditions:
+                    info = "what not to draw; may be empty"
+                    form.append(gr.Textbox(label="Negative prompt", info=info))
 
     def _variations(self) -> None:
         info = "0: the picture itself; 1: freest"

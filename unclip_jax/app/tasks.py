@@ -76,7 +76,9 @@ def _walk(steps: object, guidance: object, eta: float = 0.0) -> dict[str, object
     }
 
 
-def text_to_image(served: Served, prompt, num, seed, guidance, prior_guidance, small) -> Request:
+def text_to_image(
+    served: Served, prompt, num, seed, guidance, prior_guidance, small, negative=""
+) -> Request:
     """Pictures for a caption."""
     args = _settings(
         served,
@@ -87,6 +89,7 @@ def text_to_image(served: Served, prompt, num, seed, guidance, prior_guidance, s
         num=inputs.choice("pictures", num, NUMS),
         guidance_scale=inputs.scale("guidance scale", guidance),
         prior_guidance_scale=inputs.scale("prior's guidance scale", prior_guidance),
+        negative=inputs.text("negative prompt", negative, empty=True),
     )
     return Request(args, [], edits.text2im, served.model)
 

@@ -26,6 +26,7 @@ from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes, sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
+from unclip_jax.pipeline import negatives
 from unclip_jax.stages import pixels
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import Condition, example_keys, text_mask
@@ -45,8 +46,10 @@ PRIOR, DECODER, UPSAMPLER = 0, 1, 2
 
 
 @functools.partial(Watchable, static=("stage", "mesh"))
-def _sample(stage, params, keys, cond, mesh=None, *, loop, **settings):
-    """One compiled program per stage, batch size and mesh."""
+def _sample(stage, params, keys, cond, mesh=None, negative=None, *, loop, **settings):
+    """One compiled program per stage, batch size, mesh, with and without negative prompts."""
+    if negative is not None:
+        settings["null"] = stage.null(params, *negative)
     with axes.on(mesh):
         return stage.sample(params, keys, cond, loop=loop, **settings)
 
@@ -258,15 +261,24 @@ class UnCLIP:
         keys: jax.Array,
         prompts: Sequence[str],
         *,
+        negative: Sequence[str] | None = None,
         guidance_scale: float | None = None,
         noise: np.ndarray | None = None,
         progress: Progress | None = None,
     ) -> jax.Array:
-        """z_i [b, e] drawn from p(z_i | y) for b prompts, one typed key each."""
+        """z_i [b, e] drawn from p(z_i | y) for b prompts, one typed key each.
+
+        Guidance leads away from a caption of `negative` [b] as it does from none; "" is none.
+        """
         part = self.need("prior", "turn captions into pictures")
-        text, mask, z_t = self._read(part, prompts, reads_z_t=True)
-        cond = part.stage.condition(text, z_t, mask)
-        return self._run(part, "prior", keys, PRIOR, cond, guidance_scale, noise, progress)
+
+        def condition(captions: Sequence[str]) -> Condition:
+            text, mask, z_t = self._read(part, captions, reads_z_t=True)
+            return part.stage.condition(text, z_t, mask)
+
+        away = negatives.null(negative, condition)
+        conds = condition(prompts), away
+        return self._run(part, "prior", keys, PRIOR, conds, guidance_scale, noise, progress)
 
     def condition(self, z_i: jax.Array | None, prompts: Sequence[str]) -> Condition:
         """The decoder's condition of z_i [b, e] and b prompts, as for `decode`."""
@@ -283,18 +295,24 @@ class UnCLIP:
         z_i: jax.Array | None,
         prompts: Sequence[str],
         *,
+        negative: Sequence[str] | None = None,
         guidance_scale: float | None = None,
         noise: np.ndarray | None = None,
         progress: Progress | None = None,
     ) -> jax.Array:
         """Small images [b, s, s, 3] in [-1, 1] from p(x | z_i, y); prompt "" is no caption.
 
-        A decoder that reads captions alone takes None for z_i.
+        A decoder that reads captions alone takes None for z_i. Guidance leads away from no z_i and
+        no caption, or from no z_i and the caption of `negative` [b]; "" is none.
         """
-        cond = self.condition(z_i, prompts)
+        conds = self.condition(z_i, prompts), self.away(z_i, negative)
         return self._run(
-            self.decoder, "decoder", keys, DECODER, cond, guidance_scale, noise, progress
+            self.decoder, "decoder", keys, DECODER, conds, guidance_scale, noise, progress
         )
+
+    def away(self, z_i: jax.Array | None, negative: Sequence[str] | None) -> negatives.Away | None:
+        """What the decoder's `null` takes of negative prompts [b]; None where there are none."""
+        return negatives.null(negative, functools.partial(self.condition, z_i))
 
     def upsample(
         self,
@@ -309,12 +327,19 @@ class UnCLIP:
             size = part.stage.image_size
             given = (noise or {}).get(f"upsampler_{size}")
             name = f"upsampler {size}"
-            images = self._run(part, name, keys, UPSAMPLER + i, images, None, given, progress)
+            conds = images, None
+            images = self._run(part, name, keys, UPSAMPLER + i, conds, None, given, progress)
         return images
 
-    def _run(self, part, name, keys, purpose, cond, guidance_scale, noise, progress) -> jax.Array:
-        """Sample one part with what only some stages take left out where they don't."""
+    def _run(self, part, name, keys, purpose, conds, guidance_scale, noise, progress) -> jax.Array:
+        """Sample one part with what only some stages take left out where they don't.
+
+        `conds` are the condition and what guidance leads away from in the null's place, if any.
+        """
+        cond, negative = conds
         settings: dict[str, Any] = part.stage.guided_by(guidance_scale)
+        if settings and negative is not None:
+            settings["negative"] = negative
         if noise is not None:
             if part.stage.sampling is None:
                 raise UserError(f"noise: given for a {part.stage.kind}, which has none")
@@ -348,6 +373,7 @@ class UnCLIP:
         key: jax.Array,
         prompts: Sequence[str],
         *,
+        negative: str | Sequence[str] = "",
         num: int = 1,
         prior_guidance_scale: float | None = None,
         guidance_scale: float | None = None,
@@ -362,6 +388,9 @@ class UnCLIP:
             key: typed PRNG key (jax.random.key). Sample i of any prompt uses fold_in(key, i), so
                 a picture never depends on the other prompts or on how many there are.
             prompts: captions, at least one; none empty.
+            negative: what not to draw, one for all prompts or one for each; "" for nothing.
+                Guidance leads away from it in the place of no caption, in the prior and in the
+                decoder, where their scales are not 1.
             num: pictures per prompt.
             prior_guidance_scale: the prior's guidance; None takes the model's own.
             guidance_scale: the decoder's guidance; None takes the model's own.
@@ -377,26 +406,36 @@ class UnCLIP:
             uint8 [len(prompts) * num, size, size, 3], the samples of one prompt side by side.
 
         Raises:
-            UserError: an empty list, an empty prompt, num or batch_size below 1, or noise of a
-                part that is not there.
+            UserError: an empty list, an empty prompt, num or batch_size below 1, noise of a part
+                that is not there, or negative prompts that no part is guided away from.
         """
         check_prompts(prompts)
         for scale in (prior_guidance_scale, guidance_scale):
             self.decoder.stage.guided_by(scale)  # a wrong one is told before anything is drawn
-        texts = [prompt for prompt in prompts for _ in range(checks.count("num", num))]
+        avoided = negatives.one_each(negative, len(prompts))
         reads_z_i = "z_i" in self.decoder.stage.conditions
+        guided = reads_z_i and self.prior and self.prior.stage.guided_by(prior_guidance_scale)
+        if any(avoided) and not guided:
+            negatives.check_decoder(self.decoder.stage, guidance_scale)
+        num = checks.count("num", num)
+        texts, avoided = (
+            [text for text in each for _ in range(num)] for each in (prompts, avoided)
+        )
 
         def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
             captions, z_i = [texts[i] for i in rows], None
+            away = [avoided[i] for i in rows] if any(avoided) else None
             if reads_z_i:
                 z_i = self.sample_prior(
                     keys,
                     captions,
+                    negative=away,
                     guidance_scale=prior_guidance_scale,
                     noise=noise.get("prior"),
                     progress=progress,
                 )
-            return self._render(keys, z_i, captions, guidance_scale, upsample, noise, progress)
+            conds = z_i, captions, away
+            return self._render(keys, conds, guidance_scale, upsample, noise, progress)
 
         keys = jnp.tile(example_keys(key, num), len(prompts))
         return self._pictures(make, keys, batch_size, noise)
@@ -406,6 +445,7 @@ class UnCLIP:
         key: jax.Array,
         images: np.ndarray,
         *,
+        negative: str = "",
         num: int = 1,
         guidance_scale: float | None = None,
         upsample: bool = True,
@@ -418,29 +458,40 @@ class UnCLIP:
         Args:
             key: as for `generate`, and so are the rest; there is no prior to give noise for.
             images: as for `embed_image`.
+            negative: what not to draw; "" for nothing.
             num: variations of each picture.
 
         Returns:
             uint8 [b * num, size, size, 3], the variations of one picture side by side.
 
         Raises:
-            UserError: num or batch_size below 1, or the model's CLIP has no image tower.
+            UserError: num or batch_size below 1, the model's CLIP has no image tower, or a negative
+                prompt that the decoder is not guided away from.
         """
+        [avoided] = negatives.one_each(negative, 1)
+        if avoided:
+            negatives.check_decoder(self.decoder.stage, guidance_scale)
         z_i = jnp.repeat(self.embed_image(images), checks.count("num", num), axis=0)
 
         def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
-            chosen, captions = z_i[rows], [""] * len(rows)
-            return self._render(keys, chosen, captions, guidance_scale, upsample, noise, progress)
+            away = [avoided] * len(rows) if avoided else None
+            conds = z_i[rows], [""] * len(rows), away
+            return self._render(keys, conds, guidance_scale, upsample, noise, progress)
 
         keys = jnp.tile(example_keys(key, num), len(images))
         return self._pictures(make, keys, batch_size, noise)
 
-    def _render(self, keys, z_i, captions, guidance_scale, upsample, noise, progress) -> jax.Array:
-        """z_i to pictures [b, size, size, 3] in [-1, 1]: the decoder, then the upsamplers."""
+    def _render(self, keys, conds, guidance_scale, upsample, noise, progress) -> jax.Array:
+        """z_i to pictures [b, size, size, 3] in [-1, 1]: the decoder, then the upsamplers.
+
+        `conds` are z_i, captions and negative ones, as for `decode`.
+        """
+        z_i, captions, negative = conds
         images = self.decode(
             keys,
             z_i,
             captions,
+            negative=negative,
             guidance_scale=guidance_scale,
             noise=noise.get("decoder"),
             progress=progress,

@@ -217,10 +217,14 @@ class DecoderStage(GuidedDiffusion):
             cond = cond | {"label": jnp.where(kept["label"], cond["label"], none)}
         return cond
 
-    def null(self, params: Params, cond: Condition) -> Condition:
-        """The condition with everything dropped that training drops."""
-        rows = jnp.shape(next(iter(cond.values()), 0))[:1]
-        return self.drop(params, cond, dict.fromkeys(self.drops, jnp.zeros(rows, bool)))
+    def null(self, params: Params, cond: Condition, kept: jax.Array | None = None) -> Condition:
+        """The condition with everything dropped that training drops.
+
+        `kept` [b] is True where the caption alone stays, a negative prompt.
+        """
+        none = jnp.zeros(jnp.shape(next(iter(cond.values()), 0))[:1], bool)
+        said = {} if kept is None else {"caption": kept}
+        return self.drop(params, cond, dict.fromkeys(self.drops, none) | said)
 
     def encode(
         self, params: Params, cond: Condition, worse_key: jax.Array | None = None

@@ -64,10 +64,13 @@ class OfCaptions:
         name = "text_states" if self.reads_states else "tokens"
         return self.condition_of({name: text, "z_t": z_t}, mask)
 
-    def null(self, params: Params, cond: Condition) -> Condition:
-        """The condition without its caption: no token and a z_t of zero, or the empty caption."""
-        none = jnp.zeros(cond["z_t"].shape[0], bool)
-        return drop_caption(cond, none, params.get("null_caption"))
+    def null(self, params: Params, cond: Condition, kept: jax.Array | None = None) -> Condition:
+        """The condition without its caption: no token and a z_t of zero, or the empty caption.
+
+        `kept` [b] is True where the caption stays, a negative prompt.
+        """
+        kept = jnp.zeros(cond["z_t"].shape[0], bool) if kept is None else kept
+        return drop_caption(cond, kept, params.get("null_caption"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes
+from unclip_jax.pipeline import negatives
 from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, in_batches, named, stage_keys
 from unclip_jax.stages import pixels
 from unclip_jax.stages.conditioning import initial_noise
@@ -60,9 +61,10 @@ class Walk:
             guidance overshoots.
         caption: what the decoder reads beside z_i, both ways; "" for no caption.
         batch_size: pictures computed together; it changes no picture.
+        negative: the caption that guidance leads away from, in the place of no caption.
 
     Raises:
-        UserError: a field is out of its range.
+        UserError: a field is out of its range, or a negative caption is without guidance.
     """
 
     steps: int = 50
@@ -70,6 +72,7 @@ class Walk:
     guidance_scale: float | None = None
     caption: str = ""
     batch_size: int = 16
+    negative: str = ""
 
     def __post_init__(self) -> None:
         """Check every field but `steps`, which only a diffusion can judge."""
@@ -80,8 +83,12 @@ class Walk:
         }
         if self.guidance_scale is not None:
             plain["guidance_scale"] = checks.number("guidance_scale", self.guidance_scale)
+        [plain["negative"]] = negatives.one_each(self.negative, 1)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        if self.negative and self.guidance_scale in (None, 1.0):
+            expected = "above 1, where something is to be led away from"
+            raise wrong("guidance_scale", self.guidance_scale, expected)
 
     def sampling(self, model: UnCLIP) -> samplers.Sampling:
         """The decoder's DDIM; UserError if its diffusion cannot walk in so many steps."""
@@ -154,13 +161,17 @@ def decode(
     stage = model.decoder.stage
     texts = [walk.caption] * len(latents.z_i) if captions is None else list(captions)
     sampling = walk.sampling(model)
+    if walk.negative:
+        negatives.check_decoder(stage, walk.guidance_scale)
     scale = stage.guided_by(1 if walk.guidance_scale is None else walk.guidance_scale)
 
     def make(rows: np.ndarray) -> jax.Array:
         cond = model.condition(latents.z_i[rows], [texts[i] for i in rows])
         cond["z_i_mask"] &= jnp.full(len(rows), keep_z_i)
+        avoided = [walk.negative] * len(rows) if walk.negative else None
+        away = model.away(latents.z_i[rows], avoided)
         around = known and (jnp.asarray(known[0][rows]), jnp.asarray(known[1][rows]))
-        given = (keys[rows], latents.x_T[rows], cond, jnp.float32(walk.eta), scale, around)
+        given = (keys[rows], latents.x_T[rows], cond, away, jnp.float32(walk.eta), scale, around)
         params, given, mesh = model.lay(model.decoder, given, len(rows))
         return _decode(stage, params, *given, sampling, mesh, progress=named(progress, "decoder"))
 
@@ -236,7 +247,7 @@ def _invert(stage, params, x_0, cond, sampling, mesh, *, loop):
 
 
 @functools.partial(Watchable, static=("stage", "sampling", "mesh"))
-def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *, loop):
+def _decode(stage, params, keys, x_T, cond, away, eta, scale, known, sampling, mesh, *, loop):
     """One compiled program per decoder, batch size, steps, mesh, guided or not, known or not.
 
     Eta, the scale, captions and pictures are traced.
@@ -244,7 +255,7 @@ def _decode(stage, params, keys, x_T, cond, eta, scale, known, sampling, mesh, *
     denoise = guidance.classifier_free(
         lambda x_t, t, encoded: stage.denoise(params, x_t, t, encoded),
         cond,
-        stage.null(params, cond),
+        stage.null(params, *((cond,) if away is None else away)),
         scale.get("guidance_scale", 1),
         learned_variance=stage.diffusion.learned_variance,
         encode=lambda condition: loop.once(stage.encode, params, condition),

@@ -45,6 +45,7 @@ def _text2im(tasks) -> None:
     add = _task(tasks, "text2im", "pictures for captions").add_argument
     _add_prompts(add)
     add("--num", type=int, default=4, help="pictures per caption (default 4)")
+    _add_negative(add)
     add("--guidance_scale", type=_finite, help="the decoder's; 1 = none (default: the model's own)")
     add("--prior_guidance_scale", type=_finite, help="the prior's (default: the model's own)")
     add("--prior_steps", metavar="N", help="the prior's sampling steps (default: the model's own)")
@@ -142,6 +143,10 @@ def _add_prompts(add) -> None:
     add("--prompts", metavar="FILE", help="a text file with one caption per line")
 
 
+def _add_negative(add) -> None:
+    add("--negative", default="", metavar="TEXT", help="what guidance leads away from")
+
+
 def _add_images(add, required: bool = True) -> None:
     add(
         "--image",
@@ -159,6 +164,7 @@ def _add_walk(add, *, guidance: str, steps: int | None = 50, eta: float = 0.0) -
     if steps:
         add("--steps", type=int, default=steps, help=f"of the decoder's DDIM (default {steps})")
     add("--eta", type=_finite, default=eta, help=f"the decoder's noise, 0 to 1 (default {eta})")
+    _add_negative(add)
     add("--guidance_scale", type=_finite, help=f"the decoder's (default: {guidance})")
     add("--no_upsample", action="store_true", help="stop at the decoder's size")
 

@@ -40,6 +40,7 @@ def text2im(args: Settings, images: Images, load: Load, progress: Progress) -> D
     made = load().generate(
         seed_key(args),
         args.prompt,
+        negative=getattr(args, "negative", ""),
         num=num,
         prior_guidance_scale=args.prior_guidance_scale,
         guidance_scale=args.guidance_scale,

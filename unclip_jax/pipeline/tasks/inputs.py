@@ -110,12 +110,14 @@ def walk_of(args: argparse.Namespace, model: UnCLIP | None = None, **fields) -> 
     """The walk that the command line asks for.
 
     Args:
-        args: with eta, guidance_scale, batch_size, and steps unless given in `fields`.
+        args: with eta, guidance_scale, batch_size, perhaps negative, and steps unless given in
+            `fields`.
         model: whose own guidance is the default; None for no guidance.
         fields: other fields of `Walk`.
     """
     scale = args.guidance_scale
     if scale is None and model is not None:
         scale = model.decoder.stage.guidance_scale
-    given = {"steps": getattr(args, "steps", None)} | fields
+    given = {"steps": getattr(args, "steps", None), "negative": getattr(args, "negative", "")}
+    given |= fields
     return Walk(eta=args.eta, guidance_scale=scale, batch_size=args.batch_size, **given)
