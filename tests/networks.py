@@ -57,3 +57,17 @@ def integers(seed: int, below: int, *shape: int) -> jax.Array:
 def prefix_mask(lengths, length: int) -> jax.Array:
     """`[b, length]` booleans, True on the first `lengths[i]` places."""
     return jnp.arange(length)[None, :] < jnp.array(lengths)[:, None]
+
+
+def said(prediction, x_0, x_t, alpha, sigma, std=0.5):
+    """What a network that knows x_0 says of x_t = alpha x_0 + sigma eps, by each definition."""
+    eps = (x_t - alpha * x_0) / sigma
+    ratio = sigma / alpha  # EDM's sigma, where x_t / alpha is its x
+    c_skip, c_out = std**2 / (ratio**2 + std**2), ratio * std / (ratio**2 + std**2) ** 0.5
+    return {
+        "x_0": x_0,
+        "eps": eps,
+        "v": alpha * eps - sigma * x_0,
+        "velocity": eps - x_0,
+        "F": (x_0 - c_skip * (x_t / alpha)) / c_out,
+    }[prediction]

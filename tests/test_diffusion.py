@@ -18,6 +18,7 @@ from unclip_jax.diffusion.gaussian import (
     q_sample,
     target,
 )
+from unclip_jax.diffusion.schedules import Schedule
 from unclip_jax.diffusion.thresholding import threshold
 from unclip_jax.errors import UserError
 
@@ -30,7 +31,13 @@ def gaussians(*shape, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear")]
+    ("schedule", "theirs"),
+    [
+        ("cosine", "squaredcos_cap_v2"),
+        ("linear", "linear"),
+        ("sigmoid", "sigmoid"),
+        (Schedule("scaled_linear", 1e-4, 0.02), "scaled_linear"),
+    ],
 )
 def test_schedules_equal_diffusers(schedule, theirs):
     pytest.importorskip("diffusers")
@@ -277,7 +284,7 @@ def test_bad_fields_are_named(fields, words):
 
 @pytest.mark.parametrize(
     "spacing",
-    ["0", "1001", "25,", "-3", "ddim", "ddim0", "ddim1", "ddim7000", "600,600", "a", " 25", 25],
+    ["0", "1001", "25,", "-3", "ddim", "ddim0", "ddim1", "ddim7000", "600,600", "a", " 25", 0],
 )
 def test_bad_spacings_are_named(spacing):
     with pytest.raises(UserError, match="spacing: got"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import said
 from unclip_jax import diffusion
 from unclip_jax.diffusion import Diffusion, Sampling, guidance, rules, sample
 from unclip_jax.diffusion.gaussian import PREDICTIONS, predict
@@ -124,8 +125,7 @@ def test_autoguidance_follows_the_score_of_the_tilted_density(prediction):
         def denoise(x_t, t):
             eps = -np.sqrt(1 - alpha_bar) * score(mean, std)
             x_0 = (x - np.sqrt(1 - alpha_bar) * eps) / np.sqrt(alpha_bar)
-            v = np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x_0
-            return jnp.float32({"eps": eps, "x_0": x_0, "v": v}[prediction])
+            return jnp.float32(said(prediction, x_0, x, alpha_bar**0.5, (1 - alpha_bar) ** 0.5))
 
         return denoise
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.networks import said
 from unclip_jax.diffusion import analytic
 from unclip_jax.diffusion.gaussian import PREDICTIONS, Diffusion, q_posterior, q_sample, target
 from unclip_jax.diffusion.losses import (
@@ -50,7 +51,7 @@ def test_a_perfect_network_has_no_loss_and_a_null_one_the_power_of_its_target(pr
 
 
 def test_min_snr_weighs_one_network_alike_whatever_it_calls_its_prediction():
-    """The same guess of x_0, told as eps, x_0 or v, costs min(SNR, gamma) |x_0 error|^2."""
+    """The same guess of x_0, told in any form, costs min(SNR, gamma) |x_0 error|^2."""
     x_0, noise = gaussians(6, 8), gaussians(6, 8, seed=1)
     guess = x_0 + 0.3 * gaussians(6, 8, seed=2)
     t = jnp.array([5, 100, 300, 500, 700, 900])
@@ -63,8 +64,7 @@ def test_min_snr_weighs_one_network_alike_whatever_it_calls_its_prediction():
             process.sqrt_alpha_bar[t][:, None],
             process.sqrt_one_minus_alpha_bar[t][:, None],
         )
-        eps = (x_t - signal * guess) / sigma
-        output = {"x_0": guess, "eps": eps, "v": signal * eps - sigma * guess}[prediction]
+        output = said(prediction, guess, x_t, signal, sigma)
         found.append(training_losses(diffusion, lambda *_, o=output: o, x_0, t, noise)["loss"])
     alpha_bar = process.alpha_bar[t].astype(np.float64)
     snr = alpha_bar / (1 - alpha_bar)
@@ -228,9 +228,8 @@ def test_statistic_of_gaussian_data_is_its_posterior_variance(prediction):
 
     def denoise(x_t, t):
         a, s = jnp.asarray(signal)[t][:, None], jnp.asarray(sigma)[t][:, None]
-        eps = s * (x_t - a) / (a**2 * 0.25 + s**2)
         x_0 = 1.0 + a * 0.25 * (x_t - a) / (a**2 * 0.25 + s**2)
-        return {"eps": eps, "x_0": x_0, "v": a * eps - s * x_0}[prediction]
+        return said(prediction, x_0, x_t, a, s)
 
     residuals = analytic.init(diffusion)
     update = jax.jit(lambda r, *batch: analytic.update(r, diffusion, denoise, *batch))

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.networks import said
 from unclip_jax.common import grids
 from unclip_jax.common.params import fingerprint, flatten
 from unclip_jax.data.images import square
@@ -26,6 +27,7 @@ from unclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from unclip_jax.diffusion import gaussian
 from unclip_jax.diffusion.guidance import classifier_free
 from unclip_jax.diffusion.samplers import Sampling, sample
+from unclip_jax.diffusion.schedules import SCHEDULES
 from unclip_jax.errors import UserError
 from unclip_jax.weights import folder as model_folder
 
@@ -48,8 +50,8 @@ def examples(number):
 
 @st.composite
 def diffusions(draw, most=400):
-    schedule = draw(st.sampled_from(gaussian.SCHEDULES))
-    steps = draw(st.integers(21 if schedule == "linear" else 1, most))
+    schedule = draw(st.sampled_from(SCHEDULES))
+    steps = draw(st.integers(1 if schedule == "cosine" else 21, most))
     return gaussian.Diffusion(
         steps=steps,
         schedule=schedule,
@@ -109,9 +111,7 @@ def test_a_network_that_knows_the_answer_is_led_to_it(data):
         process = diffusion.process()
         alpha = gaussian.at(process.sqrt_alpha_bar, t, x_t)
         sigma = gaussian.at(process.sqrt_one_minus_alpha_bar, t, x_t)
-        eps = (x_t - alpha * condition) / sigma
-        outputs = {"x_0": condition, "eps": eps, "v": alpha * eps - sigma * condition}
-        return outputs[diffusion.prediction]
+        return said(diffusion.prediction, condition, x_t, alpha, sigma)
 
     @jax.jit
     def draw(scale):

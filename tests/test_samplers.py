@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from tests.networks import said
 from unclip_jax.diffusion import analytic
 from unclip_jax.diffusion.gaussian import PREDICTIONS, Diffusion, at, normal
 from unclip_jax.diffusion.guidance import classifier_free, classifier_guided
@@ -33,8 +34,7 @@ def as_output(diffusion, x_0, x_t, t):
     """What a network that knows x_0 says, in the words of its prediction."""
     process = diffusion.process()
     alpha, sigma = at(process.sqrt_alpha_bar, t, x_t), at(process.sqrt_one_minus_alpha_bar, t, x_t)
-    eps = (x_t - alpha * x_0) / sigma
-    return {"x_0": x_0, "eps": eps, "v": alpha * eps - sigma * x_0}[diffusion.prediction]
+    return said(diffusion.prediction, x_0, x_t, alpha, sigma)
 
 
 def gaussian_denoiser(diffusion, mean, std):

@@ -18,6 +18,7 @@ from unclip_jax.diffusion.guidance import (
     perpendicular,
 )
 from unclip_jax.diffusion.losses import training_losses, vlb_bits_per_dim
+from unclip_jax.diffusion.predictions import edm
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.diffusion.rules import (
     apg,
@@ -29,7 +30,7 @@ from unclip_jax.diffusion.rules import (
     zero_star,
 )
 from unclip_jax.diffusion.samplers import Sampling, invert, sample
-from unclip_jax.diffusion.schedules import Process
+from unclip_jax.diffusion.schedules import Process, Schedule
 from unclip_jax.diffusion.solvers import METHODS
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Prediction",
     "Process",
     "Sampling",
+    "Schedule",
     "Watchable",
     "analytic",
     "apg",
@@ -46,6 +48,7 @@ __all__ = [
     "classifier_free",
     "classifier_guided",
     "composed",
+    "edm",
     "interpret",
     "interval",
     "invert",

@@ -61,7 +61,7 @@ def update(
     process = diffusion.process()
     x_0 = x_0.astype(jnp.float32)
     x_t = q_sample(process, x_0, t, noise.astype(jnp.float32))
-    prediction, _ = split_variance(diffusion, denoise(x_t, t), x_t)
+    prediction, _ = split_variance(diffusion, denoise(x_t, diffusion.times(t)), x_t)
     error = (x_0 - predict(diffusion, process, prediction, x_t, t)[0]) ** 2
     return Residuals(
         residuals.squared_error.at[t].add(mean_of_dims(error)),

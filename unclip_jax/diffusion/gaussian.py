@@ -1,4 +1,4 @@
-r"""The mathematics of discrete-time Gaussian diffusion; it knows no network.
+r"""The mathematics of Gaussian diffusion; it knows no network.
 
 **Forward process.** Ho et al. 2020 (arXiv 2006.11239) destroy `x_0` in `steps` small steps
 q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I). Any step is taken at once (eq. 4), with
@@ -14,6 +14,9 @@ arXiv 2202.00512) turns (x_0, eps) by the angle whose cosine is sqrt(alpha_bar):
         = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
     eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)
         = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v                                         (2)
+
+With alpha for sqrt(alpha_bar) and sigma for sqrt(1 - alpha_bar), (1) holds for any alpha and sigma
+(`schedules`); `predictions` has (2) for them, with two predictions more.
 
 **Posterior.** q(x_{t-1} | x_t, x_0) is, but for a factor, q(x_t | x_{t-1}) q(x_{t-1} | x_0), two
 Gaussians in x_{t-1}: precisions add, means add weighted by precision (eqs. 6, 7):
@@ -32,28 +35,31 @@ All of it holds for a process of fewer steps (`schedules`), so a learned varianc
 network is still handed the *original* timestep.
 
 Conventions: `i` indexes a `Process` (0 is the cleanest step), `t` is an original timestep. Either
-is a scalar or int32 `[b]`. Arrays are `[b, ...]` of any rank; the mathematics is float32.
+is a scalar or int32 `[b]`; t is float where the process's times are. Arrays are `[b, ...]` of any
+rank; the mathematics is float32, and float64 where x_t is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.diffusion.schedules import SCHEDULES, Process, tables
+from unclip_jax.diffusion import grids, predictions, schedules
+from unclip_jax.diffusion.predictions import PREDICTIONS
+from unclip_jax.diffusion.schedules import Process, Schedule
 from unclip_jax.diffusion.thresholding import threshold
 from unclip_jax.errors import UserError, wrong
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
-"""`denoise(x_t [b, ...], t int32 [b]) -> raw network output`, `t` an original timestep."""
+"""`denoise(x_t [b, ...], t [b]) -> raw network output`: t is an original timestep, int32; float
+where the process's times are."""
 
-PREDICTIONS = ("eps", "x_0", "v")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 LOSSES = ("simple", "hybrid")
 LIKELIHOODS = ("8bit", "gaussian")
@@ -64,10 +70,12 @@ class Diffusion:
     """What a network was, or will be, trained to do. Hashable: a static argument of `jax.jit`.
 
     Attributes:
-        steps: length of the training process, at least 1.
-        schedule: "cosine" (arXiv 2102.09672, eq. 17; betas at most 0.999) or "linear"
-            (1e-4 to 0.02, scaled by 1000/steps).
-        prediction: what the network's output means: "eps", "x_0" or "v".
+        steps: length of the training process, at least 1. A schedule with a table of its own has
+            the table's length, whether this says so or is left out.
+        schedule: "cosine" (arXiv 2102.09672, eq. 17; betas at most 0.999), "linear" (1e-4 to 0.02,
+            scaled by 1000/steps), another name, or a `Schedule`.
+        prediction: what the network's output means: "eps", "x_0", "v", "velocity" (eps - x_0) or
+            "F" (EDM's); see `predictions`.
         variance: of p(x_{t-1}|x_t). "fixed_small" is beta_tilde and "fixed_small_log" the same
             variance under the name that Karlo's checkpoints use; "fixed_large" is beta;
             "learned_range" is equation (4), with the network's last axis twice as long.
@@ -80,24 +88,27 @@ class Diffusion:
             by between 1.5 and 2 times log s. Sampling does not know of it.
         likelihood: L_0 of the bound: "8bit" for images of 256 levels in [-1, 1], "gaussian" for
             the plain density of continuous data such as embeddings.
+        continuous: whether a network of a process of betas takes timesteps between the whole ones,
+            as float. Grids then ask at the very levels they mean; else at the nearest timesteps.
 
     Raises:
         UserError: a field is out of its range.
     """
 
     steps: int = 1000
-    schedule: str = "cosine"
+    schedule: str | Schedule = "cosine"
     prediction: str = "eps"
     variance: str = "fixed_small"
     loss: str = "simple"
     min_snr_gamma: float = 0.0
     timestep_shift: float = 1.0
     likelihood: str = "8bit"
+    continuous: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
         checks.count("Diffusion.steps", self.steps)
-        checks.choice("Diffusion.schedule", self.schedule, SCHEDULES)
+        self._check_schedule()
         checks.choice("Diffusion.prediction", self.prediction, PREDICTIONS)
         checks.choice("Diffusion.variance", self.variance, VARIANCES)
         checks.choice("Diffusion.loss", self.loss, LOSSES)
@@ -105,13 +116,40 @@ class Diffusion:
         checks.number("Diffusion.min_snr_gamma", self.min_snr_gamma, least=0)
         if not checks.number("Diffusion.timestep_shift", self.timestep_shift, least=0):
             raise wrong("Diffusion.timestep_shift", 0, "a positive number", "1 is no shift")
-        if self.schedule == "linear" and self.steps <= 20:
-            expected = "more than 20 for the linear schedule, whose betas are above 1 otherwise"
-            raise wrong("Diffusion.steps", self.steps, expected, 'use schedule="cosine"')
         if self.loss == "hybrid" and not self.learned_variance:
             expected = 'a learned variance with loss="hybrid", which trains one'
             do = 'use variance="learned_range" or loss="simple"'
             raise wrong("Diffusion.variance", self.variance, expected, do)
+
+    def _check_schedule(self) -> None:
+        """Check the schedule beside the steps and the prediction; take the steps of its table."""
+        if not isinstance(self.schedule, Schedule):
+            names = (*schedules.SCHEDULES, *schedules.CONTINUOUS)
+            checks.choice("Diffusion.schedule", self.schedule, names)
+        found = self.noise
+        if found.table and self.steps != len(found.table):
+            if self.steps != type(self).steps:
+                expected = f"{len(found.table)}, the length of the schedule's table"
+                raise wrong("Diffusion.steps", self.steps, expected, "leave it out")
+            object.__setattr__(self, "steps", len(found.table))
+        if found.family != "betas":
+            return
+        most = found.betas(self.steps).max()
+        linear = self.schedule == "linear" and self.steps <= 20
+        if linear or (most >= 1 and not (found.table and most == 1)):
+            if linear:
+                expected = "more than 20 for the linear schedule, whose betas are above 1 otherwise"
+            else:
+                expected = f"more for betas up to {most:.3g}, which have to stay below 1"
+            raise wrong("Diffusion.steps", self.steps, expected, 'use schedule="cosine"')
+        if self.prediction == "eps" and schedules.levels(found, self.steps).alpha_bar[-1] == 0:
+            expected = "one that tells x_0 where x_t holds no signal"
+            raise wrong("Diffusion.prediction", "eps", expected, 'use "v" or "x_0"')
+
+    @property
+    def noise(self) -> Schedule:
+        """The schedule, named or given."""
+        return self.schedule if isinstance(self.schedule, Schedule) else Schedule(self.schedule)
 
     @property
     def learned_variance(self) -> bool:
@@ -123,24 +161,59 @@ class Diffusion:
         edges = np.linspace(0.0, 1.0, self.steps + 1)
         return np.diff(edges / (self.timestep_shift - (self.timestep_shift - 1.0) * edges))
 
-    def process(self, spacing: str = "") -> Process:
+    def process(self, spacing: Any = "", dtype: Any = np.float32) -> Process:
         """The process at the kept timesteps; computed once per schedule and spacing.
 
         Args:
-            spacing: "" every step; "250" that many, evenly, both ends included;
-                "25,25,25" so many in each of equal sections, the cleanest first;
-                "ddim25" an integer stride from timestep 0.
+            spacing: "" every step; 250 or "250" that many, evenly, both ends included;
+                "25,25,25" so many in each of equal sections, the cleanest first; "ddim25" an
+                integer stride from timestep 0; "karras:20" so many by a rule; (999, 500, 0) these.
+                `grids` has them all.
+            dtype: of the tables, float32 or float64.
 
         Raises:
             UserError: the spacing cannot be read, or asks for more steps than there are.
         """
-        if not isinstance(spacing, str):
-            raise wrong("spacing", spacing, 'a string, such as "250"')
-        return tables(self.steps, self.schedule, spacing)
+        kept = grids.read(spacing)
+        return grids.tables(self.noise, self.steps, kept, self.continuous, dtype)
+
+    def times(self, i: jax.Array) -> jax.Array:
+        """What the network is given at steps i of the whole process."""
+        times = self.process().timesteps
+        return i if np.issubdtype(times.dtype, np.integer) else jnp.asarray(times)[i]
+
+    def levels(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """alpha and sigma at the times t, as the network is given them, shaped to multiply `x`."""
+        dtype = state_dtype(x)
+        if self.noise.family == "betas" and jnp.issubdtype(t.dtype, jnp.integer):
+            return levels(self.process(dtype=dtype), t, x)
+        t = t.astype(dtype).reshape(t.shape + (1,) * (x.ndim - 1) if t.ndim else t.shape)
+        if self.noise.family == "sigmas":
+            return jnp.ones_like(t), t
+        if self.noise.family == "flow":
+            return 1 - t, t
+        whole = self.process(dtype=np.float64)
+        known = whole.alpha > 0
+        tables = (table[known].astype(dtype) for table in (whole.timesteps, whole.log_snr))
+        log_snr = jnp.interp(t, *map(jnp.asarray, tables))
+        log_snr = jnp.where(~known[-1] & (t == self.steps - 1), -jnp.inf, log_snr)
+        return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+
+    def share(self, t: jax.Array) -> jax.Array:
+        """How far along training's timesteps t lies, from 0 to 1: t / steps where t counts them."""
+        if self.noise.family == "betas":
+            return t.astype(jnp.float32) / self.steps
+        times = jnp.asarray(self.process().timesteps)
+        return jnp.interp(t.astype(jnp.float32), times, jnp.arange(self.steps) / self.steps)
+
+    @property
+    def noise_std(self) -> float:
+        """The standard deviation that x_T is drawn with: sigma_max of sigmas, else 1."""
+        return float(self.process().sigma[-1]) if self.noise.family == "sigmas" else 1.0
 
 
 class Prediction(NamedTuple):
-    """A network's output in every form a sampler needs; float32, the shape of `x_t`."""
+    """A network's output in every form a sampler needs; the shape and type of `x_t`."""
 
     x_0: jax.Array
     eps: jax.Array
@@ -167,8 +240,13 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def levels(process: Process, i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at step i, shaped to multiply `x`."""
-    return at(process.sqrt_alpha_bar, i, x), at(process.sqrt_one_minus_alpha_bar, i, x)
+    """alpha and sigma at step i, shaped to multiply `x`."""
+    return at(process.alpha, i, x), at(process.sigma, i, x)
+
+
+def state_dtype(x: jax.Array) -> Any:
+    """What is computed in: float32, or float64 where x is."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
 
 
 def q_sample(process: Process, x_0: jax.Array, i: jax.Array, noise: jax.Array) -> jax.Array:
@@ -187,12 +265,9 @@ def target(
     diffusion: Diffusion, process: Process, x_0: jax.Array, i: jax.Array, noise: jax.Array
 ) -> jax.Array:
     """What a perfect network would predict for x_t = q_sample(process, x_0, i, noise)."""
-    if diffusion.prediction == "eps":
-        return noise
-    if diffusion.prediction == "x_0":
-        return x_0
     alpha, sigma = levels(process, i, x_0)
-    return alpha * noise - sigma * x_0
+    std = diffusion.noise.sigma_data
+    return predictions.target(diffusion.prediction, x_0, noise, alpha, sigma, std)
 
 
 def q_posterior(
@@ -213,18 +288,28 @@ def predict(
     diffusion: Diffusion, process: Process, output: jax.Array, x_t: jax.Array, i: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The x_0 and the eps that a prediction, without its variance channels, stands for: (2)."""
-    alpha, sigma = levels(process, i, x_t)
-    if diffusion.prediction == "eps":
-        return (x_t - sigma * output) / alpha, output
-    if diffusion.prediction == "x_0":
-        return output, eps_from_x_0(process, x_t, i, output)
-    return alpha * x_t - sigma * output, sigma * x_t + alpha * output
+    return _read(diffusion, output, x_t, *levels(process, i, x_t))
+
+
+def predict_at(
+    diffusion: Diffusion, output: jax.Array, x_t: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same at t as the network is given it, whole or not."""
+    return _read(diffusion, output, x_t, *diffusion.levels(t, x_t))
+
+
+def _read(diffusion, output, x_t, alpha, sigma):
+    noise = diffusion.noise
+    kind, preserving = diffusion.prediction, noise.family == "betas"
+    return predictions.read(kind, output, x_t, alpha, sigma, noise.sigma_data, preserving)
 
 
 def split_variance(
     diffusion: Diffusion, output: jax.Array, x_t: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """A raw output as float32 prediction and variance channels (None when they are not learned).
+    """A raw output as prediction and variance channels (None when they are not learned).
+
+    Both are float32; float64 where x_t is.
 
     Raises:
         UserError: the output's shape does not fit `x_t` and the kind of variance.
@@ -238,7 +323,7 @@ def split_variance(
             f"{expected} for data of {x_t.shape} and Diffusion.variance={diffusion.variance!r}",
             "change the network's output channels or the variance",
         )
-    output = output.astype(jnp.float32)
+    output = output.astype(state_dtype(x_t))
     if not diffusion.learned_variance:
         return output, None
     return tuple(jnp.split(output, 2, axis=-1))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.diffusion.gaussian import Denoise, Diffusion, levels, split_variance
+from unclip_jax.diffusion.gaussian import Denoise, Diffusion, split_variance
 from unclip_jax.diffusion.rules import Rule, Scale, along, linear, scale_at, shaped, x_0_per_output
 from unclip_jax.diffusion.rules import apg as apg
 from unclip_jax.diffusion.rules import interval as interval
@@ -203,8 +203,7 @@ def classifier_guided(
 
     Bayes' rule adds the classifier's gradient g = grad log p(y | x_t) to the score
     -eps / sqrt(1 - alpha_bar), so eps moves by -sqrt(1 - alpha_bar) scale g, and with it, at the
-    same x_t, x_0 by (1 - alpha_bar) / sqrt(alpha_bar) scale g and v by
-    -sqrt((1 - alpha_bar) / alpha_bar) scale g.
+    same x_t, x_0 by (1 - alpha_bar) / sqrt(alpha_bar) scale g, and other predictions as x_0 does.
 
     Args:
         denoise: the network to guide.
@@ -221,12 +220,11 @@ def classifier_guided(
     """
     if changes_nothing(scale, at=0.0):
         return lambda x_t, t: denoise(x_t, t).astype(jnp.float32)
-    full = diffusion.process()
 
     def guided(x_t: jax.Array, t: jax.Array) -> jax.Array:
         prediction, fraction = split_variance(diffusion, denoise(x_t, t), x_t)
         gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x_t).astype(jnp.float32)
-        alpha, sigma = levels(full, t, x_t)
+        alpha, sigma = diffusion.levels(t, x_t)
         x_0_moves = sigma**2 / alpha * gradient
         prediction += scale_at(scale, x_t, t) * x_0_moves / x_0_per_output(diffusion, x_t, t)
         variance = [] if fraction is None else [fraction]

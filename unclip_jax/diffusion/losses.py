@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.diffusion import grids
 from unclip_jax.diffusion.gaussian import (
     Denoise,
     Diffusion,
@@ -34,6 +35,7 @@ from unclip_jax.diffusion.gaussian import (
     split_variance,
     target,
 )
+from unclip_jax.diffusion.predictions import gain
 from unclip_jax.diffusion.schedules import Process
 from unclip_jax.errors import wrong
 
@@ -105,7 +107,7 @@ def training_losses(
         diffusion: what to train.
         denoise: the network; see `Denoise`.
         x_0: float `[b, ...]`.
-        t: int32 `[b]`, timesteps in [0, steps).
+        t: int32 `[b]`, timesteps in [0, steps); the network is given the process's times there.
         noise: standard normal, the shape of `x_0`.
 
     Returns:
@@ -126,7 +128,7 @@ def training_losses(
     process = diffusion.process()
     x_0, noise = x_0.astype(jnp.float32), noise.astype(jnp.float32)
     x_t = q_sample(process, x_0, t, noise)
-    output = denoise(x_t, t)
+    output = denoise(x_t, diffusion.times(t))
     prediction, fraction = split_variance(diffusion, output, x_t)
     mse = mean_of_dims((prediction - target(diffusion, process, x_0, t, noise)) ** 2)
     terms = {"loss": min_snr_weight(diffusion, process, t) * mse, "mse": mse}
@@ -141,7 +143,8 @@ def min_snr_weight(diffusion: Diffusion, process: Process, i: jax.Array) -> jax.
     """Weight of the squared error at step `i`: min(SNR, gamma) of x_0's, whatever is predicted.
 
     By equation (2) the squared error of eps is SNR times that of x_0, and v's is SNR + 1 times,
-    so they are weighted by min(SNR, gamma)/SNR and min(SNR, gamma)/(SNR + 1).
+    so they are weighted by min(SNR, gamma)/SNR and min(SNR, gamma)/(SNR + 1); others
+    by the square of their `gain`.
     """
     log_snr = jnp.asarray(process.log_snr)[i]
     if not diffusion.min_snr_gamma:
@@ -150,8 +153,10 @@ def min_snr_weight(diffusion: Diffusion, process: Process, i: jax.Array) -> jax.
     if diffusion.prediction == "eps":
         return jnp.exp(jnp.minimum(0.0, log_gamma - log_snr))
     weight = jnp.exp(jnp.minimum(log_snr, log_gamma))
-    if diffusion.prediction == "v":
-        weight *= jnp.asarray(process.sqrt_one_minus_alpha_bar)[i] ** 2
+    if diffusion.prediction != "x_0":
+        alpha, sigma = jnp.asarray(process.alpha)[i], jnp.asarray(process.sigma)[i]
+        noise, kind = diffusion.noise, diffusion.prediction
+        weight *= gain(kind, alpha, sigma, noise.sigma_data, noise.family == "betas") ** 2
     return weight
 
 
@@ -160,7 +165,7 @@ def vlb_bits_per_dim(
     denoise: Denoise,
     x_0: jax.Array,
     keys: jax.Array,
-    spacing: str = "",
+    spacing: grids.Spacing = "",
     clip_x_0: float = 0.0,
 ) -> dict[str, jax.Array]:
     """The bound (1) on -log p(x_0) over a whole trajectory, in bits per dimension.
@@ -191,7 +196,8 @@ def vlb_bits_per_dim(
         return None, vlb_terms(diffusion, process, output, x_0, x_t, i, clip_x_0)
 
     _, terms = jax.lax.scan(term, None, jnp.arange(process.steps))
-    log_variance = 2 * np.log(process.sqrt_one_minus_alpha_bar[-1])
-    prior = normal_kl(process.sqrt_alpha_bar[-1] * x_0, log_variance, 0.0, 0.0)
+    std = diffusion.noise_std
+    log_variance = 2 * np.log(process.sigma[-1] / std)
+    prior = normal_kl(process.alpha[-1] / std * x_0, log_variance, 0.0, 0.0)
     prior = mean_of_dims(prior) / math.log(2)
     return {"total": prior + terms.sum(axis=0), "prior": prior, "terms": terms.T}

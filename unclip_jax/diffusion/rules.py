@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion.gaussian import Denoise, Diffusion, at, predict
+from unclip_jax.diffusion.gaussian import Denoise, Diffusion, predict_at
 from unclip_jax.errors import UserError, wrong
 
 Scale = float | jax.Array | Callable[[jax.Array], jax.Array]
@@ -36,7 +36,7 @@ The scale is shaped to multiply `x_t`; at scale 1 a rule returns `towards`.
 def linear(towards, away, scale, x_t, t):
     """The plain `Rule`: towards + (scale - 1) (towards - away).
 
-    It is the same for eps, x_0 and v, which differ by affine maps at given x_t.
+    It is the same for every prediction, which differ by affine maps at given x_t.
     """
     return towards + (scale - 1.0) * (towards - away)
 
@@ -67,7 +67,7 @@ def apg(
     def rule(towards, away, scale, x_t, t):
         clean, gain = towards, 1.0
         if diffusion is not None:
-            clean, _ = predict(diffusion, diffusion.process(), towards, x_t, t)
+            clean, _ = predict_at(diffusion, towards, x_t, t)
             gain = x_0_per_output(diffusion, x_t, t)
         step = (towards - away) * gain
         if limited:
@@ -159,7 +159,8 @@ def interval(
         least, most = log_snr
 
     def limited(t: jax.Array) -> jax.Array:
-        ratio = at(diffusion.process().log_snr, t, t)
+        alpha, sigma = diffusion.levels(t, t)
+        ratio = 2.0 * (jnp.log(alpha) - jnp.log(sigma))
         inside = scale(t) if callable(scale) else jnp.asarray(scale, jnp.float32)
         return jnp.where((least <= ratio) & (ratio < most), inside, 1.0)
 
@@ -174,7 +175,7 @@ def rising(scale: float | jax.Array, diffusion: Diffusion, least: float | jax.Ar
     """
 
     def risen(t: jax.Array) -> jax.Array:
-        share = 2.0 * (1.0 - t.astype(jnp.float32) / diffusion.steps)
+        share = 2.0 * (1.0 - diffusion.share(t))
         extra = jnp.asarray(scale, jnp.float32) - 1.0
         return 1.0 + extra * jnp.maximum(share, least)
 
@@ -217,7 +218,7 @@ def shaped(scale: float | jax.Array, x: jax.Array, field: str) -> jax.Array:
 def x_0_per_output(diffusion: Diffusion, x_t: jax.Array, t: jax.Array) -> jax.Array:
     """By how much x_0 moves with the prediction at given x_t, `[b, 1, ..., 1]`."""
     one = jnp.ones((x_t.shape[0],) + (1,) * (x_t.ndim - 1))
-    return predict(diffusion, diffusion.process(), one, jnp.zeros_like(one), t)[0]
+    return predict_at(diffusion, one, jnp.zeros_like(one), t)[0]
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 A sampler walks a `Process` from its noisiest step to x_0. At step i it asks the network, reads the
 answer as (x_0, eps, variance), and forms x_{i-1}; how, `solvers` says for each method. The state is
-float32 whatever the network computes in. Guidance is not the samplers' business: `guidance` wraps a
-network into another `denoise`.
+float32 whatever the network computes in (float64 where x_T is, which takes jax_enable_x64).
+Guidance is not the samplers' business: `guidance` wraps a network into another `denoise`.
 
 Each example has its own key, folded with the step's number, so that a sample depends on its key
 and inputs and never on its neighbours in the batch (with JAX's default threefry keys).
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.common import checks
+from unclip_jax.diffusion import grids
 from unclip_jax.diffusion.gaussian import (
     Denoise,
     Diffusion,
@@ -28,6 +29,7 @@ from unclip_jax.diffusion.gaussian import (
     check_keys,
     interpret,
     normal,
+    state_dtype,
 )
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.diffusion.schedules import Process
@@ -41,7 +43,8 @@ class Sampling:
 
     Attributes:
         method: "ddpm", "ddim", "dpm++" (DPM-Solver++(2M)) or "analytic"; see `solvers`.
-        spacing: which timesteps to keep; see `Diffusion.process`.
+        spacing: which timesteps to keep: "20", 20, "karras:20", (999, 500, 0), ...; see `grids`.
+            An array is kept as a tuple.
         clip_x_0: the data lies in [-clip_x_0, clip_x_0]; 0 for no clipping.
         dynamic_percentile: dynamic thresholding, in percent (Imagen: 99.5); 0 for off.
         last_noise: for "analytic", the largest mean absolute noise that the last noisy step may
@@ -53,13 +56,14 @@ class Sampling:
     """
 
     method: str = "ddpm"
-    spacing: str = ""
+    spacing: grids.Spacing = ""
     clip_x_0: float = 0.0
     dynamic_percentile: float = 0.0
     last_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check every field but `spacing`, which only a `Diffusion` can judge."""
+        """Check every field; how many steps there are to keep, only a `Diffusion` knows."""
+        object.__setattr__(self, "spacing", grids.read(self.spacing))
         checks.choice("Sampling.method", self.method, METHODS)
         for field in ("clip_x_0", "last_noise", "dynamic_percentile"):
             value = checks.number(f"Sampling.{field}", getattr(self, field), least=0)
@@ -86,7 +90,8 @@ def sample(
 
     Args:
         denoise: the network, perhaps wrapped in guidance.
-        x_T: standard normal noise `[b, ...]`, such as `normal(keys, shape)`.
+        x_T: standard normal noise `[b, ...]`, such as `normal(keys, shape)`, whatever the process:
+            one of sigmas begins with sigma_max times it.
         keys: typed keys `[b]`, for the noise of the steps; other keys than made `x_T`. None with
             `noise`.
         diffusion: what the network was trained to do.
@@ -100,7 +105,7 @@ def sample(
         loop: what does the steps; `progress.Watchable` passes one that a host can watch.
 
     Returns:
-        x_0, float32 `[b, ...]`.
+        x_0, float32 `[b, ...]`; float64 where x_T is.
 
     Raises:
         UserError: keys, noise, eta, spacing, the statistic or the network's output do not fit.
@@ -108,17 +113,18 @@ def sample(
     if not isinstance(eta, jax.core.Tracer):
         eta = checks.number("eta", eta, least=0, most=1)
         check_used("eta", eta, "eta", sampling.method)
-    process = diffusion.process(sampling.spacing)
+    process = diffusion.process(sampling.spacing, state_dtype(x_T))
     draw = _noise_of_steps(process, x_T, keys, noise)
     options = sampling.clip_x_0, sampling.last_noise, eta, analytic
-    solver = METHODS[sampling.method].make(Setting(diffusion, process, *options))
+    setting = Setting(diffusion, process, sampling.spacing, *options)
+    solver = METHODS[sampling.method].make(setting)
     ask = _asking(denoise, diffusion, process, sampling.clip_x_0, sampling.dynamic_percentile)
 
     def step(n: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         i = process.steps - 1 - n  # the noisiest first
         return solver.step(*carry, ask, i, lambda: draw(i))
 
-    start = x_T.astype(jnp.float32)
+    start = x_T.astype(state_dtype(x_T)) * diffusion.noise_std
     x_0, _ = loop(step, (start, solver.memory(start)), process.steps)
     return x_0
 
@@ -144,7 +150,7 @@ def invert(
         loop: as in `sample`.
 
     Returns:
-        x_T, float32 `[b, ...]`.
+        x_T, float32 `[b, ...]`, as `sample` takes it.
 
     Raises:
         UserError: the method adds noise, so that there is no way back.
@@ -153,16 +159,16 @@ def invert(
     if inverse is None:
         expected = "one without noise: it adds noise and cannot be inverted"
         raise wrong("Sampling.method", sampling.method, expected, 'use method="ddim"')
-    process = diffusion.process(sampling.spacing)
-    solver = inverse(Setting(diffusion, process))
+    process = diffusion.process(sampling.spacing, state_dtype(x_0))
+    solver = inverse(Setting(diffusion, process, sampling.spacing))
     ask = _asking(denoise, diffusion, process)
 
     def step(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         return solver.step(*carry, ask, i, None)
 
-    start = x_0.astype(jnp.float32)
+    start = x_0.astype(state_dtype(x_0))
     x_T, _ = loop(step, (start, solver.memory(start)), process.steps)
-    return x_T
+    return x_T / diffusion.noise_std
 
 
 def _asking(

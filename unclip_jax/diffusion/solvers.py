@@ -24,6 +24,7 @@ import numpy as np
 
 from unclip_jax.diffusion import analytic
 from unclip_jax.diffusion.gaussian import Diffusion, Prediction, at, q_posterior, q_sample
+from unclip_jax.diffusion.grids import Spacing
 from unclip_jax.diffusion.schedules import Process
 from unclip_jax.errors import wrong
 
@@ -43,6 +44,7 @@ class Setting(NamedTuple):
 
     diffusion: Diffusion
     process: Process
+    spacing: Spacing = ""
     clip_x_0: float = 0.0
     last_noise: float = 0.0
     eta: float | jax.Array = 0.0

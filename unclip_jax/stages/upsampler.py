@@ -300,7 +300,7 @@ class UpsamplerStage(Stage):
             return self.denoise(network, x_t, t, low, level)
 
         kept = self.diffusion.process(self.sampling.spacing).timesteps
-        until = int(kept[self.last_steps - 1])
+        until = kept[self.last_steps - 1]
         return lambda x_t, t: jax.lax.cond(t[0] <= until, last, first, x_t, t)
 
 

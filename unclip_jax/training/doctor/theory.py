@@ -15,9 +15,10 @@ Knowing m and nothing else of the data, the best is linear in x_t (Wiener). It l
     r = sigma^2 m / (alpha^2 m + sigma^2),
 
 which as an error of eps is r alpha^2 / sigma^2, and of v it is r / sigma^2, since given x_t each of
-the three says the other two. Training draws t uniformly, so both are averaged over all t. Pixels
-lie in [-1, 1], where m <= 1; whitened embeddings have m = 1, and unit embeddings of e dimensions
-times s have m = s^2 / e. To do better takes structure: what there is to learn begins there.
+them says the others (`predictions`). Training draws t uniformly, so all are averaged over all t.
+Pixels lie in [-1, 1], where m <= 1; whitened embeddings have m = 1, and unit embeddings of e
+dimensions times s have m = s^2 / e. To do better takes structure: what there is to learn begins
+there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unclip_jax.diffusion import gaussian
+from unclip_jax.diffusion.predictions import gain, target
 from unclip_jax.training.doctor.findings import TENTH
 from unclip_jax.training.doctor.workdir import Workdir
 
@@ -71,8 +73,13 @@ def band(run: Workdir) -> Band | None:
 def ignorant(diffusion: gaussian.Diffusion, power: float) -> float:
     """Mean squared error, over the timesteps of training, of the answer 0."""
     signal, noise = signal_and_noise(diffusion)
-    errors = {"eps": np.ones_like(signal), "x_0": np.full_like(signal, power)}
-    error = errors.get(diffusion.prediction, signal + noise * power)
+    zero = np.zeros_like(signal)
+    std = diffusion.noise.sigma_data
+    of_x_0, of_eps = (
+        np.asarray(target(diffusion.prediction, *unit, signal**0.5, noise**0.5, std), np.float64)
+        for unit in ((zero + 1, zero), (zero, zero + 1))
+    )
+    error = of_x_0**2 * power + of_eps**2
     return float(error @ diffusion.timestep_probabilities())
 
 
@@ -80,8 +87,9 @@ def linear(diffusion: gaussian.Diffusion, power: float) -> float:
     """Mean squared error, over the timesteps of training, of the best linear denoiser."""
     signal, noise = signal_and_noise(diffusion)
     total = signal * power + noise
-    errors = {"eps": power * signal / total, "x_0": noise * power / total, "v": power / total}
-    return float(errors[diffusion.prediction] @ diffusion.timestep_probabilities())
+    std = diffusion.noise.sigma_data
+    moved = np.asarray(gain(diffusion.prediction, signal**0.5, noise**0.5, std), np.float64)
+    return float(noise * power / total / moved**2 @ diffusion.timestep_probabilities())
 
 
 def signal_and_noise(diffusion: gaussian.Diffusion) -> tuple[np.ndarray, np.ndarray]:
