@@ -170,8 +170,8 @@ def test_a_tfds_class_label_is_read_and_stands_for_a_caption(tmp_path):
             assert "no known class" in str(error)
     assert sorted(found) == [("round", 0), ("square", 1), ("square", 1)]
     for key, message in (
-        ("kind", "got 'kind', expected a feature of .*image"),
-        ("number", "a ClassLabel of .* that has names"),
+        ("kind", "got 'kind', expected a feature of .*it has label"),
+        ("number", "expected a feature of .* with classes that have names; it has label"),
     ):
         with pytest.raises(UserError, match=message):
             load(dataclasses.replace(config, label_key=key))

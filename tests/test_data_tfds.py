@@ -115,7 +115,10 @@ def test_the_image_may_lie_inside(mixed):
         ({"labels": True, "caption_key": "captoin", "label_key": "kind"}, "got 'captoin'"),
         ({"caption_key": "listed", "image_key": "image/filename"}, "image_key: .*deep/mask, image"),
         ({"caption_key": "listed", "label_key": "gone"}, "label_key: got 'gone'.*kind"),
-        ({"caption_key": "listed", "labels": True, "label_key": "image/id"}, "has names"),
+        (
+            {"caption_key": "listed", "labels": True, "label_key": "image/id"},
+            "have names; it has kind",
+        ),
     ],
 )
 def test_what_is_none_is_refused_with_those_that_are(mixed, options, message):

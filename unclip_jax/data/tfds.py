@@ -73,25 +73,23 @@ class TfdsSource:
         """
         self.name = f"tfds:{builder.info.full_name}"
         leaves = dict(_leaves(builder.info.features))
-        keys = {"label_key": label_key, "image_key": image_key, "caption_key": caption_key}
         if caption_key == "caption" and caption_key not in leaves and (label_key or bare):
-            keys["caption_key"] = caption_key = label_key if labels else None
+            caption_key = label_key if labels else None
         self._image_key, self._caption_key, self._name_key = image_key, caption_key, name_key
-        tests = {"image_key": _is_image, "caption_key": _is_caption}
-        for field, key in keys.items():
-            fits = tests.get(field, lambda feature: True)
+        for field, key, what, fits in (
+            ("label_key", label_key, "classes that have names", lambda f: classes or _names(f)),
+            ("image_key", image_key, "pictures", _is_image),
+            ("caption_key", caption_key, "text", _is_caption),
+        ):
             if key is not None and not (key in leaves and fits(leaves[key].feature)):
                 there = [name for name, leaf in leaves.items() if fits(leaf.feature)]
-                what = {"image_key": "pictures", "caption_key": "text"}.get(field, "features")
-                raise wrong(field, key, f"a feature of {self.name} with {what}",
-                            f"it has {', '.join(there) or f'no {what}'}")  # fmt: skip
+                expected = f"a feature of {self.name} with {what}"
+                raise wrong(field, key, expected, f"it has {', '.join(there) or f'no {what}'}")
         if leaves[image_key].several:
             raise UserError(f"image_key: {image_key!r}: {self.name} has several there; name one")
         self._bare, self._label_key, self.classes = bare, label_key if labels else None, ()
         if label_key and labels:
             self.classes = classes or _names(leaves[label_key].feature)
-            if not self.classes:
-                raise wrong("label_key", label_key, f"a ClassLabel of {self.name} that has names")
         self._names = _names(leaves[caption_key].feature) if caption_key else ()
         self._rows = _open(builder, split, self.name, image_key, leaves[image_key].feature)
         self.image_count = len(self._rows)
