@@ -49,7 +49,7 @@ class Settings:
         class_pictures: pictures drawn for the name of each class; 0 measures nothing of classes.
         template: what a class's name becomes a caption by.
         seed: of the choice of captions and of the pictures.
-        batch_size: pictures computed together; it changes no figure.
+        batch_size: pictures computed together; it changes figures by rounding alone.
     """
 
     features: str = "own-clip"

@@ -1,8 +1,8 @@
 """Sets of pictures as vectors: real ones read batch by batch, generated ones drawn so.
 
 Of the pictures themselves no more than a batch is in memory, beside the few that are shown. Every
-picture has its own key and every batch the same shape, so that the size of a batch changes neither
-pictures nor figures.
+picture has its own key and every batch the same shape, so that the size of a batch changes pictures
+and figures by rounding alone.
 """
 
 from __future__ import annotations

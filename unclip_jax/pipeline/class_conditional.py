@@ -85,7 +85,7 @@ def generate(
         guidance_scale: classifier-free, away from no class; None takes the decoder's own.
         classifier_scale: of the classifier's gradient; 1 is Bayes' rule, more is more typical, and
             0 asks no classifier.
-        batch_size: pictures computed together; it changes no picture.
+        batch_size: pictures computed together, see `UnCLIP.generate`.
 
     Returns:
         uint8 [len(labels) * num, size, size, 3], the pictures of one class side by side.

@@ -133,7 +133,9 @@ class UnCLIP:
         return loaded
 
     def on(self, mesh: Mesh) -> UnCLIP:
-        """This model on several devices, which draw each batch together; no picture changes.
+        """This model on several devices, which draw each batch together.
+
+        No picture changes by more than another batch size changes it, see `generate`.
 
         Args:
             mesh: `sharding.make_mesh()` gives every device a copy of the weights and its share of
@@ -395,7 +397,9 @@ class UnCLIP:
             prior_guidance_scale: the prior's guidance; None takes the model's own.
             guidance_scale: the decoder's guidance; None takes the model's own.
             upsample: False stops after the decoder.
-            batch_size: pictures computed together; it changes no picture.
+            batch_size: pictures computed together. It changes no noise, but the order of sums: by
+                at most 1 of 255 in float32 and, in bfloat16, by as much as its own rounding does,
+                0.5 of 255 in the mean and over 100 at some edges (docs/samplers.md).
             noise: to use instead of what the key draws, for comparisons with other programs. For
                 n pictures, any of "prior" [n, draws, steps, e], "decoder" [n, steps, s, s, 3] and
                 "upsampler_SIZE" [n, steps, size, size, 3]: x_T, then what each step but the last

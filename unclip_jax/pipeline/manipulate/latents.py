@@ -60,7 +60,7 @@ class Walk:
             is 1. With a number, 1 too, x_0 is clipped as the decoder's own settings say, since
             guidance overshoots.
         caption: what the decoder reads beside z_i, both ways; "" for no caption.
-        batch_size: pictures computed together; it changes no picture.
+        batch_size: pictures computed together, see `UnCLIP.generate`.
         negative: the caption that guidance leads away from, in the place of no caption.
 
     Raises:
