@@ -6,8 +6,8 @@ float32 whatever the network computes in (float64 where x_T is, which takes jax_
 Guidance is not the samplers' business: `guidance` wraps a network into another `denoise`.
 
 Each example has its own key, folded with the step's number, so that a sample depends on its key
-and inputs and never on its neighbours in the batch (with JAX's default threefry keys), whose number
-only changes the order of sums, and so rounding.
+and inputs and, but for rounding, never on its neighbours in the batch (with JAX's default threefry
+keys).
 Call these functions inside `jax.jit`: methods and steps are static there, eta, guidance scale
 and analytic statistics may be traced, so that a new value compiles nothing.
 """

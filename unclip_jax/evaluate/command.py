@@ -60,12 +60,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--class_pictures", type=int, default=0, help="pictures to draw of each class (default 0)")
     add("--template", default="{}", help='caption of a class, as "a photo of a {}"')
     add("--seed", type=int, default=usual.seed)
-    add(
-        "--batch_size",
-        type=int,
-        default=usual.batch_size,
-        help="pictures computed together (default %(default)s)",
-    )
+    size = f"pictures computed together (default {usual.batch_size})"
+    add("--batch_size", type=int, default=usual.batch_size, help=size)
     add("--out", metavar="DIR", help="also write figures.json, plots, grids and a page here")
     return parser.parse_args(argv)
 
