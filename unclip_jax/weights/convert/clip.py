@@ -27,7 +27,8 @@ from unclip_jax.stages import ClipStage
 from unclip_jax.weights.convert import clip_configs, clip_names, huggingface
 from unclip_jax.weights.convert.clip_configs import ARCHS, OPENAI_MARK
 from unclip_jax.weights.convert.folders import weights_in
-from unclip_jax.weights.convert.tables import Row, Tensors, open_weights, to_ours
+from unclip_jax.weights.convert.tables import Row, to_ours
+from unclip_jax.weights.convert.tensor_files import Tensors, open_tensors
 from unclip_jax.weights.trained import Part
 
 OPENCLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
@@ -71,7 +72,7 @@ def load(
         weights = weights_in(source, OPENCLIP_STEMS)
     else:
         config, apart, weights = None, False, source
-    with open_weights(weights) as tensors:
+    with open_tensors(weights) as tensors:
         tensors = tensors.of_training("module.")
         if apart:
             tensors = tensors.select(lambda name: name.removeprefix("text."))
@@ -118,7 +119,7 @@ def load_huggingface(
         tensors = Tensors({}, {}.__getitem__, "CLIP")
         for folder in folders:
             towers |= clip_configs.towers(folder / huggingface.CONFIG_FILE)
-            found = stack.enter_context(open_weights(weights_in(folder)))
+            found = stack.enter_context(open_tensors(weights_in(folder)))
             tensors = tensors.join(found) if tensors.shapes else found
         encoder = None
         if text := towers.get("text"):

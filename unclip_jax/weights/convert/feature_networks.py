@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.features import efficientnet, inception
-from unclip_jax.weights.convert.tables import Params, Row, open_weights, row, to_ours
+from unclip_jax.weights.convert.tables import Params, Row, row, to_ours
+from unclip_jax.weights.convert.tensor_files import open_tensors
 
 # Of each network of the family, the file in its package.
 _WEIGHTS = {
@@ -95,7 +96,7 @@ def _load(path: Path, network: Any, table: list[Row], logits: str, classes: int)
         left_out = name.startswith(logits) or name.endswith(".num_batches_tracked")
         return None if left_out else name
 
-    with open_weights(path) as tensors:
+    with open_tensors(path) as tensors:
         found = tensors.shapes.get(f"{logits}weight")
         if found is not None and found.shape[0] != classes:
             do = "get the file that the class's documentation names"

@@ -35,8 +35,8 @@ from unclip_jax.stages import DecoderStage, PriorStage, UpsamplerStage, normalis
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.convert import clip, karlo_configs, karlo_names
 from unclip_jax.weights.convert.folders import read_json, weights_in
-from unclip_jax.weights.convert.tables import Row, Tensors, open_weights, to_ours, under
-from unclip_jax.weights.convert.tensor_files import open_tensors
+from unclip_jax.weights.convert.tables import Row, to_ours, under
+from unclip_jax.weights.convert.tensor_files import Tensors, open_tensors
 from unclip_jax.weights.trained import Part
 
 PRIOR_STEPS, DECODER_STEPS, SUPER_RES_STEPS = "25", "25", "7"
@@ -291,7 +291,7 @@ def _part(
     filled = {row.ours.split("/")[0] for row in table}
     target = {name: shapes[name] for name in shapes if name in filled}
     with contextlib.ExitStack() as stack:
-        opened = {prefix: stack.enter_context(open_weights(path)) for prefix, path in files.items()}
+        opened = {prefix: stack.enter_context(open_tensors(path)) for prefix, path in files.items()}
         each = (found.of_training("model.").prefixed(prefix) for prefix, found in opened.items())
         tensors = functools.reduce(Tensors.join, each)
         params = to_ours(table, tensors, target, dtype)

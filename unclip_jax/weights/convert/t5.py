@@ -17,7 +17,8 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.t5 import T5Config, T5Encoder
 from unclip_jax.weights.convert.folders import weights_in
 from unclip_jax.weights.convert.huggingface import CONFIG_FILE, read_config
-from unclip_jax.weights.convert.tables import Params, Row, Tensors, open_weights, row, to_ours
+from unclip_jax.weights.convert.tables import Params, Row, row, to_ours
+from unclip_jax.weights.convert.tensor_files import Tensors, open_tensors
 
 # By their field and by what transformers makes of all fields: whether it is gated, and by what.
 _PERCEPTRONS = {"relu": "relu", "gated-gelu": "gated_gelu"}
@@ -90,7 +91,7 @@ def load_t5(folder: str | Path, dtype: str = "float32") -> tuple[T5Config, Param
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), bool)
     target = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), tokens, mask)["params"]
-    with open_weights(weights_in(folder)) as whole:
+    with open_tensors(weights_in(folder)) as whole:
         return config, to_ours(t5_table(config), encoder_tensors(whole), target)
 
 

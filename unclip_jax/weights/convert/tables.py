@@ -8,11 +8,8 @@ exact. Nothing is guessed: every tensor must be used once, with the shape that o
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +18,9 @@ import numpy as np
 
 from unclip_jax.common.params import compare_shapes, flatten, unflatten
 from unclip_jax.errors import UserError
-from unclip_jax.weights.convert.tensor_files import open_tensors
+from unclip_jax.weights.convert.tensor_files import Shapes, Tensors
 
 Params = dict[str, Any]
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Row(NamedTuple):
@@ -163,66 +159,6 @@ def under(prefix: str, table: list[Row]) -> list[Row]:
 def named(prefix: str, table: list[Row]) -> list[Row]:
     """The same table where all their names begin with `prefix`."""
     return [r._replace(theirs=tuple(prefix + name for name in r.theirs)) for r in table]
-
-
-# ---------------------------------------------------------------- their tensors
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensors:
-    """Named tensors that are read one at a time.
-
-    Attributes:
-        shapes: shape and dtype of each, by name.
-        read: gives one of them.
-        origin: where they come from, for messages.
-    """
-
-    shapes: Shapes
-    read: Callable[[str], np.ndarray]
-    origin: str
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], origin: str) -> Tensors:
-        """Arrays that are in memory."""
-        shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
-        return cls(shapes, arrays.__getitem__, origin)
-
-    def select(self, choose: Callable[[str], str | None]) -> Tensors:
-        """Those that `choose` gives a name, under that name."""
-        names = {new: old for old in self.shapes if (new := choose(old)) is not None}
-        shapes = {new: self.shapes[old] for new, old in names.items()}
-        return Tensors(shapes, lambda name: self.read(names[name]), self.origin)
-
-    def prefixed(self, prefix: str) -> Tensors:
-        """These, with `prefix` before their names."""
-        return self.select(lambda name: prefix + name)
-
-    def within(self, prefix: str) -> Tensors:
-        """Those whose names begin with `prefix`, without it."""
-        return self.select(lambda n: n[len(prefix) :] if n.startswith(prefix) else None)
-
-    def of_training(self, prefix: str) -> Tensors:
-        """The weights in a checkpoint of training, without `prefix`; others as they are."""
-        has_more = any(name.startswith("state_dict.") for name in self.shapes)
-        inside = self.within("state_dict.") if has_more else self
-        return inside.select(lambda name: name.removeprefix(prefix))
-
-    def join(self, other: Tensors, prefix: str = "") -> Tensors:
-        """These and others, whose names get `prefix`."""
-        other = other.prefixed(prefix) if prefix else other
-
-        def read(name: str) -> np.ndarray:
-            return (other if name in other.shapes else self).read(name)
-
-        return Tensors(self.shapes | other.shapes, read, f"{self.origin} and {other.origin}")
-
-
-@contextlib.contextmanager
-def open_weights(path: Path) -> Iterator[Tensors]:
-    """The tensors of a weight file, see `tensor_files.open_tensors`."""
-    with open_tensors(path) as source:
-        yield Tensors(source.shapes, source.read, str(path))
 
 
 # ---------------------------------------------------------------- both directions

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 
 import jax
@@ -30,34 +30,72 @@ _MAX_INDEX_BYTES = 64 << 20
 _LISTED = 3  # names a message shows before it only counts
 
 
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
 @dataclasses.dataclass(frozen=True)
-class TensorSource:
-    """The tensors of an open weight file.
+class Tensors:
+    """Named tensors that are read one at a time.
 
     Attributes:
-        path: the file, or the index of its shards.
-        shapes: shape and dtype of every tensor by name, unread, in the order of the file; of
-            shards, one shard after another, which is the cheap order to read them in.
+        shapes: shape and dtype of each by name, unread, in the order of the file; of shards, one
+            shard after another, which is the cheap order to read them in.
+        origin: where they come from, for messages.
     """
 
-    path: Path
-    shapes: dict[str, jax.ShapeDtypeStruct]
+    shapes: Shapes
     _read: Callable[[str], np.ndarray]
+    origin: str
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, with the shape and dtype that `shapes` gives, in memory of its own.
+        """One tensor, with the shape and dtype that `shapes` gives.
 
         Raises:
             UserError: no tensor of that name, or the file was damaged meanwhile.
         """
         if name not in self.shapes:
             held = f"{len(self.shapes)} ({_listing(list(self.shapes))})"
-            raise UserError(f"{self.path}: no tensor {name!r} among its {held}")
+            raise UserError(f"{self.origin}: no tensor {name!r} among its {held}")
         return self._read(name)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray], origin: str) -> Tensors:
+        """Arrays that are in memory."""
+        shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
+        return cls(shapes, arrays.__getitem__, origin)
+
+    def select(self, choose: Callable[[str], str | None]) -> Tensors:
+        """Those that `choose` gives a name, under that name."""
+        names = {new: old for old in self.shapes if (new := choose(old)) is not None}
+        shapes = {new: self.shapes[old] for new, old in names.items()}
+        return Tensors(shapes, lambda name: self.read(names[name]), self.origin)
+
+    def prefixed(self, prefix: str) -> Tensors:
+        """These, with `prefix` before their names."""
+        return self.select(lambda name: prefix + name)
+
+    def within(self, prefix: str) -> Tensors:
+        """Those whose names begin with `prefix`, without it."""
+        return self.select(lambda n: n[len(prefix) :] if n.startswith(prefix) else None)
+
+    def of_training(self, prefix: str) -> Tensors:
+        """The weights in a checkpoint of training, without `prefix`; others as they are."""
+        has_more = any(name.startswith("state_dict.") for name in self.shapes)
+        inside = self.within("state_dict.") if has_more else self
+        return inside.select(lambda name: name.removeprefix(prefix))
+
+    def join(self, other: Tensors, prefix: str = "") -> Tensors:
+        """These and others, whose names get `prefix`."""
+        other = other.prefixed(prefix) if prefix else other
+
+        def read(name: str) -> np.ndarray:
+            return (other if name in other.shapes else self).read(name)
+
+        return Tensors(self.shapes | other.shapes, read, f"{self.origin} and {other.origin}")
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | Path) -> Iterator[TensorSource]:
+def open_tensors(path: str | Path) -> Iterator[Tensors]:
     """Open a weight file, or the index of a sharded one, for reading tensor by tensor.
 
     Args:
@@ -79,7 +117,7 @@ def open_tensors(path: str | Path) -> Iterator[TensorSource]:
 
 
 @contextlib.contextmanager
-def _open_file(path: Path) -> Iterator[TensorSource]:
+def _open_file(path: Path) -> Iterator[Tensors]:
     """Open one file that holds tensors."""
     kind = _kind(path)
     if kind == "index":
@@ -92,12 +130,12 @@ def _open_file(path: Path) -> Iterator[TensorSource]:
 
         with mapped(path) as file:
             found = shapes(file, path)
-        yield TensorSource(path, found, read)
+        yield Tensors(found, read, str(path))
         return
     with path.open("rb") as file:
         torch_file = (open_zip if kind == "zip" else open_legacy)(file, str(path))
         found = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in torch_file.tensors.items()}
-        yield TensorSource(path, found, torch_file.read)
+        yield Tensors(found, torch_file.read, str(path))
 
 
 def _listing(names: list[str]) -> str:
@@ -158,7 +196,7 @@ def _guess(head: bytes) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _open_shards(index: Path) -> Iterator[TensorSource]:
+def _open_shards(index: Path) -> Iterator[Tensors]:
     """Open a model in shards: each is looked into once, then opened again when read from."""
     shard_of = _read_index(index)
     shards = list(dict.fromkeys(shard_of.values()))
@@ -173,7 +211,7 @@ def _open_shards(index: Path) -> Iterator[TensorSource]:
             _check_listed(index, shard, listed, source.shapes.keys())
             found.update(source.shapes)
     with contextlib.closing(_Shards(index.parent, shard_of)) as opened:
-        yield TensorSource(index, found, opened.read)
+        yield Tensors(found, opened.read, str(index))
 
 
 def _check_listed(index: Path, shard: str, listed: Set[str], held: Set[str]) -> None:
@@ -194,7 +232,7 @@ class _Shards:
         self._folder, self._shard_of = folder, shard_of
         self._opened = contextlib.ExitStack()
         self._shard: str | None = None
-        self._source: TensorSource | None = None
+        self._source: Tensors | None = None
 
     def read(self, name: str) -> np.ndarray:
         shard = self._shard_of[name]
