@@ -1,7 +1,8 @@
-"""What the configs of the box model share: sizes that CLIP, prior and decoder agree on, variants.
+"""What the configs of the box model share: sizes that its stages agree on, variants.
 
-All four stages together have 19.3 M parameters, 39 MB in bf16. configs/box/train.sh trains them in
-order and resumes. The variants, the text after the colon (clip.py:gpu):
+All stages together have 29.4 M parameters, 59 MB in bf16: the canvas is part of the decoder.
+configs/box/train.sh trains them in order and resumes. The variants, the text after the colon
+(clip.py:gpu):
 
     (none)  float32 and small batches, for CPU cores and patience
     :gpu    bfloat16, larger batches, more of them: one accelerator
@@ -14,6 +15,7 @@ import dataclasses
 
 from unclip_jax.configs import base
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.weights.trained import in_dtype
 
 VARIANTS = ("", "gpu", "smoke")
@@ -21,6 +23,9 @@ VARIANTS = ("", "gpu", "smoke")
 CONTEXT_LENGTH = 28  # the longest caption of the data set has 27 tokens
 VOCAB_SIZE = 4096
 EMBED_DIM = 192
+IMAGE_SIZE = 64  # of what the decoder draws
+
+CANVAS = CanvasConfig(embed_dim=EMBED_DIM, width=1536, layers=2, size=32)
 
 DATA = DataConfig(name="emoji_styles")
 

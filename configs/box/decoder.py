@@ -2,7 +2,11 @@
 
     unclip styles build --size 48 64
     unclip train --config=box/decoder --workdir=runs/box/decoder \
-        --config.clip=runs/box/clip
+        --config.clip=runs/box/clip --config.prior=runs/box/prior \
+        --config.canvas=runs/box/canvas
+
+It sees a canvas, 10.0 M parameters more that are frozen, and half of the rows take the prior's own
+z_i.
 
 The U-Net works on 4x4 patches, so its first level has a side of 16, and too few features to carry
 48 numbers a patch: two small convolutions over pixels (`pixel_channels`) see its input beside its
@@ -23,7 +27,7 @@ def get_config(variant=""):
     stage = DecoderStage(
         model=DecoderConfig(
             unet=UNetConfig(
-                image_size=64,
+                image_size=base.IMAGE_SIZE,
                 in_channels=3,
                 out_channels=3,
                 channels=64,
@@ -47,7 +51,9 @@ def get_config(variant=""):
         diffusion=Diffusion(prediction="x_0", variance="fixed_small", timestep_shift=2.5),
         sampling=Sampling(method="dpm++", spacing="12", clip_x_0=1.0),
         guidance_scale=2.0,
-    )
+        caption_drop=0.3,
+        z_i_noise=0.15,
+    ).with_canvas(base.CANVAS)
     train = TrainConfig(
         batch_size=64,
         steps=10_000,

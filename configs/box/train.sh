@@ -20,8 +20,10 @@ unclip styles build --size 48 64 256
 train first/clip clip
 train clip clip --config.init="$out/first/clip" --config.data.augment=0.25 \
     --config.train.batch_size=512 --config.train.learning_rate=5e-4 --config.train.steps=400
-train decoder decoder --config.clip="$out/clip"
 train prior prior --config.clip="$out/clip"
+train canvas canvas --config.clip="$out/clip" --config.prior="$out/prior"
+train decoder decoder --config.clip="$out/clip" --config.prior="$out/prior" \
+    --config.canvas="$out/canvas"
 train upsampler upsampler
 
 echo "== evaluate"

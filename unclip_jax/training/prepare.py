@@ -269,8 +269,7 @@ def with_canvas(given: Settings, stage: stages.Stage, origin: Origin | None) -> 
     if stage.canvas and (origin is None or origin.trained.canvas is None):
         raise UserError(
             "config.canvas: empty, expected the folder of the trained canvas that config.stage asks"
-            " for; train one and give --config.canvas=WORKDIR, or set config.stage.canvas to None"
-            " and config.stage.model.unet.in_channels to 3"
+            " for; train one (kind canvas) and give --config.canvas=WORKDIR"
         )
     return stage
 

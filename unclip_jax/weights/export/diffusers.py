@@ -85,8 +85,7 @@ _Component = tuple[str, str, str]
 def _check_form(stage: stages.Stage, path: Path) -> None:
     fits = getattr(stage, "empty_null", stage.last_steps == 1)
     if stage.unet:
-        fits = fits and stage.unet.patch == 1 and not stage.unet.pixel_channels
-    fits = fits and getattr(stage, "canvas", None) is None
+        fits = fits and stage.unet.patch == 1 and not (stage.unet.pixel_channels or stage.canvas)
     if not fits:
         raise UserError(
             f"{path}: a {stage.kind} of another form than Karlo's, which diffusers' layout cannot"
