@@ -17,10 +17,13 @@ from unclip_jax.data.datasets import DataConfig
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
 from unclip_jax.models.canvas import CanvasConfig
+from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.training import command, prepare, prior_samples, save
 from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.doctor import workdir
+from unclip_jax.training.doctor.command import examine
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.trained import load_part
@@ -169,6 +172,26 @@ def test_guidance_leads_away_from_the_canvas_of_nothing_and_rows_are_apart():
     np.testing.assert_allclose(denoise(x_t, t)[..., :3], expected, atol=1e-4)
 
 
+def test_edits_go_on_working():
+    """`tests/test_manipulate.py` says what they do; here the decoder has a canvas."""
+    plain = tiny.model()
+    decoder = plain.decoder._replace(stage=DECODER, params=FULL)
+    model = dataclasses.replace(plain, decoder=decoder)
+    walk = manipulate.Walk(steps=2, guidance_scale=2.0, batch_size=2)
+    images, key = np.asarray(tiny.batch(2, 16)["image"]), jax.random.key(0)
+    latents = manipulate.encode(model, images, walk)
+    turned = manipulate.text_diff(model, latents, "a dog", "a cat", [0.0, 1.0])
+    between = manipulate.interpolate(latents, 2)
+    for some in (turned, between):
+        made = manipulate.pictures(model, key, some, walk, upsample=False)
+        assert made.shape == (len(some.z_i), 16, 16, 3)
+    hole = np.zeros((16, 16), bool)
+    hole[4:12, 4:12] = True
+    filled = manipulate.inpaint(model, key, images[0], hole, walk, num=2, upsample=False)
+    np.testing.assert_allclose(filled[:, ~hole], np.stack([images[0]] * 2)[:, ~hole], atol=1)
+    assert np.any(filled[:, hole] != images[0][None, hole])
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"unet\.in_channels: got 3, expected 6: x_t's and"):
         dataclasses.replace(tiny.DECODER, canvas=STAGE.model)
@@ -249,6 +272,11 @@ def test_it_trains_and_a_decoder_trains_on_it_and_draws(folder, no_curves):
     save.main(["--workdir", str(folder / "decoder"), "--out", str(folder / "saved")])
     saved = load_part(folder / "saved")
     assert jax.tree.all(jax.tree.map(np.array_equal, saved.params, decoder.params))
+
+    # The doctor can look at both.
+    for name in ("canvas", "decoder"):
+        found = examine(workdir.read(folder / name), str(folder / "clip"))
+        assert "data_not_seen" not in [finding.name for finding in found]
 
     model = dataclasses.replace(tiny.model(), decoder=decoder)
     model.check()

@@ -73,6 +73,9 @@ class CanvasStage(Stage):
         """CLIP's embeddings."""
         return z_i_field(self.model.embed_dim) | z_t_field(self.model.embed_dim)
 
+    def data_power(self, normalised: str | None) -> None:
+        """None: it denoises nothing."""
+
     def init(self, key: jax.Array) -> Params:
         """Random params, with the identity as both normalisations until they are replaced."""
         e = self.model.embed_dim
