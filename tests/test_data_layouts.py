@@ -153,7 +153,11 @@ def test_a_table_in_parquet(tmp_path):
         ("captions.csv", "a.jpg,one\n", "line 1: got .* expected the names of the fields"),
         ("captions.csv", "url,caption\nhttp://x/a.jpg,x\n", "addresses of pictures.*img2dataset"),
         ("cc3m.tsv", "a bus\thttp://x/a.jpg\n", "addresses of pictures.*img2dataset"),
-        ("captions.json", {"images": [], "annotations": [{"image_id": 3}]}, "of no image|has none"),
+        (
+            "captions.json",
+            {"images": [], "annotations": [{"image_id": 3}]},
+            "captions.json has no rows",
+        ),
         ("captions.jsonl", '{"file": "a.jpg", "caption": {"en": "x"}}', "caption_key='caption/en'"),
         (
             "captions.jsonl",
@@ -207,7 +211,7 @@ def test_keys_are_honoured_or_refused(tmp_path):
     assert pairs(beside, caption_key="alt", image_key="jpg") == [("a.jpg", "j")]
     assert pairs(beside, caption_key="deep/er", image_key="jpg") == [("a.jpg", "d")]
     assert pairs(beside, caption_key="txt", image_key="jpg") == [("a.jpg", "t")]
-    assert "field of its .json files: 'alt', 'deep/er'" in refused(beside, caption_key="gone")
+    assert "caption_key may be 'alt', 'deep/er'" in refused(beside, caption_key="gone")
     assert "image_key: got 'webp'" in refused(beside, image_key="webp")
     assert "image_key: got 'webp'" in refused(fill(tmp_path / "c", {"a.png": None}),
                                              image_key="webp", bare=True)  # fmt: skip
@@ -267,6 +271,15 @@ def test_names_that_match_no_image_are_shown_beside_those_there(tmp_path, names,
 )
 def test_a_folder_of_something_else_says_what_reads_it(tmp_path, files, said):
     assert said.format(tmp_path) in refused(fill(tmp_path, files))
+
+
+def test_what_tells_no_captions_hides_no_other_that_does(tmp_path):
+    takeout = {"a.png": None, "a.png.json": {"title": "a.png", "geo": {"x": 1}}}
+    assert "none of its 1 images has a caption" in refused(fill(tmp_path / "takeout", takeout))
+    table = {"all.tsv": "a.png\tone\n", "metadata.json": {"name": "mine", "licence": "MIT"}}
+    assert pairs(fill(tmp_path / "takeout", table)) == [("a.png", "one")]
+    beside = {"a.png": None, "a.txt": "one", "metadata.json": {"name": "mine"}}
+    assert pairs(fill(tmp_path / "beside", beside)) == [("a.png", "one")]
 
 
 def test_what_may_mean_two_things_is_refused(tmp_path):

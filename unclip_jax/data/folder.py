@@ -2,10 +2,10 @@
 
 Captions stand in one of these places, and the first that is there counts:
 
-1. a table at the top: `captions.*` or `metadata.*`, with `.jsonl`, `.csv`, `.tsv`, `.json` or
-   `.parquet`;
+1. a table at the top: `captions` or `metadata`, with `.jsonl` or `.csv`;
 2. a file beside each image: `.txt` or `.caption`, each line of it a caption, or `.json`;
-3. such tables in sub-folders, whose paths begin there, as Hugging Face's imagefolder has them;
+3. such tables in sub-folders, whose paths begin there, as Hugging Face's imagefolder has them, or
+   with `.tsv` or `.parquet`;
 4. any other table whose rows name images of the folder: COCO's, Flickr8k's, a TSV.
 
 `tables` says what a table may be. Where classes are asked for, they are a table's `label`, or the

@@ -16,7 +16,7 @@ from unclip_jax.data.tables import Keys
 from unclip_jax.errors import UserError, one_line
 
 _FIRST = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
-_NAMED = re.compile(r"(?:.*/)?(?:captions|metadata)\.(?:jsonl|csv|tsv|json|parquet)")
+_NAMED = re.compile(r"(?:.*/)?(?:captions|metadata)\.(?:jsonl|csv|tsv|parquet)")
 _BESIDE = (".txt", ".caption", ".json")
 _SPLIT = re.compile(r"(?<![a-z])(train|valid|val|dev|test|heldout)(?:ing|ation)?(?![a-z])")
 _NOT_READ = (".heic", ".heif", ".jxl", ".svg", ".eps", ".cr2", ".nef", ".arw", ".dng", ".raw")
@@ -145,14 +145,14 @@ class Reader:
     # ------------------------------------------------------------------ where captions are
 
     def _tables(self) -> tuple[list[str], list[str]]:
-        """The tables with usual names: at the top, and in sub-folders."""
+        """The tables with usual names: those that come first, and those that come last."""
         if self._table:
             return [self._table], []
         named = [name for name in self.listing.files if _NAMED.fullmatch(name)]
-        top = [name for name in named if "/" not in name]
-        top = [name for name in _FIRST if name in top] or top
         bases = {stem(name) for name in self.images}
-        return top, [name for name in named if "/" in name and stem(name) not in bases]
+        others = [name for name in named if name not in _FIRST and stem(name) not in bases]
+        at_top = [name for name in others if "/" not in name]
+        return [name for name in _FIRST if name in named], at_top or others
 
     def _from_any(self) -> dict[str, Told]:
         """Captions from the first place that has any."""
@@ -177,14 +177,20 @@ class Reader:
                 f" a suffix of the images of {self.listing.name}: {_shown(self.images)}"
                 + "".join(f"; {why}" for why in self._found[:3])
             )
+        key = self._keys.caption
+        if key and not any(one.captions for one in found.values()):
+            raise UserError(
+                f"caption_key: got {key!r}, expected a suffix of files beside the images of"
+                f" {self.listing.name}, or a field of their .json or of a table of captions"
+                + "".join(f"; {why}" for why in self._found[:3])
+            )
         return found
 
     def _beside(self) -> dict[str, Told] | None:
         """Captions from the files beside the images; None where no image has any."""
-        key = self._keys.caption
         found, fields = {}, {}
         places = {name: self._place(name) for name in self.images}
-        if not any(places.values()) and (not key or not self._texts):
+        if not any(places.values()):
             return None
         self.layout = "the file beside it"
         with progress(f"{self.listing.name}: captions", " images", len(places)) as bar:
@@ -200,21 +206,18 @@ class Reader:
                     self.skipped[name] = f"its caption can't be read ({error.strerror})"
                 except texts.NotText as error:
                     self.skipped[name] = f"its caption is {error}"
-        if key and not any(one.captions for one in found.values()):
-            raise UserError(
-                f"caption_key: got {key!r}, expected a suffix of the files beside the images of"
-                f" {self.listing.name}, or a field of its .json files: {texts.offered(fields)}"
-            )
-        return found
+        if any(one.captions for one in found.values()):
+            return found
+        more = f"; caption_key may be {texts.offered(fields)}" if fields else ""
+        self._found.append(f"the files beside the images have no captions{more}")
+        return None
 
     def _place(self, name: str) -> str:
         """The file beside an image that has its captions; "" for none."""
         key, base = self._keys.caption, stem(name)
-        suffixes = (f".{key.lstrip('.')}", ".json") if key else _BESIDE
-        known = self._texts if not key else {**self._texts, **dict.fromkeys(self.listing.files)}
-        for suffix in suffixes:
+        for suffix in (f".{key.lstrip('.')}", ".json") if key else _BESIDE:
             for place in (base + suffix, name + suffix):
-                if place in known:
+                if place in self._texts or (key and place in self.listing.files):
                     return self._texts.get(place, place)
         return ""
 
@@ -317,6 +320,8 @@ class Reader:
                 usable[name] = matched
             elif missed:
                 self._found.append(f"{name} names {matcher.asked} files, {matcher.advice(missed)}")
+            else:
+                self._found.append(f"{name} has no rows")
         chosen: dict[str, set[str]] = {}
         for name, matched in usable.items():
             for other, theirs in chosen.items():

@@ -23,6 +23,7 @@ IMAGE_FIELDS = (
     "file", "image", "file_name", "filename", "filepath", "file_path", "path", "image_path", "img",
     "image_name", "image_file", "img_path",
 )  # fmt: skip
+CAPTION_FIELDS = (*texts.CAPTION_FIELDS, "title", "description", "comment", "raw")
 LABEL_FIELDS = ("label",)
 _ADDRESSES = ("url", "image_url", "coco_url", "flickr_url", "link")
 _DELIMITERS = ",\t;|"
@@ -78,7 +79,7 @@ def _row(where: str, fields: dict[str, Any], keys: Keys, bare: bool) -> Row:
     file = _found(where, fields, "image", keys.image, IMAGE_FIELDS)
     label = _found(where, fields, "label", keys.label, LABEL_FIELDS, bool(keys.label))
     required = not bare and not label
-    found = _found(where, fields, "caption", keys.caption, texts.CAPTION_FIELDS, required)
+    found = _found(where, fields, "caption", keys.caption, CAPTION_FIELDS, required)
     try:
         captions, fault = texts.captions(found), ""
     except texts.BadEncoding as error:
@@ -264,7 +265,7 @@ def _delimiter(header: str, keys: Keys) -> str:
     def worth(delimiter: str) -> tuple[int, int]:
         fields = [field.strip().strip('"').strip() for field in header.split(delimiter)]
         shows = (keys.image in fields or texts.field_of(fields, IMAGE_FIELDS) is not None) + (
-            keys.caption in fields or texts.field_of(fields, texts.CAPTION_FIELDS) is not None
+            keys.caption in fields or texts.field_of(fields, CAPTION_FIELDS) is not None
         )
         return shows if len(fields) > 1 else 0, len(fields)
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-CAPTION_FIELDS = ("caption", "text", "captions", "texts", "title", "description", "comment", "raw")
+CAPTION_FIELDS = ("caption", "text", "captions", "texts")
 _MARKS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),

@@ -22,7 +22,6 @@ from unclip_jax.data.shards.storage import StoredFile, is_remote
 from unclip_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
-CAPTION_FIELDS = ("caption", "text", "captions", "texts")
 _NO_IMAGES = ("txt", "json", "cls", "npy", "pyd", "pth", "url", "mp4", "wav", "flac")
 _MAX_TEXT = 2**24  # bytes of a caption, a class or a .json
 _MAX_LABEL = 200  # characters
@@ -147,7 +146,7 @@ class TarShards:
         for suffix in ("txt", "caption"):
             if captions := texts.captions(sample.text(suffix)):
                 return captions
-        field = texts.field_of(sample.fields, CAPTION_FIELDS)
+        field = texts.field_of(sample.fields, texts.CAPTION_FIELDS)
         return texts.captions(sample.fields[field]) if field else ()
 
     def _under(self, sample: _Parts, key: str) -> Any:
