@@ -13,6 +13,7 @@ from scipy.special import erf
 from configs import base
 from tests import tiny
 from unclip_jax import stages
+from unclip_jax.common.params import flatten
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
@@ -26,6 +27,7 @@ from unclip_jax.training.doctor import workdir
 from unclip_jax.training.doctor.command import examine
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.export import program
 from unclip_jax.weights.trained import load_part
 
 STAGE, DECODER = tiny.CANVAS, tiny.ON_CANVAS
@@ -190,6 +192,14 @@ def test_edits_go_on_working():
     filled = manipulate.inpaint(model, key, images[0], hole, walk, num=2, upsample=False)
     np.testing.assert_allclose(filled[:, ~hole], np.stack([images[0]] * 2)[:, ~hole], atol=1)
     assert np.any(filled[:, hole] != images[0][None, hole])
+
+
+def test_it_is_exported_for_any_number_of_pictures():
+    sampler = program.sampler(DECODER, "decoder")
+    assert {"tokens", "text_mask", "z_i", "z_t"} < set(sampler.inputs)
+    exported = program.program(sampler, flatten(FULL), ("cpu",))
+    (images,) = jax.tree.leaves(exported.out_avals)
+    assert str(images.shape) == "(b, 16, 16, 3)"
 
 
 def test_what_does_not_fit_is_refused():

@@ -143,7 +143,7 @@ class CanvasStage(Stage):
 
 def enlarge(images: jax.Array, size: int) -> jax.Array:
     """Pictures [b, s, s, 3] to [b, size, size, 3], bilinear."""
-    return jax.image.resize(images, (len(images), size, size, 3), "linear")
+    return jax.image.resize(images, (images.shape[0], size, size, 3), "linear")
 
 
 def noised(
