@@ -132,6 +132,27 @@ def test_evaluate_prints_and_writes_figures(trained, pictures, tmp_path):
     assert "generated.png" in (tmp_path / "index.html").read_text()
 
 
+def test_a_run_that_is_not_finite_says_the_command_that_goes_on(pictures, tmp_path):
+    """Word for word, through a shell; what is in the flags survives it."""
+    flags = (
+        "--config=configs/emoji/clip.py:smoke", f"--workdir={tmp_path / 'a run'}",
+        f"--config.data.name={pictures}", "--config.data.split=all", "--config.heldout_split=all",
+        "--config.train.batch_size=4",
+    )  # fmt: skip
+    run("train.py", *flags, "--config.train.steps=2")
+    line = fails("train.py", *flags, "--config.train.learning_rate", "1e30")
+    assert "the last good checkpoint is step 2" in line
+    command = line.split("learning_rate=0.001: ")[1]
+    assert command.endswith("--config.train.learning_rate=0.001") and "1e30" not in command
+    done = subprocess.run(
+        command, shell=True, env=os.environ | ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step 2 of 4" in done.stdout
+    assert "from step 2 on: train.steps was 2, now 4" in done.stdout
+    assert (tmp_path / "a run" / "model" / "config.json").is_file()
+
+
 def test_resuming_with_another_network_is_refused(trained, pictures):
     line = fails(
         "train.py", "--config=configs/emoji/upsampler.py:smoke",

@@ -420,6 +420,33 @@ def test_training_stops_when_the_loss_is_not_finite(tmp_path):
         run(tmp_path / "other", Batches(poison=2), log_every=100)
 
 
+def test_a_run_that_stopped_goes_on_with_another_rate(tmp_path, capsys):
+    """As if it had had that rate from its last checkpoint on; what changed is written down."""
+    settings = {"schedule": "constant", "warmup_steps": 0}
+    with pytest.raises(UserError, match=r"go on from step 10, such as .*learning_rate=0\.001"):
+        run(tmp_path, Batches(poison=17), **settings)
+    changes = {"learning_rate": 1e-3, "grad_clip": 0.5, "weight_decay": 0.2, "ema_decay": 0.8}
+    changed = run(tmp_path, **settings | changes)
+    assert "from step 10 on: train.learning_rate was 0.02, now 0.001" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+    assert {line["setting"] for line in lines} == {f"train.{name}" for name in changes}
+    assert lines[-1] == {"step": 10, "setting": "train.weight_decay", "was": "0.1", "now": "0.2"}
+    config = TrainConfig(batch_size=16, steps=30, **settings | changes)
+    kept = resume.Saved(tmp_path).item(30, "description")["train"]
+    assert kept["learning_rate"] == 1e-3
+    # By hand: the first ten steps as they were, then twenty of the new settings' step.
+    state = run(tmp_path / "first", steps=10, **settings)
+    batches = Batches()
+    batches.index = 10
+    step = step_fn(config, toy_run.noisy_loss_fn)
+    for _ in range(20):
+        state, _ = step(state, next(batches))
+    assert_same(changed, state)
+    run(tmp_path, steps=32, **settings | changes)
+    lines = (tmp_path / "changes.jsonl").read_text().splitlines()
+    assert len(lines) == 5 and json.loads(lines[-1])["setting"] == "train.steps"
+
+
 def test_a_bad_step_never_reaches_a_checkpoint(tmp_path):
     """The bad step lies right before the save, and nothing is logged until then."""
     with pytest.raises(UserError, match=r"step 9: .*in a new workdir"):
@@ -439,12 +466,12 @@ def test_another_description_is_refused(tmp_path):
         run(
             tmp_path,
             steps=5,
-            learning_rate=0.5,
+            b1=0.5,
             description={"stage": {"kind": "toy", "layers": 2}},
         )
     message = str(error.value)
     assert "stage.layers was 1, now 2" in message
-    assert "train.learning_rate was 0.02, now 0.5" in message
+    assert "train.b1 was 0.9, now 0.5" in message
     assert "train.steps" in message  # among those that may change
     with pytest.raises(UserError, match=r"stage\.diffusion\.steps was absent, now 7"):
         run(

@@ -10,6 +10,8 @@ import argparse
 import ast
 import contextlib
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -123,6 +125,35 @@ def parse(values: flags.FlagValues, argv: Sequence[str], command: str, about: st
     if len(given) < len(argv):
         print(_help(values, command, about))
         sys.exit(0)
+
+
+def with_field(argv: Sequence[str], name: str, value: str) -> list[str]:
+    """A command line with a flag set to another value."""
+    kept, words = [], iter(argv)
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag.lstrip("-") != name:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return [*kept, f"--{name}={value}"]
+
+
+def called(command: str, argv: Sequence[str]) -> str:
+    """`unclip COMMAND ARGV` as a line for the shell, by the door that this process came through."""
+    door, python = Path(sys.argv[0]), shutil.which("python")
+    if not python or not os.path.samefile(python, sys.executable):
+        python = sys.executable
+    else:
+        python = "python"
+    if door.name == f"{command}.py":
+        words = [python, sys.argv[0]]
+    elif door.name == "unclip":
+        words = [sys.argv[0] if os.sep in sys.argv[0] and not shutil.which("unclip") else "unclip"]
+        words.append(command)
+    else:
+        words = [python, "-m", "unclip_jax", command]
+    return shlex.join([*words, *argv])
 
 
 def check(values: flags.FlagValues, argv: Sequence[str], command: str, *required: str) -> None:

@@ -21,7 +21,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,18 @@ Params = dict[str, Any]
 State = TypeVar("State")
 T = TypeVar("T")
 
-# Settings of `train` that a resumed run may change: none of them touches what a step computes,
-# except that a cosine schedule ends at `steps`.
-_FREE = "steps log_every eval_every preview_every checkpoint_every keep_checkpoints best best_is"
-CHANGEABLE = tuple(f"train.{name}" for name in (*_FREE.split(), "if_damaged"))
+# Settings of `train` that a resumed run may change: first those that touch nothing that a step
+# computes (but a cosine schedule ends at `steps`), then those that say how far a step goes and how
+# it is computed. Nothing that a checkpoint holds is made otherwise under them.
+CHANGEABLE = tuple(
+    f"train.{name}"
+    for name in (
+        "steps", "log_every", "eval_every", "preview_every", "checkpoint_every", "keep_checkpoints",
+        "best", "best_is", "if_damaged",
+        "learning_rate", "warmup_steps", "schedule", "weight_decay", "grad_clip", "grad_accum",
+        "ema_decay", "ema_warmup",
+    )
+)  # fmt: skip
 
 _LISTED = 3
 _ITEMS = ("state", "data", "description")
@@ -401,14 +409,29 @@ def in_float32(params: Params) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
-def check_description(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
-    """Raise UserError if the run to resume and this one differ in more than `CHANGEABLE`."""
+class Change(NamedTuple):
+    """A setting that a resumed run has otherwise than before, both as JSON or "absent"."""
+
+    setting: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.setting} was {self.was}, now {self.now}"
+
+
+def check_description(
+    saved: Mapping[str, Any], current: Mapping[str, Any], where: Path
+) -> list[Change]:
+    """How the run to resume and this one differ; UserError if in more than `CHANGEABLE`."""
     before, now = _leaves(saved), _leaves(current)
-    differing = [
-        f"{name} was {before.get(name, 'absent')}, now {now.get(name, 'absent')}"
+    changes = [
+        Change(name, before.get(name, "absent"), now.get(name, "absent"))
         for name in sorted(before.keys() | now.keys())
-        if name not in CHANGEABLE and before.get(name) != now.get(name)
+        if before.get(name) != now.get(name)
     ]
+    differing = [str(change) for change in changes if change.setting not in CHANGEABLE]
     if differing:
         more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         raise UserError(
@@ -416,6 +439,7 @@ def check_description(saved: Mapping[str, Any], current: Mapping[str, Any], wher
             f" {'; '.join(differing[:_LISTED])}{more}; resume with the same ones (only"
             f" {', '.join(CHANGEABLE)} may change) or use another workdir"
         )
+    return changes
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from unclip_jax.common import command_line
+from unclip_jax.errors import UserError
 
 FLAGS = flags.FlagValues()
 CONFIG = command_line.define_config(FLAGS)
@@ -80,16 +81,20 @@ def main(argv: list[str]) -> None:
             description=run.description | {"step": step},
         )
 
-    loop.train(
-        loss_fn=run.loss,
-        init_params=run.init_params,
-        batches=run.batches(),
-        config=run.train,
-        workdir=workdir,
-        description=run.description,
-        complete=prepare.complete,
-        mesh=run.mesh,
-        evaluate=run.evaluate,
-        preview=run.preview,
-        export=export,
-    )
+    try:
+        loop.train(
+            loss_fn=run.loss,
+            init_params=run.init_params,
+            batches=run.batches(),
+            config=run.train,
+            workdir=workdir,
+            description=run.description,
+            complete=prepare.complete,
+            mesh=run.mesh,
+            evaluate=run.evaluate,
+            preview=run.preview,
+            export=export,
+        )
+    except loop.NotFinite as error:
+        again = command_line.with_field(argv, "config.train.learning_rate", f"{error.rate:g}")
+        raise UserError(f"{error}: {command_line.called('train', again)}") from error

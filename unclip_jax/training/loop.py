@@ -34,7 +34,12 @@ from unclip_jax.parallel import distributed, sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.training import lock, writers
 from unclip_jax.training import step as steps
-from unclip_jax.training.checkpoints import Checkpoints, check_description, disk_in_words
+from unclip_jax.training.checkpoints import (
+    Change,
+    Checkpoints,
+    check_description,
+    disk_in_words,
+)
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.feed import BatchIterator, Feed
 from unclip_jax.training.optimizers import Params, make_optimizer, trained
@@ -48,6 +53,23 @@ Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
 # How many steps the host may be ahead of the devices. Enough that they never wait for it; few
 # enough that queued batches take little memory and a SIGTERM is answered soon.
 _IN_FLIGHT = 4
+
+# What a run is told to go on with that stopped at a higher learning rate: a step of Adam's moves
+# every weight by about the rate.
+HIGHEST_RATE = 1e-3
+
+
+class NotFinite(UserError):
+    """A loss or gradient was not finite.
+
+    Attributes:
+        rate: a learning rate to go on with, in the same workdir.
+    """
+
+    def __init__(self, message: str, rate: float) -> None:
+        """Say what happened."""
+        super().__init__(message)
+        self.rate = rate
 
 
 class _Meter:
@@ -94,15 +116,19 @@ class _Run:
             raise self._not_finite(bad_step)
         self.report.write_scalars(step, averages | meter.read(step))
 
-    def _not_finite(self, step: int) -> UserError:
+    def _not_finite(self, step: int) -> NotFinite:
         self.checkpoints.wait()
         good = self.checkpoints.latest()
         where = self.checkpoints.folder
         last = f"the last good checkpoint is step {good} in {where}" if good else "none was saved"
-        return UserError(
+        goes = f"go on from step {good}" if good else "begin anew, as in a new workdir"
+        rate = min(self.config.learning_rate / 10, HIGHEST_RATE)
+        return NotFinite(
             f"step {step}: the loss or its gradient is not finite, so training stopped ({last});"
-            f" lower train.learning_rate ({self.config.learning_rate:g}) or set train.grad_clip"
-            f" ({self.config.grad_clip:g}) in a new workdir, and check the data"
+            f" check the data; lower train.learning_rate ({self.config.learning_rate:g}) or set"
+            f" train.grad_clip ({self.config.grad_clip:g}) to {goes}, such as with"
+            f" --config.train.learning_rate={rate:g}",
+            rate,
         )
 
     def show(self, state: TrainState, step: int) -> dict[str, float]:
@@ -160,15 +186,15 @@ def _begin(
     init_params: Callable[[], Params],
     config: TrainConfig,
     mesh: Mesh,
-) -> tuple[int, TrainState]:
-    """The step to go on from and its state, with data to match; 0 and the first state if none is.
+) -> tuple[int, TrainState, list[Change]]:
+    """The step to go on from, its state, with data to match, and what has changed since.
 
-    No device ever holds more than its part of one state.
+    0 and the first state if there is none. No device ever holds more than its part of one state.
     """
-    step, workdir = checkpoints.resumable(), checkpoints.folder.parent
+    step, workdir, changes = checkpoints.resumable(), checkpoints.folder.parent, []
     if step is not None:
         saved = complete(checkpoints.item(step, "description"))
-        check_description(saved, described, workdir)
+        changes = check_description(saved, described, workdir)
         if step > config.steps:
             at = f"at least {step}, where {str(workdir)!r} is already"
             raise wrong("train.steps", config.steps, at, "raise it, or use another workdir")
@@ -176,7 +202,7 @@ def _begin(
         params = init_params()
     optimizer = make_optimizer(config)
     if step is None:
-        return 0, steps.sharded_state(params, optimizer, config, mesh)
+        return 0, steps.sharded_state(params, optimizer, config, mesh), changes
     like = steps.state_shapes(params, optimizer, config, mesh)
     state, positions = checkpoints.restore(step, like=_kept(like))
     feed.restore(positions)
@@ -185,7 +211,7 @@ def _begin(
         for name, part in params.items()
         if name not in state.params
     }
-    return step, state._replace(params=frozen | state.params)
+    return step, state._replace(params=frozen | state.params), changes
 
 
 def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> TrainState:
@@ -278,7 +304,7 @@ def train(
 
     Raises:
         UserError: a workdir in use or of another run, a damaged checkpoint, data that ends or does
-            not fit, a loss or gradient that is not finite.
+            not fit; `NotFinite` for a loss or gradient that is not finite.
         SystemExit: with status 0, after SIGTERM, once everything is saved.
     """
     distributed.check_initialized()
@@ -294,7 +320,9 @@ def train(
         preemption.in_force(),
         Checkpoints(workdir / "checkpoints", config) as checkpoints,
     ):
-        start, state = _begin(checkpoints, feed, described, complete, init_params, config, mesh)
+        start, state, changes = _begin(
+            checkpoints, feed, described, complete, init_params, config, mesh
+        )
         silent = not distributed.is_lead()
         report = writers.Report(workdir, config.steps, start, silent=silent)
         with contextlib.closing(report):
@@ -311,7 +339,7 @@ def train(
                 preview=preview,
             )
             if distributed.is_lead():
-                _introduce(run, state.params, start)
+                _introduce(run, state.params, start, changes)
             step_fn = steps.make_train_step(loss_fn, make_optimizer(config), config, mesh)
             state = _train_steps(run, step_fn, state, start)
             checkpoints.wait()
@@ -353,8 +381,8 @@ def _owned(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _introduce(run: _Run, params: Params, start: int) -> None:
-    """Write what the run is: description.json, parameters.txt, and a line or two."""
+def _introduce(run: _Run, params: Params, start: int, changes: list[Change]) -> None:
+    """Write what the run is: description.json, parameters.txt, changes.jsonl, a line or two."""
     text = json.dumps(run.description, indent=2, ensure_ascii=False)
     write_text(run.workdir / "description.json", text + "\n")
     table = parameter_overview.get_parameter_overview(params, include_stats=False)
@@ -373,3 +401,6 @@ def _introduce(run: _Run, params: Params, start: int) -> None:
     )
     if start:
         run.report.progress.line(f"resumed from step {start} of {run.config.steps}")
+    for change in changes:
+        run.report.progress.line(f"from step {start} on: {change}")
+    writers.write_changes(run.workdir, start, changes)

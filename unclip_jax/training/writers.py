@@ -6,7 +6,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from unclip_jax.common.files import replacing, write_text
 from unclip_jax.errors import UserError
+from unclip_jax.training.checkpoints import Change
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
+CHANGES_FILE = "changes.jsonl"
 
 
 class Report:
@@ -110,6 +112,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         values = {name: math.nan if value is None else value for name, value in record.items()}
         records.append(values | {"step": step})
     return records
+
+
+def write_changes(workdir: Path, step: int, changes: Sequence[Change]) -> None:
+    """Add to `workdir`/changes.jsonl which settings are others from `step` on.
+
+    What it said of that step or later ones is dropped: it led to no checkpoint.
+    """
+    path = workdir / CHANGES_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [record for record in map(json.loads, lines) if record["step"] < step]
+    kept += [{"step": step} | change._asdict() for change in changes]
+    if kept or lines:
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class Progress:

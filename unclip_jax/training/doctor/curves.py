@@ -48,8 +48,9 @@ def not_finite(run: Workdir) -> Iterator[Finding]:
             yield error(
                 "not_finite",
                 f"{names[0]} is not finite at step {int(record['step']):,}",
-                "go back to a checkpoint before that step; lower train.learning_rate"
-                f" ({run.train.learning_rate:g}), set train.grad_clip, and check the data",
+                "check the data; the same command with a lower --config.train.learning_rate"
+                f" ({run.train.learning_rate:g}) or with train.grad_clip goes on from the last"
+                " checkpoint",
             )
             return
 
