@@ -4,10 +4,9 @@
         --config.init=runs/karlo/decoder --config.clip=runs/karlo/clip --config.data.name=YOUR_DATA
 
 A chip holds, with adapters of rank 16 on the 127 kernels of attention and linear layers (5.9 M
-parameters): the frozen network in bfloat16, 1.79 GB; adapters, average and moments, 0.10 GB; for
-the time of a step, the sum of both and the sum's gradient, 1.79 GB each; CLIP's text tower, 0.49
-GB. That is 6.0 GB. Activations of 8 examples at a time, each block recomputed in the backward pass,
-come to 2 or 3 GB by estimate, not measured.
+parameters): the frozen network in bfloat16, 1.79 GB; adapters, average and moments, 0.10 GB; CLIP's
+text tower, 0.49 GB. That is 2.4 GB. Activations of 8 examples at a time, each block recomputed in
+the backward pass, come to 2 or 3 GB by estimate, not measured.
 
 Whole, 20 bytes for each of 0.89 B parameters are 17.9 GB on every chip, and activations: chips of
 32 GB or more.

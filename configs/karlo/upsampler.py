@@ -6,10 +6,9 @@
 It has no attention and few linear layers, so its convolutions have adapters as well: 131 kernels,
 13.3 M parameters of rank 16. The network of the last step, trained adversarially, stays as it is.
 
-A chip holds: both frozen networks in bfloat16, 2.77 GB; adapters, average and moments, 0.21 GB;
-for the time of a step, the sum of network and adapters and the sum's gradient, 1.38 GB each. That
-is 5.7 GB. Activations of 8 crops of 64 px at a time, each block recomputed in the backward pass,
-come to about 2 GB by estimate, not measured.
+A chip holds: both frozen networks in bfloat16, 2.77 GB; adapters, average and moments, 0.21 GB.
+That is 3.0 GB. Activations of 8 crops of 64 px at a time, each block recomputed in the backward
+pass, come to about 3 GB by estimate, not measured: adapted convolutions compute in float32.
 
 Whole, 20 bytes for each of 0.69 B parameters are 13.8 GB on every chip, the network of the last
 step 2.8 GB in float32, and activations: chips of 24 GB or more.

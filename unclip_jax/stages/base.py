@@ -19,6 +19,7 @@ from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
+from unclip_jax.models import low_rank
 from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.parallel.axes import checked
@@ -205,7 +206,7 @@ class Stage:
 
     def apply(self, params: Params, *inputs: Any, **named: Any) -> Any:
         """What the network makes of its inputs; `method` names another of its methods."""
-        return self.network.apply({"params": params["network"]}, *inputs, **named)
+        return low_rank.apply(self.network, params["network"], *inputs, **named)
 
     def condition_of(self, batch: Batch, mask: jax.Array | None = None) -> Any:
         """What `sample` takes of a batch; the rest of it is left out.

@@ -2,11 +2,13 @@
 
 A kernel W of [in, out] acts as W + (alpha / rank) A B, with A of [in, rank] and B of [rank, out]
 (section 4.1). A starts random and B at zero, so that training begins at the network as it is. Only
-A and B have gradients, moments and averages; W stays frozen, in few bits. Afterwards the product is
-added to W, and what is saved is an ordinary stage that samples at its ordinary cost.
+A and B have gradients, moments and averages; W stays frozen, in few bits. While it trains, what
+goes through A and B is added to what goes through W, and the sum of both is not made. Afterwards
+the product is added to W in float32, and what is saved is an ordinary stage that samples at its
+ordinary cost. So nothing of the product is rounded away, however few bits W has.
 
     params = lora.attach(config, key, params)     # {"network": adapters, "base_network": W, ...}
-    loss = stage.loss(lora.merged(config, params), batch, key)
+    loss = stage.loss(lora.beside(config, params), batch, key)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 from unclip_jax.common import checks
 from unclip_jax.common.params import TRAINED, Params, flatten, unflatten
 from unclip_jax.errors import wrong
+from unclip_jax.models import low_rank
 from unclip_jax.parallel import axes
 
 BASE = "base_network"  # the frozen network's entry beside its adapters; see `params.is_weights`
@@ -96,26 +99,26 @@ def init(config: Lora, key: jax.Array, network: Params) -> Params:
         *layers, inputs, outputs = shape
         drawn = jax.random.normal(jax.random.fold_in(key, i), (*layers, inputs, config.rank))
         where = name.removesuffix("kernel")
-        adapters[f"{where}lora_a"] = drawn * inputs**-0.5
-        adapters[f"{where}lora_b"] = jnp.zeros((*layers, config.rank, outputs))
+        adapters[where + low_rank.A] = drawn * inputs**-0.5
+        adapters[where + low_rank.B] = jnp.zeros((*layers, config.rank, outputs))
     return unflatten(adapters)
 
 
 def merge(config: Lora, network: Params, adapters: Params) -> Params:
-    """The network with its adapters added: kernel + scale * A B, in the kernel's dtype.
+    """The network with its adapters added: kernel + scale * A B, float32 whatever the kernel is.
 
-    The sum is float32 and rounded once. With B at zero it is the network, bit for bit.
+    So nothing of the product is rounded away. With B at zero it has the network's values.
     """
     flat = flatten(adapters)
 
     def merged(name: str, value: jax.Array) -> jax.Array:
         where = name.removesuffix("kernel")
-        if f"{where}lora_a" not in flat:
+        if where + low_rank.A not in flat:
             return value
-        a, b = flat[f"{where}lora_a"], flat[f"{where}lora_b"]
+        a, b = flat[where + low_rank.A], flat[where + low_rank.B]
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         change = config.scale * product.reshape(value.shape)
-        return (value.astype(jnp.float32) + change).astype(value.dtype)
+        return value.astype(jnp.float32) + change
 
     return unflatten({name: merged(name, value) for name, value in flatten(network).items()})
 
@@ -127,6 +130,14 @@ def attach(config: Lora, key: jax.Array, params: Params) -> Params:
 
 
 def merged(config: Lora, params: Params) -> Params:
-    """The inverse of `attach`: a stage's own params, with the adapters in them."""
+    """The inverse of `attach`: a stage's own params, with the adapters in them, see `merge`."""
     rest = {name: part for name, part in params.items() if name != BASE}
     return rest | {TRAINED: merge(config, params[BASE], params[TRAINED])}
+
+
+def beside(config: Lora, params: Params) -> Params:
+    """A stage's own params, with the adapters beside the kernels they change: `low_rank.apply`."""
+    rest = {name: part for name, part in params.items() if name != BASE}
+    adapters = flatten(params[TRAINED])
+    scaled = {n: x * config.scale if n.endswith(low_rank.B) else x for n, x in adapters.items()}
+    return rest | {TRAINED: unflatten(flatten(params[BASE]) | scaled)}

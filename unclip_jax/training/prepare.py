@@ -299,8 +299,7 @@ def first_params(
 def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
     """The run that trains low-rank adapters of its stage, and exports the stage they make."""
 
-    whole = functools.partial(lora.merged, config)
-    merged = jax.jit(whole)
+    whole = functools.partial(lora.beside, config)
 
     def loss(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         return run.loss(whole(params), batch, key)
@@ -308,8 +307,8 @@ def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
     return dataclasses.replace(
         run,
         loss=run.loss.of(whole) if isinstance(run.loss, JointLoss) else loss,
-        evaluate=lambda params, step: run.evaluate(merged(params), step),
-        preview=lambda params, step: run.preview(merged(params), step),
+        evaluate=lambda params, step: run.evaluate(whole(params), step),
+        preview=lambda params, step: run.preview(whole(params), step),
         export=functools.partial(origin.merged, config),
     )
 
