@@ -214,10 +214,13 @@ def test_the_sum_is_not_rounded():
         np.testing.assert_array_equal(kernel, np.float32(1.0) + np.float32(size))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("prior", "bfloat16"), ("upsampler", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("prior", "bfloat16"), ("decoder", "bfloat16"), ("upsampler", "float32"), ("clip", "float32")],
+)
 def test_beside_is_what_the_sum_would_give(name, dtype):
     """In float32 the loss and its gradient are those of the sum, whatever W is kept in."""
-    stage = STAGES[name]
+    stage = (STAGES | {"clip": tiny.CLIP})[name]
     params, batch = tiny.params(stage), tiny.batch(4, stage.image_size or 16)
     kept = jax.tree.map(lambda x: x.astype(dtype), params["network"])
     config = dataclasses.replace(CONFIG, convolutions=True)

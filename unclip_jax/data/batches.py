@@ -12,6 +12,7 @@ can go on from there: each passes over those of its positions that were.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -26,7 +27,7 @@ from unclip_jax.common import checks, extras
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import jitter, square
 from unclip_jax.data.positions import Layout, Positions, Share
-from unclip_jax.data.records import NAMED, BadRecord, Source
+from unclip_jax.data.records import NAMED, BadRecord, Source, fingerprints
 from unclip_jax.data.shards.storage import is_remote
 from unclip_jax.data.tokenizer import Encoder, Tokenizer
 from unclip_jax.errors import UserError, wrong
@@ -123,7 +124,6 @@ def batches(
         options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))
         batched = mine.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
     settings = {
-        "data": source.fingerprint,
         "seed": seed,
         "shuffle": shuffle,
         "process_index": process_index,
@@ -142,7 +142,11 @@ class Batches:
     ):
         """Take a grain.DatasetIterator, and what its states are compared with."""
         self._iterator, self._examples = iterator, examples
-        self._settings, self._encoder = settings, encoder
+        self._given, self._encoder = settings, encoder
+
+    @functools.cached_property
+    def _settings(self) -> dict:
+        return {"data": self._examples.source.fingerprint, **self._given}
 
     def __iter__(self) -> Batches:
         """The iterator itself."""
@@ -192,7 +196,8 @@ class Batches:
         Raises:
             UserError: they are of other data, another seed or order, or not of all processes.
         """
-        earlier, last = _together(states, self._settings)
+        _, former = fingerprints(self._examples.source)
+        earlier, last = _together(states, self._settings, former)
         names = ("process_index", "process_count", "batch_size")
         share = Share(*(self._settings[name] for name in names))
         everything = Positions((*earlier.layouts, last))
@@ -211,9 +216,12 @@ class Batches:
 
 
 def _together(
-    states: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    states: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], former: str
 ) -> tuple[Positions, Layout]:
-    """What earlier numbers of processes had read, and the counts of the processes that saved."""
+    """What earlier numbers of processes had read, and the counts of the processes that saved.
+
+    `former` is another name that the data may have in the states.
+    """
     if isinstance(states, Mapping) or not states:
         raise wrong("states", states, "a list of the states of all processes that saved")
     for place, state in enumerate(states):
@@ -221,7 +229,7 @@ def _together(
         expected |= {"process_index": place, "process_count": len(states)}
         expected |= {name: states[0].get(name) for name in ("earlier", "batch_size")}
         for field, value in expected.items():
-            if state.get(field) != value:
+            if state.get(field) != value and (field, state.get(field)) != ("data", former):
                 raise wrong(
                     f"states[{place}].{field}",
                     state.get(field),

@@ -187,5 +187,5 @@ def load(config: DataConfig, *, needs_images: bool = True, split_field: str = "s
         if not str(error).startswith("split: ") or split_field == "split":
             raise
         raise UserError(f"{split_field}{str(error).removeprefix('split')}") from error
-    logging.info("%s (%s)", summary(source, config.split), source.fingerprint)
+    logging.info("%s", summary(source, config.split))
     return source

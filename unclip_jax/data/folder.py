@@ -14,14 +14,18 @@ first sub-folder on an image's path, which is its caption, too, if it has no oth
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from unclip_jax.common import checks
+from unclip_jax.data.contents import digest, digests
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.layouts import Keys, Reader
 from unclip_jax.data.records import SPLITS, BadRecord, nothing_in, warn_of_skipped
@@ -31,7 +35,13 @@ def open_source(config: DataConfig, path: str) -> FolderSource:
     """The folder that a config names."""
     keys = Keys(config.key("image"), config.key("caption"), config.key("label"))
     return FolderSource(
-        path, config.split, config.captions, config.labels, keys=keys, bare=config.bare
+        path,
+        config.split,
+        config.captions,
+        config.labels,
+        keys=keys,
+        bare=config.bare,
+        cache=config.cache,
     )
 
 
@@ -43,6 +53,8 @@ class FolderSource:
     are called train and val (or test), they decide.
     """
 
+    _digests: np.ndarray | None = None  # of the images, once the fingerprint was asked for
+
     def __init__(
         self,
         folder: str | os.PathLike,
@@ -52,11 +64,13 @@ class FolderSource:
         *,
         keys: Keys | None = None,
         bare: bool = False,
+        cache: pathlib.Path | None = None,
     ):
         """Read the captions and the names of the images, but no image.
 
         Sub-folders count, hidden ones don't; links to folders are followed. The other arguments are
-        those of `DataConfig`; `folder` may also be a table inside it.
+        those of `DataConfig`; `folder` may also be a table inside it, and `cache` is where the
+        digests of images are kept.
 
         Raises:
             UserError: there is no such folder or split, nothing usable in it, an image in no
@@ -82,9 +96,8 @@ class FolderSource:
         ]
         numbers = {label: number for number, label in enumerate(self.classes)}
         self._labels = [numbers[told[name].label] for name in self._images] if labels else []
-        self.image_count = len(self._images)
+        self.image_count, self._cache = len(self._images), cache
         reader.listing.keep(self._images)
-        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         """The number of (image, caption) pairs."""
@@ -102,15 +115,38 @@ class FolderSource:
             image = self._listing.read(name)
         except OSError as error:
             raise BadRecord(f"{name}: can't be read ({error.strerror})") from error
+        if self._digests is not None and digest([image]) != self._digests[number].tobytes():
+            raise BadRecord(f"{name}: it has changed since the data set was opened")
         record = {"image": image, "caption": caption, "index": index, "name": name}
         if self.classes:
             record["label"] = np.int32(self._labels[number])
         return record
 
-    def _fingerprint(self) -> str:
-        """Of each pair: the image's relative path and its size in bytes, the caption."""
-        digest = hashlib.sha256(b"folder")
-        sizes = [self._listing.files[name][0] for name in self._images]
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of each pair: the image's relative path and its content, the caption.
+
+        Images that are not in the cache, as they are now, are read for it.
+        """
+        told = self._listing.versions
+        if told and all(told[name] for name in self._images):  # a bucket's word for the content
+            return self._of_pairs("folder 2", [told[name] for name in self._images])
+        self._digests = digests(
+            self._listing.where,
+            self._images,
+            self._listing.files,
+            lambda name: digest([self._listing.read(name)]),
+            self._cache,
+        )
+        return self._of_pairs("folder 2", [row.tobytes().hex() for row in self._digests])
+
+    @functools.cached_property
+    def former(self) -> str:
+        """The fingerprint as it was when it knew sizes and no contents."""
+        return self._of_pairs("folder", [self._listing.files[name][0] for name in self._images])
+
+    def _of_pairs(self, kind: str, contents: Sequence[Any]) -> str:
+        found = hashlib.sha256(kind.encode())
         for number, caption in self._pairs:
-            digest.update(json.dumps([self._images[number], sizes[number], caption]).encode())
-        return digest.hexdigest()[:16]
+            found.update(json.dumps([self._images[number], contents[number], caption]).encode())
+        return found.hexdigest()[:16]

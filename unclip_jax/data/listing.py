@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-from unclip_jax.data.shards.storage import StorageError, StoredFile, ask, filesystem
+from unclip_jax.data.shards.storage import StorageError, StoredFile, ask, filesystem, version
 from unclip_jax.errors import UserError
 
 SILENT_FOR = 2.0  # seconds before a line says how far it is
@@ -36,7 +36,8 @@ class Listing:
     Attributes:
         name: what to call the folder in messages.
         files: relative posix path -> (size in bytes, time of its last change in ns), zeros for
-            texts and where a bucket doesn't say.
+            texts; the time is the later one of its content's and its inode's, and 0 in a bucket.
+        versions: what a bucket says of each file's content, by the same paths.
         left_out: what can't be read, by its path -> why.
         is_remote: whether it lies in a bucket.
     """
@@ -50,6 +51,7 @@ class Listing:
         self.name = name = name.removeprefix("file://")
         self.is_remote = "://" in name
         self.files: dict[str, tuple[int, int]] = {}
+        self.versions: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         with progress(f"{name}: listing", " files") as bar:
             if self.is_remote:
@@ -63,6 +65,12 @@ class Listing:
     def keep(self, names: Iterable[str]) -> None:
         """Forget all files but these: of a million each takes some hundred bytes."""
         self.files = {name: self.files[name] for name in names}
+        self.versions = {name: self.versions[name] for name in self.files if name in self.versions}
+
+    @property
+    def where(self) -> str:
+        """Its absolute path, or URL."""
+        return self.name if self.is_remote else os.path.realpath(self._root)
 
     def read(self, name: str, most: int | None = None) -> bytes:
         """A file, or its first `most` bytes; `OSError` if it can't be read."""
@@ -122,14 +130,14 @@ class Listing:
             if stat.S_ISDIR(found.st_mode):
                 links.append(name)
             elif stat.S_ISREG(found.st_mode):
-                self.files[name] = (found.st_size, found.st_mtime_ns)
+                self.files[name] = _state(found)
         elif entry.is_dir():
             folders.append(name)
         elif entry.name.lower().endswith(_TEXTS):
             self.files[name] = (0, 0)
         elif entry.is_file():
             found = entry.stat()
-            self.files[name] = (found.st_size, found.st_mtime_ns)
+            self.files[name] = _state(found)
 
     def _find(self) -> None:
         """All files of a bucket's folder, from its listing."""
@@ -146,8 +154,14 @@ class Listing:
             name = path.removeprefix(self._root).lstrip("/")
             if name and not any(part.startswith(".") for part in name.split("/")):
                 self.files[name] = (int(info.get("size") or 0), 0)
+                self.versions[name] = version(info)
         if not self.files:
             raise UserError(f"name: {self.name}: no such folder, or nothing in it")
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    # A copy may be given the time of what it replaces; its inode's time is its own.
+    return found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _reason(entry: os.DirEntry, error: OSError) -> str:

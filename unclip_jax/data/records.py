@@ -53,9 +53,12 @@ class Source(Protocol):
 
     Attributes:
         name: what to call the data set in messages.
-        fingerprint: 16 hexadecimal digits that identify the data set, its version, split and
-            captions. It is the same at every image size, so that embeddings computed at CLIP's
-            size fit the images a decoder trains on.
+        fingerprint: 16 hexadecimal digits that identify the contents of the pictures, the captions
+            and the split. It is the same at every image size, so that embeddings computed at
+            CLIP's size fit the images a decoder trains on. It may be found out, by reading the
+            pictures, when it is first asked for.
+        former: what the fingerprint of the same pairs was before it knew contents; old checkpoints
+            and stores have it. A source may lack it, if its fingerprint is what it always was.
         classes: names of the classes that a record's `label`, int32, counts; empty where records
             carry none.
         image_count: the number of different images.
@@ -80,6 +83,11 @@ class Source(Protocol):
 
     def image_of(self, index: int) -> int:
         """The number of the image of pair `index`: pairs that share an image share it."""
+
+
+def fingerprints(source: Source) -> tuple[str, str]:
+    """The fingerprint of a source, and the one it had before that knew contents."""
+    return source.fingerprint, getattr(source, "former", source.fingerprint)
 
 
 def is_heldout(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core import read_only_builder
 
-from unclip_jax.data import texts
+from unclip_jax.data import contents, texts
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import BadRecord, fingerprint_of, warn_of_skipped
 from unclip_jax.errors import UserError, one_line, wrong
+
+_PART = 2**22  # bytes of a file read at a time
 
 
 def open_source(config: DataConfig, name: str) -> TfdsSource:
@@ -28,6 +32,7 @@ def open_source(config: DataConfig, name: str) -> TfdsSource:
         label_key=config.label_key if config.labels or config.key("label") else None,
         labels=config.labels,
         bare=config.bare,
+        cache=config.cache,
     )
 
 
@@ -51,6 +56,7 @@ class TfdsSource:
         labels: bool = True,
         classes: tuple[str, ...] = (),
         bare: bool = False,
+        cache: pathlib.Path | None = None,
     ):
         """Open a data set.
 
@@ -67,6 +73,8 @@ class TfdsSource:
             labels: whether records carry that `label`.
             classes: what that feature says of each class, if it is a text.
             bare: whether records without a caption, or a data set without any, will do.
+            cache: where digests of its files are kept; None for data whose pictures are what
+                captions and code say, at any size, so that files don't count.
 
         Raises:
             UserError: the data aren't prepared for random access, or lack the split or a key.
@@ -98,7 +106,7 @@ class TfdsSource:
         self._pairs = self._all_pairs(captions) if several else None
         if len(self) == 0:
             raise UserError(f"split: {split!r}: {self.name} has no captioned record in it")
-        self.fingerprint = self._fingerprint(builder, split)
+        self._builder, self._split, self._cache = builder, split, cache
 
     def __len__(self) -> int:
         """The number of (image, caption) pairs."""
@@ -183,15 +191,52 @@ class TfdsSource:
         warn_of_skipped(self.name, self.skipped)
         return pairs
 
-    def _fingerprint(self, builder: Any, split: str) -> str:
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the pairs, or what TFDS says of them, and of the files that they are in."""
+        if self._cache is None:
+            return self.former
+        return fingerprint_of([self.former, _contents(self._builder, self._split, self._cache)])
+
+    @functools.cached_property
+    def former(self) -> str:
         """Of each pair where all are known, else of what TFDS says of the data."""
-        known = [builder.name, split, self._image_key, self._caption_key]
+        builder = self._builder
+        known = [builder.name, self._split, self._image_key, self._caption_key]
         if self._pairs is None:
             sizes = {name: info.num_bytes for name, info in builder.info.splits.items()}
             known += [builder.info.full_name, len(self), sizes]
         else:
             known += self._pairs
         return fingerprint_of(known)
+
+
+def _contents(builder: Any, split: str, cache: pathlib.Path) -> list[list[Any]]:
+    """Of each file that a split is in: its name, which records of it, and its content.
+
+    Of a remote file, size and time of change stand for the content.
+    """
+    try:
+        parts = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError):  # an expression that only TFDS's reader knows: all files
+        parts = [p for info in builder.info.splits.values() for p in info.file_instructions]
+    paths = {os.path.basename(part.filename): epath.Path(part.filename) for part in parts}
+    names = sorted(paths)
+    where = os.fspath(epath.Path(builder.data_dir))
+    if "://" in where:
+        found = {name: [path.stat().length, path.stat().mtime] for name, path in paths.items()}
+    else:
+        stats = {name: os.stat(path) for name, path in paths.items()}
+        states = {name: (s.st_size, max(s.st_mtime_ns, s.st_ctime_ns)) for name, s in stats.items()}
+        rows = contents.digests(where, names, states, lambda name: _digest(paths[name]), cache)
+        found = {name: row.tobytes().hex() for name, row in zip(names, rows, strict=True)}
+    names = [os.path.basename(part.filename) for part in parts]
+    return [[n, p.skip, p.take, found[n]] for n, p in zip(names, parts, strict=True)]
+
+
+def _digest(path: os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        return contents.digest(iter(lambda: file.read(_PART), b""))
 
 
 def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:

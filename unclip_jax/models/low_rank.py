@@ -29,12 +29,12 @@ def _add_low_rank(
     method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     layer = context.module
-    known = isinstance(layer, nn.Dense | nn.DenseGeneral | Conv)
+    known = isinstance(layer, nn.Dense | nn.DenseGeneral | nn.Conv | Conv)
     if context.method_name != "__call__" or not known or not layer.has_variable("params", A):
         return method(*args, **kwargs)
     kernel, a, b = (layer.get_variable("params", name) for name in ("kernel", A, B))
     axes = getattr(layer, "axis", -1)
-    inputs = 3 if isinstance(layer, Conv) else 1 if isinstance(axes, int) else len(axes)
+    inputs = 3 if isinstance(layer, nn.Conv | Conv) else 1 if isinstance(axes, int) else len(axes)
     down = _through(layer, args[0], a.reshape(*kernel.shape[:inputs], -1), inputs)
     change = jnp.tensordot(down, b.reshape(-1, *kernel.shape[inputs:]), 1)
     if jnp.dtype(layer.dtype or jnp.float32) == jnp.float32:
@@ -50,6 +50,13 @@ def _through(layer: nn.Module, x: jax.Array, kernel: jax.Array, inputs: int) -> 
     """What the layer makes of x with a kernel of so many input axes, float32 and without bias."""
     dtype = layer.dtype or jnp.float32
     x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if isinstance(layer, nn.Conv | Conv):
+        x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     if isinstance(layer, Conv):
-        return layer.convolve(x.astype(jnp.float32), kernel.astype(jnp.float32))
+        return layer.convolve(x, kernel)
+    if isinstance(layer, nn.Conv):
+        strides, dims = layer.strides or (1, 1), ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, layer.padding, dimension_numbers=dims
+        )
     return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.float32)

@@ -418,7 +418,9 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         """In words."""
-        return f"{self.setting} was {self.was}, now {self.now}"
+        said = f"{self.setting} was {self.was}, now {self.now}"
+        why = " (pictures or captions of the data set are others now)"
+        return said + why * (self.setting == "data_fingerprint")
 
 
 def check_description(

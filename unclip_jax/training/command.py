@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
             config=run.train,
             workdir=workdir,
             description=run.description,
-            complete=prepare.complete,
+            complete=run.complete,
             mesh=run.mesh,
             evaluate=run.evaluate,
             preview=run.preview,

@@ -29,6 +29,7 @@ from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import Part, clip_fingerprint, load_part, tokenizer
 
 EMBED_BATCH = 64
+SAME_PICTURE = 0.998  # cosine of a picture's stored z_i with its own, from which on it is the same
 GLANCE, GLANCES = 256, 8  # pairs looked at for repeated captions, and in how many places
 COMPARED, SAME_CLIP = 64, 0.95  # pairs of unknown origin compared with a CLIP; the least cosine
 
@@ -225,7 +226,36 @@ def with_embeddings(
     cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
     folder = stored or cached_embeddings(data, clip, meta, cache / "embeddings")
     store = embeddings.EmbeddingStore.open(folder, cache_dir=cache, **of_clip)
-    return embeddings.WithEmbeddings(source, store)
+    joined = embeddings.WithEmbeddings(source, store)
+    if store.meta.data_fingerprint != source.fingerprint:
+        check_pictures(joined, source, data, clip)
+    return joined
+
+
+def check_pictures(
+    joined: embeddings.WithEmbeddings, source: Source, data: datasets.DataConfig, clip: Part
+) -> None:
+    """Raise UserError unless the CLIP makes the stored z_i of some pictures.
+
+    Of a store from before fingerprints knew contents: it has the names and captions of the source.
+    """
+    seen = data_for(clip.stage, dataclasses.replace(data, augment=0.0, cache_bytes=0))
+    pairs = next(batches.batches(source, seen, seed=0, batch_size=min(COMPARED, len(source))))
+    z_i = np.asarray(encode_image(clip.stage, clip.params, pairs["image"]), np.float32)
+    stored = np.stack([joined.store.valid(int(index)).z_i for index in pairs["index"]])
+    near = float(np.min(cosine(z_i, stored)))
+    about = f"{joined.store.where}: stored before fingerprints knew pictures' contents"
+    if near < SAME_PICTURE:
+        raise UserError(
+            f"config.embeddings: {about}, and of {len(z_i)} pictures of {source.name} one has a z_i"
+            f" with cosine {near:.3f} to the stored one, expected {SAME_PICTURE} or more: the"
+            " pictures have changed; compute the embeddings again, into another folder"
+        )
+    logging.warning(
+        "%s; of %d pictures compared all are as they were, the others are taken for unchanged",
+        about,
+        len(z_i),
+    )
 
 
 def check_made_by(clip: Part, source: embeddings.EmbeddingSource) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from unclip_jax import stages
@@ -19,7 +20,7 @@ from unclip_jax.common import config as settings
 from unclip_jax.common.params import fingerprint
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.batches import Batches, TextEncoder
-from unclip_jax.data.records import Source, summary
+from unclip_jax.data.records import Source, fingerprints, summary
 from unclip_jax.data.tokenizer import Encoder, FileTokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
@@ -114,6 +115,22 @@ class Run:
     export: Callable[[Params], Params]
     description: dict[str, Any]
     encoder: TextEncoder | Encoder | None
+
+    def complete(self, description: Mapping[str, Any]) -> dict[str, Any]:
+        """`complete` of an older version's description; its data's fingerprint as it is now.
+
+        One from before fingerprints knew contents is that of the same names, sizes and captions:
+        the pictures are taken for unchanged.
+        """
+        found, (now, former) = complete(description), fingerprints(self.source)
+        if found.get("data_fingerprint") == former != now:
+            logging.warning(
+                "%s: this run began before fingerprints knew pictures' contents; names, sizes and"
+                " captions are as they were, and the pictures are taken for unchanged",
+                self.source.name,
+            )
+            found["data_fingerprint"] = now
+        return found
 
     def batches(self) -> Batches:
         """The endless training batches: this process's share of each."""

@@ -30,7 +30,14 @@ from unclip_jax.data.embeddings.shards import (
     Pair,
     ShardReader,
 )
-from unclip_jax.data.records import SPLITS, BadRecord, Source, fingerprint_of, nothing_in
+from unclip_jax.data.records import (
+    SPLITS,
+    BadRecord,
+    Source,
+    fingerprint_of,
+    fingerprints,
+    nothing_in,
+)
 from unclip_jax.errors import UserError
 
 _READ_TOGETHER = 8192  # pairs of a chunk
@@ -181,13 +188,13 @@ class WithEmbeddings:
     def __init__(self, source: Source, store: EmbeddingStore):
         """Join a source, at any image size, to its embeddings; `UserError` if it has others."""
         of = (store.meta.data_fingerprint, len(store))
-        if of != (source.fingerprint, len(source)):
+        if of[0] not in fingerprints(source) or of[1] != len(source):
             raise UserError(
                 f"embeddings: {store.where}: computed from other data ({of[0]}, {of[1]} pairs) than"
-                f" {source.name} ({source.fingerprint}, {len(source)} pairs); compute them from"
-                " this data set, split and captions"
+                f" {source.name} ({source.fingerprint}, {len(source)} pairs): pictures or captions"
+                " are others, or another split; compute them from this data set, split and captions"
             )
-        self.name, self.fingerprint = source.name, source.fingerprint
+        self.name, (self.fingerprint, self.former) = source.name, fingerprints(source)
         self.image_count, self.skipped = source.image_count, source.skipped
         self.image_of = source.image_of
         self._source, self.store = source, store

@@ -27,7 +27,7 @@ from unclip_jax.data.records import is_heldout
 from unclip_jax.data.shards.storage import StorageError, StoredFile
 from unclip_jax.errors import UserError
 
-FORMAT = 2  # of the file; raised when its layout or what is put in it changes
+FORMAT = 3  # of the file; raised when its layout or what is put in it changes
 _INDEXED_AT_ONCE = 8
 _HELDOUT, _TEXT = 2, 4  # columns of `images`
 
@@ -41,6 +41,8 @@ class Sample(NamedTuple):
         place: where the image is, as the shard's format counts.
         size: of the image in bytes, or of what it is stored with.
         label: its class; "" where classes weren't asked for.
+        content: what differs where the image's bytes do; "" once it is in an index, which keeps
+            the digest of all.
     """
 
     key: str
@@ -48,6 +50,7 @@ class Sample(NamedTuple):
     place: int
     size: int
     label: str = ""
+    content: str = ""
 
 
 class Format(Protocol):
@@ -76,7 +79,8 @@ class ShardIndex:
 
     Attributes:
         header: "counts", split -> [images, pairs]; "classes", the classes met, sorted;
-            "skipped", name -> reason; "digest" of keys, sizes and captions.
+            "skipped", name -> reason; "content", the digest of keys, images' contents and
+            captions; "digest", that of sizes in place of contents.
         images: int64 `[n, 5]`: place, size, whether held out, number of the class in "classes",
             number of the first of its texts, which is its key; its captions follow.
         ends: int64: where each text ends in `text`, uint8, beginning with a 0.
@@ -185,7 +189,8 @@ def _write(path: pathlib.Path, file: StoredFile, form: Format) -> None:
     samples = list(form.samples(file, skipped))
     classes = sorted({sample.label for sample in samples if sample.label})
     numbers = {label: number for number, label in enumerate(classes)}
-    counts, digest = {"train": [0, 0], "heldout": [0, 0]}, hashlib.sha256()
+    counts = {"train": [0, 0], "heldout": [0, 0]}
+    digest, contents = hashlib.sha256(), hashlib.sha256()
     images, texts = np.zeros((len(samples), 5), "<i8"), []
     for row, sample in zip(images, samples, strict=True):
         heldout = is_heldout(sample.key)
@@ -195,6 +200,7 @@ def _write(path: pathlib.Path, file: StoredFile, form: Format) -> None:
         texts += [sample.key.encode("utf-8", "surrogateescape"), *captions]
         known = [sample.key, sample.size, *(caption.decode() for caption in captions)]
         digest.update(json.dumps(known).encode())
+        contents.update(json.dumps([sample.content, *known]).encode())
         count = counts["heldout" if heldout else "train"]
         count[0], count[1] = count[0] + 1, count[1] + len(captions)
     ends = np.cumsum([0, *map(len, texts)]).astype("<i8")
@@ -208,6 +214,7 @@ def _write(path: pathlib.Path, file: StoredFile, form: Format) -> None:
         "classes": classes,
         "skipped": skipped,
         "digest": digest.hexdigest(),
+        "content": contents.hexdigest(),
     }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the numbers are aligned

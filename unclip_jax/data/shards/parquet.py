@@ -19,12 +19,13 @@ from absl import logging
 
 from unclip_jax.common import extras
 from unclip_jax.data import texts
+from unclip_jax.data.contents import digest
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.memory import Budget
 from unclip_jax.data.records import BadRecord
 from unclip_jax.data.shards.index import Sample
 from unclip_jax.data.shards.source import ShardedSource
-from unclip_jax.data.shards.storage import StoredFile
+from unclip_jax.data.shards.storage import StoredFile, is_remote
 from unclip_jax.errors import UserError, one_line, wrong
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
@@ -37,6 +38,7 @@ _KEPT = 2**28  # bytes of decoded row groups
 _DECODED_AT_ONCE = 2**30  # bytes of images in the row groups that threads decode
 _LARGE_GROUP = 2**26  # bytes of images in a row group, from where random order is slow
 _MAX_GROUP = 2**32
+_PART = 2**22  # bytes of a column read at a time while indexing
 
 
 def open_source(config: DataConfig, pattern: str) -> ShardedSource:
@@ -127,6 +129,7 @@ class ParquetShards:
                     f"name: {file.url}: {size} bytes in a row group, more than {_MAX_GROUP}; write "
                     "smaller ones (row_group_size=100)"
                 )
+            content = _content(file, parquet.metadata.row_group(group), image)
             table = parquet.read_row_group(group, tops, use_threads=False)
             values = {role: _values(table, schema, path, role) for role, path in wanted.items()}
             for at in range(len(table)):
@@ -134,7 +137,7 @@ class ParquetShards:
                 try:
                     key = _text(told.get("key")) or f"{file.name}#{row}"
                     captions = self._captions(told, wanted, names)
-                    yield Sample(key, captions, row, size, _text(told.get("label")))
+                    yield Sample(key, captions, row, size, _text(told.get("label")), content)
                 except texts.NotText as error:
                     skipped[f"row {row}"] = str(error)
                 row += 1
@@ -263,6 +266,26 @@ def _image_column(schema: Any, key: str, file: StoredFile) -> str:
             " they lie in"
         )
     raise UserError(f"image_key: {file.url} has none of {', '.join(IMAGES)}; name one of: {there}")
+
+
+def _content(file: StoredFile, group: Any, column: str) -> str:
+    """What differs where the images of a row group do: a digest of their column, as it is stored.
+
+    Of a remote file it is what its store says of the whole file, if that says anything: reading the
+    images would be fetching the data set.
+    """
+    if is_remote(file.url) and file.version:
+        return file.version
+    chunks = (group.column(number) for number in range(group.num_columns))
+    parts = []
+    for chunk in chunks:
+        if chunk.path_in_schema == column:
+            first = chunk.data_page_offset
+            if chunk.has_dictionary_page:
+                first = min(first, chunk.dictionary_page_offset)
+            stop = first + chunk.total_compressed_size
+            parts += [(a, min(a + _PART, stop)) for a in range(first, stop, _PART)]
+    return digest(file.read(*part) for part in parts).hex()
 
 
 def _image_bytes(group: Any, column: str) -> int:

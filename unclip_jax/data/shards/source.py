@@ -69,8 +69,10 @@ class ShardedSource:
             why = [f"{name}: {reason}, and so on" for name, reason in self.skipped.items()][:1]
             why = () if there else (*why, "the shards are empty")[:1]
             raise nothing_in(split, f"{there} captioned images of {name}", *why)
-        digests = [header["digest"] for header in headers]
-        self.fingerprint = fingerprint_of(["shards", split, config.captions, digests])
+        self.fingerprint, self.former = (
+            fingerprint_of([kind, split, config.captions, [header[of] for header in headers]])
+            for kind, of in (("shards 2", "content"), ("shards", "digest"))
+        )
 
     def __len__(self) -> int:
         """The number of (image, caption) pairs."""

@@ -197,8 +197,14 @@ def _stored(files: Any, path: str, info: dict[str, Any]) -> StoredFile:
         raise UserError(f"name: {url}: a folder; name the files in it, {url.rstrip('/')}/*.tar")
     if info.get("size") is None:
         raise UserError(f"name: {url}: its server doesn't say how large it is; copy it elsewhere")
-    known = (info[key] for key in _VERSIONS if info.get(key) is not None)
-    return StoredFile(url, int(info["size"]), str(next(known, "")), files, path)
+    return StoredFile(url, int(info["size"]), version(info), files, path)
+
+
+def version(info: dict[str, Any]) -> str:
+    """What a store says that differs where a file's content does; "" if nothing."""
+    known = [str(info[key]) for key in _VERSIONS if info.get(key) is not None]
+    # Of a local file both times: a copy may be given the time of what it replaces.
+    return " ".join(known if "ino" in info else known[:1])
 
 
 def is_local(files: Any) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from unclip_jax.data import images, texts
+from unclip_jax.data.contents import digest
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import shown
 from unclip_jax.data.shards import tar
@@ -26,6 +27,7 @@ _NO_IMAGES = ("txt", "json", "cls", "npy", "pyd", "pth", "url", "mp4", "wav", "f
 _MAX_TEXT = 2**24  # bytes of a caption, a class or a .json
 _MAX_LABEL = 200  # characters
 _BLOCK_LOCAL, _BLOCK_REMOTE = 2**16, 2**22  # bytes: the headers lie between the images
+_PART = 2**22  # bytes of an image read at a time while indexing
 
 
 def open_source(config: DataConfig, pattern: str) -> ShardedSource:
@@ -68,11 +70,15 @@ class TarShards:
                     yield from self._finished(sample, skipped)
                     sample = _Parts(key, member.offset)
                 sample.members[suffix] = member
+                if suffix in self._images:
+                    sample.contents[member.offset] = _content(read, member)
                 if suffix in self._texts and member.size <= _MAX_TEXT:
                     sample.texts[suffix] = read(member.offset, member.offset + member.size)
                 elif self._sniffed and suffix not in (*IMAGES, *_NO_IMAGES) and "." not in suffix:
                     head = read(member.offset, member.offset + min(images.HEAD, member.size))
-                    sample.pictures += [member] * images.is_picture(head)
+                    if images.is_picture(head):
+                        sample.pictures.append(member)
+                        sample.contents[member.offset] = _content(read, member)
         except tar.Damaged as error:
             if not error.offset:
                 raise UserError(
@@ -99,7 +105,8 @@ class TarShards:
         except texts.NotText as error:
             skipped[f"{shown(sample.key)} (byte {sample.offset})"] = str(error)
         else:
-            yield Sample(sample.key, captions, image.offset, image.size, label)
+            content = sample.contents[image.offset]
+            yield Sample(sample.key, captions, image.offset, image.size, label, content)
 
     def _fault(self, sample: _Parts, image: tar.Member | None, label: str) -> str:
         """Why a sample can't be used; "" if it can."""
@@ -163,6 +170,7 @@ class _Parts:
         self.members: dict[str, tar.Member] = {}  # by suffix
         self.texts: dict[str, bytes] = {}  # likewise, the content of those read while indexing
         self.pictures: list[tar.Member] = []  # those of unusual suffixes, by their bytes
+        self.contents: dict[int, str] = {}  # of what may be the image, by offset
 
     @property
     def there(self) -> str:
@@ -183,6 +191,13 @@ class _Parts:
     def text(self, suffix: str) -> str:
         """A member that is text; `NotText` if it is none."""
         return texts.one(self.texts.get(suffix, b""))
+
+
+def _content(read: Callable[[int, int], bytes], member: tar.Member) -> str:
+    """The digest of a member's bytes, read on the way through the shard."""
+    end = member.offset + member.size
+    starts = range(member.offset, end, _PART)
+    return digest(read(start, min(start + _PART, end)) for start in starts).hex()
 
 
 def _split(name: str) -> tuple[str, str]:

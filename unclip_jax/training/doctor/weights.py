@@ -22,6 +22,7 @@ from unclip_jax import stages
 from unclip_jax.common import config as settings
 from unclip_jax.data import datasets
 from unclip_jax.data.batches import batches
+from unclip_jax.data.records import fingerprints
 from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.metrics.retrieval import digests
@@ -100,7 +101,7 @@ def read_batch(run: Workdir, clip: Path | None) -> Arrays:
     needs_images = "image" in stage.reads
     data = inputs.data_for(stage, data)
     source = datasets.load(data, needs_images=needs_images)
-    if source.fingerprint != run.description["data_fingerprint"]:
+    if run.description["data_fingerprint"] not in fingerprints(source):
         raise UserError(
             f"data {data.name!r}: they have changed since (fingerprint {source.fingerprint}, was"
             f" {run.description['data_fingerprint']})"
