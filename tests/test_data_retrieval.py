@@ -74,6 +74,11 @@ def test_the_fingerprint_is_of_captions_and_embeddings(tmp_path):
     changed = rows(30, 0)[::-1].astype(np.float16)
     np.save(other / "img_emb" / "img_emb_0.npy", changed)
     assert source(other).fingerprint != one.fingerprint
+    changed = rows(3000, 0).astype(np.float16)  # one row of many counts
+    many = source(write(tmp_path / "many", sizes=(3000,))).fingerprint
+    changed[1234] = changed[7]
+    np.save(tmp_path / "many" / "img_emb" / "img_emb_0.npy", changed)
+    assert source(tmp_path / "many").fingerprint != many
     assert source(write(tmp_path / "d", dtype=np.float32)).fingerprint != one.fingerprint
 
 

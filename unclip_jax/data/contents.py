@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ _AT_ONCE = 8
 _SAVED_EACH = 20_000  # files; of a run that is killed so much is done again
 # A file that changed so shortly before it was read may change again within one tick of its clock.
 _SETTLED = 2 * 10**9  # ns
+
+_PART = 2**22  # bytes of a file read at a time
 
 State = tuple[int, int]  # size in bytes, time of the last change in ns
 
@@ -88,6 +91,18 @@ def digests(
             if path:
                 _save(path, known)
     return found
+
+
+def of_files(where: str, paths: Sequence[str], cache: Path | None) -> np.ndarray:
+    """`digests` of files of this machine, of any size."""
+    found = {path: os.stat(path) for path in paths}
+    states = {p: (s.st_size, max(s.st_mtime_ns, s.st_ctime_ns)) for p, s in found.items()}
+    return digests(where, paths, states, _of_file, cache)
+
+
+def _of_file(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return digest(iter(lambda: file.read(_PART), b""))
 
 
 def _load(path: Path) -> dict[str, tuple[State, bytes]]:

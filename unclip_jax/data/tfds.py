@@ -18,8 +18,6 @@ from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.records import BadRecord, fingerprint_of, warn_of_skipped
 from unclip_jax.errors import UserError, one_line, wrong
 
-_PART = 2**22  # bytes of a file read at a time
-
 
 def open_source(config: DataConfig, name: str) -> TfdsSource:
     """The data set of TFDS that a config names."""
@@ -226,17 +224,10 @@ def _contents(builder: Any, split: str, cache: pathlib.Path) -> list[list[Any]]:
     if "://" in where:
         found = {name: [path.stat().length, path.stat().mtime] for name, path in paths.items()}
     else:
-        stats = {name: os.stat(path) for name, path in paths.items()}
-        states = {name: (s.st_size, max(s.st_mtime_ns, s.st_ctime_ns)) for name, s in stats.items()}
-        rows = contents.digests(where, names, states, lambda name: _digest(paths[name]), cache)
+        rows = contents.of_files(where, [os.fspath(paths[name]) for name in names], cache)
         found = {name: row.tobytes().hex() for name, row in zip(names, rows, strict=True)}
     names = [os.path.basename(part.filename) for part in parts]
     return [[n, p.skip, p.take, found[n]] for n, p in zip(names, parts, strict=True)]
-
-
-def _digest(path: os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return contents.digest(iter(lambda: file.read(_PART), b""))
 
 
 def prepared_builder(name: str, data_dir: str | os.PathLike | None) -> Any:

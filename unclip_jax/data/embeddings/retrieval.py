@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unclip_jax.common import extras
-from unclip_jax.data import texts
+from unclip_jax.data import contents, texts
 from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import FIRST, HELDOUT, VALID, Meta, Pair
 from unclip_jax.data.records import BadRecord, is_heldout
@@ -27,7 +28,6 @@ FOLDERS = ("img_emb", "text_emb", "metadata")
 _NAMES = ("image_path", "key", "url", "__key__", "image_url")
 _READ_TOGETHER = 8192  # pairs of a chunk
 _LOOKED_AT = 256  # rows that say whether embeddings have length one
-_SAMPLED = 1024  # rows of a file that its fingerprint is of
 
 
 class _Part(NamedTuple):
@@ -57,6 +57,7 @@ class RetrievalStore:
         """
         folders = {name: Folder(f"{where}/{name}", cache_dir) for name in FOLDERS}
         self.where, self._caption_key = os.fspath(where), caption_key
+        self._cache = pathlib.Path(cache_dir)
         files = {name: _numbered(folder.names()) for name, folder in folders.items()}
         numbers = sorted(files["img_emb"])
         for name, found in files.items():
@@ -160,13 +161,12 @@ class RetrievalStore:
     def _meta(self) -> Meta:
         first = np.asarray(self._parts[0].z_i[:_LOOKED_AT], np.float32)
         lengths = np.linalg.norm(first, axis=1)
-        digest = hashlib.sha256(b"clip-retrieval")
+        digest = hashlib.sha256(b"clip-retrieval 2")
         for part in self._parts:
             for texts_of in (part.names, part.captions):
                 digest.update("\0".join(texts_of).encode("utf-8", "surrogatepass"))
-            rows = slice(None, None, max(1, len(part.names) // _SAMPLED))
-            digest.update(np.ascontiguousarray(part.z_i[rows]).tobytes())
-            digest.update(np.ascontiguousarray(part.z_t[rows]).tobytes())
+            files = [str(z.filename) for z in (part.z_i, part.z_t)]
+            digest.update(contents.of_files(self.where, files, self._cache).tobytes())
         return Meta(
             clip_fingerprint="",
             data_fingerprint=digest.hexdigest()[:16],
