@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from unclip_jax.common.files import replacing
-from unclip_jax.data.listing import progress
+from unclip_jax.data.records import progress
 
 SIZE = 16  # bytes of a digest
 _FORMAT = 1  # of the cache; raised when its layout changes

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from unclip_jax.data import images, tables, texts
-from unclip_jax.data.listing import Listing, endings, parted, progress, stem
+from unclip_jax.data.listing import Listing, endings, parted, stem
 from unclip_jax.data.matches import Matcher
-from unclip_jax.data.records import class_names, is_heldout
+from unclip_jax.data.records import class_names, is_heldout, progress
 from unclip_jax.data.tables import Keys
 from unclip_jax.errors import UserError, one_line
 

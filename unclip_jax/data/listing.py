@@ -5,27 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+from unclip_jax.data.records import progress
 from unclip_jax.data.shards.storage import StorageError, StoredFile, ask, filesystem, version
 from unclip_jax.errors import UserError
 
-SILENT_FOR = 2.0  # seconds before a line says how far it is
-_SECONDS_BETWEEN_LINES = 10.0  # where they go into a log
 _TEXTS = (".txt", ".json", ".caption")  # beside pictures: their size is of no interest
 _PART = 2**18  # bytes read at a time
-
-
-def progress(title: str, unit: str, total: int | None = None) -> tqdm:
-    """A bar that shows up after two seconds; a line now and then where it goes into a log."""
-    interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    return tqdm(
-        desc=title, unit=unit, total=total, delay=SILENT_FOR, mininterval=interval, leave=False
-    )
 
 
 class Listing:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from unclip_jax.errors import UserError, wrong
 
@@ -23,6 +25,8 @@ MAX_CLASSES = 1_000_000
 _REASONS = 8  # that are told of what is left out
 _NUMBERED = re.compile(r"\b(line|row|entry|annotation|byte) \d+")
 NAMED = 5  # of what is skipped or cut, this many are named in warnings
+SILENT_FOR = 2.0  # seconds before a line says how far it is
+_SECONDS_BETWEEN_LINES = 10.0  # where they go into a log
 
 
 class Record(TypedDict):
@@ -157,3 +161,11 @@ def warn_of_skipped(name: str, skipped: Mapping[str, str]) -> None:
         return
     for record, reason in skipped.items():
         logging.warning("%s: skipped %s: %s", name, record, reason)
+
+
+def progress(title: str, unit: str, total: int | None = None) -> tqdm:
+    """A bar that shows up after two seconds; a line now and then where it goes into a log."""
+    interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    return tqdm(
+        desc=title, unit=unit, total=total, delay=SILENT_FOR, mininterval=interval, leave=False
+    )
