@@ -332,6 +332,11 @@ def test_an_arch_that_is_not_the_files(tmp_path):
         with pytest.raises(UserError, match=r"the 80 features.* as wide as 1280; give ViT-H-14"):
             clip.load(tmp_path / "open_clip_model.safetensors", arch=arch)
     assert clip.load(tmp_path / "open_clip_model.safetensors", arch="ViT-H-14").stage.model == wide
+    (tmp_path / "open_clip_config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"no config.json or open_clip.*found open_clip_model.*itself"
+    ):
+        clip.load(tmp_path)
     torch.save(their_clip("quick_gelu").state_dict(), tmp_path / "ViT.pt")
     with pytest.raises(UserError, match=r"arch: got 'ViT-B-32', expected none.*OpenAI's"):
         clip.load(tmp_path / "ViT.pt", arch="ViT-B-32")

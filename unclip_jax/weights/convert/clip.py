@@ -18,7 +18,7 @@ import numpy as np
 
 from unclip_jax import stages
 from unclip_jax.common.checks import choice
-from unclip_jax.common.params import fingerprint
+from unclip_jax.common.params import fingerprint, listing
 from unclip_jax.data.tokenizer import FileTokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.models import ClipConfig
@@ -66,6 +66,11 @@ def load(
     if source.is_dir():
         if arch:
             raise UserError(f"arch: got {arch!r}, but the folder {source} says what it holds")
+        settings = huggingface.CONFIG_FILE, clip_configs.OPENCLIP_FILE
+        if not any((source / name).is_file() for name in settings):
+            found = listing(sorted(path.name for path in source.iterdir())) or "nothing"
+            do = "give the folder of a CLIP, or the weight file itself"
+            raise UserError(f"{source}: no {' or '.join(settings)}, found {found}; {do}")
         if not _is_openclip(source):
             return load_huggingface([source], dtype=dtype, unit_embeddings=unit_embeddings)
         config, apart = clip_configs.of_openclip(source)
