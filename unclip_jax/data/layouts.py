@@ -54,7 +54,7 @@ class Reader:
         self.layout = "the names of the files"
         files = self.listing.files
         beside = (name for name in files if name.lower().endswith(_BESIDE))
-        self._texts = {"".join(parted(name)): name for name in beside}
+        self._texts = {"".join(parted(name)): name for name in beside}  # by lower-case suffixes
         self.images = self._pictures()
 
     def takes(self, name: str, told: Told) -> bool:
