@@ -313,7 +313,8 @@ def test_links_are_followed_and_what_is_left_out_is_counted_by_reason(tmp_path, 
     assert (len(data), data.image_count) == (10, 10)
     assert "linked/far.png" in [data[i]["name"] for i in range(10)]
     said = records.summary(data, "all")
-    assert said.startswith(f"{folder}, split all: 10 pairs of 10 images; left out 12 (")
+    start = f"{folder}, split all: 10 pairs of 10 images; captions in the file beside it; left out"
+    assert said.startswith(f"{start} 12 (")
     for reason in (
         "no picture that is read here (.heic): 5, such as", "a broken link: 4", "an empty file: 1",
         "a link that leads in a circle: 1", "a link to a folder that is read anyway: 1",

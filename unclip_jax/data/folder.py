@@ -48,6 +48,8 @@ def open_source(config: DataConfig, path: str) -> FolderSource:
 class FolderSource:
     """The pairs of a folder, by the relative paths of the images; see `records.Source`.
 
+    Besides, `layout` says where their captions were found.
+
     The SHA-256 of its relative path decides an image's split: `train` is about nine tenths,
     `heldout` the rest, `all` everything. Adding an image moves no other. Where tables of captions
     are called train and val (or test), they decide.
@@ -81,11 +83,11 @@ class FolderSource:
         checks.choice("split", split, SPLITS)
         reader = Reader(self.name, split, keys or Keys(), labels, bare)
         told = reader.told()
-        self._listing, self.skipped = reader.listing, reader.skipped
+        self._listing, self.skipped, self.layout = reader.listing, reader.skipped, reader.layout
         # Of all images, whatever the split: a class has one number in every split.
         self.classes = reader.classes(told) if labels else ()
         warn_of_skipped(self.name, self.skipped)
-        self._images = sorted(name for name, one in told.items() if reader.takes(name, one))
+        self._images = sorted(name for name, one in told.items() if reader.takes(name, one.split))
         if not self._images:
             raise nothing_in(split, f"{len(told)} images of {self.name}")
         kept = None if captions == "all" else 1

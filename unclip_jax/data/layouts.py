@@ -51,18 +51,18 @@ class Reader:
         self._split, self._keys, self._labels, self._bare = split, keys, labels, bare
         self._tabled = False  # whether classes stand in a table
         self._found: list[str] = []  # tables that don't serve, and why
-        self.layout = "the names of the files"
+        self.layout = ""
         files = self.listing.files
         beside = (name for name in files if name.lower().endswith(_BESIDE))
         self._texts = {"".join(parted(name)): name for name in beside}  # by lower-case suffixes
         self.images = self._pictures()
 
-    def takes(self, name: str, told: Told) -> bool:
-        """Whether an image is in the split."""
+    def takes(self, name: str, split: str = "") -> bool:
+        """Whether an image is in the split that is asked for; `split` is what a table says."""
         if self._split == "all":
             return True
-        if told.split:
-            return told.split == self._split
+        if split:
+            return split == self._split
         return is_heldout(name) == (self._split == "heldout")
 
     def told(self) -> dict[str, Told]:
@@ -76,7 +76,7 @@ class Reader:
             found = {name: one._replace(captions=one.captions or ("",)) for name, one in told}
         for name in self.images:
             if not (name in found and found[name].captions):
-                self.skipped.setdefault(name, f"no caption in {self.layout}")
+                self.skipped.setdefault(name, f"no caption in {self.layout or 'any file'}")
         kept = {name: one for name, one in found.items() if one.captions}
         if not kept:
             raise self._without_captions()
@@ -193,17 +193,20 @@ class Reader:
         if not any(places.values()):
             return None
         self.layout = "the file beside it"
+        # Another split's images count, and their captions are not read.
+        read = {n for n, place in places.items() if place and (self._keys.label or self.takes(n))}
+        contents = self.listing.read_all(place for n, place in places.items() if n in read)
         with progress(f"{self.listing.name}: captions", " images", len(places)) as bar:
             for name, place in places.items():
                 bar.update()
-                if not place or not (self._keys.label or self.takes(name, Told(()))):
-                    # Another split's: it counts, and its captions are not read.
+                if name not in read:
                     found[name] = Told(("",)) if place else Told(())
                     continue
+                if isinstance(content := next(contents), OSError):
+                    self.skipped[name] = f"its caption can't be read ({content.strerror})"
+                    continue
                 try:
-                    found[name] = self._read(place, fields)
-                except OSError as error:
-                    self.skipped[name] = f"its caption can't be read ({error.strerror})"
+                    found[name] = self._read(place, content, fields)
                 except texts.NotText as error:
                     self.skipped[name] = f"its caption is {error}"
         if any(one.captions for one in found.values()):
@@ -221,9 +224,9 @@ class Reader:
                     return self._texts.get(place, place)
         return ""
 
-    def _read(self, place: str, fields: dict[str, None]) -> Told:
+    def _read(self, place: str, content: bytes, fields: dict[str, None]) -> Told:
         """What a file beside an image says; the names of a `.json`'s texts go into `fields`."""
-        text = texts.file_text(self.listing.read(place))
+        text = texts.file_text(content)
         if not place.lower().endswith(".json"):
             return Told(tuple(c for line in text.split("\n") for c in texts.captions(line)))
         try:
@@ -350,12 +353,19 @@ class Reader:
     def _without_captions(self) -> UserError:
         """The error where no image has a caption: what was found, and what would be read."""
         count, first = len(self.images), self.images[0]
-        why = next((r for n, r in self.skipped.items() if r != f"no caption in {self.layout}"), "")
+        why = next(
+            (
+                r
+                for n, r in self.skipped.items()
+                if r != f"no caption in {self.layout or 'any file'}"
+            ),
+            "",
+        )
         if self._found:
             do = "mend it, or name another table: --config.data.name=FOLDER/FILE"
             # What names files at all comes before what is no table of captions.
             what = "; ".join(sorted(self._found, key=lambda told: " files, " not in told)[:3])
-        elif self.layout == "the names of the files":
+        elif not self.layout:
             do = f"write captions.jsonl, or {stem(first)}.txt beside {first} and so on"
             what = "there is no table of captions, and no .txt, .caption or .json beside an image"
         else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
@@ -15,6 +17,7 @@ from unclip_jax.data.shards.storage import StorageError, StoredFile, ask, filesy
 from unclip_jax.errors import UserError
 
 _TEXTS = (".txt", ".json", ".caption")  # beside pictures: their size is of no interest
+_READ_AT_ONCE = 64  # files of a bucket
 _PART = 2**18  # bytes read at a time
 
 
@@ -80,6 +83,23 @@ class Listing:
             return b"".join(parts)
         finally:
             os.close(opened)
+
+    def read_all(self, names: Iterable[str]) -> Iterator[bytes | OSError]:
+        """The files in order, or why one can't be read; many at a time where they are remote."""
+
+        def one(name: str) -> bytes | OSError:
+            try:
+                return self.read(name)
+            except OSError as error:
+                return error
+
+        if not self.is_remote:
+            yield from map(one, names)
+            return
+        names = iter(names)
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            while some := list(itertools.islice(names, 16 * _READ_AT_ONCE)):
+                yield from pool.map(one, some)
 
     def _scan(self, bar: tqdm) -> None:
         """One pass over a local tree: no more than one stat a file, links to folders last."""

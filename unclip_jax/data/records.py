@@ -151,7 +151,9 @@ def counted(skipped: Mapping[str, str]) -> str:
 def summary(source: Source, split: str) -> str:
     """What a data set holds, and what it left out, in a line."""
     said = f"{source.name}, split {split}: {len(source)} pairs of {source.image_count} images"
-    return "; ".join(filter(None, (said, counted(source.skipped))))
+    where = getattr(source, "layout", "")  # of a folder, which may have captions in several places
+    where = f"captions in {where}" if where else ""
+    return "; ".join(filter(None, (said, where, counted(source.skipped))))
 
 
 def warn_of_skipped(name: str, skipped: Mapping[str, str]) -> None:
