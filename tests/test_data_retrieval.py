@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 
+from configs import base
 from tests import tiny
+from unclip_jax import stages
 from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig, load
 from unclip_jax.data.embeddings.store import EmbeddingStore
 from unclip_jax.data.records import is_heldout
 from unclip_jax.errors import UserError
 from unclip_jax.stages.clip import encode_text
-from unclip_jax.training import inputs
+from unclip_jax.training import inputs, prepare
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights import trained
 
 pa = pytest.importorskip("pyarrow")
@@ -133,3 +137,22 @@ def test_the_clip_must_be_the_one_that_made_them(tmp_path):
     inputs.check_made_by(clip, data)
     with pytest.raises(UserError, match=r"config\.clip: .*give the CLIP that made"):
         inputs.check_made_by(clip._replace(params=tiny.params(tiny.CLIP, 1)), data)
+
+
+def test_a_prior_learns_from_it(tmp_path):
+    stage, params = tiny.CLIP, tiny.params(tiny.CLIP)
+    about = {"stage": stages.describe(stage)}
+    model_folder.save_stage(tmp_path / "clip", params=params, description=about)
+    tokens = trained.tokenizer(trained.Part(stage, params, {}))
+    z_t = encode_text(stage, params, tokens.encode([f"caption {n} of 0" for n in range(30)]))
+    folder = write(tmp_path / "pairs", sizes=(30,))
+    np.save(folder / "text_emb" / "text_emb_0.npy", np.float32(z_t))
+    np.save(folder / "img_emb" / "img_emb_0.npy", rows(30, 0, z_t.shape[1]))
+    data = DataConfig(name=f"embeddings:{folder}", split="all", cache_dir=str(tmp_path / "cache"))
+    train = TrainConfig(batch_size=8, steps=3, eval_every=0, preview_every=0)
+    settings = {"heldout_split": "all", "previews": 2, "clip": str(tmp_path / "clip")}
+    run = prepare.prepare(base.make(tiny.PRIOR, data, train, **settings))
+    batch = next(run.batches())
+    np.testing.assert_allclose(batch["z_t"], np.asarray(z_t)[batch["index"]], atol=1e-6)
+    expected = tokens.encode([f"caption {n} of 0" for n in batch["index"]])
+    np.testing.assert_array_equal(batch["tokens"], expected)
