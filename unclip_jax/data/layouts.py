@@ -323,7 +323,7 @@ class Reader:
                 usable[name] = matched
             elif missed:
                 self._found.append(f"{name} names {matcher.asked} files, {matcher.advice(missed)}")
-            else:
+            elif not name.lower().endswith(".txt"):
                 self._found.append(f"{name} has no rows")
         chosen: dict[str, set[str]] = {}
         for name, matched in usable.items():
@@ -363,6 +363,8 @@ class Reader:
         )
         if self._found:
             do = "mend it, or name another table: --config.data.name=FOLDER/FILE"
+            if not any(" files, " in told for told in self._found):
+                do += f"; or write {stem(first)}.txt beside {first} and so on"
             # What names files at all comes before what is no table of captions.
             what = "; ".join(sorted(self._found, key=lambda told: " files, " not in told)[:3])
         elif not self.layout:
