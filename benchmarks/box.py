@@ -8,8 +8,8 @@ trained on, with the model's own settings, and asks of it
 - judge: whether the nearest of all real drawings, or one of the nearest five, is of the caption's
   emoji, and whether it is the very drawing of the caption. Near is meant by EfficientNet-lite0's
   features of 112 px (pip install -e ".[features]"), standardised over the real drawings, by cosine;
-- style: whether it is in the style that its caption names, by a linear classifier of those
-  features, fitted to real training drawings that are not shown to it again;
+- style: whether it is in the style that its caption names, by a linear classifier of colours, which
+  is fitted to real training drawings that are not shown to it again;
 - copies: whether it lies within a mean squared error of 0.01, pixels from -1 to 1, of any training
   drawing: then it is that drawing;
 - clip: whether its own caption is the nearest of all captions, by the model's CLIP;
@@ -49,7 +49,7 @@ from unclip_jax.evaluate import features as feature_networks
 from unclip_jax.evaluate.measure import choose
 from unclip_jax.evaluate.pictures import Measurer, Real
 from unclip_jax.metrics.frechet import frechet
-from unclip_jax.metrics.nearest import Nearest, by_chance, errors, top
+from unclip_jax.metrics.nearest import Nearest, by_chance, copies, top
 from unclip_jax.metrics.retrieval import own_caption
 from unclip_jax.metrics.vectors import Vectors, moments
 from unclip_jax.parallel import compile_cache
@@ -59,10 +59,9 @@ from unclip_jax.weights.trained import clip_fingerprint
 
 JUDGE = "efficientnet-lite0"
 JUDGE_SIZE = 112  # px; smaller ones are enlarged by a bicubic filter
-COPY = 0.01  # mean squared error of pixels from -1 to 1
 NOISE = 0.02  # its standard deviation, likewise
-FITTED = 500  # real pictures of each style, to which the classifier is fitted
-RIDGE = 100.0  # on features of unit variance
+FITTED = 600  # real pictures of each style, to which the classifier is fitted
+RIDGE = 1000.0  # on features of unit variance
 SHOWN, COLUMNS = 24, 4
 GALLERY, GALLERY_COLUMNS = 48, 8
 EVERYDAY = (
@@ -126,18 +125,17 @@ class Enlarging(feature_networks.FeatureNetwork):
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features float32 [b, d] of uint8 images [b, h, w, 3]."""
-        return super().__call__(np.stack([resized(image, JUDGE_SIZE) for image in images]))
+        return super().__call__(np.stack([resized(x, JUDGE_SIZE, "BICUBIC") for x in images]))
 
 
-def resized(image: np.ndarray, size: int, how: int = Image.Resampling.BICUBIC) -> np.ndarray:
+def resized(image: np.ndarray, size: int, how: str) -> np.ndarray:
     """A picture uint8 [h, w, 3] as [size, size, 3]."""
-    return np.asarray(Image.fromarray(image).resize((size, size), how))
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling[how]))
 
 
 def halved(image: np.ndarray) -> np.ndarray:
     """A picture at half its size and back: what is fine in it is gone."""
-    small = resized(image, len(image) // 2, Image.Resampling.BOX)
-    return resized(small, len(image), Image.Resampling.BILINEAR)
+    return resized(resized(image, len(image) // 2, "BOX"), len(image), "BILINEAR")
 
 
 def noisy(image: np.ndarray, seed: int) -> np.ndarray:
@@ -146,45 +144,35 @@ def noisy(image: np.ndarray, seed: int) -> np.ndarray:
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-def copies(images: np.ndarray, own: np.ndarray, train: np.ndarray, real: Drawings) -> Figures:
-    """How often pictures, and the real ones of the same captions, are training drawings.
-
-    A real one is compared with the others only. Distances to the nearest are medians.
-
-    Args:
-        images: uint8 [n, s, s, 3].
-        own: [n] rows of the real ones.
-        train: rows of the training drawings.
-        real: all drawings.
-    """
-    found = {}
-    for name, pictures in (("drawn", images), ("real", real.images[own])):
-        distance = errors(pictures, real.images[train])
-        if name == "real":
-            distance[own[:, None] == train] = np.inf
-        nearest = distance.min(axis=1)
-        found[name] = float(np.mean(nearest < COPY))
-        found[f"{name}_nearest"] = float(np.median(nearest))
-    exact = (images.astype(np.float32) - real.images[own]) / 127.5
-    return found | {"drawn_own": float(np.mean((exact**2).mean(axis=(1, 2, 3)) < COPY))}
+def colours(images: list[np.ndarray] | np.ndarray) -> np.ndarray:
+    """Square roots [n, 4096] of how much of each picture has which colour, by 16 levels each."""
+    found = []
+    for image in images:
+        red, green, blue = np.moveaxis(image.astype(np.int64) // 16, -1, 0)
+        counts = np.bincount((red * 256 + green * 16 + blue).ravel(), minlength=4096)
+        found.append(np.sqrt(counts / red.size))
+    return np.stack(found).astype(np.float32)
 
 
 class StyleClassifier:
-    """Ridge regression of the styles on standardised features; the largest output wins."""
+    """Ridge regression of the styles on standardised colours; the largest output wins."""
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
-        """Fit it to features [n, d] and labels [n]."""
-        self._mean, self._std = features.mean(axis=0), features.std(axis=0) + 1e-6
-        x, y = self._prepare(features), np.eye(labels.max() + 1)[labels]
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """Fit it to uint8 pictures [n, s, s, 3] and labels [n], blurred and noisy ones besides."""
+        made = [halved(x) for x in images], [noisy(x, i) for i, x in enumerate(images)]
+        x = np.concatenate([colours(each) for each in (images, *made)])
+        self._mean, self._std = x.mean(axis=0), x.std(axis=0) + 1e-2
+        x, y = self._prepare(x), np.eye(labels.max() + 1, dtype=np.float32)[np.tile(labels, 3)]
         self._weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
 
-    def _prepare(self, features: np.ndarray) -> np.ndarray:
-        x = (features.astype(np.float64) - self._mean) / self._std
-        return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    def _prepare(self, x: np.ndarray) -> np.ndarray:
+        x = (x - self._mean) / self._std
+        return np.concatenate([x, np.ones((len(x), 1), np.float32)], axis=1)
 
-    def accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
-        """The fraction of features [n, d] that is in its style."""
-        return float(np.mean((self._prepare(features) @ self._weights).argmax(axis=1) == labels))
+    def accuracy(self, images: list[np.ndarray] | np.ndarray, labels: np.ndarray) -> float:
+        """The fraction of pictures that is in its style."""
+        outputs = self._prepare(colours(images)) @ self._weights
+        return float(np.mean(outputs.argmax(axis=1) == labels))
 
 
 def looked_at(measurer: Measurer, config: DataConfig, keep: Path | None) -> Real:
@@ -252,6 +240,12 @@ def beside(measurer: Measurer, nearest: Nearest, real: Drawings, rows: np.ndarra
     return found | {"chance": nearest.chance(rows)}
 
 
+def write(figures: dict, latest: str, out: Path) -> None:
+    """Write all figures so far, and print the latest."""
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps({latest: figures[latest]}, indent=1), flush=True)
+
+
 def grid(images: list[np.ndarray], captions: list[str], columns: int, path: Path) -> None:
     """Write a captioned grid."""
     save_png(captioned_grid(images, captions, columns=columns), path, {"seed": "0"})
@@ -293,7 +287,7 @@ class Bench:
         fitted = np.concatenate(
             [left[real.styles[left] == style][:FITTED] for style in np.unique(real.styles)]
         )
-        self.classifier = StyleClassifier(real.vectors.features[fitted], real.styles[fitted])
+        self.classifier = StyleClassifier(real.images[fitted], real.styles[fitted])
         self.reference = real.vectors.rows(left)
 
     def draw(self, split: str) -> tuple[Vectors, np.ndarray]:
@@ -311,16 +305,14 @@ class Bench:
     def figures(self, split: str, drawn: Vectors, images: np.ndarray) -> dict:
         """Everything that is asked of the pictures of a split."""
         rows, real = self.chosen[split], self.real
-        truth = real.vectors.rows(rows)
+        truth, own = real.vectors.rows(rows), real.images[rows]
+        seen = {"drawn": images, "real": own, "real_halved": [halved(x) for x in own]}
         return {
             "pictures": len(rows),
             "judge": {"drawn": self.nearest.figures(drawn.features, rows)}
             | beside(self.measurer, self.nearest, real, rows),
-            "style": {
-                name: self.classifier.accuracy(seen.features, real.styles[rows])
-                for name, seen in (("drawn", drawn), ("real", truth))
-            },
-            "copies": copies(images, rows, self.train, real),
+            "style": {n: self.classifier.accuracy(x, real.styles[rows]) for n, x in seen.items()},
+            "copies": copies(images, own, real.images[self.train], rows[:, None] == self.train),
             "clip": own_caption(drawn.z_i, truth.z_i, self.z_t, rows, self.told, real.same[rows]),
             "frechet_clip": self._frechet("z_i", drawn, truth),
             "frechet_judge": self._frechet("features", drawn, truth),
@@ -384,12 +376,10 @@ def main(argv: list[str]) -> None:
         pairs = zip(real.images[rows[:SHOWN]], images, strict=False)
         pairs = [np.concatenate(pair, axis=1) for pair in pairs]
         grid(pairs, [real.captions[i] for i in rows[:SHOWN]], COLUMNS, args.out / f"{split}.png")
-        (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-        print(json.dumps({split: figures[split]}, indent=1), flush=True)
+        write(figures, split, args.out)
     if data in BUILDERS and PARAPHRASES in BUILDERS[data][0].features:
         figures[PARAPHRASES] = bench.paraphrases()
-        (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-        print(json.dumps({PARAPHRASES: figures[PARAPHRASES]}, indent=1), flush=True)
+        write(figures, PARAPHRASES, args.out)
     if not args.no_galleries:
         galleries(model, [real.captions[i] for i in bench.train], args.out)
 

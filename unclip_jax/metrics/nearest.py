@@ -10,6 +10,7 @@ import numpy as np
 from unclip_jax.metrics.vectors import unit
 
 NEAREST = 5
+COPY = 0.01  # mean squared error of pixels from -1 to 1
 
 
 class Nearest:
@@ -106,3 +107,28 @@ def errors(images: np.ndarray, others: np.ndarray, block: int = 512) -> np.ndarr
         squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None]
         found.append(np.maximum(squares - 2 * a @ b.T, 0) / a.shape[1])
     return np.concatenate(found, axis=1)
+
+
+def copies(
+    images: np.ndarray, real: np.ndarray, train: np.ndarray, same: np.ndarray
+) -> dict[str, float]:
+    """How many drawn pictures are copies of training pictures, and how many real ones of others.
+
+    Args:
+        images: drawn, uint8 [n, h, w, 3].
+        real: the true pictures of the same captions, uint8 [n, h, w, 3].
+        train: those of training, uint8 [m, h, w, 3].
+        same: [n, m], whether the real one is that of training, which it is no copy of.
+
+    Returns:
+        `drawn`, `real`, and medians of the distance to the nearest, `drawn_nearest`,
+        `real_nearest`; `drawn_own`, how many are copies of the true picture.
+    """
+    found = {}
+    for name, pictures in (("drawn", images), ("real", real)):
+        distance = errors(pictures, train)
+        nearest = np.where(same & (name == "real"), np.inf, distance).min(axis=1)
+        found[name] = float(np.mean(nearest < COPY))
+        found[f"{name}_nearest"] = float(np.median(nearest))
+    own = ((images.astype(np.float32) - real) / 127.5) ** 2
+    return found | {"drawn_own": float(np.mean(own.mean(axis=(1, 2, 3)) < COPY))}
