@@ -111,18 +111,9 @@ def batches(
     if shuffle:
         stream = stream.shuffle()
     order = stream.repeat(epochs)
-    if examples.cached and not config.augment:
-        batched = _InMemory(order, share, examples, length, drop_remainder)
-    else:
-        stream = order.map_with_index(examples)
-        if config.augment:
-            stream = stream.random_map(
-                lambda x, rng: {**x, "image": jitter(x["image"], config.augment, rng)}
-            )
-        mine = grain.MapDataset.range(length).map(lambda j: stream[share.position(j)])
-        threads = 0 if examples.cached else threads_for(config)
-        options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * batch_size, threads))
-        batched = mine.to_iter_dataset(options).batch(batch_size, drop_remainder=drop_remainder)
+    in_memory = examples.cached and not config.augment
+    iterator = _InMemory if in_memory else functools.partial(_reading, config)
+    batched = iterator(order, share, examples, length, drop_remainder)
     settings = {
         "seed": seed,
         "shuffle": shuffle,
@@ -131,7 +122,23 @@ def batches(
         "batch_size": batch_size,
     }
     reads = None if isinstance(encoder, Encoder) else encoder
-    return Batches(iter(batched), examples, settings, reads)
+    return Batches(batched, examples, settings, reads)
+
+
+def _reading(
+    config: DataConfig, order: Any, share: Share, examples: _Examples, length: int, full: bool
+) -> Any:
+    """Grain's iterator of batches whose examples are read and augmented ahead."""
+    grain = extras.load("grain", "train", "batches of a data set")
+    stream = order.map_with_index(examples)
+    if config.augment:
+        stream = stream.random_map(
+            lambda x, rng: {**x, "image": jitter(x["image"], config.augment, rng)}
+        )
+    mine = grain.MapDataset.range(length).map(lambda j: stream[share.position(j)])
+    threads = 0 if examples.cached else threads_for(config)
+    options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * share.block, threads))
+    return iter(mine.to_iter_dataset(options).batch(share.block, drop_remainder=full))
 
 
 class Batches:
@@ -362,9 +369,6 @@ class _InMemory:
         self._order, self._share, self._examples = order, share, examples
         self._length, self._drop_remainder = length, drop_remainder
         self._next = 0
-
-    def __iter__(self) -> _InMemory:
-        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         rows, following = [], self._next
