@@ -26,7 +26,7 @@ from absl import logging
 from unclip_jax.common import checks, extras
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import jitter, square
-from unclip_jax.data.positions import Layout, Positions, Share
+from unclip_jax.data.positions import InMemory, Layout, Positions, Share
 from unclip_jax.data.records import NAMED, BadRecord, Source, fingerprints
 from unclip_jax.data.shards.storage import is_remote
 from unclip_jax.data.tokenizer import Encoder, Tokenizer
@@ -112,7 +112,7 @@ def batches(
         stream = stream.shuffle()
     order = stream.repeat(epochs)
     in_memory = examples.cached and not config.augment
-    iterator = _InMemory if in_memory else functools.partial(_reading, config)
+    iterator = InMemory if in_memory else functools.partial(_reading, config)
     batched = iterator(order, share, examples, length, drop_remainder)
     settings = {
         "seed": seed,
@@ -354,42 +354,6 @@ class _Examples:
                 f"name: {self.source.name}: every one of the {len(self.bad)} records read is bad; "
                 "the warnings above say why"
             )
-
-
-class _InMemory:
-    """Batches of examples that stay in memory, as grain's iterator makes them.
-
-    Grain minds each element, at several times what one costs that needs no reading.
-    """
-
-    def __init__(
-        self, order: Any, share: Share, examples: _Examples, length: int, drop_remainder: bool
-    ):
-        """Take positions' indices, the share's positions, and how many of those there are."""
-        self._order, self._share, self._examples = order, share, examples
-        self._length, self._drop_remainder = length, drop_remainder
-        self._next = 0
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        rows, following = [], self._next
-        while len(rows) < self._share.block and following < self._length:
-            position = self._share.position(following)
-            example = self._examples(position, self._order[position])
-            following += 1
-            if example is not None:
-                rows.append(example)
-        if not rows or (self._drop_remainder and len(rows) < self._share.block):
-            raise StopIteration
-        self._next = following
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def get_state(self) -> dict[str, int]:
-        return {"next_index": self._next}
-
-    def set_state(self, state: Mapping[str, int]) -> None:
-        if state["next_index"] > self._length:
-            raise IndexError(state["next_index"])
-        self._next = state["next_index"]
 
 
 _NOT_MORE = frozenset({"image", "caption", "index", "name", "tokens"})

@@ -393,15 +393,3 @@ def denoising_loss(
 def dropout(key: jax.Array | None) -> dict[str, Any]:
     """How a network with dropout is applied: without a key, as when sampling."""
     return {"deterministic": key is None, "rngs": {} if key is None else {"dropout": key}}
-
-
-def check_channels(out_channels: int, diffusion: gaussian.Diffusion, path: str) -> None:
-    """A learned variance needs a second set of output channels; a fixed one must not have it.
-
-    Raises:
-        UserError: out_channels is neither.
-    """
-    expected = 6 if diffusion.learned_variance else 3
-    if out_channels != expected:
-        what = f"{expected} with diffusion.variance={diffusion.variance!r}"
-        raise wrong(f"{path}.out_channels", out_channels, what)

@@ -24,7 +24,7 @@ from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, check_channels, denoising_loss
+from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, denoising_loss
 from unclip_jax.stages.canvas import CanvasStage, enlarge, noised
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -37,7 +37,7 @@ from unclip_jax.stages.conditioning import (
     z_i_field,
     z_t_field,
 )
-from unclip_jax.stages.pixels import to_float
+from unclip_jax.stages.pixels import check_channels, to_float
 
 # What a canvas is clipped to: as far as it may overshoot the range of pictures.
 CANVAS_RANGE = 1.05

@@ -11,6 +11,7 @@ import numpy as np
 from unclip_jax.common import checks
 from unclip_jax.data.images import CENTRE, Fit, square
 from unclip_jax.data.records import BadRecord
+from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError, wrong
 
 
@@ -56,3 +57,15 @@ def check_images(images: jax.Array, channels: int | None = None) -> None:
     checks.shape("images", images, (None, None, None, channels))
     if 0 in images.shape[1:]:
         raise wrong("images' shape", images.shape, "at least one pixel")
+
+
+def check_channels(out_channels: int, diffusion: gaussian.Diffusion, path: str) -> None:
+    """A learned variance needs a second set of output channels; a fixed one must not have it.
+
+    Raises:
+        UserError: out_channels is neither.
+    """
+    expected = 6 if diffusion.learned_variance else 3
+    if out_channels != expected:
+        what = f"{expected} with diffusion.variance={diffusion.variance!r}"
+        raise wrong(f"{path}.out_channels", out_channels, what)

@@ -31,12 +31,11 @@ from unclip_jax.stages.base import (
     Loss,
     Setting,
     Stage,
-    check_channels,
     denoising_loss,
     dropout,
 )
 from unclip_jax.stages.conditioning import Field, Params, initial_noise
-from unclip_jax.stages.pixels import resize, to_float
+from unclip_jax.stages.pixels import check_channels, resize, to_float
 
 CORRUPTIONS = ("none", "gaussian", "bsr")
 
