@@ -124,6 +124,11 @@ def test_tables_of_several_splits_say_which_is_which(tmp_path):
     assert one == [("val2017/2.jpg", "note 0"), ("val2017/2.jpg", "note 1")]
 
 
+def test_a_table_may_name_absolute_paths_inside_the_folder(tmp_path):
+    fill(tmp_path, {"x/a.png": None, "captions.csv": f"file,caption\n{tmp_path}/x/a.png,one\n"})
+    assert pairs(tmp_path) == [("x/a.png", "one")]
+
+
 def test_a_table_in_parquet(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     fill(tmp_path, {"a.png": None})
@@ -243,6 +248,10 @@ def test_keys_are_honoured_or_refused(tmp_path):
         (("IMG/A.PNG", "img/B.png"), "written in another case, 2 of them would match"),
         (("a", "b"), "written with a suffix, 2 of them would match"),
         (("x.png", "y.png"), "none of them is there"),
+        (
+            ("far/a.png", "far/b.png"),
+            "written with the path from the folder, 2 of them would match",
+        ),
     ],
 )
 def test_names_that_match_no_image_are_shown_beside_those_there(tmp_path, names, said):

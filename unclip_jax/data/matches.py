@@ -15,7 +15,8 @@ class Matcher:
 
     def __init__(self, listing: Listing, names: Sequence[str], folder: str):
         """Match with the images `names` of a listing what a table in its `folder` says."""
-        self._listing, self._names, self._folder = listing, names, folder
+        self._names, self._folder = names, folder
+        self._root = "/" if listing.is_remote else os.path.abspath(os.path.expanduser(listing.name))
         self._known = frozenset(names)
         inside = f"{folder}/" if folder else ""
         # A table of a folder without images, such as COCO's annotations/, tells of all folders.
@@ -35,9 +36,8 @@ class Matcher:
             UserError: the path leads out of the folder, or ends several images'.
         """
         self.asked += 1
-        root = "/" if self._listing.is_remote else os.path.abspath(self._listing.name)
-        target = os.path.normpath(os.path.join(root, self._folder, row.file))
-        if os.path.commonpath([root, target]) != root:
+        target = os.path.normpath(os.path.join(self._root, self._folder, row.file))
+        if os.path.commonpath([self._root, target]) != self._root:
             raise UserError(
                 f"{row.where}: file {row.file!r}: leads out of the folder; name one inside it"
             )
@@ -50,6 +50,8 @@ class Matcher:
         return found[0] if found else None
 
     def _among(self, file: str) -> list[str]:
+        if os.path.isabs(file):
+            file = os.path.relpath(file, self._root)
         for folder in dict.fromkeys((self._folder, "")):
             name = os.path.normpath(os.path.join(folder, file)).lstrip("/")
             if name in self._known:
@@ -64,6 +66,7 @@ class Matcher:
     def advice(self, missed: Sequence[str]) -> str:
         """Why none of a table's names is an image, as far as one can tell."""
         ways = {
+            "with the path from the folder": str,
             "with / for \\": lambda text: text.replace("\\", "/"),
             "in another case": str.lower,
             "with a suffix": lambda text: stem(text) if "." in text[-5:] else text,
