@@ -50,11 +50,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.diffusion import grids, predictions, schedules
+from unclip_jax.diffusion import grids, predictions, schedules, states
 from unclip_jax.diffusion.predictions import PREDICTIONS
 from unclip_jax.diffusion.schedules import Process, Schedule
 from unclip_jax.diffusion.thresholding import threshold
-from unclip_jax.errors import UserError, wrong
+from unclip_jax.errors import wrong
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 """`denoise(x_t [b, ...], t [b]) -> raw network output`: t is an original timestep, int32; float
@@ -230,13 +230,13 @@ def at(table: np.ndarray, i: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise, one key per example: float32 `[b, *shape]` from typed keys `[b]`.
+    """Standard normal noise, one key per example: float32 `[b, *shape]` from keys `[b]`.
 
     Raises:
-        UserError: `keys` is not a one-dimensional array of typed keys.
+        UserError: `keys` is not a one-dimensional array of keys, typed or legacy.
     """
-    check_keys(keys)
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
+    return draw(states.many_keys(keys))
 
 
 def levels(process: Process, i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -314,6 +314,7 @@ def split_variance(
     Raises:
         UserError: the output's shape does not fit `x_t` and the kind of variance.
     """
+    output = states.one_array(output)
     factor = 2 if diffusion.learned_variance else 1
     expected = (*x_t.shape[:-1], x_t.shape[-1] * factor)
     if output.shape != expected:
@@ -374,12 +375,3 @@ def interpret(
 def mean_of_dims(x: jax.Array) -> jax.Array:
     """Mean over all but the first axis: `[b, ...]` -> `[b]`."""
     return x.reshape(len(x), -1).mean(axis=1)
-
-
-def check_keys(keys: jax.Array) -> None:
-    """Raise `UserError` unless `keys` is `[b]` typed keys."""
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
-        raise UserError(
-            f"keys: got {keys.dtype}{list(keys.shape)}, expected one typed key per example; make"
-            " them with jax.random.split(jax.random.key(0), batch)"
-        )

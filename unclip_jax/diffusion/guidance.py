@@ -27,6 +27,7 @@ from unclip_jax.diffusion.rules import rescaled as rescaled
 from unclip_jax.diffusion.rules import rising as rising
 from unclip_jax.diffusion.rules import zero_init as zero_init
 from unclip_jax.diffusion.rules import zero_star as zero_star
+from unclip_jax.diffusion.states import one_array
 from unclip_jax.errors import wrong
 
 Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -185,7 +186,8 @@ def autoguided(
     """
 
     def pair(x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        good, bad = denoise(x_t, t), weak(x_t, t)
+        good = one_array(denoise(x_t, t))
+        bad = one_array(weak(x_t, t), "weak network's output")
         if good.shape != bad.shape:
             raise wrong("weak network output's shape", bad.shape, f"the network's {good.shape}")
         return good, bad
@@ -247,7 +249,7 @@ def _guided(
     """The rule over two predictions, mixed of those of `every`, or `alone` where the scale is 1."""
 
     def plain(x_t: jax.Array, t: jax.Array, value: jax.Array) -> jax.Array:
-        return alone(x_t, t).astype(jnp.float32)
+        return one_array(alone(x_t, t)).astype(jnp.float32)
 
     def guided(x_t: jax.Array, t: jax.Array, value: jax.Array) -> jax.Array:
         predictions = [output.astype(jnp.float32) for output in every(x_t, t)]
@@ -282,7 +284,10 @@ def _asking(
     rows = None if one else encode(jax.tree.map(interleave, *conds))
 
     def every(x_t: jax.Array, t: jax.Array) -> list[jax.Array]:
-        output = network(interleave(*[x_t] * n), interleave(*[t] * n), rows)
+        output = one_array(network(interleave(*[x_t] * n), interleave(*[t] * n), rows))
+        if output.shape[:1] != (n * x_t.shape[0],):
+            expected = f"({n * x_t.shape[0]}, ...), one row for each of {n} conditions an example"
+            raise wrong("network output's shape", output.shape, expected)
         output = output.reshape(x_t.shape[0], n, *output.shape[1:])
         return [output[:, i] for i in range(n)]
 

@@ -26,7 +26,6 @@ from unclip_jax.diffusion import grids
 from unclip_jax.diffusion.gaussian import (
     Denoise,
     Diffusion,
-    check_keys,
     interpret,
     mean_of_dims,
     normal,
@@ -37,6 +36,7 @@ from unclip_jax.diffusion.gaussian import (
 )
 from unclip_jax.diffusion.predictions import gain
 from unclip_jax.diffusion.schedules import Process
+from unclip_jax.diffusion.states import key_each
 from unclip_jax.errors import wrong
 
 VLB_WEIGHT = 1e-3
@@ -174,7 +174,7 @@ def vlb_bits_per_dim(
         diffusion: what the network was trained to do; `likelihood` chooses L_0.
         denoise: the network; called once per step inside one `lax.scan`.
         x_0: float `[b, ...]`.
-        keys: typed keys `[b]`, for the noise of each step.
+        keys: one key, or one for each example `[b]`, for the noise of each step.
         spacing: see `Diffusion.process`.
         clip_x_0: see `threshold`.
 
@@ -184,7 +184,7 @@ def vlb_bits_per_dim(
     Raises:
         UserError: bad spacing, keys or output shape.
     """
-    check_keys(keys)
+    keys = key_each(keys, len(x_0))
     process = diffusion.process(spacing)
     x_0 = x_0.astype(jnp.float32)
 

@@ -5,9 +5,12 @@ answer as (x_0, eps, variance), and forms x_{i-1}; how, `solvers` says for each 
 float32 whatever the network computes in (float64 where x_T is, which takes jax_enable_x64).
 Guidance is not the samplers' business: `guidance` wraps a network into another `denoise`.
 
-Each example has its own key, folded with the step's number, so that a sample depends on its key
-and inputs and, but for rounding, never on its neighbours in the batch (with JAX's default threefry
-keys).
+    x_0 = sample(denoise, x_T, jax.random.key(0), Diffusion(prediction="v"), steps=20)
+
+The state is an array `[b, ...]`, or any pytree of such arrays, which the network then takes and
+returns. Each example has its own key, folded with the step's number, so that a sample depends on
+its key and inputs and, but for rounding, never on its neighbours in the batch (with JAX's default
+threefry keys).
 Call these functions inside `jax.jit`: methods and steps are static there, eta, guidance scale
 and analytic statistics may be traced, so that a new value compiles nothing.
 """
@@ -15,7 +18,7 @@ and analytic statistics may be traced, so that a new value compiles nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,7 +30,6 @@ from unclip_jax.diffusion.gaussian import (
     Denoise,
     Diffusion,
     Prediction,
-    check_keys,
     interpret,
     normal,
     state_dtype,
@@ -35,6 +37,7 @@ from unclip_jax.diffusion.gaussian import (
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.diffusion.schedules import Process
 from unclip_jax.diffusion.solvers import METHODS, Ask, Setting, check_used
+from unclip_jax.diffusion.states import Packing, key_each
 from unclip_jax.errors import UserError, wrong
 
 
@@ -77,45 +80,60 @@ class Sampling:
 
 def sample(
     denoise: Denoise,
-    x_T: jax.Array,
+    x_T: Any,
     keys: jax.Array | None,
     diffusion: Diffusion,
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     *,
-    noise: jax.Array | None = None,
+    steps: Any = None,
+    noise: Any = None,
     eta: float | jax.Array = 0.0,
     analytic: jax.Array | None = None,
+    return_trajectory: bool = False,
+    remat: bool = False,
     loop: Loop = whole,
-) -> jax.Array:
+) -> Any:
     """Walk from noise to data.
 
     Args:
         denoise: the network, perhaps wrapped in guidance.
         x_T: standard normal noise `[b, ...]`, such as `normal(keys, shape)`, whatever the process:
-            one of sigmas begins with sigma_max times it.
-        keys: typed keys `[b]`, for the noise of the steps; other keys than made `x_T`. None with
-            `noise`.
+            one of sigmas begins with sigma_max times it. Or a pytree of such arrays.
+        keys: for the noise of the steps: one key, which is split, or one for each example `[b]`;
+            typed or legacy; other keys than made `x_T`. None with `noise`, or for a method that
+            can be inverted, which draws none.
         diffusion: what the network was trained to do.
-        sampling: method, steps and clipping.
+        sampling: method, steps and clipping; None for DPM-Solver++(2M) in 20 steps.
+        steps: in place of the spacing of `sampling`, anything that a spacing may be.
         noise: what the steps add, instead of keys: float `[b, steps - 1, ...]`, the noisiest
-            step's first.
+            step's first; a pytree of such where x_T is one.
         eta: DDIM's noise, 0 (deterministic) to 1 (DDPM's variance), of any numeric type; may be
             traced, and is then not checked: other methods ignore it.
         analytic: float `[diffusion.steps]` from `analytic.statistic`; other methods than
             "analytic" ignore it.
+        return_trajectory: whether to return every state besides, which then is kept.
+        remat: whether a gradient computes each step again instead of keeping what it made: the
+            memory of one step and of the states, for one more forward pass.
         loop: what does the steps; `progress.Watchable` passes one that a host can watch.
 
     Returns:
-        x_0, float32 `[b, ...]`; float64 where x_T is.
+        x_0, float32 `[b, ...]`, float64 where x_T is; a pytree where x_T is one. With
+        `return_trajectory`, x_0 and the states `[steps + 1, b, ...]` from x_T to x_0.
 
     Raises:
         UserError: keys, noise, eta, spacing, the statistic or the network's output do not fit.
     """
+    sampling = _chosen(diffusion, sampling, steps, "dpm++", 20)
+    packing = Packing(x_T)
+    denoise = packing.packed(denoise, diffusion.learned_variance)
+    x_T = packing.pack(x_T, "x_T")
+    noise = None if noise is None else packing.pack(noise, "noise", axes=2)
     if not isinstance(eta, jax.core.Tracer):
         eta = checks.number("eta", eta, least=0, most=1)
         check_used("eta", eta, "eta", sampling.method)
     process = diffusion.process(sampling.spacing, state_dtype(x_T))
-    draw = _noise_of_steps(process, x_T, keys, noise)
+    silent = METHODS[sampling.method].inverse and not isinstance(eta, jax.core.Tracer) and not eta
+    draw = _noise_of_steps(process, x_T, keys, noise, bool(silent))
     options = sampling.clip_x_0, sampling.last_noise, eta, analytic
     setting = Setting(diffusion, process, sampling.spacing, *options)
     solver = METHODS[sampling.method].make(setting)
@@ -125,18 +143,29 @@ def sample(
         i = process.steps - 1 - n  # the noisiest first
         return solver.step(*carry, ask, i, lambda: draw(i))
 
+    def kept(n: jax.Array, carry: tuple[tuple[jax.Array, Any], jax.Array]) -> tuple[Any, jax.Array]:
+        states, carry = carry[1], step(n, carry[0])
+        return carry, states.at[n + 1].set(carry[0])
+
+    step = jax.checkpoint(step, prevent_cse=False) if remat else step
     start = x_T.astype(state_dtype(x_T)) * diffusion.noise_std
-    x_0, _ = loop(step, (start, solver.memory(start)), process.steps)
-    return x_0
+    carry = start, solver.memory(start)
+    if not return_trajectory:
+        return packing.unpack(loop(step, carry, process.steps)[0])
+    states = jnp.broadcast_to(start[None], (process.steps + 1, *start.shape))
+    (x_0, _), states = loop(kept, (carry, states), process.steps)
+    return packing.unpack(x_0), packing.unpack(states, axes=2)
 
 
 def invert(
     denoise: Denoise,
-    x_0: jax.Array,
+    x_0: Any,
     diffusion: Diffusion,
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     loop: Loop = whole,
-) -> jax.Array:
+    *,
+    steps: Any = None,
+) -> Any:
     """Inversion: the noise x_T from which a deterministic method returns to `x_0`.
 
     Follows the method's equation from data to noise (Dhariwal & Nichol 2021, appendix F; section 3
@@ -145,17 +174,23 @@ def invert(
 
     Args:
         denoise: the network; use the condition that decoding will use, without guidance.
-        x_0: float `[b, ...]`.
+        x_0: float `[b, ...]`, or a pytree of such arrays.
         diffusion: what the network was trained to do.
         sampling: its spacing gives the steps; method "ddim" or "dpm++".
+            None for "ddim" in 50 steps.
         loop: as in `sample`.
+        steps: in place of the spacing of `sampling`.
 
     Returns:
-        x_T, float32 `[b, ...]`, as `sample` takes it.
+        x_T, float32 `[b, ...]`, or a pytree of such arrays, as `sample` takes it.
 
     Raises:
         UserError: the method adds noise, so that there is no way back.
     """
+    sampling = _chosen(diffusion, sampling, steps, "ddim", 50)
+    packing = Packing(x_0)
+    denoise = packing.packed(denoise, diffusion.learned_variance)
+    x_0 = packing.pack(x_0, "x_0")
     inverse = METHODS[sampling.method].inverse
     if inverse is None:
         expected = "one without noise: it adds noise and cannot be inverted"
@@ -169,7 +204,20 @@ def invert(
 
     start = x_0.astype(state_dtype(x_0))
     x_T, _ = loop(step, (start, solver.memory(start)), process.steps)
-    return x_T / diffusion.noise_std
+    return packing.unpack(x_T / diffusion.noise_std)
+
+
+def _chosen(
+    diffusion: Any, sampling: Sampling | None, steps: Any, method: str, usual: int
+) -> Sampling:
+    """How to walk, with what is left out filled in."""
+    if not isinstance(diffusion, Diffusion):
+        expected = "a Diffusion, which also says what the network predicts"
+        do = 'write Diffusion(schedule=..., prediction="eps")'
+        raise wrong("diffusion", type(diffusion).__name__, expected, do)
+    if sampling is None:
+        return Sampling(method, min(usual, diffusion.steps) if steps is None else steps)
+    return sampling if steps is None else replace(sampling, spacing=steps)
 
 
 def _asking(
@@ -189,16 +237,23 @@ def _asking(
 
 
 def _noise_of_steps(
-    process: Process, x_T: jax.Array, keys: jax.Array | None, noise: jax.Array | None
+    process: Process,
+    x_T: jax.Array,
+    keys: jax.Array | None,
+    noise: jax.Array | None,
+    silent: bool,
 ) -> Callable[[jax.Array], jax.Array]:
-    """`draw(i)`, the noise that step i adds: drawn from keys, or looked up where it is given."""
+    """`draw(i)`, the noise that step i adds: drawn from keys, or looked up where it is given.
+
+    Neither is needed of a silent method, which adds none.
+    """
+    if silent and keys is None and noise is None:
+        return lambda i: jnp.zeros_like(x_T)
     if (keys is None) == (noise is None):
         found = "neither" if keys is None else "both"
         raise UserError(f"keys and noise: got {found}, expected one of them")
     if noise is None:
-        check_keys(keys)
-        if keys.shape != x_T.shape[:1]:
-            raise wrong("keys' shape", keys.shape, f"one per example of x_T: {x_T.shape[:1]}")
+        keys = key_each(keys, x_T.shape[0])
         return lambda i: normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i), x_T.shape[1:])
     checks.shape("noise", noise, (x_T.shape[0], process.steps - 1, *x_T.shape[1:]))
     # The last step, i = 0, adds nothing, whatever is looked up for it.
