@@ -552,8 +552,8 @@ def test_bad_arguments_are_named():
     optimal = Sampling("analytic", "3")
     for call, words in [
         (lambda: walk(keys=keys(3)), "one per example"),
-        (lambda: walk(keys=jax.random.PRNGKey(0)), "typed key"),
-        (lambda: walk(keys=None), "keys and noise: got neither"),
+        (lambda: walk(keys=jnp.zeros(2)), "typed key"),
+        (lambda: walk(keys=None, eta=1.0), "keys and noise: got neither"),
         (lambda: walk(noise=jnp.zeros((2, 2, 4))), "keys and noise: got both"),
         (lambda: walk(keys=None, noise=jnp.zeros((2, 3, 4))), r"noise's shape.*\[2, 2, 4\]"),
         (lambda: walk(eta=1.5), "eta: got 1.5"),
