@@ -298,9 +298,12 @@ def test_network_of_the_wrong_width_is_named():
         interpret(diffusion, diffusion.process(), x_t, x_t, jnp.int32(0))
 
 
-@pytest.mark.parametrize(
-    "keys", [jax.random.PRNGKey(0), jax.random.key(0), jax.random.split(jax.random.PRNGKey(0), 2)]
-)
-def test_untyped_or_lone_keys_are_named(keys):
+@pytest.mark.parametrize("keys", [jax.random.PRNGKey(0), jax.random.key(0), jnp.zeros((2, 2))])
+def test_lone_keys_and_what_is_none_are_named(keys):
     with pytest.raises(UserError, match="one typed key per example"):
         normal(keys, (2,))
+
+
+def test_legacy_keys_draw_what_typed_ones_do():
+    keys = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_array_equal(normal(jax.random.key_data(keys), (3,)), normal(keys, (3,)))

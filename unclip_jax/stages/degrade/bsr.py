@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.common import checks
-from unclip_jax.diffusion.gaussian import check_keys
+from unclip_jax.diffusion.states import many_keys
 from unclip_jax.errors import wrong
 from unclip_jax.stages.degrade.blur import correlate_corner, gaussian_kernels
 from unclip_jax.stages.degrade.jpeg import jpeg_corner
@@ -118,7 +118,7 @@ def bsr(keys: jax.Array, images: jax.Array, low_size: int, settings: BSR = BSR()
         raise wrong("images' shape", images.shape, "squares", "crop them first")
     if not 1 <= low_size <= size:
         raise wrong("low_size", low_size, f"1 to the images' own {size} pixels")
-    check_keys(keys)
+    keys = many_keys(keys)
     checks.shape("keys", keys, images.shape[:1])
     degrade = functools.partial(_degrade, low_size=low_size, settings=settings)
     return jax.vmap(degrade)(keys, images.astype(jnp.float32)).astype(images.dtype)
