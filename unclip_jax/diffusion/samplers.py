@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.diffusion import grids
@@ -30,13 +31,14 @@ from unclip_jax.diffusion.gaussian import (
     Denoise,
     Diffusion,
     Prediction,
+    at,
     interpret,
     normal,
     state_dtype,
 )
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.diffusion.schedules import Process
-from unclip_jax.diffusion.solvers import METHODS, Ask, Setting, check_used
+from unclip_jax.diffusion.solvers import METHODS, ONE_STEP, Ask, Setting, check_used
 from unclip_jax.diffusion.states import Packing, key_each
 from unclip_jax.errors import UserError, wrong
 
@@ -46,7 +48,8 @@ class Sampling:
     """How to walk back from noise. Hashable: a static argument of `jax.jit`.
 
     Attributes:
-        method: "ddpm", "ddim", "dpm++" (DPM-Solver++(2M)) or "analytic"; see `solvers`.
+        method: a name of `solvers.METHODS`: "ddpm", "ddim", "dpm++" (DPM-Solver++(2M)), "heun",
+            "unipc3", ...
         spacing: which timesteps to keep: "20", 20, "karras:20", (999, 500, 0), ...; see `grids`.
             An array is kept as a tuple.
         clip_x_0: the data lies in [-clip_x_0, clip_x_0]; 0 for no clipping.
@@ -165,6 +168,7 @@ def invert(
     loop: Loop = whole,
     *,
     steps: Any = None,
+    iterations: int = 0,
 ) -> Any:
     """Inversion: the noise x_T from which a deterministic method returns to `x_0`.
 
@@ -176,16 +180,21 @@ def invert(
         denoise: the network; use the condition that decoding will use, without guidance.
         x_0: float `[b, ...]`, or a pytree of such arrays.
         diffusion: what the network was trained to do.
-        sampling: its spacing gives the steps; method "ddim" or "dpm++".
-            None for "ddim" in 50 steps.
+        sampling: its spacing gives the steps; a method without noise. None for "ddim" in 50 steps.
         loop: as in `sample`.
         steps: in place of the spacing of `sampling`.
+        iterations: 0 follows the equation, and returns to x_0 the better the more steps there are.
+            So many fixed-point iterations a step look for the x that the method's own step leads
+            back, so that `sample` returns to x_0 in few steps too (as in AIDI, arXiv 2309.04907);
+            it converges where the network's eps changes little over a step, in 5 to 30 iterations.
+            For methods without memory: "ddim", "euler", "rf_euler", "heun", "dpm2".
 
     Returns:
         x_T, float32 `[b, ...]`, or a pytree of such arrays, as `sample` takes it.
 
     Raises:
-        UserError: the method adds noise, so that there is no way back.
+        UserError: the method adds noise, so that there is no way back; or it has a memory, and
+            iterations are asked for.
     """
     sampling = _chosen(diffusion, sampling, steps, "ddim", 50)
     packing = Packing(x_0)
@@ -196,11 +205,26 @@ def invert(
         expected = "one without noise: it adds noise and cannot be inverted"
         raise wrong("Sampling.method", sampling.method, expected, 'use method="ddim"')
     process = diffusion.process(sampling.spacing, state_dtype(x_0))
-    solver = inverse(Setting(diffusion, process, sampling.spacing))
+    setting = Setting(diffusion, process, sampling.spacing)
+    solver, forward = inverse(setting), METHODS[sampling.method].make(setting)
+    if checks.count("iterations", iterations, least=0) and jax.tree.leaves(forward.memory(x_0)):
+        names = " or ".join(f'"{name}"' for name in ONE_STEP)
+        expected = f"0 for Sampling.method={sampling.method!r}, whose steps remember others"
+        raise wrong("iterations", iterations, expected, f"use {names}")
+    # How much wider x is at a level than at the one before, for data of deviation 1.
+    wider = np.hypot(process.alpha, process.sigma) / np.hypot(
+        process.alpha_prev, process.sigma_prev
+    )
     ask = _asking(denoise, diffusion, process)
 
     def step(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return solver.step(*carry, ask, i, None)
+        x, memory = solver.step(*carry, ask, i, None)
+
+        def nearer(_: int, x: jax.Array) -> jax.Array:
+            missed = carry[0] - forward.step(x, (), ask, i, None)[0]
+            return x + at(wider, i, x) * missed
+
+        return jax.lax.fori_loop(0, iterations, nearer, x) if iterations else x, memory
 
     start = x_0.astype(state_dtype(x_0))
     x_T, _ = loop(step, (start, solver.memory(start)), process.steps)
