@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -28,6 +29,9 @@ def wrong(field: str, got: object, expected: str, do: str = "") -> UserError:
         expected: what would have been right.
         do: what to do about it, where that does not follow.
     """
+    if getattr(got, "shape", None) == ():  # a number of NumPy's or JAX's, unless it is traced
+        with contextlib.suppress(Exception):
+            got = got.item()
     return UserError(f"{field}: got {got!r}, expected {expected}" + (f"; {do}" if do else ""))
 
 

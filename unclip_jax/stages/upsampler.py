@@ -253,14 +253,15 @@ class UpsamplerStage(Stage):
             UserError: `low` has another size than low_size, or training saw no such noise_level.
         """
         checks.shape("low", low, (None, self.low_size, self.low_size, 3))
-        if noise_level is not None and not isinstance(noise_level, jax.core.Tracer):
-            for level in np.ravel(noise_level):
-                self._check_level(level, "noise_level")
-        elif noise_level is not None and not self.noise_max:
+        given = noise_level is not None
+        if given and not self.noise_max and not isinstance(noise_level, int | float):
             raise UserError(
                 "noise_level: given, but stage.noise_max is 0: this upsampler was trained without"
                 " noise-conditioning augmentation; leave it out"
             )
+        if given and not isinstance(noise_level, jax.core.Tracer):
+            for level in np.ravel(noise_level).tolist():
+                self._check_level(level, "noise_level")
         size, low = self.image_size, jnp.clip(low, -1.0, 1.0)
         x_T, step_keys, step_noise = initial_noise(keys, (size, size, 3), noise)
         level = None

@@ -68,7 +68,8 @@ def check_out(out: str, given: Sequence[str] = ()) -> None:
             " name, or move it"
         )
     kept = {one.resolve() for one in (path, *replaced)}
-    if lost := [name for name in given if Path(name).resolve() in kept]:
+    names = (name for name in given if "\0" not in name)  # which no file has
+    if lost := [name for name in names if Path(name).resolve() in kept]:
         raise UserError(f"--out {out!r}: would replace {lost[0]}, which is read; give another name")
 
 
