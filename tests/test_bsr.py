@@ -170,7 +170,7 @@ def test_bad_input_is_named():
         (lambda: bsr(own, x, 9), "low_size: got 9"),
         (lambda: bsr(own, x, 0), "low_size: got 0"),
         (lambda: bsr(own[:1], x, 4), r"keys.s shape: got \(1,\), expected \[2\]"),
-        (lambda: bsr(jnp.zeros((2, 2), jnp.uint32), x, 4), "jax.random.split"),
+        (lambda: bsr(jnp.zeros((2, 3), jnp.uint32), x, 4), "jax.random.split"),
         (lambda: bsr(own, x[..., :2], 4), r"expected \[any, any, any, 3\]"),
         (lambda: BSR(jpeg_quality=(0, 50)), r"BSR.jpeg_quality: got \(0, 50\)"),
         (lambda: BSR(noise_level=(3.0, 2.0)), "BSR.noise_level"),

@@ -73,6 +73,7 @@ def _walk(steps: object, guidance: object, eta: float = 0.0) -> dict[str, object
         "eta": eta,
         "steps": inputs.choice("steps", steps, STEPS),
         "guidance_scale": inputs.scale("guidance scale", guidance),
+        "negative": "",
     }
 
 
