@@ -162,7 +162,7 @@ def test_configs_are_found_by_name_in_any_folder(name, tmp_path, monkeypatch):
         ("emoji/clop", "did you mean emoji/clip?"),
         ("configs/paper/pryor.py:smoke", "did you mean paper/prior?"),
         ("imagen", "did you mean emoji/imagen?"),
-        ("base", "there are box/clip, "),
+        ("base", "there are box/canvas, "),
     ],
 )
 def test_a_config_that_is_not_there_is_guessed(typed, said):
@@ -191,7 +191,7 @@ def imported() -> set[str]:
 
 
 def test_what_is_imported_is_in_the_core_or_in_the_table_of_extras():
-    brought = {"jaxlib": "jax", "starlette": "gradio"}  # by another package
+    brought = {"jaxlib": "jax", "starlette": "gradio", "etils": "tensorflow_datasets"}
     distributions = importlib.metadata.packages_distributions()
     core = declared(PROJECT["dependencies"])
     late = {package for packages in extras.EXTRAS.values() for package in packages}

@@ -12,9 +12,9 @@ from unclip_jax.errors import UserError, one_line
 
 # What everyone needs, as it is imported.
 CORE = (
-    "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "ml_collections", "absl", "tqdm",
-    "safetensors", "tokenizers", "transformers", "ftfy", "huggingface_hub", "PIL", "filelock",
-    "flatbuffers",
+    "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "ml_dtypes", "ml_collections", "absl",
+    "safetensors", "tokenizers", "transformers", "ftfy", "huggingface_hub", "PIL", "tqdm",
+    "filelock", "flatbuffers",
 )  # fmt: skip
 
 # Extra of pyproject.toml -> what its packages are imported as.
