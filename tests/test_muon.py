@@ -122,7 +122,7 @@ def test_every_kernel_but_those_at_pixels_is_a_matrix(stage):
         if axes is None
     }
     kernels = {name for name in none if name.endswith("/kernel")}
-    assert kernels <= {"conv_in/kernel", "conv_out/kernel", "patches/kernel"}
+    assert kernels <= {"conv_in/kernel", "conv_out/kernel", "patches/kernel", "pixels/kernel"}
 
 
 def test_it_reaches_a_minimum_that_steep_and_flat_directions_share():
