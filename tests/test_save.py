@@ -59,8 +59,8 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, settings, best):
 def test_a_run_that_goes_on_still_knows_its_best(tmp_path):
     run_with_figures(tmp_path / "whole", best="figure")
     run_with_figures(tmp_path / "parts", best="figure", steps=12, schedule="constant")
-    with pytest.raises(UserError, match=r"train\.schedule"):
-        run_with_figures(tmp_path / "parts", best="figure")
+    with pytest.raises(UserError, match=r"train\.b1"):
+        run_with_figures(tmp_path / "parts", best="figure", schedule="constant", b1=0.5)
     run_with_figures(tmp_path / "parts", best="figure", schedule="constant")
     assert steps_in(tmp_path / "parts") == steps_in(tmp_path / "whole") == {8, 20}
 
