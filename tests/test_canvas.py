@@ -306,6 +306,7 @@ def test_it_trains_and_a_decoder_trains_on_it_and_draws(folder, no_curves):
     assert pictures.shape == others.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_a_decoder_with_a_canvas_resumes_bit_for_bit(folder, no_curves):
     if not (folder / "canvas").exists():
         run(folder, STAGE, "canvas")

@@ -233,7 +233,7 @@ ROWS = [
     ("app --port=99999999", 1, "--port"),
     # analytic
     ("analytic", 2, "--stage"),
-    (ANALYTIC + "--method euler", 2, "--method"),
+    (ANALYTIC + "--method eulerian", 2, "--method"),
     (ANALYTIC + "--stage {model}/upsampler", 1, "holds a upsampler"),
     (ANALYTIC + "--stage nowhere", 1, "nowhere"),
     (ANALYTIC + "--num 0", 1, "--num: got 0"),
