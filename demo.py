@@ -31,8 +31,8 @@ class Show(NamedTuple):
 INPUTS = {"apple": "red apple", "heart": "blue heart", "face": "winking face"}
 
 CAPTIONS = (
-    "crying face, twemoji style", "crying face, noto style", "red apple, noto style",
-    "red apple, fluent style", "watermelon, twemoji style", "France, twemoji style",
+    "crying face, noto style", "red apple, fluent style", "watermelon, twemoji style",
+    "France, twemoji style",
 )  # fmt: skip
 
 # Every show draws as many pictures as there are captions, all with guidance, so that one compiled
@@ -54,21 +54,21 @@ SHOWS = (
         "Variations of a picture",
         "Pictures that share CLIP's embedding of the first: what CLIP sees stays, the rest is"
         " drawn anew.",
-        ("variations", "--image={face}", "--num=6", "--guidance_scale=2", "--steps=25"),
+        ("variations", "--image={face}", "--num=4", "--guidance_scale=2", "--steps=25"),
     ),
     Show(
         "interpolation",
         "From one picture to another",
         "Both pictures' embeddings lie on a sphere; the way between them is decoded step by step,"
         " and so are their noises.",
-        ("interpolate", "--image={apple}", "--image={heart}", "--frames=6", "--rows=0",
+        ("interpolate", "--image={apple}", "--image={heart}", "--frames=4", "--rows=0",
          "--guidance_scale=2", "--steps=25"),
     ),
     Show(
         "text_diff",
         "Turned by words",
         "The picture's embedding turns from one caption's towards another's.",
-        ("textdiff", "--image={heart}", "--from=blue heart", "--to=red heart", "--frames=6",
+        ("textdiff", "--image={heart}", "--from=blue heart", "--to=red heart", "--frames=4",
          "--theta_max=0.5", "--guidance_scale=2", "--steps=25"),
     ),
 )  # fmt: skip
