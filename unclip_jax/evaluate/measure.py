@@ -14,6 +14,7 @@ from absl import logging
 from unclip_jax import metrics
 from unclip_jax.common import checks
 from unclip_jax.data import datasets
+from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.evaluate.features import load, of_clip
 from unclip_jax.evaluate.pictures import Measurer, Real
@@ -140,11 +141,8 @@ def evaluate(
     datasets.load(real_data)  # a split that is not there is told before anything is measured
     by_clip = dataclasses.replace(measurer, network=measurer.clip)
     heldout = by_clip.read(heldout_data, "heldout_split")
-    if settings.class_pictures and (count := len(set(heldout.source.classes))) < 2:
-        raise UserError(
-            f"--class_pictures: {heldout.source.name} has {count} class,"
-            " expected at least 2; leave it out"
-        )
+    if settings.class_pictures:
+        _check_classes(heldout.source)
     real = measurer.read(real_data)
     chosen, reference, disjoint = choose(len(real.index), settings.num, settings.seed)
 
@@ -166,10 +164,10 @@ def evaluate(
         captions=told + held_told,
         pictures=[real.alike[i] for i in chosen],
     )
-    others = real.vectors.rows(reference)
     captioned = functools.partial(dataclasses.replace, z_t=z_t[chosen])
+    others, own = real.vectors.rows(reference), captioned(real.vectors.rows(chosen))
     rows = {each: picture_figures(captioned(one), others) for each, (one, _) in drawn.items()}
-    floor = picture_figures(captioned(real.vectors.rows(chosen)), others, disjoint)
+    floor = picture_figures(own, others, disjoint)
     figures["pictures"] = rows[scale] | {f"real_{name}": value for name, value in floor.items()}
     sweep = [{"guidance_scale": each} | row for each, row in rows.items()]
     pictures = {each: shown for each, (_, shown) in drawn.items()}
@@ -195,6 +193,13 @@ def evaluate(
         "pixels": real.image_size,
     }
     return Report(about, figures, sweep if settings.sweep else [], subsets, grids)
+
+
+def _check_classes(source: Source) -> None:
+    """Raise UserError unless there are classes to tell apart."""
+    if (count := len(set(source.classes))) < 2:
+        expected = "expected at least 2; leave it out"
+        raise UserError(f"--class_pictures: {source.name} has {count} class, {expected}")
 
 
 def _measurer(model: UnCLIP, settings: Settings, judge: Part | None) -> Measurer:
