@@ -22,7 +22,8 @@ from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.vectors import Moments
 from unclip_jax.models import presets
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
-from unclip_jax.pipeline.unclip import UnCLIP, _sample
+from unclip_jax.pipeline.drawing import sample_stage
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages import ar_prior, normalisation
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.training import prepare
@@ -363,7 +364,7 @@ def test_another_guidance_scale_compiles_nothing_and_progress_counts_the_codes(p
     cond, keys, before = conditions(2), example_keys(jax.random.key(1), 2), None
     for scale in (1.0, 2.5):
         seen, settings = [], {"guidance_scale": jnp.float32(scale)}
-        z_i = _sample(
+        z_i = sample_stage(
             STAGE,
             params,
             keys,
@@ -371,8 +372,8 @@ def test_another_guidance_scale_compiles_nothing_and_progress_counts_the_codes(p
             progress=lambda *step, seen=seen: seen.append(step),
             **settings,
         )
-        assert before in (None, _sample.programs())
-        before = _sample.programs()
+        assert before in (None, sample_stage.programs())
+        before = sample_stage.programs()
         assert seen[0] == (1, 5) and seen[-1] == (5, 5) and seen == sorted(set(seen))
         np.testing.assert_allclose(z_i, STAGE.sample(params, keys, cond, **settings), atol=1e-6)
 

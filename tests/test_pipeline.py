@@ -10,7 +10,8 @@ import pytest
 
 from tests import tiny
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline.unclip import UnCLIP, _sample
+from unclip_jax.pipeline.drawing import sample_stage
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.trained import load_part
 
@@ -75,9 +76,9 @@ def test_what_progress_raises_ends_the_sampling_and_breaks_nothing(model):
 
 def test_another_prompt_seed_or_guidance_compiles_nothing(model):
     generate(model, ["a dog"], guidance_scale=2.0)
-    before = _sample.programs()
+    before = sample_stage.programs()
     generate(model, ["two cats"], seed=7, guidance_scale=3.5, prior_guidance_scale=2.0)
-    assert _sample.programs() == before
+    assert sample_stage.programs() == before
 
 
 def test_save_and_load_give_the_same_pictures(model, folder):
@@ -251,10 +252,10 @@ def test_negative_prompts_are_for_all_or_for_each_and_compile_once(model):
     plain = generate(model, prompts, **options).astype(int)
     assert np.all(generate(model, prompts, negative=["", " "], **options) == plain)
     first = generate(model, prompts, negative=["a red apple", ""], **options).astype(int)
-    before = _sample.programs()
+    before = sample_stage.programs()
     both = generate(model, prompts, negative="a red apple", **options).astype(int)
     generate(model, prompts, negative="a snake", guidance_scale=2.5, **options)
-    assert _sample.programs() == before
+    assert sample_stage.programs() == before
     assert np.abs(first[:2] - both[:2]).max() <= 1 and np.abs(first[2:] - plain[2:]).max() <= 1
     assert np.abs(both - plain).reshape(4, -1).max(axis=1).min() > 1
     image = np.zeros((1, 16, 16, 3), np.uint8)

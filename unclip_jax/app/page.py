@@ -18,7 +18,7 @@ from unclip_jax.app.tasks import Request, Served
 from unclip_jax.app.widgets import Buttons, Output, guidance, seed, small, steps, upload
 from unclip_jax.app.worker import Job, Worker
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline.unclip import Progress
+from unclip_jax.pipeline.drawing import Progress
 
 _POLL_SECONDS = 0.2
 

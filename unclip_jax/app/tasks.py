@@ -14,9 +14,10 @@ from pathlib import Path
 
 from unclip_jax.app import inputs
 from unclip_jax.common import checks
+from unclip_jax.pipeline.drawing import Progress
 from unclip_jax.pipeline.tasks import edits, probes
 from unclip_jax.pipeline.tasks.outputs import Drawn, Images
-from unclip_jax.pipeline.unclip import Progress, UnCLIP
+from unclip_jax.pipeline.unclip import UnCLIP
 
 NUMS = (1, 4, 8)  # pictures
 FRAMES = (5, 9, 17)  # of an interpolation or a text diff

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax.errors import UserError, one_line
-from unclip_jax.pipeline.unclip import Progress
+from unclip_jax.pipeline.drawing import Progress
 
 Task = Callable[[Progress], Any]
 

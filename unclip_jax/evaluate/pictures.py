@@ -22,8 +22,8 @@ from unclip_jax.data.records import Source, summary
 from unclip_jax.evaluate.features import OWN_CLIP, FeatureNetwork, of_clip
 from unclip_jax.metrics.retrieval import digests
 from unclip_jax.metrics.vectors import Vectors
+from unclip_jax.pipeline.drawing import batches as row_batches
 from unclip_jax.pipeline.unclip import UnCLIP
-from unclip_jax.pipeline.unclip import batches as row_batches
 from unclip_jax.stages.clip import encode_text
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8

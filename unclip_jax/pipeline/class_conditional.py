@@ -27,7 +27,8 @@ from unclip_jax.common import checks, command_line
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline.unclip import DECODER, UnCLIP, in_batches, stage_keys
+from unclip_jax.pipeline.drawing import DECODER, in_batches, stage_keys
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
 from unclip_jax.weights.trained import Part, load_part

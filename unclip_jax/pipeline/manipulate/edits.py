@@ -18,6 +18,7 @@ import numpy as np
 from unclip_jax.common import checks
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics.psnr import psnr
+from unclip_jax.pipeline.drawing import Progress, check_prompts
 from unclip_jax.pipeline.manipulate import masks
 from unclip_jax.pipeline.manipulate.latents import (
     Latents,
@@ -30,7 +31,7 @@ from unclip_jax.pipeline.manipulate.latents import (
     render,
 )
 from unclip_jax.pipeline.manipulate.spheres import slerp
-from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import squared, to_uint8
 

@@ -29,7 +29,8 @@ from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes
 from unclip_jax.pipeline import negatives
-from unclip_jax.pipeline.unclip import DECODER, Progress, UnCLIP, in_batches, named, stage_keys
+from unclip_jax.pipeline.drawing import DECODER, Progress, in_batches, named, stage_keys
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages import pixels
 from unclip_jax.stages.conditioning import initial_noise
 from unclip_jax.stages.pixels import squared

@@ -17,8 +17,9 @@ from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics import pca
+from unclip_jax.pipeline.drawing import Progress, check_prompts
 from unclip_jax.pipeline.manipulate.latents import Latents, Walk, decode, noise, render
-from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.normalisation import unit
 

@@ -18,10 +18,11 @@ from unclip_jax.common import checks
 from unclip_jax.data.images import square
 from unclip_jax.errors import wrong
 from unclip_jax.pipeline import manipulate
+from unclip_jax.pipeline.drawing import Progress, check_prompts
 from unclip_jax.pipeline.manipulate import Latents, masks
 from unclip_jax.pipeline.tasks.inputs import read_mask, seed_key, walk_of
 from unclip_jax.pipeline.tasks.outputs import Drawn, Images, grid_size, sources
-from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
+from unclip_jax.pipeline.unclip import UnCLIP
 
 Settings = argparse.Namespace
 Load = Callable[[], UnCLIP]

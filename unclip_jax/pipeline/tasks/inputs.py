@@ -13,9 +13,10 @@ from unclip_jax.data import texts
 from unclip_jax.data.images import MAX_PIXELS, open_alpha, open_rgb
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError, wrong
+from unclip_jax.pipeline.drawing import check_prompts
 from unclip_jax.pipeline.manipulate import Walk
 from unclip_jax.pipeline.manipulate.masks import hole_of
-from unclip_jax.pipeline.unclip import UnCLIP, check_prompts
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights.trained import Part
 
 # A JPEG is decoded at a fraction of its size where that still has twice as many pixels a side.

@@ -10,11 +10,12 @@ from unclip_jax.common import checks
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.images import square
 from unclip_jax.pipeline import manipulate
+from unclip_jax.pipeline.drawing import Progress, check_prompts
 from unclip_jax.pipeline.manipulate import Latents
 from unclip_jax.pipeline.tasks.edits import Load, Settings, how
 from unclip_jax.pipeline.tasks.inputs import seed_key, walk_of
 from unclip_jax.pipeline.tasks.outputs import Drawn, Images, Picture, shares, sources
-from unclip_jax.pipeline.unclip import Progress, UnCLIP, check_prompts
+from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
 
 

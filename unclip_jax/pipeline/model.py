@@ -1,0 +1,239 @@
+"""The parts of a model together: loaded, checked, saved, on devices; what they read of captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from unclip_jax.common import checks
+from unclip_jax.errors import UserError, wrong
+from unclip_jax.parallel import sharding
+from unclip_jax.parallel.cpu import devices as cpu_devices
+from unclip_jax.parallel.cpu import memory as host_memory
+from unclip_jax.stages.clip import encode_image, encode_text
+from unclip_jax.stages.conditioning import text_mask
+from unclip_jax.weights import box, hub
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.clip_text import ClipText
+from unclip_jax.weights.convert import karlo
+from unclip_jax.weights.t5 import T5, load_described
+from unclip_jax.weights.trained import Part, clip_fingerprint, in_dtype, load_parts, tokenizer
+
+
+def _each(change: Callable[[Part], Part], parts: Any) -> Any:
+    """Parts in a tree, changed."""
+    return jax.tree.map(change, parts, is_leaf=lambda part: isinstance(part, Part))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Parts that belong together, and how captions and pictures reach them; `UnCLIP` draws.
+
+    Attributes:
+        clip: the frozen CLIP; None for a decoder that reads captions alone (GLIDE).
+        prior: caption to image embedding, by diffusion or autoregressive; None where there is
+            none, as in a model for image variations.
+        decoder: image embedding and caption to a small picture.
+        upsamplers: from small to large, any number.
+        t5: the frozen text encoder of a decoder that reads T5's states (Imagen); else None.
+        mesh: the devices it lies on, see `on`; None for the default device.
+    """
+
+    clip: Part | None
+    prior: Part | None
+    decoder: Part
+    upsamplers: tuple[Part, ...] = ()
+    t5: T5 | None = None
+    mesh: Mesh | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        dtype: str = "",
+        t5: str | Path | None = None,
+        mesh: Mesh | str | None = None,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            model: a model folder with one sub-folder per stage, as training writes them; or Karlo,
+                as the folder of its files (diffusers' layout or the original one) or as the name
+                of its repository on the Hugging Face hub. None is the box model, which comes
+                with this package.
+            dtype: "bfloat16" or "float32" keeps the weights in that dtype and computes in it; ""
+                computes as each stage's config says, with the weights of a model folder in
+                float32 and Karlo's as they are in its files.
+            t5: folder of the T5 that the decoder was trained with, where it reads T5's states.
+            mesh: devices to lie on, as for `on`. Each weight goes from its file to where it
+                belongs, so no device need hold the whole model. "all" is every device that there
+                is; of a CPU's, as many as the weights fit in memory for.
+
+        Raises:
+            UserError: no stage or not every stage is there, a file is damaged, the stages do not
+                belong together, or the weights do not split over the mesh.
+        """
+        if dtype:
+            checks.choice("dtype", dtype, ("float32", "bfloat16"))
+        if mesh == "all":
+            mesh = cpu_devices.make_mesh() if jax.device_count() > 1 else None
+        folder = box.folder() if model is None else hub.local_folder(model)
+        is_karlo = karlo.is_karlo(folder)
+        parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
+        if dtype:
+            parts = _each(lambda part: part._replace(stage=in_dtype(part.stage, dtype)), parts)
+        decoder = parts["decoder"]
+        about, length = decoder.description.get("t5"), decoder.stage.context[0]
+        loaded = cls(**parts, t5=load_described(t5, about, length), mesh=mesh)
+        loaded.check()
+        return loaded
+
+    def on(self, mesh: Mesh) -> Self:
+        """This model on several devices, which draw each batch together.
+
+        No picture changes by more than another batch size changes it, see `generate`.
+
+        Args:
+            mesh: `sharding.make_mesh()` gives every device a copy of the weights and its share of
+                each batch, MeshConfig(data=1, fsdp=-1) of the weights as well. Of a batch that they
+                do not divide each computes a part of every picture, where U-Nets draw it, and all
+                of it otherwise; devices of a CPU leave all but large U-Nets to one of them.
+
+        Raises:
+            UserError: the weights do not split so.
+        """
+
+        def placed(part: Part) -> Part:
+            where = sharding.tree_shardings(part.params, mesh)
+            return part._replace(params=host_memory.place(part.params, where))
+
+        parts = {name: getattr(self, name) for name in ("clip", "prior", "decoder", "upsamplers")}
+        return dataclasses.replace(self, mesh=mesh, **_each(placed, parts))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its weights, one copy of each."""
+        weights = jax.tree.leaves([part.params for part in self.parts().values()])
+        return sum(x.nbytes for x in weights)
+
+    def check(self) -> None:
+        """Raise UserError unless the stages belong together."""
+        standing = [("prior", self.prior)]
+        if "z_i" in self.decoder.stage.conditions:
+            standing.append(("decoder", self.decoder))
+        for name, part in standing:
+            if part is None:
+                continue
+            found = part.description.get("clip_fingerprint")
+            if self.clip is None:
+                raise UserError(f"{name}: was trained with CLIP {found}, but there is no CLIP here")
+            expected = clip_fingerprint(self.clip)
+            if found != expected:
+                raise UserError(
+                    f"{name}: trained with CLIP {found}, but this model's CLIP is {expected};"
+                    f" use the CLIP it was trained with, or train the {name} again"
+                )
+        size = self.decoder.stage.image_size
+        for part in self.upsamplers:
+            if part.stage.low_size != size:
+                raise UserError(
+                    f"upsampler to {part.stage.image_size} px: starts from"
+                    f" {part.stage.low_size} px, but the stage before it makes {size} px"
+                )
+            size = part.stage.image_size
+
+    def parts(self) -> dict[str, Part]:
+        """Every part there is, by the name of its sub-folder."""
+        named = {"clip": self.clip, "prior": self.prior, "decoder": self.decoder}
+        named |= {f"upsampler_{part.stage.image_size}": part for part in self.upsamplers}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def save(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write a model folder that `load` reads; `dtype` is that of the weights in it."""
+        for name, part in self.parts().items():
+            description = part.description
+            if name == "clip":  # its weights may be rounded; it stays the CLIP it was
+                description = description | {"fingerprint": clip_fingerprint(part)}
+            model_folder.save_stage(
+                Path(folder) / name, params=part.params, description=description, dtype=dtype
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the pictures `generate` makes."""
+        return (self.upsamplers[-1] if self.upsamplers else self.decoder).stage.image_size
+
+    def lay(self, part: Part, given: Any, rows: int) -> tuple[Any, Any, Mesh | None]:
+        """A part's params and a batch where they are to be computed.
+
+        Args:
+            part: one of this model's.
+            given: arrays [rows, ...] of the batch, which are split over the devices, and others.
+            rows: of the batch.
+
+        Returns:
+            The params, the arrays, and the mesh that both are on; None for the default device.
+        """
+        if self.mesh is None:
+            return part.params, given, None
+        work = part.stage.unet.work if part.stage.unet else 0
+        params, mesh = cpu_devices.for_rows(part.params, rows, self.mesh, work=work)
+        return params, sharding.spread(given, rows, mesh), mesh
+
+    def tokens(self, part: Part, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts as the token ids [b, l] that one part reads."""
+        return tokenizer(part).encode(list(prompts))
+
+    def embed_text(self, prompts: Sequence[str]) -> jax.Array:
+        """z_t [b, e] of b captions."""
+        clip = self.need("clip", "embed captions")
+        return encode_text(clip.stage, clip.params, self.tokens(clip, prompts))
+
+    def embed_image(self, images: np.ndarray | Sequence[np.ndarray]) -> jax.Array:
+        """z_i [b, e] of uint8 pictures [b, h, w, 3], or of a list of [h, w, 3] of any sizes.
+
+        CLIP sees of each what its `fit` says, by default the centre square.
+
+        Raises:
+            UserError: they are something else, or there is no CLIP with an image tower.
+        """
+        if not isinstance(images, list | tuple):
+            images = np.asarray(images)
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+                given = f"{images.dtype} of shape {images.shape}"
+                raise wrong("images", given, "uint8 [b, h, w, 3]")
+        clip = self.need("clip", "embed pictures")
+        return encode_image(clip.stage, clip.params, jnp.asarray(clip.stage.prepare(images)))
+
+    def need(self, name: str, purpose: str) -> Part:
+        """The part of that name; UserError, which says what it is needed for, if there is none."""
+        part = getattr(self, name)
+        if part is None:
+            named = name.replace("clip", "CLIP")
+            raise UserError(
+                f"this model has no {named}, which is needed to {purpose}; use a model that has"
+                " one (of Karlo's repositories, text-to-image has the prior)"
+            )
+        return part
+
+    def read(
+        self, part: Part, prompts: Sequence[str], reads_z_t: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """What `part` reads of captions: tokens or states, their mask, and CLIP's z_t or None."""
+        if part.stage.reads_states and self.t5 is None:
+            clip = self.need("clip", "encode captions")
+            z_t, found = ClipText.of(clip).encode(self.tokens(clip, prompts))
+            return found["text_states"], found["text_mask"], z_t
+        z_t = self.embed_text(prompts) if reads_z_t else None
+        if part.stage.reads_states:
+            found = self.t5.encode(list(prompts))
+            return found["text_states"], found["text_mask"], z_t
+        tokens = jnp.asarray(self.tokens(part, prompts))
+        return tokens, text_mask(tokens, part.stage.context[1]), z_t
