@@ -338,6 +338,7 @@ def interpret(
     i: jax.Array,
     clip_x_0: float = 0.0,
     dynamic_percentile: float = 0.0,
+    dynamic_most: float = 0.0,
 ) -> Prediction:
     """Read a raw network output at step `i` of `process`.
 
@@ -349,6 +350,7 @@ def interpret(
         i: int scalar or `[b]`.
         clip_x_0: as `dynamic_percentile`, see `threshold`.
         dynamic_percentile: 0 for off.
+        dynamic_most: 0 for no limit.
 
     Returns:
         x_0 within its range, the eps that belongs to that x_0, and the log variance of
@@ -360,7 +362,7 @@ def interpret(
     prediction, fraction = split_variance(diffusion, output, x_t)
     x_0, eps = predict(diffusion, process, prediction, x_t, i)
     if clip_x_0 or dynamic_percentile:
-        x_0 = threshold(x_0, clip_x_0, dynamic_percentile)
+        x_0 = threshold(x_0, clip_x_0, dynamic_percentile, dynamic_most)
         eps = eps_from_x_0(process, x_t, i, x_0)
     small = at(process.posterior_log_variance, i, x_t)
     large = at(process.log_betas, i, x_t)

@@ -45,7 +45,7 @@ AYS = {
 
 RULES = {
     "even": (),  # in t, both ends included
-    "leading": (),  # multiples of steps // n, from the cleanest step
+    "leading": (0.0,),  # multiples of steps // n, from the cleanest step, moved by its number
     "trailing": (),  # in t, from the noisiest step
     "logsnr": (),  # in log SNR, both ends included
     "exponential": (),  # the same, under k-diffusion's name
@@ -112,6 +112,17 @@ def _rule(spacing: str) -> Rule | None:
         do = f'write "{near[1]}:{near[2]}"' if near and near[1] in RULES else ""
         raise wrong("spacing", spacing, EXPECTED, do)
     return Rule(name, count, values + usual[len(values) :])
+
+
+def respaced(kept: Spacing, steps: Spacing) -> Spacing:
+    """What `steps` asks for where `kept` is the grid: a number alone keeps a "leading" one's rule.
+
+    Public models are trained to be asked at those timesteps, such as 1, 11, ..., 991.
+    """
+    rule = _rule(kept) if isinstance(kept, str) else None
+    if rule is None or rule.name != "leading" or not str(steps).isdigit():
+        return steps
+    return f"leading:{steps}" + (f":{rule.numbers[0]:g}" if rule.numbers[0] else "")
 
 
 def even_in_time(spacing: Spacing) -> bool:
@@ -202,7 +213,11 @@ def _positions(steps: int, rule: Rule, whole: bool) -> np.ndarray:
     """Positions from 0 to steps - 1, rising, float64 `[count]`."""
     n = rule.count
     if rule.name == "leading":
-        return np.arange(n) * float(steps // n)
+        found = np.arange(n) * float(steps // n) + rule.numbers[0]
+        if found[-1] > steps - 1:
+            given = ":".join(["leading", str(n), f"{rule.numbers[0]:g}"])
+            raise wrong("spacing", given, f"timesteps from 0 to {steps - 1}")
+        return found
     if rule.name == "trailing":
         found = steps * np.arange(1, n + 1) / n
         return (np.round(found) if whole else found) - 1

@@ -54,6 +54,7 @@ class Sampling:
             An array is kept as a tuple.
         clip_x_0: the data lies in [-clip_x_0, clip_x_0]; 0 for no clipping.
         dynamic_percentile: dynamic thresholding, in percent (Imagen: 99.5); 0 for off.
+        dynamic_most: the largest size that it scales back from; 0 for no limit.
         last_noise: for "analytic", the largest mean absolute noise that the last noisy step may
             add, in the data's units (Bao et al., appendix F.2: 2/255 to 4/255 for images);
             0 for no limit.
@@ -67,17 +68,24 @@ class Sampling:
     clip_x_0: float = 0.0
     dynamic_percentile: float = 0.0
     last_noise: float = 0.0
+    dynamic_most: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every field; how many steps there are to keep, only a `Diffusion` knows."""
         object.__setattr__(self, "spacing", grids.read(self.spacing))
         checks.choice("Sampling.method", self.method, METHODS)
-        for field in ("clip_x_0", "last_noise", "dynamic_percentile"):
+        for field in ("clip_x_0", "last_noise", "dynamic_percentile", "dynamic_most"):
             value = checks.number(f"Sampling.{field}", getattr(self, field), least=0)
             object.__setattr__(self, field, value)
         if self.dynamic_percentile != 0 and not 50 <= self.dynamic_percentile <= 100:
             expected = "0 (off) or percent from 50 to 100, such as 99.5"
             raise wrong("Sampling.dynamic_percentile", self.dynamic_percentile, expected)
+        if self.dynamic_most and not self.dynamic_percentile:
+            expected = "0 without dynamic_percentile"
+            raise wrong("Sampling.dynamic_most", self.dynamic_most, expected)
+        if 0 < self.dynamic_most < (self.clip_x_0 or 1.0):
+            expected = f"0 (no limit) or at least the data's range, {self.clip_x_0 or 1.0:g}"
+            raise wrong("Sampling.dynamic_most", self.dynamic_most, expected)
         check_used("Sampling.last_noise", self.last_noise, "last_noise", self.method)
 
 
@@ -140,7 +148,8 @@ def sample(
     options = sampling.clip_x_0, sampling.last_noise, eta, analytic
     setting = Setting(diffusion, process, sampling.spacing, *options)
     solver = METHODS[sampling.method].make(setting)
-    ask = _asking(denoise, diffusion, process, sampling.clip_x_0, sampling.dynamic_percentile)
+    limits = sampling.clip_x_0, sampling.dynamic_percentile, sampling.dynamic_most
+    ask = _asking(denoise, diffusion, process, limits)
 
     def step(n: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         i = process.steps - 1 - n  # the noisiest first
@@ -248,14 +257,13 @@ def _asking(
     denoise: Denoise,
     diffusion: Diffusion,
     walked: Process,
-    clip_x_0: float = 0.0,
-    dynamic_percentile: float = 0.0,
+    limits: tuple[float, ...] = (),
 ) -> Ask:
     """Call the network at the original timestep of a step, and read its output."""
 
     def ask(x: jax.Array, i: jax.Array, process: Process = walked) -> Prediction:
         output = denoise(x, jnp.full(x.shape[:1], jnp.asarray(process.timesteps)[i]))
-        return interpret(diffusion, process, output, x, i, clip_x_0, dynamic_percentile)
+        return interpret(diffusion, process, output, x, i, *limits)
 
     return ask
 

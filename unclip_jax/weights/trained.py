@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint, flatten
 from unclip_jax.data.tokenizer import MIN_VOCAB_SIZE, VOCAB_SIZE, Encoder, FileTokenizer, Tokenizer
+from unclip_jax.diffusion import grids
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import memory as host_memory
@@ -36,8 +37,9 @@ class Part(NamedTuple):
             raise UserError(
                 f"{flag}: got {steps}, but a {kind} has no sampling steps; leave it out"
             )
-        self.stage.diffusion.process(steps)
-        sampling = dataclasses.replace(self.stage.sampling, spacing=steps)
+        kept = grids.respaced(self.stage.sampling.spacing, steps)
+        self.stage.diffusion.process(kept)
+        sampling = dataclasses.replace(self.stage.sampling, spacing=kept)
         return self._replace(stage=dataclasses.replace(self.stage, sampling=sampling))
 
 
