@@ -24,8 +24,7 @@ from unclip_jax import stages
 from unclip_jax.models import attention, fused_attention
 from unclip_jax.models.decoder import DecoderConfig
 from unclip_jax.models.unet import AttentionBlock
-from unclip_jax.parallel import axes, sharding
-from unclip_jax.plan import flops
+from unclip_jax.parallel import axes, flops, sharding
 from unclip_jax.plan.chips import Topology
 from unclip_jax.plan.measure import compiled
 

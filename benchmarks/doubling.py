@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.models.resample import convolve_doubled, double
-from unclip_jax.plan import flops
+from unclip_jax.parallel import flops
 from unclip_jax.plan.chips import Topology
 from unclip_jax.plan.measure import compiled
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tests import tiny
 from tests.compiling import optimised
 from unclip_jax.diffusion.samplers import Sampling
-from unclip_jax.plan import flops
+from unclip_jax.parallel import flops
 
 
 def loop_and_rest(text: str) -> tuple[str, str]:

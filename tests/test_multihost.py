@@ -82,7 +82,7 @@ def seen(workdir: Path) -> dict[int, list[int]]:
 
 def metrics(workdir: Path) -> list[dict]:
     records = writers.read_metrics(workdir / writers.METRICS_FILE)
-    return [{k: v for k, v in r.items() if "per_second" not in k} for r in records]
+    return [{k: v for k, v in r.items() if not writers.by_the_clock(k)} for r in records]
 
 
 @pytest.fixture(scope="module")

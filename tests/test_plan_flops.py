@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from unclip_jax.errors import UserError
-from unclip_jax.plan import flops
+from unclip_jax.parallel import flops
 
 
 def shape(*sides):

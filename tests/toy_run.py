@@ -70,7 +70,7 @@ def noisy_loss_fn(params, batch, key):
 
 def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings):
     """Train; keyword arguments go to TrainConfig, or to `train` where it knows them."""
-    known = ("complete", "evaluate", "preview", "export")
+    known = ("complete", "evaluate", "preview", "export", "profile")
     callbacks = {name: settings.pop(name) for name in known if name in settings}
     defaults = {
         "batch_size": BATCH,

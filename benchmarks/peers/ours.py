@@ -14,11 +14,10 @@ from jax.sharding import Mesh
 
 from benchmarks.peers import sizes
 from benchmarks.peers.sizes import GUIDANCE, LEARNING_RATE, Inputs
-from unclip_jax.parallel import axes, sharding
+from unclip_jax.parallel import axes, flops, sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.pipeline.unclip import UnCLIP
-from unclip_jax.plan import flops
 from unclip_jax.weights.convert import karlo
 
 Work = Callable[[], Any]

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from unclip_jax.parallel import axes
-from unclip_jax.plan import flops
+from unclip_jax.parallel import axes, flops
 from unclip_jax.plan.blocks import Split, equations
 from unclip_jax.plan.chips import Topology
 from unclip_jax.plan.kept import compiled

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import axes
-from unclip_jax.plan.flops import sub_jaxprs
+from unclip_jax.parallel.flops import sub_jaxprs
 
 BLOCKS = ("checkpoint", "remat", "remat2")  # the primitive's names, by version of jax
 # What a block's dropout folds into its key differs from block to block, and changes no cost.

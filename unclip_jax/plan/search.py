@@ -20,10 +20,10 @@ from jax.extend import core
 
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
+from unclip_jax.parallel.flops import sub_jaxprs
 from unclip_jax.plan.analysis import by_blocks
 from unclip_jax.plan.blocks import Split
 from unclip_jax.plan.chips import GIB, Topology
-from unclip_jax.plan.flops import sub_jaxprs
 from unclip_jax.plan.programs import Plan, device_bytes
 from unclip_jax.stages.base import JointLoss
 from unclip_jax.training.optimizers import trained

@@ -44,7 +44,7 @@ CHANGEABLE = tuple(
     f"train.{name}"
     for name in (
         "steps", "log_every", "eval_every", "preview_every", "checkpoint_every", "keep_checkpoints",
-        "best", "best_is", "if_damaged",
+        "best", "best_is", "if_damaged", "stall_minutes",
         "learning_rate", "warmup_steps", "schedule", "weight_decay", "grad_clip", "grad_accum",
         "ema_decay", "ema_warmup",
     )

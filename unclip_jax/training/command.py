@@ -25,6 +25,9 @@ CONFIG = command_line.define_config(FLAGS)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and previews go.", flag_values=FLAGS
 )
+PROFILE = flags.DEFINE_string(
+    "profile", "", "START:STOP, steps to trace into WORKDIR/profile.", flag_values=FLAGS
+)
 DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -65,12 +68,14 @@ def main(argv: list[str]) -> None:
     from unclip_jax.parallel.cpu import devices as cpu_devices
     from unclip_jax.parallel.cpu import memory as host_memory
     from unclip_jax.training import loop, prepare
+    from unclip_jax.training.profile import Span
     from unclip_jax.weights import folder as model_folder
 
     cpu_devices.use()
     compile_cache.use()
     host_memory.keep_freed()
 
+    span = Span.parse(PROFILE.value)
     run = prepare.prepare(CONFIG.value)
     workdir = Path(WORKDIR.value)
 
@@ -94,6 +99,7 @@ def main(argv: list[str]) -> None:
             evaluate=run.evaluate,
             preview=run.preview,
             export=export,
+            profile=span,
         )
     except loop.NotFinite as error:
         again = command_line.with_field(argv, "config.train.learning_rate", f"{error.rate:g}")

@@ -45,6 +45,8 @@ class TrainConfig:
         keep_checkpoints: how many stay on disk.
         if_damaged: what to do where the newest checkpoint is not as it was written: "stop", or go
             on from the "previous" whole one.
+        stall_minutes: after how many minutes without the end of a step, an evaluation or a save the
+            stacks of all threads are written; 0 for never.
         seed: of every random number that training draws.
     """
 
@@ -74,6 +76,7 @@ class TrainConfig:
     if_damaged: Literal["stop", "previous"] = "stop"
     best: str = ""
     best_is: Literal["least", "greatest"] = "least"
+    stall_minutes: float = 30.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class TrainConfig:
 
         each(checks.count, "batch_size steps grad_accum log_every keep_checkpoints")
         each(checks.count, "warmup_steps checkpoint_every eval_every preview_every seed", least=0)
-        each(checks.number, "weight_decay grad_clip sam_rho", least=0)
+        each(checks.number, "weight_decay grad_clip sam_rho stall_minutes", least=0)
         each(checks.number, "learning_rate eps", above=0)
         each(checks.number, "b1 b2 muon_momentum ema_decay", least=0, below=1)
         for name, hint in typing.get_type_hints(TrainConfig).items():

@@ -42,8 +42,10 @@ from unclip_jax.training.checkpoints import (
 )
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.feed import BatchIterator, Feed
+from unclip_jax.training.monitor import Monitor
 from unclip_jax.training.optimizers import Params, make_optimizer, trained
 from unclip_jax.training.preemption import Preemption
+from unclip_jax.training.profile import Profiler, Span
 from unclip_jax.training.step import LossFn, StepFn, TrainState, Window
 
 Evaluate = Callable[[Params, int], Mapping[str, float]]
@@ -72,25 +74,6 @@ class NotFinite(UserError):
         self.rate = rate
 
 
-class _Meter:
-    """Speed over the steps since the last reading, evaluations and saves left out."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._step, self._since = math.inf, 0.0
-
-    def restart(self, step: int) -> None:
-        self._step, self._since = step, time.perf_counter()
-
-    def read(self, step: int) -> dict[str, float]:
-        """Empty before the first restart, which comes after the compilation."""
-        if step <= self._step:
-            return {}
-        speed = (step - self._step) / (time.perf_counter() - self._since)
-        examples = speed * self._batch_size
-        return {"train/steps_per_second": speed, "train/examples_per_second": examples}
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What the loop works with; `_train_steps` is the loop."""
@@ -103,18 +86,20 @@ class _Run:
     preemption: Preemption
     feed: Feed
     mesh: Mesh
+    monitor: Monitor
+    profiler: Profiler
     evaluate: Evaluate | None
     preview: Preview | None
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
-    def log(self, step: int, window: Window, meter: _Meter) -> None:
+    def log(self, step: int, window: Window, saving: bool) -> None:
         """Write the averages since the last log; stop if a step among them was not finite."""
         averages, bad_step = steps.read_window(window)
         if bad_step is not None:
             raise self._not_finite(bad_step)
-        self.report.write_scalars(step, averages | meter.read(step))
+        self.report.write_scalars(step, averages | self.monitor.read(step, saving))
 
     def _not_finite(self, step: int) -> NotFinite:
         self.checkpoints.wait()
@@ -141,14 +126,32 @@ class _Run:
         previewing = self.preview is not None and self.due(self.config.preview_every, step)
         if not evaluating and not previewing:
             return {}
-        params = _on_lead(state.averaged, self.mesh)
-        figures: dict[str, float] = {}
-        if evaluating and distributed.is_lead():
-            figures = {name: float(v) for name, v in self.evaluate(params, step).items()}
-            self.report.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
-        if previewing and distributed.is_lead() and (pictures := self.preview(params, step)):
-            self._draw(pictures, step)
-        return distributed.gather(figures)[0]
+        with self.monitor.overhead("evaluate"):
+            params = _on_lead(state.averaged, self.mesh)
+            figures: dict[str, float] = {}
+            if evaluating and distributed.is_lead():
+                figures = {name: float(v) for name, v in self.evaluate(params, step).items()}
+                self.report.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
+            if previewing and distributed.is_lead() and (pictures := self.preview(params, step)):
+                self._draw(pictures, step)
+            return distributed.gather(figures)[0]
+
+    def save(
+        self, step: int, state: TrainState, position: Any, figures: Mapping[str, float]
+    ) -> None:
+        """Begin to write a checkpoint."""
+        with self.monitor.overhead("checkpoint"):
+            self.report.flush()
+            positions = self.feed.positions(position)
+            self.checkpoints.save(step, _kept(state), positions, self.description, figures)
+
+    def stop(self, step: int) -> None:
+        """End after a signal, once everything is saved."""
+        self.checkpoints.wait()
+        self.report.progress.line(
+            f"stopped by SIGTERM; step {step} is saved, the same command goes on"
+        )
+        raise SystemExit(0)
 
     def _draw(self, pictures: list[tuple[np.ndarray, str]], step: int) -> None:
         images, captions = zip(*pictures, strict=True)
@@ -214,50 +217,56 @@ def _begin(
     return step, state._replace(params=frozen | state.params), changes
 
 
-def _train_steps(run: _Run, step_fn: StepFn, state: TrainState, start: int) -> TrainState:
+def _train_steps(
+    run: _Run, loss_fn: LossFn, step_fn: StepFn, state: TrainState, start: int
+) -> TrainState:
     """Steps start + 1 to config.steps.
 
     At a step, in this order: log, evaluate and preview, save. What a log line averages begins
     after the last log or checkpoint. Hence a run that goes on from a checkpoint writes the lines
     that the uninterrupted run writes.
     """
-    config, feed, meter = run.config, run.feed, _Meter(run.config.batch_size)
+    config, feed, monitor = run.config, run.feed, run.monitor
     window: Window | None = None
     in_flight: collections.deque[jax.Array] = collections.deque()
-    batch, position = feed.take(start + 1) if start < config.steps else (None, None)
+    batch, position = None, None
+    if start < config.steps:
+        with monitor.input():
+            batch, position = feed.take(start + 1)
+        monitor.count_flops(loss_fn, state.params, batch)
     for step in range(start + 1, config.steps + 1):
-        with jax.transfer_guard("disallow"):  # all that a step reads is on the devices already
+        run.profiler.before(step)
+        with monitor.step(step) as result, jax.transfer_guard("disallow"):
+            # All that a step reads is on the devices already.
             state, metrics = step_fn(state, batch)
             opened = steps.open_window(metrics)
             window = opened if window is None else steps.merge_windows(window, opened)
+            result.append(metrics["loss"])
         here = position
         if step < config.steps:
             # The devices compute this step while the host reads and sends the next batch.
-            batch, position = feed.take(step + 1)
+            with monitor.input():
+                batch, position = feed.take(step + 1)
         in_flight.append(metrics["loss"])
         if len(in_flight) > _IN_FLIGHT:
             in_flight.popleft().block_until_ready()
+        if said := run.profiler.after(step, metrics["loss"]):
+            run.report.progress.line(said)
         run.report.progress.update()
 
         stopping = run.preemption.stops_after(step)
         saving = stopping or step == config.steps or run.due(config.checkpoint_every, step)
         comparing = bool(config.best) and run.due(config.eval_every, step)
         if saving or comparing or run.due(config.log_every, step):
-            run.log(step, window, meter)
+            run.log(step, window, saving)
             window = None
         figures = run.show(state, step)
         if saving or (comparing and run.checkpoints.is_best(figures)):
-            run.report.flush()
-            positions = feed.positions(here)
-            run.checkpoints.save(step, _kept(state), positions, run.description, figures)
+            run.save(step, state, here, figures)
         if stopping and step < config.steps:
-            run.checkpoints.wait()
-            run.report.progress.line(
-                f"stopped by SIGTERM; step {step} is saved, the same command goes on"
-            )
-            raise SystemExit(0)
+            run.stop(step)
         if window is None or step <= start + 2:  # the first two steps compile
-            meter.restart(step)
+            monitor.restart(step)
     return state
 
 
@@ -274,6 +283,7 @@ def train(
     evaluate: Evaluate | None = None,
     preview: Preview | None = None,
     export: Callable[[Params, int], None] | None = None,
+    profile: Span | None = None,
 ) -> TrainState:
     """Train from the beginning, or from the last checkpoint in `workdir`, to `config.steps`.
 
@@ -294,6 +304,7 @@ def train(
         evaluate: (averaged params, step) -> figures on held-out data.
         preview: (averaged params, step) -> uint8 images [h, w, 3] with captions.
         export: (averaged params, step), called once training is over.
+        profile: steps to trace, into `workdir`/profile.
 
     With several processes every one of them calls this. The callbacks are called in the lead
     process alone, with params on its own devices; it alone writes, but for checkpoints, of which
@@ -308,42 +319,50 @@ def train(
         SystemExit: with status 0, after SIGTERM, once everything is saved.
     """
     distributed.check_initialized()
+    began = time.perf_counter()
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(config.batch_size, mesh, config.grad_accum)
+    if profile is not None:
+        profile.check(config)
     workdir = _open_workdir(workdir)
     described = dict(description) | {"train": settings.to_dict(config)}
     described = json.loads(json.dumps(described, allow_nan=False))
     preemption, feed = Preemption(), Feed(batches, config, mesh)
 
-    with (
-        _owned(workdir),
-        preemption.in_force(),
-        Checkpoints(workdir / "checkpoints", config) as checkpoints,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_owned(workdir))
+        stack.enter_context(preemption.in_force())
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config))
         start, state, changes = _begin(
             checkpoints, feed, described, complete, init_params, config, mesh
         )
         silent = not distributed.is_lead()
         report = writers.Report(workdir, config.steps, start, silent=silent)
-        with contextlib.closing(report):
-            run = _Run(
-                config=config,
-                workdir=workdir,
-                description=described,
-                checkpoints=checkpoints,
-                report=report,
-                preemption=preemption,
-                feed=feed,
-                mesh=mesh,
-                evaluate=evaluate,
-                preview=preview,
-            )
-            if distributed.is_lead():
-                _introduce(run, state.params, start, changes)
-            step_fn = steps.make_train_step(loss_fn, make_optimizer(config), config, mesh)
-            state = _train_steps(run, step_fn, state, start)
-            checkpoints.wait()
-            _finish(run, state, export)
+        stack.enter_context(contextlib.closing(report))
+        monitor = Monitor(workdir, start, began, config, mesh.size, report.progress.line)
+        stack.enter_context(monitor)
+        profiler = Profiler(profile, workdir / "profile", start)
+        stack.enter_context(contextlib.closing(profiler))
+        run = _Run(
+            config=config,
+            workdir=workdir,
+            description=described,
+            checkpoints=checkpoints,
+            report=report,
+            preemption=preemption,
+            feed=feed,
+            mesh=mesh,
+            monitor=monitor,
+            profiler=profiler,
+            evaluate=evaluate,
+            preview=preview,
+        )
+        if distributed.is_lead():
+            _introduce(run, state.params, start, changes)
+        step_fn = steps.make_train_step(loss_fn, make_optimizer(config), config, mesh)
+        state = _train_steps(run, loss_fn, step_fn, state, start)
+        checkpoints.wait()
+        _finish(run, state, export)
     return state
 
 

@@ -20,6 +20,12 @@ from unclip_jax.training.checkpoints import Change
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 CHANGES_FILE = "changes.jsonl"
+SHOWN = ("run/mfu",)  # on the terminal, of what a run says of its own speed
+
+
+def by_the_clock(name: str) -> bool:
+    """Whether a metric tells of the machine, and so is another in every life of a run."""
+    return name.startswith("run/") or name.endswith("_per_second")
 
 
 class Report:
@@ -160,7 +166,9 @@ class Progress:
             return
         words = [f"step {step}/{self._steps}"]
         for name, value in scalars.items():
-            words.append(f"{name.removeprefix('train/')} {_number(value)}")
+            if name.startswith("run/") and name not in SHOWN:
+                continue
+            words.append(f"{name.removeprefix('train/').removeprefix('run/')} {_number(value)}")
         speed = scalars.get("train/steps_per_second")
         if speed:
             words.append(f"time left {_duration((self._steps - step) / speed)}")
@@ -192,7 +200,7 @@ def plot_metrics(workdir: Path) -> None:
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for record in read_metrics(workdir / METRICS_FILE):
         for name, value in record.items():
-            if name == "step":
+            if name == "step" or name.startswith("run/"):
                 continue
             group, _, metric = name.rpartition("/")
             xs, ys = panels.setdefault(metric, {}).setdefault(group, ([], []))

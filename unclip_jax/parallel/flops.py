@@ -83,3 +83,26 @@ def _of_convolution(equation: core.JaxprEqn) -> int:
     taps = math.prod(kernel[i] for i in spec[1:])
     spread = math.prod(equation.params["lhs_dilation"])
     return 2 * math.prod(equation.outvars[0].aval.shape) * taps // spread
+
+
+# FLOP/s of dense bfloat16 matrix products, by the beginning of a device's kind: as Google
+# Cloud's and NVIDIA's pages have them. A device is what JAX calls one: half a chip on TPU7x.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak(kind: str) -> float | None:
+    """The peak of a device by its `device_kind`, FLOP/s; None for a kind that is not in `PEAKS`."""
+    return next((rate for name, rate in PEAKS.items() if kind.startswith(name)), None)
