@@ -105,6 +105,11 @@ class FolderSource:
         """The number of (image, caption) pairs."""
         return len(self._pairs)
 
+    @property
+    def captions(self) -> list[str]:
+        """The caption of every pair."""
+        return [caption for _, caption in self._pairs]
+
     def image_of(self, index: int) -> int:
         """The number of the image of pair `index`, in the order of paths."""
         return self._pairs[index][0]

@@ -67,6 +67,7 @@ class Source(Protocol):
             carry none.
         image_count: the number of different images.
         skipped: records found unusable when the source was made: name -> reason.
+        captions: of all pairs; None, or lacking, where they are known only by reading pictures.
     """
 
     name: str

@@ -110,6 +110,11 @@ class TfdsSource:
         """The number of (image, caption) pairs."""
         return self.image_count if self._pairs is None else len(self._pairs)
 
+    @property
+    def captions(self) -> list[str] | None:
+        """The caption of every pair, where several to a picture made them known."""
+        return self._pairs and [caption for _, caption in self._pairs]
+
     def image_of(self, index: int) -> int:
         """The row of pair `index`."""
         return index if self._pairs is None else self._pairs[index][0]

@@ -23,6 +23,7 @@ from unclip_jax.weights import box, hub
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.convert import karlo
+from unclip_jax.weights.known import Known
 from unclip_jax.weights.t5 import T5, load_described
 from unclip_jax.weights.trained import Part, clip_fingerprint, in_dtype, load_parts, tokenizer
 
@@ -44,6 +45,7 @@ class Model:
         upsamplers: from small to large, any number.
         t5: the frozen text encoder of a decoder that reads T5's states (Imagen); else None.
         mesh: the devices it lies on, see `on`; None for the default device.
+        known: what it was trained to draw, where its folder says so.
     """
 
     clip: Part | None
@@ -52,6 +54,7 @@ class Model:
     upsamplers: tuple[Part, ...] = ()
     t5: T5 | None = None
     mesh: Mesh | None = None
+    known: Known | None = None
 
     @classmethod
     def load(
@@ -91,7 +94,8 @@ class Model:
             parts = _each(lambda part: part._replace(stage=in_dtype(part.stage, dtype)), parts)
         decoder = parts["decoder"]
         about, length = decoder.description.get("t5"), decoder.stage.context[0]
-        loaded = cls(**parts, t5=load_described(t5, about, length), mesh=mesh)
+        known = None if is_karlo else Known.find(folder)
+        loaded = cls(**parts, t5=load_described(t5, about, length), mesh=mesh, known=known)
         loaded.check()
         return loaded
 
@@ -164,6 +168,8 @@ class Model:
             model_folder.save_stage(
                 Path(folder) / name, params=part.params, description=description, dtype=dtype
             )
+        if self.known:
+            self.known.save(Path(folder))
 
     @property
     def image_size(self) -> int:

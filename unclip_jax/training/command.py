@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     from unclip_jax.training import loop, prepare
     from unclip_jax.training.profile import Span
     from unclip_jax.weights import folder as model_folder
+    from unclip_jax.weights.known import Known
 
     cpu_devices.use()
     compile_cache.use()
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> None:
             params=run.export(params),
             description=run.description | {"step": step},
         )
+        if run.stage.keeps_fingerprint and (known := Known.read(run.data)):
+            known.save(workdir)
 
     try:
         loop.train(

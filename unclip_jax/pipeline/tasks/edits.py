@@ -20,7 +20,7 @@ from unclip_jax.errors import wrong
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.drawing import Progress, check_prompts
 from unclip_jax.pipeline.manipulate import Latents, masks
-from unclip_jax.pipeline.tasks.inputs import read_mask, seed_key, walk_of
+from unclip_jax.pipeline.tasks.inputs import read_mask, seed_key, walk_of, warn_of_unfamiliar
 from unclip_jax.pipeline.tasks.outputs import Drawn, Images, grid_size, sources
 from unclip_jax.pipeline.unclip import UnCLIP
 
@@ -38,7 +38,9 @@ def text2im(args: Settings, images: Images, load: Load, progress: Progress) -> D
     """Captions to pictures."""
     check_prompts(args.prompt)
     num = checks.count("--num", args.num)
-    made = load().generate(
+    model = load()
+    warn_of_unfamiliar(model, args.prompt)
+    made = model.generate(
         seed_key(args),
         args.prompt,
         negative=getattr(args, "negative", ""),
@@ -111,6 +113,7 @@ def textdiff(args: Settings, images: Images, load: Load, progress: Progress) -> 
     key = seed_key(args)
     check_prompts([args.to])
     model = load()
+    warn_of_unfamiliar(model, [args.source, args.to])
     latents = manipulate.encode(model, images, walk, progress)
     turned = manipulate.text_diff(model, latents, args.source, args.to, thetas)
     made = manipulate.pictures(model, key, turned, walk, **how(args, progress))
@@ -129,6 +132,7 @@ def inpaint(args: Settings, images: Images, load: Load, progress: Progress) -> D
     for image in images:
         masks.check_hole(hole, image)
     model = load()
+    warn_of_unfamiliar(model, [args.prompt])
     walk, told = walk_of(args, model, caption=args.prompt), how(args, progress)
     cells = []
     for image, source in zip(images, sources(args, images, grid_size(args, model)), strict=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from unclip_jax.pipeline.drawing import check_prompts
 from unclip_jax.pipeline.manipulate import Walk
 from unclip_jax.pipeline.manipulate.masks import hole_of
 from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights.known import Unfamiliar
 from unclip_jax.weights.trained import Part
 
 # A JPEG is decoded at a fraction of its size where that still has twice as many pixels a side.
@@ -94,6 +97,14 @@ def load(args: argparse.Namespace) -> UnCLIP:
         decoder=respace(model.decoder, "decoder_steps"),
         upsamplers=tuple(respace(part, "upsampler_steps") for part in model.upsamplers),
     )
+
+
+def warn_of_unfamiliar(model: UnCLIP, captions: Sequence[str]) -> None:
+    """Warn of each caption with words that no caption of the model's training had."""
+    known = model.known
+    said = map(known.says, dict.fromkeys(captions)) if known else ()
+    for line in filter(None, said):
+        warnings.warn(line, Unfamiliar, stacklevel=2)
 
 
 def seed_key(args: argparse.Namespace) -> jax.Array:
