@@ -26,8 +26,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
 
     A field may be a bool, int, float, str, `None` or `Literal`, or a union of these. It may be a
     tuple, given as a list or tuple; a dict with strings as keys; or another dataclass, given as a
-    mapping. A whole number is taken as a float. A float is not taken as an int, and a bool is
-    neither.
+    mapping; of several, the one that has its names. A whole number is taken as a float. A float is
+    not taken as an int, and a bool is neither.
 
     Args:
         cls: a dataclass type.
@@ -103,6 +103,8 @@ def _convert_union(choices: tuple[Any, ...], value: Any, path: str) -> Any:
     rest = [choice for choice in choices if choice is not type(None)]
     if len(rest) == 1:
         return _convert(rest[0], value, path)
+    if _is_mapping(value) and all(dataclasses.is_dataclass(choice) for choice in rest):
+        return build(min(rest, key=lambda choice: _unknown(choice, value)), value, path)
     # An exact type first: 3 stays an int where both int and float are allowed.
     for choice in sorted(rest, key=lambda choice: type(value) is not choice):
         try:
@@ -110,6 +112,11 @@ def _convert_union(choices: tuple[Any, ...], value: Any, path: str) -> Any:
         except UserError:
             continue
     raise wrong(path, value, " or ".join(_describe(choice) for choice in choices))
+
+
+def _unknown(cls: type, mapping: Any) -> int:
+    """How many names of a mapping are no fields of a dataclass."""
+    return len(set(mapping) - {field.name for field in dataclasses.fields(cls)})
 
 
 def _convert_tuple(items: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:

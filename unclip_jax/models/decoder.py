@@ -1,4 +1,4 @@
-"""The decoder: a U-Net conditioned on a CLIP image embedding and a caption.
+"""The decoder: a U-Net or a Transformer over patches, told of a CLIP image embedding and a caption.
 
 Section 2.1 of arXiv 2204.06125: GLIDE, to which z_i comes in two ways, projected and added to
 the timestep's embedding, and as four more tokens after the caption's states. Either condition
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from unclip_jax.common import checks
 from unclip_jax.errors import wrong
+from unclip_jax.models.dit import DiT, DiTConfig
 from unclip_jax.models.layers import check, check_counts, layer_norm
 from unclip_jax.models.text_encoder import TextConfig, TextEncoder
 from unclip_jax.models.unet import UNet, UNetConfig
@@ -29,8 +30,9 @@ class DecoderConfig:
     """Size of a `Decoder`, and what it is conditioned on.
 
     Attributes:
-        unet: the U-Net; its `context_dim` is the width of the context tokens, 0 where there are
-            none. What its input has beyond three channels are those of a canvas beside x_t.
+        unet: the network that denoises, a U-Net or a Transformer over patches; its `context_dim` is
+            the width of the context tokens, 0 where there are none. What its input has beyond three
+            channels are those of a canvas beside x_t.
         text: the decoder's own caption Transformer, as wide as the context; None where there is
             none.
         text_width: features of a frozen encoder's text states (CLIP's in Karlo, T5's in Imagen),
@@ -46,7 +48,7 @@ class DecoderConfig:
             arXiv 2105.05233); class `num_classes` itself stands for none. 0 for a decoder without.
     """
 
-    unet: UNetConfig
+    unet: UNetConfig | DiTConfig
     text: TextConfig | None = None
     text_width: int = 0
     pool_text: bool = False
@@ -107,7 +109,7 @@ def masked_mean(states: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 class Decoder(nn.Module):
-    """A U-Net and the encoder of its conditions."""
+    """A network that denoises and the encoder of its conditions."""
 
     config: DecoderConfig
 
@@ -115,7 +117,7 @@ class Decoder(nn.Module):
         """Name the parameters."""
         c, width = self.config, self.config.unet.context_dim
         features, dtype = c.unet.embedding_features, c.unet.dtype
-        self.unet = UNet(c.unet)
+        self.unet = (UNet if isinstance(c.unet, UNetConfig) else DiT)(c.unet)
         if c.text is not None:
             self.text = TextEncoder(c.text)
             self.text_to_emb = nn.Dense(features)

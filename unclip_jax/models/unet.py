@@ -7,6 +7,7 @@ the upsamplers (convolutions only, so that they train on crops and run at full s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -145,6 +146,38 @@ class UNetConfig:
         if any(s % self.size_multiple for s in x.shape[1:3]):
             expected = f"height and width that are multiples of {self._multiple_in_words}"
             raise wrong("U-Net input's shape", x.shape, expected, "pad or crop the images")
+
+
+def check_conditions(
+    who: str,
+    config: Any,
+    rows: int,
+    emb: jax.Array | None,
+    context: jax.Array | None,
+    context_mask: jax.Array | None,
+) -> None:
+    """Raise `UserError` unless what a denoiser is told fits its config.
+
+    Args:
+        who: the denoiser, for messages.
+        config: what has its `embedding_features` and `context_dim`.
+        rows: images in the batch.
+        emb: as `UNet` is given it.
+        context: likewise.
+        context_mask: likewise.
+    """
+    if emb is not None:
+        checks.shape(f"{who} emb", emb, (rows, config.embedding_features))
+    if (context is None) != (config.context_dim == 0):
+        given = None if context is None else context.shape
+        expected = f"what context_dim = {config.context_dim} says"
+        raise wrong(f"{who} context's shape", given, expected)
+    if context is not None:
+        checks.shape(f"{who} context", context, (rows, None, config.context_dim))
+    if context_mask is not None:
+        if context is None:
+            raise UserError(f"{who} context_mask: given without a context; give both or neither")
+        checks.shape(f"{who} context_mask", context_mask, context.shape[:2])
 
 
 class ResBlock(nn.Module):
@@ -342,7 +375,8 @@ class UNet(nn.Module):
             UserError: `x`, `emb` or `context` does not fit the config.
         """
         c = self.config
-        self._check_inputs(x, emb, context, context_mask)
+        c.check_image(x)
+        check_conditions("U-Net", c, x.shape[0], emb, context, context_mask)
         active = self._embedding(t, emb, level)
         context = None if context is None else context.astype(c.dtype)
         blocks = Blocks(c, active, 0.0 if deterministic else c.dropout, context, context_mask)
@@ -368,25 +402,3 @@ class UNet(nn.Module):
         if level is not None:
             time += TimeEmbedding(c.channels, c.embedding_features, name="level")(level)
         return nn.silu(time if emb is None else time + emb).astype(c.dtype)
-
-    def _check_inputs(
-        self,
-        x: jax.Array,
-        emb: jax.Array | None,
-        context: jax.Array | None,
-        context_mask: jax.Array | None,
-    ) -> None:
-        c = self.config
-        c.check_image(x)
-        b = x.shape[0]
-        if emb is not None:
-            checks.shape("U-Net emb", emb, (b, c.embedding_features))
-        if (context is None) != (c.context_dim == 0):
-            given = None if context is None else context.shape
-            raise wrong("U-Net context's shape", given, f"what context_dim = {c.context_dim} says")
-        if context is not None:
-            checks.shape("U-Net context", context, (b, None, c.context_dim))
-        if context_mask is not None:
-            if context is None:
-                raise UserError("U-Net context_mask: given without a context; give both or neither")
-            checks.shape("U-Net context_mask", context_mask, context.shape[:2])

@@ -70,6 +70,8 @@ PARAM_AXES: dict[str, str] = {
     # Perceptrons: of a Transformer's block, and of the timestep.
     "up/kernel": "embed -> mlp",
     "up/bias": "mlp",
+    "gate/kernel": "embed -> mlp",
+    "gate/bias": "mlp",
     "down/kernel": "mlp -> embed",
     "linear_1/kernel": "embed -> mlp",
     "linear_1/bias": "mlp",
@@ -81,7 +83,11 @@ PARAM_AXES: dict[str, str] = {
     "conv_in/kernel": "window window pixel -> embed",
     "conv_out/kernel": "window window embed -> pixel",
     "patches/kernel": "window window pixel -> embed",
-    # A canvas's last product.
+    # Products at the ends: of a Transformer over patches, of a canvas.
+    "narrow/kernel": "pixel -> feature",
+    "from_pixels/kernel": "pixel -> embed",
+    "to_pixels/kernel": "embed -> pixel",
+    "to_pixels/bias": "pixel",
     "pixels/kernel": "embed -> pixel",
     "pixels/bias": "pixel",
     # Tables of embeddings.
@@ -94,6 +100,7 @@ PARAM_AXES: dict[str, str] = {
     "scale": "feature",
     "class_token": "feature",
     "query": "feature",
+    "offset": "feature",
     "positions": "row feature",
     "padding": "row feature",
     "null_z_i": "feature",

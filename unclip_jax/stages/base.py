@@ -132,7 +132,7 @@ class Stage:
     @property
     def image_size(self) -> int:
         """Side, in pixels, of the images that it sees or makes; 0 for none."""
-        return getattr(self.unet or self.model, "image_size", 0)
+        return getattr(getattr(self.model, "unet", self.model), "image_size", 0)
 
     @property
     def feature_rows(self) -> int:
