@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,53 @@ def test_the_door_lists_its_commands(capsys):
 def test_a_command_that_is_not_there_is_guessed(typed, meant):
     with pytest.raises(UserError, match=rf"command: got '{typed}'.*did you mean {meant}\?"):
         dispatch([typed])
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("sample 'a red apple'", "draw it: .* sample text2im --prompt 'a red apple'"),
+        ("sample", "TASK; such as .* sample text2im --prompt 'a red apple'"),
+        ("sample text2img --num 2", r"got 'text2img', .*did you mean text2im\?"),
+        ("sample probe pac", r"got 'pac', .*did you mean pca\?"),
+        ("sample text2im --promt x", r"'--promt': no such flag; did you mean --prompt\?"),
+        ("sample text2im --promt=x", r"'--promt=x': no such flag; did you mean --prompt\?"),
+        ("sample text2im 'a red apple'", "a caption is --prompt 'a red apple'"),
+        ("sample text2im --prompt x --guidance_scale x", "scale: got 'x', expected a finite numb"),
+        ("sample text2im --prompt x --dtype f16", "--dtype: got 'f16', expected one of float32, b"),
+        ("sample text2im --zzz", "'--zzz': no such flag; unclip sample text2im --help says"),
+        ("doctor --workdr x --workdir y", r"did you mean --workdir\?"),
+        ("evaluate --dat", "ambiguous|expected one argument"),
+    ],
+)
+def test_what_is_typed_wrong_is_told_in_a_line_with_what_was_meant(typed, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        dispatch(shlex.split(typed))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and len(told.splitlines()) == 1, told
+    assert re.search(said, told) and " _" not in told, told
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("train emoji/clip", r"did you mean --config=emoji/clip\?"),
+        ("train --config=emoji/clip --workdr=x", "Did you mean: workdir"),
+        (
+            "train --config=emoji/clip --workdir=x --config.train.stps=1",
+            "no field 'stps'; Did you ",
+        ),
+    ],
+)
+def test_a_flag_or_field_of_a_config_that_is_not_there_is_guessed(typed, said):
+    with pytest.raises(UserError, match=said):
+        dispatch(shlex.split(typed))
+
+
+def test_evaluate_alone_says_what_there_is_to_measure(capsys):
+    with pytest.raises(SystemExit):
+        dispatch(["evaluate"])
+    assert "unclip evaluate --data emoji` measures the box model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """sample.py's tasks on a tiny model: files of every kind, grids that say how they were made."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -192,9 +193,24 @@ def test_wrong_input_is_named(folder, command, message, tmp_path, monkeypatch):
 
 def test_a_grid_that_cannot_be_written_is_named_before_anything_is_computed(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file" / "grid.png", tmp_path):
+    (tmp_path / "mine.png").write_bytes((folder / "plain.png").read_bytes())
+    (tmp_path / "closed").write_text("in the place of the single pictures")
+    long = tmp_path / f"{'x' * 300}.png"
+    for out in ("file/grid.png", "", "mine.png", "closed.png", long, "/proc/none.png", "a\0.png"):
         with pytest.raises(UserError, match="--out"):
-            run(folder, "upscale", "--image", "plain.png", "--out", out)
+            run(folder, "upscale", "--image", "plain.png", "--out", tmp_path / out)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "mine.png", "closed"}
+
+
+def test_bars_tell_the_batch_and_the_end_tells_the_seconds(folder, tmp_path, capsys):
+    bars = tasks.StageBars()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "StageBars", lambda: bars)
+        more = ("--num", 3, "--batch_size", 2, *QUICK, "--out", tmp_path / "a.png")
+        run(folder, "upscale", "--image", "plain.png", *more)
+    told = capsys.readouterr()
+    assert "batch 1 of 2" in told.err and "batch 2 of 2" in told.err
+    assert re.search(r"a\.png: 5 pictures in [\d.]+ s; each alone in ", told.out)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from unclip_jax.common import extras
 from unclip_jax.errors import UserError, did_you_mean, one_line, wrong
@@ -30,9 +30,49 @@ _ARGV: list[str] = []  # the command line at hand, where --config looks for fiel
 _HELP = {"-h", "--h", "-help", "--help", "-helpfull", "--helpfull"}
 
 
-def parser(command: str, about: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """One that says of a wrong word which is near to it, or what to type, and all in a line.
+
+    Attributes:
+        example: a whole command line, for whom a word lacks; "" for none.
+        about: what to do with a word that no flag takes, of that word; "" where nobody knows.
+    """
+
+    example: str = ""
+    about: Callable[[str], str] = staticmethod(lambda word: "")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Read the words; all must be known."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            word = next((word for word in left if word.startswith("-")), left[0])
+            if word.startswith("-"):
+                what = "no such flag"
+                do = did_you_mean(word.partition("=")[0], self._option_string_actions)
+            else:
+                what, do = "no flag takes it", self.about(word)
+            self.error("; ".join(filter(None, (f"{word!r}: {what}", do))))
+        return found, left
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            expected = f"one of {', '.join(map(str, action.choices))}"
+            # Subcommands alone have a dict of choices.
+            about = self.about(value) if isinstance(action.choices, dict) else ""
+            do = did_you_mean(str(value), action.choices) or about
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            self.error(str(wrong(name, value, expected, do)))
+
+    def error(self, message: str) -> NoReturn:
+        """Say in a line what is wrong, and exit with status 2."""
+        lacks = self.example and "required" in message
+        more = f"such as {self.example}" if lacks else f"{self.prog} --help says what there is"
+        self.exit(2, f"error: {one_line(UserError(message), None)}; {more}\n")
+
+
+def parser(command: str, about: str | None) -> Parser:
     """An empty parser of `unclip COMMAND`, whose help keeps the lines of `about`."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"unclip {command}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -121,7 +161,10 @@ def parse(values: flags.FlagValues, argv: Sequence[str], command: str, about: st
     with _telling(given):
         rest = values([command, *given])
         if rest[1:]:
-            raise UserError(f"argument {rest[1]!r}: not understood; flags are --name=value")
+            do = "flags are --name=value"
+            if rest[1].partition(":")[0] in configs():
+                do = f"did you mean --config={rest[1]}?"
+            raise UserError(f"argument {rest[1]!r}: not understood; {do}")
     if len(given) < len(argv):
         print(_help(values, command, about))
         sys.exit(0)
@@ -189,7 +232,10 @@ def _telling(argv: Sequence[str]) -> Iterator[None]:
         text = f"--config: {last}" if "Traceback" in str(error) else one_line(error, 10_000)
         raise UserError(f"{text}; see the config file for its fields") from error
     except (AttributeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"--config: {error}") from error
+        inner = error.args[0] if error.args else error  # of a field that is not there, a KeyError
+        said = inner.args[0] if isinstance(inner, KeyError) and inner.args else error
+        what = f"no field {said}".replace("\n", "; ") if said is not error else str(error)
+        raise UserError(f"--config: {one_line(UserError(what), 10_000)}") from error
     except Exception as error:
         given = next((word for word in argv if word.startswith("--config=")), "--config")
         if isinstance(error, ModuleNotFoundError) and extras.lacking(error, given):

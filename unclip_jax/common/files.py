@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import secrets
@@ -86,14 +87,17 @@ def flush(path: Path) -> None:
 def check_place(flag: str, path: Path) -> None:
     """Raise UserError, which names the flag, unless a file can be written at `path`.
 
-    The folder that it is to lie in is made.
+    The folder that it is to lie in is made, and an empty file tried in it.
     """
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} '{path}': cannot be written ({error}); give another") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        tried = _temporary(path)
+        tried.touch()
+        tried.unlink()
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{flag} '{path}': cannot be written; give the name of a file in a folder that you may"
-            " write to"
-        )
+            f"{flag} '{path}': cannot be written ({error}); give the name of a file in a folder"
+            " that you may write to"
+        ) from error

@@ -10,6 +10,7 @@ pictures  Fréchet distance, CMMD, CLIP score, precision and recall of generated
           real_..., of as many real ones
 classes   with --class_pictures, zero-shot accuracy and what generated pictures say about it
 
+`unclip evaluate --data emoji` measures the box model, the one that comes with the package.
 docs/evaluation.md has the formulas, and what the figures do not mean.
 """
 
@@ -20,10 +21,11 @@ import dataclasses
 from pathlib import Path
 
 from unclip_jax.common import command_line
+from unclip_jax.common.files import check_place
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.evaluate.measure import Settings, evaluate
-from unclip_jax.evaluate.page import PAGE, as_table, write
+from unclip_jax.evaluate.page import JSON, PAGE, as_table, write
 from unclip_jax.parallel import compile_cache
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
@@ -75,14 +77,16 @@ def scales(text: str) -> tuple[float, ...]:
 
 
 def main(argv: list[str]) -> None:
-    """Measure, print, write."""
-    args = parse(argv)
+    """Measure, print, write. Without any argument, say what there is to measure."""
+    args = parse(argv or ["--help"])
     fields = {field.name for field in dataclasses.fields(Settings)} - {"sweep"}
     settings = Settings(**{name: getattr(args, name) for name in fields}, sweep=scales(args.sweep))
     keys = {key: getattr(args, key) for key in _KEYS if getattr(args, key) is not None}
     data = DataConfig(name=args.data, split=args.split, **keys)
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise UserError(f"--out {args.out!r}: is a file; give a folder")
+    if args.out:
+        if Path(args.out).exists() and not Path(args.out).is_dir():
+            raise UserError(f"--out {args.out!r}: is a file; give a folder")
+        check_place("--out", Path(args.out) / JSON)
 
     cpu_devices.use()
     compile_cache.use()

@@ -24,6 +24,7 @@ import numpy as np
 
 from unclip_jax import stages
 from unclip_jax.common import checks, command_line
+from unclip_jax.common.files import check_place
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
@@ -211,6 +212,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out {args.out!r}: expected a name that ends in .png")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed: got {args.seed}, expected 0 to {2**63 - 1}")
+    check_place("--out", Path(args.out))
     decoder = load_part(args.decoder, "decoder")
     if args.steps is not None:
         decoder = decoder.respaced("--steps", args.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,6 +17,9 @@ from unclip_jax.parallel import axes
 # Called as progress(stage, done, steps), in order and at last with done = steps. What it raises
 # ends the sampling.
 Progress = Callable[[str, int, int], None]
+
+# Which batch of how many is drawn, from 1: for whoever is told of progress, and of nothing else.
+BATCH: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("batch", default=(1, 1))
 
 # One key per example and purpose: each stage folds its own number into the example's key.
 PRIOR, DECODER, UPSAMPLER = 0, 1, 2
@@ -43,7 +47,14 @@ def stage_keys(keys: jax.Array, purpose: int) -> jax.Array:
 def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Array]) -> np.ndarray:
     """`make(rows)` of one batch of row numbers after the other, joined."""
     size = min(checks.count("batch_size", batch_size), total)
-    return np.concatenate([np.asarray(make(rows)) for rows, _ in batches(total, size)])[:total]
+    made, before = [], BATCH.get()
+    try:
+        for rows, _ in batches(total, size):
+            BATCH.set((len(made) + 1, -(-total // size)))
+            made.append(np.asarray(make(rows)))
+    finally:
+        BATCH.set(before)
+    return np.concatenate(made)[:total]
 
 
 def batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

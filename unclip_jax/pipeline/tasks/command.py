@@ -13,7 +13,9 @@ settings in its metadata, and every picture alone in the folder apple/. So does 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import shlex
 
 from unclip_jax.common import command_line
 
@@ -21,6 +23,8 @@ from unclip_jax.common import command_line
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; `--help` of each task says the rest."""
     parser = command_line.parser("sample", __doc__)
+    parser.example = _drawing("a red apple")
+    parser.about = lambda word: f"to draw it: {_drawing(word)}"
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     _text2im(tasks)
     _edits(tasks)
@@ -29,12 +33,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _task(tasks, name: str, help: str) -> argparse.ArgumentParser:
+def _drawing(caption: str) -> str:
+    """The command line that draws a caption."""
+    return command_line.called("sample", ["text2im", "--prompt", caption])
+
+
+def _task(tasks, name: str, help: str) -> command_line.Parser:
     """A task with the flags that all have."""
     task = tasks.add_parser(name, help=help, description=help)
     command_line.add_model(task)
     add = task.add_argument
-    add("--out", default="out.png", metavar="PNG", help="the grid; single pictures go beside it")
+    grid = "the grid; single pictures go beside it (default out.png)"
+    add("--out", default="out.png", metavar="PNG", help=grid)
     add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     add("--batch_size", type=int, default=16, help="pictures computed together (default 16)")
     add("--upsampler_steps", metavar="N", help="every upsampler's (default: the model's own)")
@@ -42,7 +52,9 @@ def _task(tasks, name: str, help: str) -> argparse.ArgumentParser:
 
 
 def _text2im(tasks) -> None:
-    add = _task(tasks, "text2im", "pictures for captions").add_argument
+    task = _task(tasks, "text2im", "pictures for captions")
+    task.about = lambda word: f"a caption is --prompt {shlex.quote(word)}"
+    add = task.add_argument
     _add_prompts(add)
     add("--num", type=int, default=4, help="pictures per caption (default 4)")
     _add_negative(add)
@@ -132,10 +144,10 @@ def _probes(probes) -> None:
 
 def _finite(text: str) -> float:
     """A number that is neither infinite nor nan, which would only make black pictures."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
-    return value
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number")
 
 
 def _add_prompts(add) -> None:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from unclip_jax.common.files import check_place
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.data.images import square
 from unclip_jax.errors import UserError
+from unclip_jax.pipeline.drawing import BATCH
 from unclip_jax.pipeline.unclip import UnCLIP
 
 Images = Sequence[np.ndarray]  # uint8 [h, w, 3]
@@ -52,8 +54,8 @@ class Drawn:
 def check_out(out: str, given: Sequence[str] = ()) -> None:
     """Raise UserError unless a grid can be written to `out`, and single pictures beside it.
 
-    Single pictures of an earlier run are replaced, all of them; what `unclip sample` did not make,
-    and the `given` files, which this run reads, are not.
+    The grid and the single pictures of an earlier run are replaced, all of them; what `unclip
+    sample` did not make, and the `given` files, which this run reads, are not.
     """
     path, folder = Path(out), Path(out).with_suffix("")
     if path.suffix.lower() != ".png":
@@ -61,7 +63,9 @@ def check_out(out: str, given: Sequence[str] = ()) -> None:
     check_place("--out", path)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out!r}: {folder} is a file, expected a folder; give another name")
-    replaced = _numbered(folder)
+    if folder.is_dir():
+        check_place("--out", folder / "single.png")
+    replaced = _numbered(folder) + [path] * path.exists()
     if foreign := [str(one) for one in replaced if not _is_ours(one)]:
         raise UserError(
             f"--out {out!r}: {foreign[0]} is there, which unclip sample did not make; give another"
@@ -94,6 +98,12 @@ class StageBars:
     def __init__(self) -> None:
         """No bar yet."""
         self._bars: dict[str, tqdm] = {}
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.monotonic() - self._began
 
     def __enter__(self) -> StageBars:
         """Return self."""
@@ -110,17 +120,20 @@ class StageBars:
         if bar is None or step < bar.n:
             if bar is not None:
                 bar.close()
-            bar = self._bars[stage] = tqdm(total=steps, desc=f"{stage:<14}", unit="step")
+            batch, batches = BATCH.get()
+            named = f"{stage:<14}" + (f" batch {batch} of {batches}" if batches > 1 else "")
+            bar = self._bars[stage] = tqdm(total=steps, desc=named, unit="step")
         bar.update(step - bar.n)
         if step == steps:
             bar.close()
 
 
-def write(args: argparse.Namespace, drawn: Drawn) -> None:
+def write(args: argparse.Namespace, drawn: Drawn, seconds: float) -> None:
     """The grid `args.out`, and every picture alone in the folder of the same name.
 
     The settings go into the metadata of all; the grid's says the captions, too. Pictures that an
-    earlier run left in the folder are removed.
+    earlier run left in the folder are removed. A line says where they are and how many `seconds`
+    they took.
     """
     settings = {"model": "the box model"} | {
         name: value
@@ -141,7 +154,8 @@ def write(args: argparse.Namespace, drawn: Drawn) -> None:
         metadata = {"label": caption} if drawn.each is None else drawn.each[i]
         path = out.with_suffix("") / f"{i:04d}.png"
         save_png(Image.fromarray(image), path, common | dict(metadata))
-    print(f"{out}: {len(drawn.cells)} pictures; each alone in {out.with_suffix('')}/")
+    took = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    print(f"{out}: {len(drawn.cells)} pictures in {took}; each alone in {out.with_suffix('')}/")
 
 
 def sources(args: argparse.Namespace, images: Images, size: int) -> list[Picture]:

@@ -40,4 +40,5 @@ def run(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in getattr(args, "image", ())]
     task = TASKS[f"probe {args.probe}" if args.task == "probe" else args.task]
     with StageBars() as bars:
-        write(args, task(args, images, lambda: load(args), bars.update))
+        drawn = task(args, images, lambda: load(args), bars.update)
+        write(args, drawn, bars.seconds)
