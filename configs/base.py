@@ -22,7 +22,8 @@ config.init           folder of a trained stage to start from, "" for random par
 config.mesh           how many devices lie along each axis (parallel.sharding.MeshConfig): copies
                       of the model ("data", -1: as many as are left), devices among which a copy
                       is split ("fsdp"), those among which images are ("spatial"), and those that
-                      compute one block together ("tensor")
+                      compute one block together ("tensor"); into how many slices they fall, which
+                      only "data" crosses ("slices", 0: TPUs say it)
 config.lora           low-rank adapters on what config.init holds (training.lora.Lora); rank 0
                       trains it whole
 

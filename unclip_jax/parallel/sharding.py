@@ -21,11 +21,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from unclip_jax.common.params import is_weights
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes
-from unclip_jax.parallel.axes import FSDP, SPATIAL, TENSOR
+from unclip_jax.parallel.axes import DATA, FSDP, SPATIAL, TENSOR
 
 Tree = TypeVar("Tree")
 
 REST = -1
+AUTO = 0
+AXES = (DATA, FSDP, SPATIAL, TENSOR)  # of the mesh, from the slowest network to the fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +44,23 @@ class MeshConfig:
         spatial: devices that share the same images, each with a band of rows: for U-Nets with
             fewer examples than devices, or with images too large for the memory of one.
         tensor: devices that compute the parts of one block together.
+        slices: groups of devices with a slow network between them, which only `data` crosses: each
+            has as many whole copies of the model. No axis of its own. 0 asks the devices of TPUs
+            which slice each is in, and takes all others for one group. Elsewhere say it: 8 nodes of
+            GPUs are 8 slices. Processes that follow each other are in the same one.
     """
 
     data: int = REST
     fsdp: int = 1
     spatial: int = 1
     tensor: int = 1
+    slices: int = AUTO
 
     def __post_init__(self) -> None:
         """Check every field."""
-        sizes = dataclasses.asdict(self)
+        if not isinstance(self.slices, int) or self.slices < AUTO:
+            raise wrong("mesh.slices", self.slices, "a number of slices, or 0 to ask the devices")
+        sizes = self._axes()
         for name, value in sizes.items():
             if not isinstance(value, int) or (value != REST and value < 1):
                 raise wrong(f"mesh.{name}", value, "a number of devices, or -1")
@@ -63,18 +72,21 @@ class MeshConfig:
                 " beside features; set one of them to 1"
             )
 
+    def _axes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in AXES}
+
     @property
     def text(self) -> str:
         """The axes in words."""
-        return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
+        return ", ".join(f"{name} {value}" for name, value in self._axes().items())
 
     def shape(self, devices: int) -> tuple[int, ...]:
-        """The mesh's shape, in the order of the fields, on so many devices.
+        """The mesh's shape, in the order of `AXES`, on so many devices.
 
         Raises:
             UserError: the axes' product is not the number of devices.
         """
-        sizes = dataclasses.astuple(self)
+        sizes = tuple(self._axes().values())
         fixed = math.prod(size for size in sizes if size != REST)
         whole = tuple(devices // fixed if size == REST else size for size in sizes)
         if math.prod(whole) != devices:
@@ -91,17 +103,53 @@ def make_mesh(
     """The mesh of all `devices` (every device of every process by default).
 
     Neighbours along "tensor" or "spatial" are nearest to each other, then those along "fsdp": that
-    is where the traffic is. The axes are Auto: the compiler propagates shardings, as Linen expects.
+    is where the traffic is. Only "data" leaves a slice. The axes are Auto: the compiler propagates
+    shardings, as Linen expects.
 
     Raises:
-        UserError: the config does not fit the number of devices.
+        UserError: the config does not fit the number of devices, or that of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = config.shape(len(devices))
+    data, *rest = config.shape(len(devices))
+    groups = by_slice(devices, config.slices)
+    if data % len(groups):
+        raise UserError(
+            f"mesh: got {config.text}, which makes data {data}, expected a multiple of the"
+            f" {len(groups)} slices: only data goes from slice to slice; lower the others to a"
+            f" product that divides the {len(groups[0])} devices of a slice, and let mesh.data"
+            " take the rest"
+        )
     # A pod's own axes may have to be split: 8 along "fsdp" is half a side of 16 x 16 chips.
-    grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    names = [field.name for field in dataclasses.fields(MeshConfig)]
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(shape))
+    inside = (data // len(groups), *rest)
+    grids = [
+        mesh_utils.create_device_mesh(inside, group, allow_split_physical_axes=True)
+        for group in groups
+    ]
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def by_slice(devices: Sequence[jax.Device], slices: int = AUTO) -> list[list[jax.Device]]:
+    """The devices of each slice, in order; see `MeshConfig.slices`.
+
+    Raises:
+        UserError: these TPUs are in another number of slices, or slices would not be equal.
+    """
+    # A TPU in the only slice has no index; GPUs have one for each host.
+    told = [getattr(device, "slice_index", 0) for device in devices]
+    if devices[0].platform == "tpu":
+        slices = slices or len(set(told))
+        if slices != len(set(told)):
+            raise wrong("mesh.slices", slices, f"{len(set(told))}, which these TPUs are in")
+    if slices in (AUTO, 1):
+        return [list(devices)]
+    if len(devices) % slices:
+        raise wrong("mesh.slices", slices, f"a divisor of the {len(devices)} devices there are")
+    order = sorted(zip(told, devices, strict=True), key=lambda d: (d[0], d[1].process_index))
+    each = len(devices) // slices
+    found = [order[first : first + each] for first in range(0, len(order), each)]
+    if len(set(told)) == slices and any(len({index for index, _ in group}) > 1 for group in found):
+        raise wrong("mesh.slices", slices, "slices of as many devices each", "leave some out")
+    return [[device for _, device in group] for group in found]
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

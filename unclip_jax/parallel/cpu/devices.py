@@ -114,6 +114,8 @@ def _serves(config: MeshConfig, count: int, rows: int, copies: int) -> bool:
         data, fsdp, spatial, *_ = config.shape(count)
     except UserError:
         return False
+    if data % max(config.slices, 1):
+        return False
     return rows % (data * fsdp) == 0 and data * spatial <= copies
 
 
