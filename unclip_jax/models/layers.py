@@ -180,7 +180,9 @@ class GroupNorm(nn.Module):
 class Embed(nn.Module):
     """A table of token embeddings, which start with a standard deviation of 0.02.
 
-    On a mesh every device gathers the features of its own rows before it looks tokens up.
+    On a mesh the table stays split by its features. Each device looks up its part of the features
+    for all examples of its copy of the model, and they exchange what they found; the gradient goes
+    the same way back. So no device ever holds the table whole, or its gradient.
     """
 
     rows: int
@@ -191,8 +193,9 @@ class Embed(nn.Module):
         """`[b, l]` int tokens to `[b, l, features]` float32."""
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", init, (self.rows, self.features))
-        found = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
-        return constrain(found, "batch", None, None)
+        table, tokens = constrain(table, "vocab", "embed"), constrain(tokens, "copy", None)
+        found = jnp.take(table, tokens, axis=0)
+        return constrain(constrain(found, "copy", None, "embed"), "batch", None, None)
 
 
 # ---------------------------------------------------------------- Transformer

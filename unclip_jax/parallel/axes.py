@@ -9,6 +9,7 @@ outside `on(mesh)` it does nothing.
 The logical axes that a mesh splits:
 
     batch   examples
+    copy    the same, of each copy of the model, between whose devices they are not split
     height  rows of pixels, of which every device has a band, and a few rows of its neighbours' for
             each convolution; also over devices between which the examples are not split
     embed   features of the residual stream, as params hold them: split, each device keeps its part
@@ -47,6 +48,7 @@ DATA, FSDP, SPATIAL, TENSOR = "data", "fsdp", "spatial", "tensor"
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": (DATA, FSDP),
+    "copy": (DATA,),
     "height": (DATA, FSDP, SPATIAL),
     "embed": (FSDP,),
     "heads": (TENSOR,),
