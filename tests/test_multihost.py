@@ -190,6 +190,86 @@ def test_environments_are_told_apart():
     assert distributed.environment({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
     assert distributed.environment({"MEGASCALE_NUM_SLICES": "2"}) == "TPU pod"
     assert distributed.environment({}) is None
+    torchrun = {"WORLD_SIZE": "4", "RANK": "3"}
+    assert distributed.environment(torchrun) == "torchrun"
+    assert distributed.environment(torchrun | {"WORLD_SIZE": "1"}) is None
+    assert distributed.environment({"WORLD_SIZE": "4"}) is None
+    assert distributed.environment({"PMI_SIZE": "2", "PMI_RANK": "0"}) == "MPICH"
+    assert distributed.environment(slurm | {"PMI_SIZE": "4", "PMI_RANK": "0"}) == "Slurm"
+    job = {"JOB_COMPLETION_INDEX": "0"}
+    assert distributed.environment(job) == "Kubernetes"
+    assert distributed.environment(job | {"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert distributed.environment(job | {"TPU_WORKER_HOSTNAMES": "t-0,t-1"}) == "TPU pod"
+
+
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+MPICH = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "address", "told"),
+    [
+        (TORCHRUN, None, ("n1:29500", 4, 3, None)),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, None, ("n1:29501", 4, 3, None)),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "n2:1", ("n2:1", 4, 3, [1])),
+        (MPICH, "n1:99", ("n1:99", 2, 1, [1])),
+        (MPICH | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, "n1:99", ("n1:99", 2, 1, None)),
+        (MPICH | {"JAX_COORDINATOR_ADDRESS": "n3:1"}, None, ("n3:1", 2, 1, [1])),
+    ],
+)
+def test_launchers_tell_jax_who_is_who(monkeypatch, variables, address, told):
+    joined = []
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **k: joined.append(k))
+    distributed.initialize("auto", address)
+    names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+    assert [tuple(given.get(name) for name in names) for given in joined] == [told]
+    distributed.initialize("off")
+    assert len(joined) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            MPICH,
+            r"--coordinator_address: missing, and MPICH .* number 1 of 2 \(PMI_RANK, PMI_SIZE\)",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"missing, and torchrun .*--distributed=off"),
+        ({"JOB_COMPLETION_INDEX": "0"}, r"process 0 of an indexed job of Kubernetes.*=off if it"),
+    ],
+)
+def test_no_process_of_several_trains_alone(monkeypatch, variables, message):
+    """An error names what started it, rather than let each write into the workdir of the others."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    for mode in ("auto", "on"):
+        with pytest.raises(UserError, match=message):
+            distributed.initialize(mode)
+    distributed.initialize("off")
+
+
+def test_torchruns_processes_find_each_other():
+    """Two processes of this machine, with the variables that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (
+        "from unclip_jax.parallel import distributed; distributed.initialize(); import jax;"
+        "print(jax.process_count(), jax.process_index(), distributed.gather(jax.process_index()))"
+    )
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+            env=os.environ | ENVIRONMENT | shared | {"RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [text.strip().splitlines()[-1] for text in finish(processes)]
+    assert said == ["2 0 [0, 1]", "2 1 [0, 1]"]
 
 
 @pytest.mark.parametrize(

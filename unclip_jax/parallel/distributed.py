@@ -6,10 +6,11 @@ array goes from process to process here.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +22,34 @@ from unclip_jax.errors import UserError, wrong
 MODES = ("auto", "on", "off")
 
 
+class Launcher(NamedTuple):
+    """The variables by which a launcher that JAX does not know numbers its processes."""
+
+    count: str
+    index: str
+    local_count: str
+    local_index: str
+
+
+LAUNCHERS = {
+    "torchrun": Launcher("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"),
+    "MPICH": Launcher("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    "MVAPICH": Launcher(
+        "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+    ),
+    "Flux": Launcher("FLUX_JOB_SIZE", "FLUX_TASK_RANK", "", "FLUX_TASK_LOCAL_ID"),
+    "JAX": Launcher("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "", ""),
+}  # fmt: skip
+KUBERNETES = "Kubernetes"
+
+
 def environment(variables: Mapping[str, str]) -> str | None:
     """What started this process as one of several, by its environment; None if nothing did.
 
-    Slurm's `srun` and Open MPI's `mpirun` say how many processes there are, GKE and queued
-    resources which hosts a TPU slice has.
+    Slurm's `srun`, Open MPI's `mpirun` and the `LAUNCHERS` say how many processes there are, GKE
+    and queued resources which hosts a TPU slice has. An indexed job of Kubernetes says only which
+    one this is.
     """
     if _number(variables.get("SLURM_NTASKS")) > 1 and "SLURM_STEP_NODELIST" in variables:
         return "Slurm"
@@ -34,6 +58,11 @@ def environment(variables: Mapping[str, str]) -> str | None:
     hosts = [host for host in variables.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     if len(hosts) > 1 or _number(variables.get("MEGASCALE_NUM_SLICES")) > 1:
         return "TPU pod"
+    for name, launcher in LAUNCHERS.items():
+        if _number(variables.get(launcher.count)) > 1 and launcher.index in variables:
+            return name
+    if not hosts and "JOB_COMPLETION_INDEX" in variables:
+        return KUBERNETES
     return None
 
 
@@ -53,8 +82,8 @@ def initialize(
         mode: "auto" joins where the three others are given or `environment` finds something, "on"
             always (JAX then asks the TPU's metadata, Slurm, Open MPI or Kubernetes), "off" never.
         coordinator_address: host:port of process 0, which every process can reach.
-        num_processes: how many there are.
-        process_id: this one, from 0.
+        num_processes: how many there are; None if a launcher says it.
+        process_id: this one, from 0; likewise.
 
     Raises:
         UserError: the mode is unknown, an argument is missing or has no meaning, or the others
@@ -67,9 +96,21 @@ def initialize(
         "process_id": process_id,
     }
     explicit = {name: value for name, value in given.items() if value is not None}
+    found = environment(os.environ)
+    if mode != "off" and found in LAUNCHERS and explicit.keys() <= {"coordinator_address"}:
+        explicit = _told(found, os.environ, coordinator_address)
+        given |= {name: explicit.get(name) for name in given}
     _check(explicit, given, mode)
-    if mode == "off" or (mode == "auto" and not explicit and environment(os.environ) is None):
+    if mode == "off" or (mode == "auto" and not explicit and found is None):
         return
+    if found == KUBERNETES and not explicit and importlib.util.find_spec("kubernetes") is None:
+        index = os.environ["JOB_COMPLETION_INDEX"]
+        raise UserError(
+            f"--distributed={mode}: this is process {index} of an indexed job of Kubernetes, which"
+            " says nowhere of how many; pip install kubernetes, by which JAX asks it, or give"
+            " --coordinator_address=HOST:PORT --num_processes=N --process_id=$JOB_COMPLETION_INDEX,"
+            " or --distributed=off if it is the only one"
+        )
     try:
         jax.distributed.initialize(**explicit)
     except (RuntimeError, ValueError) as error:
@@ -81,9 +122,38 @@ def initialize(
         ) from error
 
 
+def _told(name: str, variables: Mapping[str, str], address: str | None) -> dict[str, Any]:
+    """What a launcher's variables tell JAX; UserError if they don't say where process 0 is."""
+    launcher = LAUNCHERS[name]
+    address = address or variables.get("JAX_COORDINATOR_ADDRESS")
+    port = _number(variables.get("MASTER_PORT"))
+    if not address and name == "torchrun" and port and "MASTER_ADDR" in variables:
+        # torchrun itself listens there.
+        free = port + 1 if "TORCHELASTIC_RUN_ID" in variables else port
+        address = f"{variables['MASTER_ADDR']}:{free}"
+    count, index = variables[launcher.count], variables[launcher.index]
+    if not address and name in ("MPICH", "MVAPICH") and importlib.util.find_spec("mpi4py"):
+        return {"cluster_detection_method": "mpi4py"}
+    if not address:
+        raise UserError(
+            f"--coordinator_address: missing, and {name} started this process as number {index} of"
+            f" {count} ({launcher.index}, {launcher.count}) but does not say where number 0 is;"
+            " give it as HOST:PORT, or --distributed=off if each is to run alone"
+        )
+    told = {
+        "coordinator_address": address,
+        "num_processes": _number(count),
+        "process_id": _number(index),
+    }
+    several = _number(variables.get(launcher.local_count)) > 1
+    if several and "JAX_LOCAL_DEVICE_IDS" not in variables:  # a GPU for each
+        told["local_device_ids"] = [_number(variables.get(launcher.local_index))]
+    return told
+
+
 def _check(explicit: Mapping[str, Any], given: Mapping[str, Any], mode: str) -> None:
     """The three go together, and mean something."""
-    if not explicit:
+    if not explicit or "cluster_detection_method" in explicit:
         return
     if mode == "off":
         raise UserError(f"--distributed=off: contradicts --{next(iter(explicit))}; give one alone")
