@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests import tiny
 from unclip_jax import stages
 from unclip_jax.errors import UserError
-from unclip_jax.parallel import sharding
+from unclip_jax.models import layers
+from unclip_jax.parallel import axes, sharding
 from unclip_jax.parallel.sharding import MeshConfig
 from unclip_jax.plan import analysis, chips, flops, search
 from unclip_jax.plan.hlo import Program
@@ -24,6 +25,7 @@ from unclip_jax.training.optimizers import make_optimizer
 from unclip_jax.training.step import sharded_state
 
 LAYERS, WIDTH, ROWS = 7, 64, 16
+TOKENS = 1024
 
 
 def placed(mesh, spec, *sides):
@@ -55,6 +57,27 @@ def bytes_of_a_scan(mesh):
     whole = PartitionSpec()
     shapes = placed(mesh, whole, 512, 512), placed(mesh, whole, 32, 512, 512)
     return Program(jax.jit(add).lower(*shapes).compile().as_text(), 8).bytes()
+
+
+def collectives_of_a_table():
+    """Of a table's lookup and its gradient: 2 copies of the model, each split over 4 devices."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    table = layers.Embed(TOKENS, WIDTH)
+
+    def loss(params, tokens):
+        with axes.on(mesh):
+            return (table.apply({"params": params}, tokens) ** 2).sum()
+
+    params = {"embedding": placed(mesh, PartitionSpec(None, "fsdp"), TOKENS, WIDTH)}
+    rows = sharding.batch_sharding(mesh)
+    tokens = jax.ShapeDtypeStruct((ROWS, 4), jnp.int32, sharding=rows)
+    where = jax.tree.map(lambda x: x.sharding, params)
+    program = jax.jit(jax.grad(loss), out_shardings=where).lower(params, tokens).compile()
+    found = Program(program.as_text(), 8).collectives()
+    return {
+        "temporary": program.memory_analysis().temp_size_in_bytes,
+        "collectives": [[c.kind, c.group, c.bytes] for c in found],
+    }
 
 
 def blocks(mesh):
@@ -137,6 +160,7 @@ def main():
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
     found = {
         "scan": collectives_in_a_scan(mesh),
+        "table": collectives_of_a_table(),
         "bytes": bytes_of_a_scan(mesh),
         "blocks": blocks(mesh),
         "state": state_bytes(),

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests import plan_run
+from tests import plan_run, tiny
+from unclip_jax import stages
 from unclip_jax.errors import UserError
-from unclip_jax.plan import chips, command, hlo, kept, measure, report
+from unclip_jax.plan import analysis, chips, command, hlo, kept, measure, report, search
+from unclip_jax.plan.blocks import Split
 from unclip_jax.plan.chips import CHIPS, Topology
 from unclip_jax.plan.hlo import Collective, Program
 from unclip_jax.plan.measure import Roofline
+from unclip_jax.plan.programs import Plan
 
 ROOT = Path(__file__).parent.parent
 LAYERS, WIDTH, ROWS = plan_run.LAYERS, plan_run.WIDTH, plan_run.ROWS
@@ -90,6 +93,17 @@ def test_arrays_in_the_cores_own_memory_cost_nothing():
     assert hlo.array_bytes(text, slow_only=True) == 25
 
 
+def test_no_device_holds_a_table_of_tokens_or_its_gradient(on_eight):
+    """Copies sum their parts of the gradient; inside one only what was looked up is exchanged."""
+    part = 4 * plan_run.TOKENS * WIDTH // 4
+    table = on_eight["table"]
+    assert table["temporary"] < 2 * part
+    large = [c for c in table["collectives"] if c[2] >= part]
+    assert large == [["all-reduce", 2, part]]
+    exchanged = [size for kind, _, size in table["collectives"] if kind == "all-to-all"]
+    assert sum(exchanged) == 2 * 4 * (ROWS // 8) * 4 * WIDTH  # there and back, of one device's rows
+
+
 # A program by its blocks
 
 
@@ -129,6 +143,28 @@ def test_what_fits_is_split_no_more_than_it_must(on_eight):
     assert plenty == [1, 1, "none"]
     assert plenty[0] <= less[0] < least[0] <= 8
     assert "too small for this config" in none
+
+
+def on_one(**train) -> Plan:
+    """The tiny CLIP, its Transformers recomputed, on this device."""
+    config = {"stage": stages.describe(tiny.CLIP), "train": {"batch_size": 8} | train, "mesh": {}}
+    return search.with_remat(Plan.of(config, jax.devices()[:1]), "full")
+
+
+@pytest.mark.parametrize(("accum", "passes"), [(1, [10]), (4, [10, 1] * 4)])
+def test_a_joint_loss_runs_every_block_once_more(monkeypatch, accum, passes):
+    """With microbatches each block runs forward alone, then forward and back: 1 and 10 bytes."""
+
+    def compiled(lowered, *_):
+        moved = lowered if isinstance(lowered, int) else 0
+        return measure.Measured(0, 0, 0, moved, (), 0, {}, 0.0)
+
+    monkeypatch.setattr(analysis, "compiled", compiled)
+    monkeypatch.setattr(Split, "lowered", lambda self, block, backward: 10 if backward else 1)
+    plan = on_one(grad_accum=accum)
+    figures = analysis.train_figures(plan, Topology("v5e", (1, 1)), blocks=True, say=lambda _: None)
+    once = sum(p["count"] for p in figures["parts"] if not p["block"].endswith("forward"))
+    assert figures["moved"] == once * sum(passes)
 
 
 # What is kept
@@ -176,6 +212,11 @@ def test_topologies_by_name():
     pod = Topology.parse("v5p:4x4x8")
     assert (pod.chips, pod.name, pod.chip) == (128, "v5p:4x4x8", CHIPS["v5p"])
     assert Topology.parse("v5e:16x16").chips == 256
+    two = Topology.parse("2 x v5p:4x4x8")
+    assert (two.slices, two.chips, two.device_count, two.name) == (2, 256, 256, "2xv5p:4x4x8")
+    seventh = Topology.parse("tpu7x:2x2x1")
+    assert (seventh.chips, seventh.device_count) == (4, 8)
+    assert Topology.parse("h100:8x4").device_count == 32
 
 
 @pytest.mark.parametrize(
@@ -187,6 +228,10 @@ def test_topologies_by_name():
         ("v5p:16x16", "expected 3 axes"),
         ("v6e:0x16", "of at least 1"),
         ("v5e:-2x2", "CHIP:AxB"),
+        ("0xv5e:2x2", "of at least 1"),
+        ("xv5e:2x2", "CHIP:AxB"),
+        ("2xh100:8x4", "GPUs of a host x hosts, such as h100:8x8"),
+        ("h100:8", "expected 2 axes"),
         ("", "CHIP:AxB"),
     ],
 )
@@ -218,6 +263,9 @@ def test_a_roofline_is_the_slowest_rate():
     line = Roofline.of(chip, chip.bf16, chip.hbm_rate, [gathered])
     assert (line.compute, line.memory, line.network) == (1.0, 1.0, 0.5)
     assert (line.least, line.most) == (1.0, 2.5)
+    to_others = Collective("dcn-all-reduce", 2, int(3 * chip.dcn_rate), 1)
+    line = Roofline.of(chip, chip.bf16, chip.hbm_rate, [gathered, to_others])
+    assert (line.network, line.dcn, line.least, line.most) == (0.5, 3.0, 3.0, 5.5)
 
 
 # The command
@@ -241,6 +289,57 @@ def test_wrong_command_lines_are_one_line(argv, said):
     with pytest.raises(UserError) as error:
         command.parse(argv)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def planned(monkeypatch, *argv, refused=()):
+    """`plan_of` with these flags on this device, and what it tried.
+
+    The attempts in `refused` are too large for the compiler, the third holds more than there is.
+    """
+    tried = []
+
+    def figures(plan, *_, **__):
+        tried.append((plan.mesh.shape["fsdp"], plan.train.grad_accum, search.remat_of(plan.stage)))
+        if len(tried) in refused:
+            raise measure.TooLarge("99 GiB")
+        return {"fits": len(tried) != 3}
+
+    monkeypatch.setattr(Topology, "devices", lambda self: jax.devices()[:1])
+    monkeypatch.setattr(command.analysis, "train_figures", figures)
+    for flag in ("config", "topology", "blocks", "whole", "table", "fit", "mesh", "json", "sample"):
+        command.FLAGS[flag].unparse()
+    command.parse([*argv, "--topology=v5e:1x1"])
+    try:
+        return command.plan_of(command.CONFIG.value, Topology("v5e", (1, 1))), tried
+    finally:
+        for flag in ("config", "fit", "blocks", "whole"):
+            command.FLAGS[flag].unparse()
+
+
+@pytest.mark.parametrize("policy", ["none", "dots"])
+@pytest.mark.parametrize("flag", [[], ["--blocks"]])
+def test_a_unet_that_recomputes_less_is_not_planned_by_blocks(monkeypatch, policy, flag):
+    config = "--config=configs/paper/upsampler_256.py:smoke"
+    with pytest.raises(UserError, match=f"--blocks: got a network with remat {policy!r}.*--whole"):
+        planned(monkeypatch, config, f"--config.stage.model.remat={policy}", *flag)
+
+
+def test_what_the_compiler_refuses_is_not_the_end_of_a_search(monkeypatch):
+    """What fits by the model may need more, or turn out to hold more: the next one is tried."""
+    figures, tried = planned(
+        monkeypatch, "--config=configs/paper/prior.py:smoke", "--fit", refused=(1, 2)
+    )
+    assert len(tried) == 4 and len(set(tried)) == 4
+    assert figures["suggestion"].startswith("smallest that fits")
+    assert figures["remat"] == tried[-1][2] and figures["train"]["fits"]
+
+
+def test_a_search_by_blocks_recomputes_everything(monkeypatch):
+    config = "--config=configs/paper/upsampler_256.py:smoke"
+    _, tried = planned(monkeypatch, config, "--fit")
+    assert tried == [(1, 1, "full")]
+    _, tried = planned(monkeypatch, config, "--fit", "--whole")
+    assert tried == [(1, 1, "none")]
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "model=4", "fsdp=4;tensor=2", ""])

@@ -67,7 +67,8 @@ def fits(platform: str, q: jax.Array, k: jax.Array) -> bool:
 
 def has_cudnn(gpu: jax.Device) -> bool:
     """Whether a GPU runs cuDNN's kernel: one of NVIDIA's, Ampere or later."""
-    if "cuda" not in gpu.client.platform_version:
+    # A GPU that is only compiled for has its name for a version.
+    if "cuda" not in gpu.client.platform_version and not gpu.device_kind.startswith("NVIDIA"):
         return False
     return tuple(int(part) for part in gpu.compute_capability.split(".")) >= (8, 0)
 

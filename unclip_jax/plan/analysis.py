@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
 from unclip_jax.parallel import axes, flops
+from unclip_jax.plan import cuda
 from unclip_jax.plan.blocks import Split, equations
 from unclip_jax.plan.chips import Topology
-from unclip_jax.plan.kept import compiled
+from unclip_jax.plan.kept import COMPILERS, compiled
 from unclip_jax.plan.measure import QUICK, Measured, Roofline, together
 from unclip_jax.plan.programs import Plan, device_bytes
 from unclip_jax.stages.base import JointLoss
@@ -25,7 +28,16 @@ from unclip_jax.training.step import LossFn
 DAY = 86400.0
 Say = Callable[[str], None]
 Figures = dict[str, Any]
-Part = tuple[str, int, Measured]  # a distinct block: its label, how often it runs, what it needs
+OPTIONS = {"tpu": QUICK, "gpu": cuda.OPTIONS}  # of the compilers, by platform
+
+
+class Part(NamedTuple):
+    """A distinct block: its label, how often it runs in a pass, in how many, and what it needs."""
+
+    label: str
+    count: int
+    passes: int
+    measured: Measured
 
 
 def by_blocks(
@@ -66,7 +78,7 @@ def _largest_rows(traced: core.ClosedJaxpr) -> int:
 
 
 def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> Figures:
-    """What a train step needs of each chip, and how long it takes at least.
+    """What a train step needs of each chip, and of a TPU how long it takes at least.
 
     Raises:
         TooLarge: it does not fit.
@@ -89,27 +101,38 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
         return split, JointLoss(rows, loss.together)
 
     shell = in_blocks if blocks else None
-    whole, parts = _programs(plan, shell, plan.lowered_step, backward=True, say=say)
-    figures, peak, line = _figures(topology, total, whole, parts, passes)
+    # A joint loss computes every microbatch once more, forward, to know what to compare.
+    runs = [(True, passes), *([(False, passes)] if joint else [])]
+    whole, parts = _programs(plan, shell, plan.lowered_step, runs, say)
+    figures, peak = _figures(topology, total, whole, parts)
     kept = {
         "params": device_bytes(state.params),
         "ema": device_bytes(state.ema_params),
         "optimizer": device_bytes(state.opt_state),
         "gradients": 4 * sum(_elements_held(x) for x in jax.tree.leaves(trained(params))),
     }
-    bounds = {"least": line.least, "most": line.most}
-    ideal = model / topology.chips / topology.chip.bf16
     return figures | {
         "batch_size": train.batch_size,
         "grad_accum": train.grad_accum,
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
         "bytes": kept | {"activations": peak - sum(kept.values()), "peak": peak},
-        "flops": {"step": total, "chip": total / topology.chips, "model": model},
-        "intensity": total / topology.chips / figures["moved"],
-        "mfu": {name: ideal / seconds for name, seconds in bounds.items()},
-        "days": {name: train.steps * seconds / DAY for name, seconds in bounds.items()},
+        "flops": {"step": total, "chip": total / topology.device_count, "model": model},
         "steps": train.steps,
-        "parts": [_part(label, count, m) for label, count, m in parts],
+        **_times(topology, figures, total, model, train.steps),
+        "parts": [_part(p) for p in parts],
+    }
+
+
+def _times(topology: Topology, figures: Figures, total: int, model: int, steps: int) -> Figures:
+    """How well a step uses its chips, and how long all take; nothing where there are no rates."""
+    if (line := figures.get("roofline")) is None:
+        return {}
+    seconds = {name: line[name] for name in ("least", "most")}
+    ideal = model / topology.device_count / topology.chip.bf16
+    return {
+        "intensity": total / topology.device_count / figures["moved"],
+        "mfu": {name: ideal / time for name, time in seconds.items()},
+        "days": {name: steps * time / DAY for name, time in seconds.items()},
     }
 
 
@@ -126,12 +149,12 @@ def sample_figures(plan: Plan, topology: Topology, rows: int, *, blocks: bool, s
     def lower(function: Callable[..., Any] = sampler) -> jax.stages.Lowered:
         return jax.jit(function).lower(*shapes)
 
-    whole, parts = _programs(plan, shell, lower, backward=False, say=say)
-    figures, peak, _ = _figures(topology, total, whole, parts)
+    whole, parts = _programs(plan, shell, lower, [(False, 1)], say)
+    figures, peak = _figures(topology, total, whole, parts)
     return figures | {
         "rows": rows,
         "bytes": {"params": device_bytes(shapes[0]), "peak": peak},
-        "flops": {"all": total, "chip": total / topology.chips},
+        "flops": {"all": total, "chip": total / topology.device_count},
     }
 
 
@@ -139,61 +162,73 @@ def _programs(
     plan: Plan,
     shell: Callable[[], tuple[Split, Callable[..., Any]]] | None,
     lower: Callable[..., jax.stages.Lowered],
-    *,
-    backward: bool,
+    runs: list[tuple[bool, int]],
     say: Say,
 ) -> tuple[Measured, list[Part]]:
-    """The whole program compiled, or, with `shell`, that and every distinct block."""
-    options = QUICK if plan.mesh.devices.flat[0].platform == "tpu" else {}
+    """The whole program compiled, or, with `shell`, that and every distinct block.
+
+    `runs` says how a block runs, with its backward pass or without, and in how many passes.
+    """
+    options = OPTIONS.get(plan.mesh.devices.flat[0].platform, {})
     if shell is None:
         return compiled(lower(), plan.mesh, options), []
     split, function = shell()
     whole = compiled(lower(function), plan.mesh, options)
     say(f"shell: {whole.compile_s:.0f} s")
     parts = []
-    for i, block in enumerate(split.blocks, 1):
+    for i, (block, (backward, passes)) in enumerate(itertools.product(split.blocks, runs), 1):
         measured = compiled(split.lowered(block, backward=backward), split.mesh, options)
-        parts.append((block.label, block.count, measured))
-        name = f"block {i} of {len(split.blocks)}: {block.count} x {block.label}"
+        label = block.label if backward or len(runs) == 1 else f"{block.label}, forward"
+        parts.append(Part(label, block.count, passes, measured))
+        name = f"block {i} of {len(split.blocks) * len(runs)}: {block.count} x {label}"
         say(f"{name}, {measured.compile_s:.0f} s")
     return whole, parts
 
 
 def _figures(
-    topology: Topology, total: int, whole: Measured, parts: list[Part], passes: int = 1
-) -> tuple[Figures, int, Roofline]:
-    """What training and sampling are both asked for; the peak of a chip's memory; the roofline."""
-    moved, collectives = together([(whole, 1), *((m, n * passes) for _, n, m in parts)])
-    line = Roofline.of(topology.chip, total / topology.chips, moved, collectives)
-    peak = whole.peak + max((m.temporary for _, _, m in parts), default=0)
-    return (
-        {
-            "mode": "blocks" if parts else "whole",
-            "limit": topology.chip.hbm_bytes,
-            "fits": peak <= topology.chip.hbm_bytes,
-            "moved": moved,
-            "collectives": [dataclasses.asdict(c) for c in collectives],
-            "roofline": dataclasses.asdict(line) | {"least": line.least, "most": line.most},
-            # Of the compiler for all programs, those that were kept from earlier included.
-            "compile_s": whole.compile_s + sum(m.compile_s for _, _, m in parts),
-        },
-        peak,
-        line,
-    )
+    topology: Topology, total: int, whole: Measured, parts: list[Part]
+) -> tuple[Figures, int]:
+    """What training and sampling are both asked for, and the peak of a chip's memory."""
+    moved, collectives = together([(whole, 1), *((p.measured, p.count * p.passes) for p in parts)])
+    peak = whole.peak + max((p.measured.temporary for p in parts), default=0)
+    products: collections.Counter[str] = collections.Counter()
+    for measured in (whole, *(p.measured for p in parts)):
+        products.update(measured.products)
+    figures: Figures = {
+        "mode": "blocks" if parts else "whole",
+        "limit": topology.chip.hbm_bytes,
+        "fits": peak <= topology.chip.hbm_bytes,
+        "moved": moved,
+        "collectives": [dataclasses.asdict(c) for c in collectives],
+        "donated": whole.donated,
+        "products": dict(sorted(products.items())),
+        # Of the compiler for all programs, those that were kept from earlier included.
+        "compile_s": whole.compile_s + sum(p.measured.compile_s for p in parts),
+    }
+    if not topology.chip.gpu:
+        each = total / topology.device_count
+        line = Roofline.of(topology.chip, each, moved, collectives)
+        bounds = {"least": line.least, "most": line.most}
+        figures["roofline"] = dataclasses.asdict(line) | bounds
+    return figures, peak
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures come from."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-
-
-def _part(label: str, count: int, measured: Measured) -> Figures:
+    """Of what the figures come from, as far as it is installed."""
     return {
-        "block": label,
-        "count": count,
-        "temporary": measured.temporary,
-        "moved": measured.moved,
-        "sent": sum(c.sent for c in measured.collectives),
+        name: found.version
+        for name in COMPILERS
+        for found in importlib.metadata.distributions(name=name)
+    }
+
+
+def _part(part: Part) -> Figures:
+    return {
+        "block": part.label,
+        "count": part.count,
+        "temporary": part.measured.temporary,
+        "moved": part.measured.moved,
+        "sent": sum(c.sent for c in part.measured.collectives),
     }
 
 

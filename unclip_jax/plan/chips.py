@@ -1,4 +1,4 @@
-"""TPU chips by their published figures, and topologies of them that the compiler knows."""
+"""Chips by their published figures, and topologies of them that a compiler knows without one."""
 
 from __future__ import annotations
 
@@ -9,101 +9,133 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from unclip_jax.common import extras
 from unclip_jax.errors import UserError, one_line, wrong
+from unclip_jax.plan import cuda
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip's peak figures, from cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e).
+    """Peak figures of what JAX calls a device: a TPU chip (of tpu7x half a one), or a GPU.
+
+    TPUs: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x. There is no rate of
+    a GPU: what its kernels reach depends on tuning that needs one.
 
     Attributes:
         bf16: FLOP/s of bfloat16 matrix products.
-        hbm_bytes: memory that the compiler lets a program have, a little under what is sold.
+        hbm_bytes: memory that the compiler lets a program have, a little under what is sold; of a
+            GPU, the three quarters that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
         hbm_rate: bytes/s between memory and core.
-        ici_rate: bytes/s that the chip sends to its neighbours over all links together.
+        ici_rate: bytes/s that it sends to its neighbours over all links together.
+        dcn_rate: bytes/s that it sends to other slices, its share of what a pod or host sends.
         axes: axes of a topology: 2 for a grid "16x16", 3 for "4x4x8".
+        devices: on one chip.
+        gpu: whether it is one.
     """
 
-    bf16: float
     hbm_bytes: float
-    hbm_rate: float
-    ici_rate: float
     axes: int
+    bf16: float = 0.0
+    hbm_rate: float = 0.0
+    ici_rate: float = 0.0
+    dcn_rate: float = 0.0
+    devices: int = 1
+    gpu: bool = False
 
 
 CHIPS = {
-    "v4": Chip(275e12, 31.25 * GIB, 1228e9, 300e9, 3),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 2),
-    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 3),
-    "v6e": Chip(918e12, 31.25 * GIB, 1600e9, 400e9, 2),
+    "v4": Chip(31.25 * GIB, 3, 275e12, 1228e9, 300e9, 6.25e9),
+    "v5e": Chip(15.75 * GIB, 2, 197e12, 819e9, 200e9, 3.125e9),
+    "v5p": Chip(95.74 * GIB, 3, 459e12, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(31.25 * GIB, 2, 918e12, 1600e9, 400e9, 12.5e9),
+    "tpu7x": Chip(94.75 * GIB, 3, 2307e12 / 2, 7380e9 / 2, 300e9, 6.25e9, devices=2),
+    "h100": Chip(0.75 * cuda.MEMORY, 2, gpu=True),
 }
-EXAMPLES = "v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16"
+EXAMPLES = "v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h100:8x8, 2xv5p:4x4x8"
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of a pod: how many chips of which kind, and how they are wired.
+    """Slices of a pod: how many chips of which kind, and how they are wired.
 
     Attributes:
         kind: a key of `CHIPS`.
-        sides: chips along each axis.
+        sides: chips along each axis of a slice; of GPUs, those of a host, and the hosts.
+        slices: equal ones, between which there is the data centre's network.
     """
 
     kind: str
     sides: tuple[int, ...]
+    slices: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Topology:
-        """The topology that a name such as "v5p:4x4x8" means.
+        """The topology that a name such as "v5p:4x4x8" or "2xv5p:4x4x8" means.
 
         UserError if there is no such chip, or if its topologies have another number of axes.
         """
-        found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", text)
-        kind = found and found[1]
+        found = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+):(\d+(?:x\d+)*)", text.replace(" ", ""))
+        kind = found and found[2]
         if kind not in CHIPS:
             form = f"CHIP:AxB or CHIP:AxBxC with a chip among {', '.join(CHIPS)}"
             raise wrong("--topology", text, f"{form}, such as {EXAMPLES}")
-        sides = tuple(int(side) for side in found[2].split("x"))
-        if len(sides) != CHIPS[kind].axes or 0 in sides:
+        chip = CHIPS[kind]
+        slices, sides = int(found[1] or 1), tuple(int(side) for side in found[3].split("x"))
+        if len(sides) != chip.axes or 0 in (*sides, slices):
             example = next(e for e in EXAMPLES.split(", ") if e.startswith(kind))
-            axes = f"{CHIPS[kind].axes} axes of at least 1 for {kind}"
+            axes = f"{chip.axes} axes of at least 1 for {kind}"
             raise wrong("--topology", text, f"{axes}, as in {example}")
-        return cls(kind, sides)
+        if chip.gpu and slices > 1:
+            hosts = f"{kind}:{sides[0]}x{sides[1] * slices}"
+            raise wrong("--topology", text, f"GPUs of a host x hosts, such as {hosts}")
+        return cls(kind, sides, slices)
 
     @property
     def name(self) -> str:
-        """What `parse` reads, and the compiler too."""
-        return f"{self.kind}:{'x'.join(map(str, self.sides))}"
+        """What `parse` reads."""
+        slices = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{slices}{self.kind}:{'x'.join(map(str, self.sides))}"
 
     @property
     def chip(self) -> Chip:
-        """The figures of one chip."""
+        """The figures of one device."""
         return CHIPS[self.kind]
 
     @property
     def chips(self) -> int:
-        """How many there are."""
-        return math.prod(self.sides)
+        """How many there are, in all slices."""
+        return math.prod(self.sides) * self.slices
+
+    @property
+    def device_count(self) -> int:
+        """How many devices JAX makes of them."""
+        return self.chips * self.chip.devices
 
     def devices(self) -> list[jax.Device]:
         """Devices to compile for, which cannot run anything.
 
-        UserError if the TPU compiler is not installed, or knows no such topology.
+        UserError if the compiler is not installed, or knows no such topology.
         """
+        if self.chip.gpu:
+            return cuda.devices(*self.sides)
         check_compiler()
         # No metadata server to ask, and another process may hold the library's lock.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        name = f"{self.kind}:{'x'.join(map(str, self.sides))}"
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if math.prod(self.sides) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
         try:
             with _without_chatter():
-                found = topologies.get_topology_desc(platform="tpu", topology_name=self.name)
+                found = topologies.get_topology_desc(name, "tpu", **options)
         except Exception as error:  # the compiler's errors share no class
             raise UserError(
                 f"--topology={self.name}: the TPU compiler knows no such slice ({one_line(error)});"

@@ -1,4 +1,4 @@
-"""What a config needs of a TPU pod, with no TPU: memory, FLOPs, bytes, collectives, days.
+"""What a config needs of a pod, with no pod: memory, FLOPs, bytes, collectives, days.
 
     unclip plan --config=paper/decoder --topology=v5p:4x4x8 --mesh=fsdp=8 --json=plans/v5p.json
     unclip plan --table=docs/plans
@@ -33,7 +33,9 @@ FLAGS = flags.FlagValues()
 _string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _boolean = functools.partial(flags.DEFINE_boolean, default=False, flag_values=FLAGS)
 CONFIG = command_line.define_config(FLAGS)
-TOPOLOGY = _string("topology", None, "Slice of a pod, such as v5e:16x16 or v5p:4x4x8.")
+TOPOLOGY = _string(
+    "topology", None, "Slices of a pod, such as v5e:16x16 or 2xv5p:4x4x8; or h100:8x8."
+)
 MESH = _string("mesh", None, "Such as data=-1,fsdp=8,tensor=1; the config's own by default.")
 JSON = _string("json", None, "Also write the figures here.")
 BLOCKS = _boolean("blocks", help="Compile each distinct block once, and add up.")
@@ -86,14 +88,61 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
     """All the figures asked for."""
     mesh = parse_mesh(MESH.value) if MESH.value else None
     devices = topology.devices()
-    suggestion = ""
     if FIT.value:
-        plan, suggestion = search.search(config, topology, devices)
-    else:
-        plan = Plan.of(config, devices, mesh)
-    blocks = BLOCKS.value or (not WHOLE.value and plan.stage.unet is not None)
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    figures: dict[str, Any] = {
+        return _fitted(config, topology, devices)
+    plan = Plan.of(config, devices, mesh)
+    blocks = _by_blocks(plan)
+    if blocks and (policy := search.remat_of(plan.stage)) != "full":
+        raise UserError(
+            f"--blocks: got a network with remat {policy!r}, expected 'full', since blocks are what"
+            " is recomputed; set its remat in config.stage.model, or give --whole"
+        )
+    try:
+        figures = _header(plan, topology) | {"train": _train(plan, topology, blocks)}
+        if SAMPLE.value:
+            figures["sample"] = _sample(plan, topology, blocks)
+    except TooLarge as error:
+        limit = topology.chip.hbm_bytes / GIB
+        raise UserError(
+            f"--topology={topology.name}: the program needs {error} of a chip, expected at most"
+            f" {limit:.2f} GiB; raise mesh.fsdp or train.grad_accum, or let --fit look for them"
+        ) from error
+    return figures
+
+
+def _fitted(config: Any, topology: Topology, devices: list[jax.Device]) -> dict[str, Any]:
+    """The figures of the first arrangement that the compiler, too, finds small enough."""
+    blocks = _by_blocks(Plan.of(config, devices, sharding.MeshConfig()))
+    policies = ("full",) if blocks else search.REMAT
+    for plan, text in search.candidates(config, topology, devices, policies):
+        tried = text.removeprefix("smallest that fits: ").split(", by")[0]
+        try:
+            train = _train(plan, topology, blocks)
+        except TooLarge as error:
+            _say(f"{tried} would fit by the model, but the compiler needs {error}; going on")
+            continue
+        if not train["fits"]:
+            _say(f"{tried} would fit by the model, but does not; going on")
+            continue
+        figures = _header(plan, topology) | {"train": train, "suggestion": text}
+        try:
+            if SAMPLE.value:
+                figures["sample"] = _sample(plan, topology, blocks)
+        except TooLarge as error:
+            figures["suggestion"] += (
+                f"\ndrawing {SAMPLE.value} at once does not fit there, it needs {error}: give a"
+                " smaller --sample"
+            )
+        return figures
+    raise AssertionError("candidates end in an error")
+
+
+def _by_blocks(plan: Plan) -> bool:
+    return BLOCKS.value or (not WHOLE.value and plan.stage.unet is not None)
+
+
+def _header(plan: Plan, topology: Topology) -> dict[str, Any]:
+    return {
         "config": command_line.name_of(FLAGS),
         "topology": topology.name,
         "chips": topology.chips,
@@ -101,20 +150,17 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
         "remat": search.remat_of(plan.stage),
         "versions": analysis.versions(),
     }
-    try:
-        figures["train"] = analysis.train_figures(plan, topology, blocks=blocks, say=say)
-        if rows := SAMPLE.value:
-            how = {"blocks": blocks, "say": say}
-            figures["sample"] = analysis.sample_figures(plan, topology, rows, **how)
-    except TooLarge as error:
-        limit = topology.chip.hbm_bytes / GIB
-        raise UserError(
-            f"--topology={topology.name}: the program needs {error} of a chip, expected at most"
-            f" {limit:.2f} GiB; raise mesh.fsdp or train.grad_accum, or let --fit look for them"
-        ) from error
-    if suggestion:
-        figures["suggestion"] = suggestion
-    return figures
+
+
+_say = functools.partial(print, file=sys.stderr, flush=True)
+
+
+def _train(plan: Plan, topology: Topology, blocks: bool) -> dict[str, Any]:
+    return analysis.train_figures(plan, topology, blocks=blocks, say=_say)
+
+
+def _sample(plan: Plan, topology: Topology, blocks: bool) -> dict[str, Any]:
+    return analysis.sample_figures(plan, topology, SAMPLE.value, blocks=blocks, say=_say)
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,12 @@
 """What a compiled program moves, read from its HLO text: collectives, and bytes of memory.
 
 The compiler's own analysis counts the body of a loop once. Here each computation counts as often as
-it runs: a loop's turns are the constant that its condition compares its counter with, or what the
-compiler noted.
+it runs: a loop's turns are the constant that its condition compares its counter with less where the
+counter starts, or what the compiler noted.
+
+Collectives are also inside fusions. A TPU scatters what it reduces in one, and spreads a collective
+over several that compute beside it. To another slice a program sends through its host, over the
+data centre's network (DCN).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
@@ -22,6 +26,8 @@ BITS = {
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
+# Between slices: all-reduce is dcn-all-reduce, and so on.
+DCN = "dcn-"
 # They move nothing, or name what others move.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
@@ -33,6 +39,9 @@ _NAME = r"%?([\w.\-]+)"
 _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?{_NAME} = (.*?[\]}})]) ([a-z][\w\-]*)\((.*)$")
 _HEADER = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
 _CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={_NAME}")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_MEGASCALE = re.compile(r'_xla_megascale_(target|transfer_type)="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _FAST_MEMORY = re.compile(r"S\([1-9]\d*\)")
 
 
@@ -46,14 +55,25 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str
 
+    @property
+    def constant(self) -> int | None:
+        """The integer that it is, if it is one."""
+        known = self.opcode == "constant" and self.type.startswith("s32[]")
+        return int(self.rest.split(")")[0]) if known else None
+
+    @property
+    def is_counter(self) -> bool:
+        """Whether it takes an integer out of what a loop carries."""
+        return self.opcode == "get-tuple-element" and self.type.startswith("s32[]")
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """Collectives of one kind among groups of one size.
 
     Attributes:
-        kind: one of `COLLECTIVES`.
-        group: devices that take part in one.
+        kind: one of `COLLECTIVES`; behind `DCN`, among slices.
+        group: devices that take part in one, or slices.
         bytes: of the operands on one device, over all runs.
         count: runs.
     """
@@ -66,12 +86,17 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a device sends, by the ring algorithms (Thakur et al. 2005)."""
-        n = self.group
-        if self.kind == "collective-permute":
+        n, kind = self.group, self.kind.removeprefix(DCN)
+        if kind == "collective-permute":
             return self.bytes
-        if self.kind == "all-gather":  # the operand is one of n parts
+        if kind == "all-gather":  # the operand is one of n parts
             return self.bytes * (n - 1)
-        return self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+        return self.bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+    @property
+    def between_slices(self) -> bool:
+        """Whether it goes over the data centre's network."""
+        return self.kind.startswith(DCN)
 
 
 def added_up(collectives: Iterable[tuple[Collective, int]]) -> tuple[Collective, ...]:
@@ -124,7 +149,8 @@ class Program:
             for instruction in self.computations[name].values():
                 called = dict(re.findall(rf"(body|condition)={_NAME}", instruction.rest))
                 if instruction.opcode == "while":
-                    visit(called["body"], times * self._turns(instruction, called["condition"]))
+                    turns = self._turns(instruction, called["condition"], self.computations[name])
+                    visit(called["body"], times * turns)
                 elif instruction.opcode == "conditional":
                     branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
                     pair = r"(?:true|false)_computation=" + _NAME
@@ -138,17 +164,18 @@ class Program:
         visit(self.entry, 1)
         return dict(runs)
 
-    def _turns(self, loop: Instruction, condition: str) -> int:
+    def _turns(self, loop: Instruction, condition: str, around: Mapping[str, Instruction]) -> int:
         """How often a loop turns; 1 where that is known only at run time."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if noted:
             return int(noted[1])
-        found = {
-            int(instruction.rest.split(")")[0])
-            for instruction in self.computations[condition].values()
-            if instruction.opcode == "constant" and instruction.type.startswith("s32[]")
-        }
-        return found.pop() if len(found) == 1 else 1
+        asked = self.computations[condition].values()
+        ends = {i.constant for i in asked if i.constant is not None}
+        places = {int(i.rest.rpartition("index=")[2]) for i in asked if i.is_counter}
+        if len(ends) != 1:
+            return 1
+        start = _start(around[loop.operands[0]], places.pop(), around) if len(places) == 1 else 0
+        return max(ends.pop() - start, 0)
 
     def _executed(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
         for name, times in self.runs.items():
@@ -157,16 +184,48 @@ class Program:
 
     def collectives(self) -> tuple[Collective, ...]:
         """All that runs among several devices, by kind and size of group."""
-        found = []
-        for instruction, around, times in self._executed():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
+        return added_up(
+            (found, times) for name, times in self.runs.items() for found in self._among(name)
+        )
+
+    def _among(self, name: str) -> Iterator[Collective]:
+        """The collectives of one run of a computation, those inside its fusions included.
+
+        One that is spread over several fusions is a part of each; they have its chain in common.
+        """
+        chains: set[str] = set()
+        for around, scatters in self._computations(name):
+            for instruction in around.values():
+                found = self._collective(instruction, around)
+                chain = _CHAIN.search(instruction.rest)
+                if found is None or (chain and chain[1] in chains):
+                    continue
+                chains |= {chain[1]} if chain else set()
+                yield dataclasses.replace(found, kind="reduce-scatter") if scatters else found
+
+    def _computations(self, name: str) -> Iterator[tuple[dict[str, Instruction], bool]]:
+        """A computation and those of its fusions, and whether each scatters what it reduces."""
+        yield self.computations[name], name.startswith("all-reduce-scatter")
+        for instruction in self.computations[name].values():
+            if instruction.opcode == "fusion":
+                yield from self._computations(_CALLED.search(instruction.rest)[1])
+
+    def _collective(
+        self, instruction: Instruction, around: Mapping[str, Instruction]
+    ) -> Collective | None:
+        """What an instruction sends to other devices; None if it sends nothing."""
+        kind = instruction.opcode.removesuffix("-start")
+        operands = instruction.operands
+        if kind == "send" and (found := dict(_MEGASCALE.findall(instruction.rest))):
+            kind = DCN + found["transfer_type"].lower().replace("_", "-")
+            group, operands = _count(found["target"]), operands[:1]
+        elif kind in COLLECTIVES:
             group = self._group(instruction.rest)
-            if group > 1 or kind == "collective-permute":
-                size = sum(array_bytes(around[o].type) for o in instruction.operands)
-                found.append((Collective(kind, group, size, 1), times))
-        return added_up(found)
+        else:
+            return None
+        if group == 1 and kind != "collective-permute":
+            return None
+        return Collective(kind, group, sum(array_bytes(around[o].type) for o in operands), 1)
 
     def _group(self, rest: str) -> int:
         """Devices in a collective's group, in any of the forms that HLO writes groups in."""
@@ -181,6 +240,24 @@ class Program:
             sides = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", meshed[1])}
             return math.prod(sides[name] for name in re.findall(r"'([^']+)'", meshed[2]))
         return self.devices
+
+    def products(self) -> dict[str, int]:
+        """How many matrix products and convolutions there are, and calls of kernels of others.
+
+        By kind and the dtype of the first operand, such as "convolution bf16"; kernels by name. As
+        they stand in the text: a loop's body counts once.
+        """
+        found: collections.Counter[str] = collections.Counter()
+        for around in self.computations.values():
+            for instruction in around.values():
+                called = _TARGET.search(instruction.rest)
+                if instruction.opcode in ("dot", "convolution", "ragged-dot") or (
+                    called and called[1].startswith(("__cublas", "__cudnn", "tpu_custom_call"))
+                ):
+                    of = around.get(next(iter(instruction.operands), ""))
+                    kind = called[1] if called else instruction.opcode
+                    found[f"{kind} {_ARRAY.search(of.type)[1]}" if of else kind] += 1
+        return dict(sorted(found.items()))
 
     def bytes(self) -> int:
         """Bytes that one device moves between memory and core.
@@ -215,6 +292,22 @@ class Program:
             whole = size(operand)
             read += min(whole, sliced[i]) if i in sliced else whole
         return read + (min(written, updated) if updated is not None else written)
+
+
+def _start(carried: Instruction, place: int, around: Mapping[str, Instruction]) -> int:
+    """Where the counter of a loop starts; 0 where that is known only at run time."""
+    if carried.opcode != "tuple":
+        return 0
+    found = around[carried.operands[place]]
+    while found.opcode in ("copy", "bitcast") and found.operands[0] in around:
+        found = around[found.operands[0]]
+    return found.constant or 0
+
+
+def _count(target: str) -> int:
+    """Slices in a target such as "{1,2}x{0:15}": each by its number, or a first and a last one."""
+    parts = [part.split(":") for part in target[1:].split("}")[0].split(",")]
+    return sum(int(part[-1]) - int(part[0]) + 1 for part in parts)
 
 
 def _split_parenthesis(text: str) -> tuple[str, str]:

@@ -15,9 +15,12 @@ import jax
 from jax.sharding import Mesh
 
 from unclip_jax.common.files import check_place, default_cache_dir, write_text
-from unclip_jax.plan import hlo, measure
+from unclip_jax.parallel import sharding
+from unclip_jax.plan import cuda, hlo, measure
 from unclip_jax.plan.hlo import Collective
 from unclip_jax.plan.measure import Measured
+
+COMPILERS = ("jax", "jaxlib", "libtpu", *cuda.PLUGINS)
 
 
 def compiled(
@@ -40,7 +43,8 @@ def compiled(
     if (found := _read(file)) is not None:
         return found
     check_place("UNCLIP_JAX_CACHE", file)
-    measured = measure.compiled(lowered, mesh.size, options)
+    slices = len(sharding.by_slice(list(mesh.devices.flat)))
+    measured = measure.compiled(lowered, mesh.size // slices, options)
     write_text(file, json.dumps(dataclasses.asdict(measured)) + "\n")
     return measured
 
@@ -50,7 +54,7 @@ def digest(lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, str]) -> 
     chips = [(d.device_kind, d.id) for d in mesh.devices.flat]
     releases = [
         (name, found.version)
-        for name in ("jax", "jaxlib", "libtpu")
+        for name in COMPILERS
         for found in importlib.metadata.distributions(name=name)
     ]
     readers = [Path(module.__file__).read_text(encoding="utf-8") for module in (hlo, measure)]

@@ -1,4 +1,4 @@
-"""Compiling for a TPU, and what a compiled program needs of a chip."""
+"""Compiling for devices that may not be there, and what a compiled program needs of a chip."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class Measured:
         temporary: bytes that it needs besides.
         moved: bytes between memory and core.
         collectives: bytes among chips.
+        donated: bytes of arguments whose memory results take.
+        products: how many products and calls of kernels its text has, by kind and dtype.
         compile_s: seconds that the compiler took, which say nothing of the program.
     """
 
@@ -39,6 +41,8 @@ class Measured:
     temporary: int
     moved: int
     collectives: tuple[Collective, ...]
+    donated: int
+    products: dict[str, int]
     compile_s: float = dataclasses.field(compare=False)
 
     @property
@@ -48,7 +52,13 @@ class Measured:
 
 
 def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str]) -> Measured:
-    """Compile a program for a TPU, and read what it needs; TooLarge if it does not fit."""
+    """Compile a program, and read what it needs; TooLarge if the compiler says that it won't fit.
+
+    Args:
+        lowered: the program.
+        devices: of a slice.
+        options: of the compiler.
+    """
     began = time.perf_counter()
     try:
         program = lowered.compile(compiler_options=options)
@@ -67,6 +77,8 @@ def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str])
         temporary=memory.temp_size_in_bytes,
         moved=text.bytes(),
         collectives=text.collectives(),
+        donated=memory.alias_size_in_bytes,
+        products=text.products(),
         compile_s=seconds,
     )
 
@@ -80,32 +92,41 @@ def together(parts: Iterable[tuple[Measured, int]]) -> tuple[int, tuple[Collecti
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The time of a program by the chip's three rates (Williams et al. 2009), in seconds.
+    """The time of a program by the chip's rates (Williams et al. 2009), in seconds.
 
     Attributes:
         compute: of its FLOPs at the peak of bfloat16.
         memory: of its bytes.
-        network: of what it sends, on all links at once, by ring algorithms.
+        network: of what it sends inside its slice, on all links at once, by ring algorithms.
+        dcn: of what it sends to other slices.
     """
 
     compute: float
     memory: float
     network: float
+    dcn: float = 0.0
 
     @classmethod
     def of(
         cls, chip: Chip, flops: float, moved: float, collectives: Iterable[Collective]
     ) -> Roofline:
         """That of what one chip computes, moves and sends."""
-        sent = sum(c.sent for c in collectives)
-        return cls(flops / chip.bf16, moved / chip.hbm_rate, sent / chip.ici_rate)
+        sent = {False: 0.0, True: 0.0}
+        for c in collectives:
+            sent[c.between_slices] += c.sent
+        return cls(
+            compute=flops / chip.bf16,
+            memory=moved / chip.hbm_rate,
+            network=sent[False] / chip.ici_rate,
+            dcn=sent[True] / chip.dcn_rate,
+        )
 
     @property
     def least(self) -> float:
-        """The time if all three overlap entirely: no program is faster."""
-        return max(self.compute, self.memory, self.network)
+        """The time if all overlap entirely: no program is faster."""
+        return max(dataclasses.astuple(self))
 
     @property
     def most(self) -> float:
         """The time if nothing overlaps."""
-        return self.compute + self.memory + self.network
+        return sum(dataclasses.astuple(self))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax.errors import UserError
-from unclip_jax.plan.chips import CHIPS, GIB
+from unclip_jax.plan.chips import GIB, Topology
 
 ASSUMPTIONS = (
     "FLOPs are of matrix products and convolutions, recomputation included, spread evenly over"
@@ -16,6 +16,11 @@ ASSUMPTIONS = (
     " once. The least time overlaps computing, memory and network entirely, the most overlaps"
     " nothing. MFU counts three forward passes' FLOPs at the peak of bfloat16."
 )
+GPUS = (
+    "FLOPs are of matrix products and convolutions, recomputation included, spread evenly over"
+    " GPUs; all else is the compiled program's, which was tuned on no GPU. Times need one."
+)
+RATES = ("compute", "memory", "network", "dcn")
 COLUMNS = (
     "config", "topology", "mesh", "accum", "remat", "HBM GiB", "of", "step s", "MFU", "days",
     "bound by", "mode",
@@ -24,11 +29,10 @@ COLUMNS = (
 
 def in_words(plan: Mapping[str, Any]) -> str:
     """The whole report of a plan, as `unclip plan` prints it."""
-    chip = CHIPS[plan["topology"].split(":")[0]]
+    topology = Topology.parse(plan["topology"])
     lines = [
         f"{plan['config']} on {plan['topology']}: {plan['chips']} chips as {plan['mesh']}",
-        f"a chip: {chip.bf16 / 1e12:.0f} TFLOP/s in bfloat16, {chip.hbm_bytes / GIB:.2f} GiB at"
-        f" {chip.hbm_rate / 1e9:.0f} GB/s, {chip.ici_rate / 1e9:.0f} GB/s to its neighbours",
+        *_chip_lines(topology),
         "",
     ]
     if "train" in plan:
@@ -37,42 +41,69 @@ def in_words(plan: Mapping[str, Any]) -> str:
         lines += ["", *_sample_lines(plan["sample"])]
     if "suggestion" in plan:
         lines += ["", plan["suggestion"]]
-    return "\n".join([*lines, "", ASSUMPTIONS])
+    return "\n".join([*lines, "", GPUS if topology.chip.gpu else ASSUMPTIONS])
+
+
+def _chip_lines(topology: Topology) -> list[str]:
+    chip = topology.chip
+    if chip.gpu:
+        return [f"a GPU: {chip.hbm_bytes / GIB:.2f} GiB"]
+    name = "a chip" if chip.devices == 1 else f"a device, of which a chip has {chip.devices}"
+    lines = [
+        f"{name}: {chip.bf16 / 1e12:.0f} TFLOP/s in bfloat16, {chip.hbm_bytes / GIB:.2f} GiB at"
+        f" {chip.hbm_rate / 1e9:.0f} GB/s, {chip.ici_rate / 1e9:.0f} GB/s to its neighbours",
+    ]
+    if topology.slices > 1:
+        lines.append(f"{topology.slices} slices: {chip.dcn_rate / 1e9:.1f} GB/s to others")
+    return lines
 
 
 def _train_lines(train: Mapping[str, Any], remat: str) -> list[str]:
-    kept, line = train["bytes"], train["roofline"]
     lines = [
         f"training, {train['mode']}: {train['parameters'] / 1e6:.0f} M parameters, batch"
         f" {train['batch_size']} in {train['grad_accum']} microbatches, remat {remat}",
         "memory of a chip",
-        *(f"  {name:<12}{_gib(size)}" for name, size in kept.items()),
+        *(f"  {name:<12}{_gib(size)}" for name, size in train["bytes"].items()),
         f"  {'limit':<12}{_gib(train['limit'])}  {'fits' if train['fits'] else 'DOES NOT FIT'}",
         "a step of a chip",
         f"  FLOPs       {train['flops']['chip'] / 1e12:.2f} T",
+    ]
+    if (line := train.get("roofline")) is None:
+        return [*lines, *_collective_lines(train["collectives"]), *_product_lines(train)]
+    return [
+        *lines,
         f"  HBM bytes   {_gib(train['moved'])}  {train['intensity']:.0f} FLOPs a byte",
         *_collective_lines(train["collectives"]),
         "time",
-        *(f"  {name:<12}{line[name]:.4f} s" for name in ("compute", "memory", "network")),
+        *(f"  {name:<12}{line[name]:.4f} s" for name in RATES if line.get(name)),
         f"  step        {line['least']:.4f} to {line['most']:.4f} s, MFU"
         f" {train['mfu']['least']:.0%} to {train['mfu']['most']:.0%}",
         f"  {train['steps']} steps in {train['days']['least']:.1f} to"
         f" {train['days']['most']:.1f} days",
     ]
-    return lines
 
 
 def _sample_lines(sample: Mapping[str, Any]) -> list[str]:
-    line = sample["roofline"]
-    return [
+    lines = [
         f"sampling {sample['rows']} at once, {sample['mode']}",
         f"  peak        {_gib(sample['bytes']['peak'])}"
         f"  {'fits' if sample['fits'] else 'DOES NOT FIT'}",
         f"  FLOPs       {sample['flops']['chip'] / 1e12:.2f} T",
+    ]
+    if (line := sample.get("roofline")) is None:
+        return [*lines, *_collective_lines(sample["collectives"]), *_product_lines(sample)]
+    return [
+        *lines,
         f"  HBM bytes   {_gib(sample['moved'])}",
         *_collective_lines(sample["collectives"]),
         f"  time        {line['least']:.3f} to {line['most']:.3f} s",
     ]
+
+
+def _product_lines(figures: Mapping[str, Any]) -> list[str]:
+    """What the program's products are, of a platform whose times are not known."""
+    lines = [f"  {count:>6} x {kind}" for kind, count in figures["products"].items()]
+    return [f"  donated     {_gib(figures['donated'])}", "products and kernels in it", *lines]
 
 
 def _collective_lines(collectives: list[Mapping[str, Any]]) -> list[str]:
@@ -108,8 +139,15 @@ def table(folder: Path) -> str:
 
 def _row(plan: Mapping[str, Any]) -> list[str]:
     train = plan["train"]
-    line, kept = train["roofline"], train["bytes"]
-    bound = max(("compute", "memory", "network"), key=lambda name: line[name])
+    kept, line = train["bytes"], train.get("roofline")
+    times = ["–"] * 4
+    if line is not None:
+        times = [
+            f"{line['least']:.2f}–{line['most']:.2f}",
+            f"{train['mfu']['most'] * 100:.0f}–{train['mfu']['least'] * 100:.0f} %",
+            f"{train['days']['least']:.0f}–{train['days']['most']:.0f}",
+            max(RATES, key=lambda name: line.get(name, 0.0)),
+        ]
     return [
         Path(plan["config"]).stem,
         plan["topology"],
@@ -118,9 +156,6 @@ def _row(plan: Mapping[str, Any]) -> list[str]:
         plan["remat"],
         f"{kept['peak'] / GIB:.1f}",
         f"{train['limit'] / GIB:.1f}",
-        f"{line['least']:.2f}–{line['most']:.2f}",
-        f"{train['mfu']['most'] * 100:.0f}–{train['mfu']['least'] * 100:.0f} %",
-        f"{train['days']['least']:.0f}–{train['days']['most']:.0f}",
-        bound,
+        *times,
         train["mode"],
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,12 +58,27 @@ class RowBytes:
 def search(
     config: Mapping[str, Any], topology: Topology, devices: list[jax.Device]
 ) -> tuple[Plan, str]:
-    """The least sharded mesh that fits, with the fewest microbatches and the least recomputation.
-
-    It comes as a plan and in words.
+    """The first of `candidates`: it has not been compiled yet.
 
     Raises:
         UserError: nothing fits.
+    """
+    return next(candidates(config, topology, devices))
+
+
+def candidates(
+    config: Mapping[str, Any],
+    topology: Topology,
+    devices: list[jax.Device],
+    policies: Sequence[str] = REMAT,
+) -> Generator[tuple[Plan, str], None, None]:
+    """What fits by the model, as a plan and in words.
+
+    The least sharded mesh comes first, with the fewest microbatches and the least recomputation.
+    Whoever asks for the next one says that this one did not fit, and gets one that needs less.
+
+    Raises:
+        UserError: nothing more fits.
     """
     first = with_remat(Plan.of(config, devices, sharding.MeshConfig(), {"grad_accum": 1}), "full")
     shapes = (first.params(), first.batch(), jax.random.key(0))
@@ -71,23 +86,15 @@ def search(
     rows = row_bytes(split)
     joint = isinstance(first.stage.loss, JointLoss)
     together = COMPARED * first.train.batch_size**2 if joint else 0
-    limit = ROOM * topology.chip.hbm_bytes
-    for fsdp in (2**i for i in range(topology.chips.bit_length())):
-        if topology.chips % fsdp:
-            continue
-        try:
-            plan = dataclasses.replace(
-                first, mesh=sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp), devices)
-            )
-            held, gradients = device_bytes(plan.state()), device_bytes(trained(plan.params()))
-        except UserError:  # some param does not split into so many parts
-            continue
-        for accum, policy in itertools.product(MICROBATCHES, REMAT):
-            if first.train.batch_size % (accum * topology.chips):
+    limit, chips = ROOM * topology.chip.hbm_bytes, topology.device_count
+    for plan, fsdp in _meshes(first, devices):
+        held, gradients = device_bytes(plan.state()), device_bytes(trained(plan.params()))
+        for accum, policy in itertools.product(MICROBATCHES, policies):
+            if first.train.batch_size % (accum * chips):
                 continue
-            here = first.train.batch_size / accum / topology.chips
+            here = first.train.batch_size / accum / chips
             needed = held + gradients * (2 if accum > 1 else 1) + rows.bytes(here, policy)
-            needed += together / topology.chips
+            needed += together / chips
             if needed <= limit:
                 text = (
                     f"smallest that fits: --mesh=fsdp={fsdp} --config.train.grad_accum={accum},"
@@ -95,12 +102,27 @@ def search(
                     f" {topology.chip.hbm_bytes / GIB:.1f}; compiled above"
                 )
                 train = dataclasses.replace(plan.train, grad_accum=accum)
-                return with_remat(dataclasses.replace(plan, train=train), policy), text
+                yield with_remat(dataclasses.replace(plan, train=train), policy), text
+                limit = min(limit, needed * (1 - 1e-9))
     raise UserError(
         f"--topology={topology.name}: too small for this config at any mesh, with train.grad_accum"
         f" up to {MICROBATCHES[-1]} and remat 'full'; name a larger slice, or a smaller"
         " train.batch_size"
     )
+
+
+def _meshes(first: Plan, devices: list[jax.Device]) -> Iterator[tuple[Plan, int]]:
+    """The plan on every mesh of data and fsdp alone that its params split over."""
+    for fsdp in (2**i for i in range(len(devices).bit_length())):
+        if len(devices) % fsdp:
+            continue
+        try:
+            mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp), devices)
+            plan = dataclasses.replace(first, mesh=mesh)
+            plan.state()
+        except UserError:  # some param does not split into so many parts, or a slice has fewer
+            continue
+        yield plan, fsdp
 
 
 def row_bytes(split: Split) -> RowBytes:
