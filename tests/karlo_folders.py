@@ -119,7 +119,9 @@ def clip_settings(config: ClipConfig) -> tuple[dict, dict]:
     }
     vision = shared | {
         "hidden_size": config.vision_width,
-        "intermediate_size": int(config.vision_width * config.mlp_ratio),
+        "intermediate_size": int(
+            config.vision_width * (config.vision_mlp_ratio or config.mlp_ratio)
+        ),
         "num_hidden_layers": config.vision_layers,
         "num_attention_heads": config.vision_heads,
         "image_size": config.image_size,

@@ -54,6 +54,21 @@ CLIPS = {
         embed_dim=5,
         mlp_ratio=3.0,
     ),
+    # ViT-bigG's heads, an eighth as wide, and perceptrons; the image tower's are no multiple.
+    "bigG": ClipConfig(
+        image_size=18,
+        patch=6,
+        vision_width=39,
+        vision_layers=2,
+        vision_heads=3,
+        vision_mlp_ratio=192 / 39,
+        text_width=20,
+        text_layers=2,
+        text_heads=5,
+        vocab_size=33,
+        context_length=9,
+        embed_dim=20,
+    ),
 }
 PRIORS = {
     "three heads": PriorConfig(
@@ -61,6 +76,9 @@ PRIORS = {
     ),
     "one head": PriorConfig(
         embed_dim=5, width=6, layers=1, heads=1, context_length=7, vocab_size=0, text_width=5
+    ),
+    "wide embeddings": PriorConfig(
+        embed_dim=20, width=12, layers=2, heads=2, context_length=7, vocab_size=0, text_width=20
     ),
 }
 DECODERS = {

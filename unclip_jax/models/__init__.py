@@ -10,6 +10,7 @@ __all__, __getattr__, __dir__ = lazy.face(
         "classifier": "Classifier",
         "clip": "Clip ClipConfig",
         "decoder": "Decoder DecoderConfig",
+        "movq": "MoVQ MoVQConfig",
         "prior": "Prior PriorConfig",
         "t5": "T5Config T5Encoder",
         "text_encoder": "TextConfig TextEncoder",

@@ -146,7 +146,7 @@ def layer_norm(name: str) -> nn.LayerNorm:
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm of images in float32, eps 1e-5, its variance taken about the mean.
+    """GroupNorm of images in float32, its variance taken about the mean.
 
     Channels are averaged over their group, and groups handed back to their channels, by products
     with a small matrix, after pixels are reduced. The images are never reshaped, and in what XLA
@@ -154,10 +154,19 @@ class GroupNorm(nn.Module):
     """
 
     groups: int
+    eps: float = NORM_EPS
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[b, h, w, c]` of any float dtype to the same shape in float32."""
+        mean, gain, bias = self.measure(x)
+        return (x.astype(jnp.float32) - mean) * gain + bias
+
+    @nn.compact
+    def measure(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the norm does to `x`: its mean, gain and bias, the result (x - mean) * gain + bias.
+
+        Each is float32 `[b or 1, 1, 1, c]`. They serve parts of `x`, too.
+        """
         b, _, _, c = x.shape
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
@@ -168,10 +177,10 @@ class GroupNorm(nn.Module):
             per_group = dot(y.mean((1, 2)), member) / (c // self.groups)
             return dot(per_group, member.T).reshape(b, 1, 1, c)
 
-        centred = x.astype(jnp.float32)
-        centred = centred - group_mean(centred)
-        gain = jax.lax.rsqrt(group_mean(centred**2) + NORM_EPS)
-        return centred * (gain * scale.reshape(1, 1, 1, c)) + bias.reshape(1, 1, 1, c)
+        x = x.astype(jnp.float32)
+        mean = group_mean(x)
+        gain = jax.lax.rsqrt(group_mean((x - mean) ** 2) + self.eps)
+        return mean, gain * scale.reshape(1, 1, 1, c), bias.reshape(1, 1, 1, c)
 
 
 # ---------------------------------------------------------------- tokens

@@ -1,4 +1,4 @@
-"""Network sizes that have names: CLIP's, T5's, the paper's (arXiv 2204.06125, table 3) and Karlo's.
+"""Network sizes with names: CLIP's, T5's, the paper's (table 3), Karlo's, Kandinsky's.
 
 They are constants. `dataclasses.replace(PAPER_PRIOR, dtype="bfloat16")` makes a variant.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.models.clip import ClipConfig
 from unclip_jax.models.decoder import DecoderConfig
+from unclip_jax.models.movq import MoVQConfig
 from unclip_jax.models.prior import PriorConfig
 from unclip_jax.models.t5 import T5Config
 from unclip_jax.models.text_encoder import TextConfig
@@ -79,4 +80,32 @@ KARLO_DECODER = DecoderConfig(
 KARLO_SUPER_RES = UNetConfig(
     image_size=256, in_channels=6, out_channels=3, channels=320, channel_mults=(1, 2, 3, 4),
     res_blocks=3, attention_sizes=(), scale_shift=False,
+)
+
+# Kandinsky 2.2, over latents of MoVQ, an eighth of a picture's side; 512 px is the size in its
+# files. Its CLIP is OpenCLIP's ViT-bigG/14, whose image tower's perceptrons are 8192 wide.
+CLIP_VIT_BIGG14 = ClipConfig(
+    vision_width=1664, vision_layers=48, vision_heads=16, vision_mlp_ratio=8192 / 1664,
+    text_width=1280, text_layers=32, text_heads=20, embed_dim=1280, activation="gelu",
+)
+KANDINSKY_PRIOR = replace(KARLO_PRIOR, embed_dim=1280, text_width=1280)
+KANDINSKY_DECODER = DecoderConfig(
+    unet=UNetConfig(
+        image_size=64, in_channels=4, out_channels=8, channels=384, channel_mults=(1, 2, 3, 4),
+        res_blocks=3, attention_sizes=(32, 16, 8), any_size=True, context_dim=768,
+    ),
+    embed_dim=1280, clip_tokens=32, norms=("z_i",), tokens_first=True, x_channels=4,
+)
+KANDINSKY_INPAINTER = replace(
+    KANDINSKY_DECODER, unet=replace(KANDINSKY_DECODER.unet, in_channels=9), inpaint=True
+)
+KANDINSKY_HINTED = replace(
+    KANDINSKY_DECODER, unet=replace(KANDINSKY_DECODER.unet, in_channels=8), hint=True
+)
+KANDINSKY_MOVQ = MoVQConfig()
+
+# Kandinsky 2.1: its prior is Karlo's, for the captions of a multilingual text encoder.
+KANDINSKY_2_1_DECODER = replace(
+    KANDINSKY_DECODER, embed_dim=768, clip_tokens=10, text_width=1024, use_z_t=True,
+    norms=("z_t",),
 )

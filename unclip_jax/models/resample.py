@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
@@ -69,6 +71,8 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 class DoublingConv(Conv):
     """A 3x3 convolution of the doubled image; attributes and params as those of `Conv`."""
+
+    grows: ClassVar[int] = 2
 
     def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """`[b, h, w, c]` to `[b, 2 * h, 2 * w, features]`."""

@@ -35,14 +35,16 @@ class UNetConfig:
     """Size of a `UNet`.
 
     Attributes:
-        image_size: side of the images in pixels. A U-Net with attention takes this size only; one
-            without takes any size its levels divide.
+        image_size: side of the images in pixels. A U-Net with attention takes this size only, but
+            for `any_size`; one without takes any size its levels divide.
         in_channels, out_channels: of the input and of the output.
         channels: channels of the first level; a multiple of `groups`, and even.
         channel_mults: channels of each level over `channels`; each level halves the side.
         res_blocks: residual blocks per level on the way down; one more on the way up.
         attention_sizes: feature sides, in features, at which attention follows each residual block.
             With none, nothing attends; with some, the middle attends too.
+        any_size: whether a U-Net with attention takes any size its levels divide, too. The levels
+            that attend are those with these sides at `image_size`.
         head_channels: channels per attention head.
         dropout: rate inside residual blocks, in training.
         emb_dim: features of the time embedding; 0 stands for 4 * `channels`.
@@ -64,6 +66,7 @@ class UNetConfig:
     channel_mults: tuple[int, ...] = (1, 2, 3, 4)
     res_blocks: int = 2
     attention_sizes: tuple[int, ...] = (32, 16, 8)
+    any_size: bool = False
     head_channels: int = 64
     dropout: float = 0.0
     emb_dim: int = 0
@@ -141,7 +144,7 @@ class UNetConfig:
 
     def check_image(self, x: jax.Array) -> None:
         """Raise `UserError` unless this U-Net can run on `x`, `[b, h, w, c]`."""
-        side = self.image_size if self.attention_sizes else None
+        side = self.image_size if self.attention_sizes and not self.any_size else None
         checks.shape("U-Net input", x, (None, side, side, self.in_channels))
         if any(s % self.size_multiple for s in x.shape[1:3]):
             expected = f"height and width that are multiples of {self._multiple_in_words}"

@@ -85,6 +85,15 @@ PARAM_AXES: dict[str, str] = {
     "conv_in/kernel": "window window pixel -> embed",
     "conv_out/kernel": "window window embed -> pixel",
     "patches/kernel": "window window pixel -> embed",
+    # Those of an autoencoder, between its levels and at its latents; and of a decoder's hint.
+    "halve/kernel": "window window embed -> feature",
+    "double/kernel": "window window embed -> feature",
+    "z_scale/kernel": "pixel -> feature",
+    "z_shift/kernel": "pixel -> feature",
+    "quant/kernel": "pixel -> pixel",
+    "post_quant/kernel": "pixel -> pixel",
+    "codebook/embedding": "row pixel",
+    **dict.fromkeys((f"hint_{i}/kernel" for i in range(8)), "window window pixel -> feature"),
     # Products at the ends: of a Transformer over patches, of a canvas.
     "narrow/kernel": "pixel -> feature",
     "from_pixels/kernel": "pixel -> embed",

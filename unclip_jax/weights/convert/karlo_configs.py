@@ -18,7 +18,7 @@ from unclip_jax.models import DecoderConfig, PriorConfig, UNetConfig
 
 Settings = dict[str, Any]
 
-_ATTENDING = "SimpleCrossAttnDownBlock2D"
+ATTENDING = "SimpleCrossAttnDownBlock2D"
 VARIANCES = ("fixed_small_log", "learned_range")  # those of diffusers' UnCLIPScheduler
 
 # What diffusers takes where a config.json leaves a field out, as older versions of it do.
@@ -65,7 +65,7 @@ _SUPER_RES = _UNET | {
     "add_attention": True,
 }
 _SUPER_RES |= dict.fromkeys(("attn_norm_num_groups", "num_train_timesteps"))
-_DECODER = _UNET | {
+CONDITIONED = _UNET | {
     "in_channels": 4,
     "out_channels": 4,
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
@@ -80,15 +80,15 @@ _DECODER = _UNET | {
     "conv_out_kernel": 3,
     "attention_type": "default",
 }
-_DECODER |= dict.fromkeys(("only_cross_attention", "dual_cross_attention"), False)
-_DECODER |= dict.fromkeys(("use_linear_projection", "upcast_attention"), False)
-_DECODER |= dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), False)
-_DECODER |= dict.fromkeys(("reverse_transformer_layers_per_block", "num_attention_heads"))
-_DECODER |= dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type"))
-_DECODER |= dict.fromkeys(("addition_time_embed_dim", "time_embedding_act_fn"))
-_DECODER |= dict.fromkeys(("timestep_post_act", "time_cond_proj_dim", "cross_attention_norm"))
-_DECODER |= dict.fromkeys(("projection_class_embeddings_input_dim",))
-_DECODER |= {"mid_block_only_cross_attention": None}
+CONDITIONED |= dict.fromkeys(("only_cross_attention", "dual_cross_attention"), False)
+CONDITIONED |= dict.fromkeys(("use_linear_projection", "upcast_attention"), False)
+CONDITIONED |= dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), False)
+CONDITIONED |= dict.fromkeys(("reverse_transformer_layers_per_block", "num_attention_heads"))
+CONDITIONED |= dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type"))
+CONDITIONED |= dict.fromkeys(("addition_time_embed_dim", "time_embedding_act_fn"))
+CONDITIONED |= dict.fromkeys(("timestep_post_act", "time_cond_proj_dim", "cross_attention_norm"))
+CONDITIONED |= dict.fromkeys(("projection_class_embeddings_input_dim",))
+CONDITIONED |= {"mid_block_only_cross_attention": None}
 _TEXT_PROJ = {"clip_extra_context_tokens": 4, "clip_embeddings_dim": 768}
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -119,14 +119,14 @@ def prior_settings(config: PriorConfig) -> Settings:
 
 def super_res_settings(config: UNetConfig) -> Settings:
     """config.json of diffusers' UNet2DModel."""
-    return _SUPER_RES | _unet_settings(config) | {"add_attention": False}
+    return _SUPER_RES | unet_settings(config) | {"add_attention": False}
 
 
 def decoder_settings(config: UNetConfig) -> Settings:
     """config.json of diffusers' UNet2DConditionModel."""
     return (
-        _DECODER
-        | _unet_settings(config)
+        CONDITIONED
+        | unet_settings(config)
         | {
             "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
             "attention_head_dim": config.head_channels,
@@ -136,10 +136,11 @@ def decoder_settings(config: UNetConfig) -> Settings:
     )
 
 
-def _unet_settings(config: UNetConfig) -> Settings:
+def unet_settings(config: UNetConfig) -> Settings:
+    """The fields of a config.json that both classes of U-Net have."""
     levels = range(len(config.channel_mults))
     attends = [config.attends(config.feature_size(level)) for level in levels]
-    down = [_ATTENDING if a else "ResnetDownsampleBlock2D" for a in attends]
+    down = [ATTENDING if a else "ResnetDownsampleBlock2D" for a in attends]
     up = ["SimpleCrossAttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in attends]
     return {
         "sample_size": config.image_size,
@@ -186,14 +187,14 @@ def read_prior(given: Mapping[str, Any], where: str) -> PriorConfig:
         UserError: a size is missing, or a field asks for what our prior doesn't do.
     """
     given = _PRIOR | given
-    heads = _size(given, "num_attention_heads", where)
-    embed_dim = _size(given, "embedding_dim", where)
+    heads = size(given, "num_attention_heads", where)
+    embed_dim = size(given, "embedding_dim", where)
     config = PriorConfig(
         embed_dim=embed_dim,
-        width=heads * _size(given, "attention_head_dim", where),
-        layers=_size(given, "num_layers", where),
+        width=heads * size(given, "attention_head_dim", where),
+        layers=size(given, "num_layers", where),
         heads=heads,
-        context_length=_size(given, "num_embeddings", where),
+        context_length=size(given, "num_embeddings", where),
         vocab_size=0,
         text_width=embed_dim,
     )
@@ -201,7 +202,7 @@ def read_prior(given: Mapping[str, Any], where: str) -> PriorConfig:
     spelled = {"embedding_proj_dim": embed_dim, "clip_embed_dim": embed_dim}
     spelled |= {"time_embed_dim": config.width}
     given = {k: None if v and v == spelled.get(k) else v for k, v in given.items()}
-    _check(given, prior_settings(config), "PriorTransformer", where)
+    check(given, prior_settings(config), "PriorTransformer", where)
     return config
 
 
@@ -212,9 +213,9 @@ def read_super_res(given: Mapping[str, Any], where: str) -> UNetConfig:
         UserError: as for `read_prior`.
     """
     given = _SUPER_RES | given
-    config = UNetConfig(**_read_unet(given, where), attention_sizes=())
+    config = UNetConfig(**read_unet(given, where), attention_sizes=())
     # Without attention the width of its heads says nothing.
-    _check(given | {"attention_head_dim": 8}, super_res_settings(config), "UNet2DModel", where)
+    check(given | {"attention_head_dim": 8}, super_res_settings(config), "UNet2DModel", where)
     return config
 
 
@@ -226,27 +227,27 @@ def read_decoder(
     Raises:
         UserError: as for `read_prior`, or the two don't fit each other.
     """
-    given, text_proj = _DECODER | given, _TEXT_PROJ | text_proj
-    sizes, types = _read_unet(given, where), given["down_block_types"]
-    attending = tuple(sizes["image_size"] >> i for i, t in enumerate(types) if t == _ATTENDING)
+    given, text_proj = CONDITIONED | given, _TEXT_PROJ | text_proj
+    sizes, types = read_unet(given, where), given["down_block_types"]
+    attending = tuple(sizes["image_size"] >> i for i, t in enumerate(types) if t == ATTENDING)
     unet = UNetConfig(
         **sizes,
         attention_sizes=attending,
-        head_channels=_size(given, "attention_head_dim", where),
-        context_dim=_size(given, "cross_attention_dim", where),
+        head_channels=size(given, "attention_head_dim", where),
+        context_dim=size(given, "cross_attention_dim", where),
         dropout=0.1,
     )
-    _check(given, decoder_settings(unet), "UNet2DConditionModel", where)
-    embed_dim = _size(text_proj, "clip_embeddings_dim", f"{where}: text_proj")
+    check(given, decoder_settings(unet), "UNet2DConditionModel", where)
+    embed_dim = size(text_proj, "clip_embeddings_dim", f"{where}: text_proj")
     config = DecoderConfig(
         unet=unet,
         text_width=embed_dim,
         embed_dim=embed_dim,
-        clip_tokens=_size(text_proj, "clip_extra_context_tokens", f"{where}: text_proj"),
+        clip_tokens=size(text_proj, "clip_extra_context_tokens", f"{where}: text_proj"),
         use_z_t=True,
         learned_null=True,
     )
-    _check(text_proj, text_proj_settings(config), "UnCLIPTextProjModel", f"{where}: text_proj")
+    check(text_proj, text_proj_settings(config), "UnCLIPTextProjModel", f"{where}: text_proj")
     return config
 
 
@@ -274,11 +275,12 @@ def read_scheduler(
     sampling = Sampling(method="ddpm", spacing=spacing, clip_x_0=clip)
     diffusion.process(spacing)
     implied = scheduler_settings(diffusion, sampling)
-    _check(given | {"clip_sample_range": clip or 1.0}, implied, "UnCLIPScheduler", where)
+    check(given | {"clip_sample_range": clip or 1.0}, implied, "UnCLIPScheduler", where)
     return diffusion, sampling
 
 
-def _read_unet(given: Mapping[str, Any], where: str) -> Settings:
+def read_unet(given: Mapping[str, Any], where: str) -> Settings:
+    """The sizes that every U-Net's config.json has, as fields of a `UNetConfig`."""
     channels = given["block_out_channels"]
     if not isinstance(channels, list | tuple) or not channels:
         raise wrong(f"{where}: block_out_channels", channels, "a list, one number a level")
@@ -286,22 +288,23 @@ def _read_unet(given: Mapping[str, Any], where: str) -> Settings:
     if any(c % first for c in channels):
         raise wrong(f"{where}: block_out_channels", channels, "multiples of the first")
     return {
-        "image_size": _size(given, "sample_size", where),
-        "in_channels": _size(given, "in_channels", where),
-        "out_channels": _size(given, "out_channels", where),
+        "image_size": size(given, "sample_size", where),
+        "in_channels": size(given, "in_channels", where),
+        "out_channels": size(given, "out_channels", where),
         "channels": channels[0],
         "channel_mults": tuple(c // channels[0] for c in channels),
-        "res_blocks": _size(given, "layers_per_block", where),
-        "groups": _size(given, "norm_num_groups", where),
+        "res_blocks": size(given, "layers_per_block", where),
+        "groups": size(given, "norm_num_groups", where),
         "scale_shift": given["resnet_time_scale_shift"] == "scale_shift",
     }
 
 
-def _size(given: Mapping[str, Any], field: str, where: str) -> int:
+def size(given: Mapping[str, Any], field: str, where: str) -> int:
+    """A field that is a positive integer."""
     return count(f"{where}: {field}", given.get(field))
 
 
-def _check(given: Mapping[str, Any], implied: Settings, kind: str, where: str) -> None:
+def check(given: Mapping[str, Any], implied: Settings, kind: str, where: str) -> None:
     """Raise UserError unless every given field is as `implied`, of this class of diffusers."""
 
     def plain(value: Any) -> Any:
@@ -315,7 +318,7 @@ def _check(given: Mapping[str, Any], implied: Settings, kind: str, where: str) -
             if value:
                 raise UserError(
                     f"{where}: field {field!r} is {value!r}, which unclip_jax does not know;"
-                    " expected a config.json as diffusers writes it for Karlo"
+                    " expected a file as diffusers writes it for such a model"
                 )
         elif plain(value) != plain(implied[field]):
             raise UserError(
