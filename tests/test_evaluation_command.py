@@ -104,6 +104,27 @@ def test_the_size_of_a_batch_changes_no_figure(model, report, data):
             assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
+def test_an_evaluation_goes_on_from_what_it_keeps(model, report, data, tmp_path, monkeypatch):
+    """Killed at its last batch, it draws that one alone, and its figures are the same."""
+    drawn, batches = Measurer._drawn, []
+
+    def dies(self, keys, captions, *how):
+        batches.append(captions)
+        if len(batches) == last:
+            raise KeyboardInterrupt
+        return drawn(self, keys, captions, *how)
+
+    monkeypatch.setattr(Measurer, "_drawn", dies)
+    last = len(report.sweep) + 1  # one batch for each guidance scale, and one for the classes
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, data, "all", SETTINGS, keep=tmp_path)
+    last, batches[:] = 0, []
+    again = evaluate(model, data, "all", SETTINGS, keep=tmp_path)
+    assert len(batches) == 1
+    assert str(again.figures) == str(report.figures) and str(again.sweep) == str(report.sweep)
+    assert not any(tmp_path.iterdir())
+
+
 def test_pictures_of_captions_do_not_share_their_noise(report):
     (cells,) = [grid.cells for grid in report.grids if grid.name == "classes"]
     first, second = cells[0][0], cells[1][0]  # two of one class

@@ -10,6 +10,7 @@ from PIL import Image
 from tests import tiny
 from unclip_jax.common.grids import read_png_metadata
 from unclip_jax.errors import UserError
+from unclip_jax.pipeline.drawing import Kept
 from unclip_jax.pipeline.tasks import command as sample
 from unclip_jax.pipeline.tasks import run as tasks
 from unclip_jax.pipeline.tasks.inputs import read_image
@@ -118,7 +119,9 @@ def test_karlo_is_a_model_too(folder, tmp_path):
     assert len(list((tmp_path / "grid").iterdir())) == 3
 
 
-def test_the_same_command_makes_the_same_pictures_and_another_seed_others(folder, tmp_path):
+def test_the_same_command_makes_the_same_pictures_and_another_seed_others(
+    folder, tmp_path, monkeypatch
+):
     def pixels(name, *flags):
         run(folder, *command, "--out", tmp_path / name, *flags)
         return np.asarray(Image.open(tmp_path / name))
@@ -127,6 +130,18 @@ def test_the_same_command_makes_the_same_pictures_and_another_seed_others(folder
     first = pixels("a.png")
     np.testing.assert_array_equal(pixels("b.png"), first)
     assert (pixels("c.png", "--seed", 1) != first).any()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    keep = ("--keep", tmp_path / "kept")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tasks, "write", killed)
+        pixels("d.png", *keep)
+    with monkeypatch.context() as patch:  # nothing is drawn again
+        patch.setattr(Kept, "write", killed)
+        np.testing.assert_array_equal(pixels("d.png", *keep), first)
+    assert not any((tmp_path / "kept").iterdir())
 
 
 def test_without_upsampling_pictures_have_the_decoders_size(folder, tmp_path):

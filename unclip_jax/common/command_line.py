@@ -88,6 +88,22 @@ def add_model(to: argparse.ArgumentParser) -> None:
     add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
 
 
+def add_hosts(to: argparse.ArgumentParser) -> None:
+    """Add the flags by which the processes of several hosts share the work, and what they keep."""
+    add = to.add_argument
+    joined = "whether the processes of several hosts draw together (default auto)"
+    add("--distributed", choices=("auto", "on", "off"), default="auto", help=joined)
+    add("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    add("--num_processes", type=int, metavar="N", help="how many draw together")
+    add("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    kept = "keep each batch here until all are drawn: the same command again goes on from them"
+    add("--keep", metavar="DIR", help=kept)
+
+
+# What those flags set, which changes no picture.
+HOST_FLAGS = ("distributed", "coordinator_address", "num_processes", "process_id", "keep")
+
+
 def configs() -> dict[str, Path]:
     """The configs that come with the package: {"emoji/clip": its file, ...}."""
     files = [file for file in sorted(CONFIGS.glob("*/*.py")) if file.stem != "base"]

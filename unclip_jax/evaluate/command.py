@@ -26,7 +26,7 @@ from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.evaluate.measure import Settings, evaluate
 from unclip_jax.evaluate.page import JSON, PAGE, as_table, write
-from unclip_jax.parallel import compile_cache
+from unclip_jax.parallel import compile_cache, distributed, shares
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.pipeline.unclip import UnCLIP
@@ -64,6 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=usual.seed)
     size = f"pictures computed together (default {usual.batch_size})"
     add("--batch_size", type=int, default=usual.batch_size, help=size)
+    command_line.add_hosts(parser)
     add("--out", metavar="DIR", help="also write figures.json, plots, grids and a page here")
     return parser.parse_args(argv)
 
@@ -79,6 +80,7 @@ def scales(text: str) -> tuple[float, ...]:
 def main(argv: list[str]) -> None:
     """Measure, print, write. Without any argument, say what there is to measure."""
     args = parse(argv or ["--help"])
+    shares.join(args)
     fields = {field.name for field in dataclasses.fields(Settings)} - {"sweep"}
     settings = Settings(**{name: getattr(args, name) for name in fields}, sweep=scales(args.sweep))
     keys = {key: getattr(args, key) for key in _KEYS if getattr(args, key) is not None}
@@ -93,7 +95,10 @@ def main(argv: list[str]) -> None:
     host_memory.keep_freed()
     model = UnCLIP.load(args.model, args.dtype, args.t5, mesh="all")
     judge = load_part(args.clip, "clip") if args.clip else None
-    report = evaluate(model, data, args.heldout_split, settings, judge)
+    keep = Path(args.keep) if args.keep else None
+    report = evaluate(model, data, args.heldout_split, settings, judge, keep)
+    if not distributed.is_lead():
+        return
     report.about["model"] = "the box model" if args.model is None else args.model
     print(as_table(report))
     if args.out:

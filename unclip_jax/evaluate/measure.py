@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +18,15 @@ from unclip_jax.data import datasets
 from unclip_jax.data.records import Source
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.evaluate.features import load, of_clip
-from unclip_jax.evaluate.pictures import Measurer, Real
+from unclip_jax.evaluate.pictures import Measurer, Real, with_moments
 from unclip_jax.metrics import pca, zero_shot
 from unclip_jax.metrics.precision_recall import NEIGHBOURS
 from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.retrieval import Told, image_text_retrieval, own_caption
 from unclip_jax.metrics.vectors import Vectors
-from unclip_jax.parallel import sharding
+from unclip_jax.parallel import distributed, sharding
 from unclip_jax.parallel.cpu import memory as host_memory
+from unclip_jax.pipeline.drawing import Kept
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights.trained import Part, clip_fingerprint
 
@@ -115,8 +117,9 @@ def evaluate(
     heldout_split: str,
     settings: Settings,
     judge: Part | None = None,
+    keep: Path | None = None,
 ) -> Report:
-    """Measure a model.
+    """Measure a model. Several processes share the work if each calls it.
 
     Args:
         model: what to measure; on several devices if it lies on a mesh.
@@ -125,6 +128,7 @@ def evaluate(
         heldout_split: the split for retrieval, the prior's cosines and zero-shot accuracy.
         settings: the rest.
         judge: the CLIP that measures; None for the model's own.
+        keep: a folder of drawn batches: those in it are not drawn again, new ones go into it.
 
     Raises:
         UserError: a model without CLIP or prior, no such data or feature network, or too little
@@ -144,6 +148,8 @@ def evaluate(
     if settings.class_pictures:
         _check_classes(heldout.source)
     real = measurer.read(real_data)
+    kept = Kept(keep, keep and [model.identity(), measurer.about(), settings, real.about()])
+    measurer = dataclasses.replace(measurer, kept=kept)
     chosen, reference, disjoint = choose(len(real.index), settings.num, settings.seed)
 
     held_t, z_t = (measurer.read_captions(part.captions) for part in (heldout, real))
@@ -165,7 +171,8 @@ def evaluate(
         pictures=[real.alike[i] for i in chosen],
     )
     captioned = functools.partial(dataclasses.replace, z_t=z_t[chosen])
-    others, own = real.vectors.rows(reference), captioned(real.vectors.rows(chosen))
+    others = with_moments(real.vectors.rows(reference))
+    own = captioned(with_moments(real.vectors.rows(chosen)))
     rows = {each: picture_figures(captioned(one), others) for each, (one, _) in drawn.items()}
     floor = picture_figures(own, others, disjoint)
     figures["pictures"] = rows[scale] | {f"real_{name}": value for name, value in floor.items()}
@@ -192,6 +199,8 @@ def evaluate(
         "feature_dims": real.vectors.features.shape[1],
         "pixels": real.image_size,
     }
+    if distributed.is_lead():
+        kept.forget()
     return Report(about, figures, sweep if settings.sweep else [], subsets, grids)
 
 
@@ -271,8 +280,9 @@ def _draw(
     measurer: Measurer, captions: list[str], scales: set[float], settings: Settings, key: jax.Array
 ) -> dict[float, tuple[Vectors, np.ndarray]]:
     """At every guidance scale, rising: vectors of all pictures, and those that are shown."""
-    return {
-        each: measurer.draw(
+    drawn = {}
+    for each in sorted(scales):
+        vectors, shown = measurer.draw(
             jax.random.fold_in(key, CAPTIONS),
             captions,
             guidance_scale=each,
@@ -280,8 +290,8 @@ def _draw(
             shown=SHOWN,
             name=f"pictures, guidance {each:g}",
         )
-        for each in sorted(scales)
-    }
+        drawn[each] = with_moments(vectors), shown
+    return drawn
 
 
 def _prior_figures(

@@ -101,11 +101,13 @@ class Vectors:
         z_i: CLIP's embeddings [n, e].
         features: of a feature network [n, d].
         z_t: CLIP's embeddings of their captions [n, e], where these matter.
+        known: the features' moments, where they were computed in parts.
     """
 
     z_i: np.ndarray
     features: np.ndarray
     z_t: np.ndarray | None = None
+    known: Moments | None = None
 
     def rows(self, chosen: np.ndarray) -> Vectors:
         """Those of some pictures."""
@@ -114,5 +116,5 @@ class Vectors:
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Of the features; computed once."""
-        return moments(self.features)
+        """Of the features; computed once, if they are not known already."""
+        return moments(self.features) if self.known is None else self.known

@@ -195,16 +195,26 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes, strict=True)]
 
 
-def fetch(tree: Any) -> Any:
-    """Arrays that span processes, whole, as NumPy in every process. All must call it.
+def whole(x: Any) -> np.ndarray:
+    """An array as NumPy, in every process, also if it spans processes. All must call it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
-    One array after another, so that a device holds no more than one of them whole.
+
+def fetch(tree: Any, *, lead_only: bool = False) -> Any:
+    """Arrays that span processes, whole, as NumPy. All must call it.
+
+    One array after another, so that a device holds no more than one of them whole; nor does a
+    process's memory, if the lead alone keeps them and the others get None in their places.
     """
+    keeps = is_lead() or not lead_only
 
-    def whole(x: jax.Array) -> np.ndarray:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    def kept(x: jax.Array) -> np.ndarray | None:
+        found = whole(x)
+        return found if keeps else None
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(kept, tree)
 
 
 def stop_requested(step: int) -> bool:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
+import hashlib
+import json
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from unclip_jax.common import checks
+from unclip_jax.common.files import replacing
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import wrong
-from unclip_jax.parallel import axes
+from unclip_jax.parallel import axes, shares
 
 # Called as progress(stage, done, steps), in order and at last with done = steps. What it raises
 # ends the sampling.
@@ -45,16 +53,76 @@ def stage_keys(keys: jax.Array, purpose: int) -> jax.Array:
 
 
 def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Array]) -> np.ndarray:
-    """`make(rows)` of one batch of row numbers after the other, joined."""
+    """`make(rows)` of one batch of row numbers after the other, joined.
+
+    Where there are several processes each makes its own batches, and all get the whole. Batches
+    that `keeping` has are not made again.
+    """
     size = min(checks.count("batch_size", batch_size), total)
-    made, before = [], BATCH.get()
+    made, before, kept = [], BATCH.get(), KEPT.get() or Kept()
+    call = kept.call()
+    mine = list(shares.own(batches(total, size)))
     try:
-        for rows, _ in batches(total, size):
-            BATCH.set((len(made) + 1, -(-total // size)))
-            made.append(np.asarray(make(rows)))
+        for rows, _ in mine:
+            BATCH.set((len(made) + 1, len(mine)))
+            found = kept.read(call, rows[0])
+            if found is None:
+                found = (np.asarray(make(rows)),)
+                kept.write(call, rows[0], found)
+            made += found
     finally:
         BATCH.set(before)
-    return np.concatenate(made)[:total]
+    return shares.joined(made)[:total]
+
+
+class Kept:
+    """What was drawn, batch by batch, in a folder: a run that is killed goes on from it."""
+
+    def __init__(self, folder: Path | None = None, what: Any = None) -> None:
+        """Keep batches of which `what`, JSON-able, says all; none without a folder."""
+        name = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        self._folder, self._calls = folder and folder / name[:16], 0
+
+    def call(self) -> int:
+        """The number of a set of batches; the same sets must come in the same order each time."""
+        self._calls += 1
+        return self._calls
+
+    def _path(self, call: int, first: int) -> Path:
+        return self._folder / f"{call:04d}-{first:08d}.npz"
+
+    def read(self, call: int, first: int) -> tuple[np.ndarray, ...] | None:
+        """The arrays of the batch that begins with row `first`, if it was kept."""
+        if self._folder is not None:
+            lost = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+            with contextlib.suppress(*lost), self._path(call, first).open("rb") as file:
+                found = np.load(file)
+                return tuple(found[f"arr_{i}"] for i in range(len(found.files)))
+        return None
+
+    def write(self, call: int, first: int, arrays: tuple[np.ndarray, ...]) -> None:
+        """Keep the arrays of a batch."""
+        if self._folder is not None:
+            with replacing(self._path(call, first)) as path, path.open("wb") as file:
+                np.savez(file, *arrays)
+
+    def forget(self) -> None:
+        """Remove what was kept."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+KEPT: contextvars.ContextVar[Kept | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def keeping(kept: Kept) -> Iterator[None]:
+    """While this is in force, every batch is kept, and those that are there are not drawn."""
+    token = KEPT.set(kept)
+    try:
+        yield
+    finally:
+        KEPT.reset(token)
 
 
 def batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from unclip_jax import stages
 from unclip_jax.common import checks
+from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError, wrong
-from unclip_jax.parallel import sharding
+from unclip_jax.parallel import sharding, shares
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.stages.clip import encode_image, encode_text
@@ -76,8 +78,8 @@ class Model:
                 float32 and Karlo's as they are in its files.
             t5: folder of the T5 that the decoder was trained with, where it reads T5's states.
             mesh: devices to lie on, as for `on`. Each weight goes from its file to where it
-                belongs, so no device need hold the whole model. "all" is every device that there
-                is; of a CPU's, as many as the weights fit in memory for.
+                belongs, so no device need hold the whole model. "all" is every device of this
+                process; of a CPU's, as many as the weights fit in memory for.
 
         Raises:
             UserError: no stage or not every stage is there, a file is damaged, the stages do not
@@ -86,7 +88,7 @@ class Model:
         if dtype:
             checks.choice("dtype", dtype, ("float32", "bfloat16"))
         if mesh == "all":
-            mesh = cpu_devices.make_mesh() if jax.device_count() > 1 else None
+            mesh = shares.local_mesh()
         folder = box.folder() if model is None else hub.local_folder(model)
         is_karlo = karlo.is_karlo(folder)
         parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
@@ -158,6 +160,13 @@ class Model:
         named = {"clip": self.clip, "prior": self.prior, "decoder": self.decoder}
         named |= {f"upsampler_{part.stage.image_size}": part for part in self.upsamplers}
         return {name: part for name, part in named.items() if part is not None}
+
+    def identity(self) -> list[Any]:
+        """What this model's pictures depend on: its weights and how its stages draw, JSON-able."""
+        return [
+            [name, fingerprint(part.params), stages.describe(part.stage)]
+            for name, part in self.parts().items()
+        ]
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write a model folder that `load` reads; `dtype` is that of the weights in it."""

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from unclip_jax import stages
 from unclip_jax.data.batches import TextEncoder, batches
@@ -23,6 +24,8 @@ from unclip_jax.metrics import pca
 from unclip_jax.metrics.prior_cosines import prior_cosines
 from unclip_jax.metrics.psnr import psnr
 from unclip_jax.metrics.retrieval import digests, image_text_retrieval
+from unclip_jax.parallel import axes
+from unclip_jax.parallel.distributed import whole
 from unclip_jax.stages import ar_prior, normalisation
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import example_keys
@@ -104,15 +107,24 @@ class Held:
 # --------------------------------------------------------------------------------- figures
 
 
-@functools.partial(jax.jit, static_argnames="stage")
-def _loss(stage: stages.Stage, params: Params, batch: Arrays, key: jax.Array) -> jax.Array:
-    return stage.loss(params, batch, key)[0]
+def spanned(params: Params) -> Mesh | None:
+    """The mesh of params that span processes, which then compute together; None within one.
+
+    Whatever else they compute with must be NumPy's, the same in all of them.
+    """
+    return jax.tree.leaves(params)[0].sharding.mesh if jax.process_count() > 1 else None
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "mesh"))
+def _loss(stage: stages.Stage, params: Params, batch: Arrays, seed: int, mesh: Mesh | None):
+    with axes.on(mesh):
+        return stage.loss(params, batch, jax.random.key(seed))[0]
 
 
 def held_out_loss(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """The stage's own loss on held-out pairs, always with the same noise."""
-    chunks = enumerate(held.chunks())
-    values = [_loss(stage, params, chunk, jax.random.key(i)) for i, chunk in chunks]
+    mesh, chunks = spanned(params), enumerate(held.chunks())
+    values = [whole(_loss(stage, params, chunk, i, mesh)) for i, chunk in chunks]
     return {"heldout_loss": float(np.mean(values))}
 
 
@@ -136,7 +148,7 @@ def codes(stage: stages.Stage, held: Held, params: Params) -> Figures:
     `codes_variance` is the fraction of the variance that survives quantising, `codes_cosine` the
     mean cosine with what comes back: no prior that speaks in these codes can do better.
     """
-    quantiser, z_i = params["normalisation"], held.arrays["z_i"]
+    quantiser, z_i = jax.tree.map(whole, params["normalisation"]), held.arrays["z_i"]
     codes = ar_prior.quantise(quantiser, jnp.asarray(z_i), stage.model.buckets)
     kept = np.asarray(ar_prior.dequantise(quantiser, codes))
     spread = z_i - z_i.mean(axis=0, keepdims=True)
@@ -156,7 +168,7 @@ def enlarging(stage: stages.Stage, held: Held, params: Params) -> Figures:
 def clean_accuracy(stage: stages.Stage, held: Held, params: Params) -> Figures:
     """How often the classifier is right about clean pictures."""
     chunks = held.chunks()
-    right = [guess(stage, params, chunk["image"]) == chunk["label"] for chunk in chunks]
+    right = [guessed_classes(stage, params, chunk["image"]) == chunk["label"] for chunk in chunks]
     return {"clean_accuracy": float(np.mean(right))}
 
 
@@ -198,7 +210,7 @@ def upsampled(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
 
 def guessed(stage: stages.Stage, held: Held, params: Params) -> list[Picture]:
     """The pictures, and what they are taken for."""
-    classes = np.asarray(guess(stage, params, held.preview["image"]))
+    classes = guessed_classes(stage, params, held.preview["image"])
     names = [held.classes[i] for i in classes]
     captions = [f"{caption} → {name}" for caption, name in zip(held.captions, names, strict=True)]
     return list(zip(held.preview["image"], captions, strict=True))
@@ -221,23 +233,33 @@ def figures(stage: stages.Stage, held: Held) -> tuple[Evaluate, Preview]:
 # ------------------------------------------------------------------- what a stage makes of pairs
 
 
-@functools.partial(jax.jit, static_argnames="stage")
-def _sample(stage: stages.Stage, params: Params, keys: jax.Array, cond: Any, **settings: Any):
-    return stage.sample(params, keys, cond, **settings)
+@functools.partial(jax.jit, static_argnames=("stage", "rows", "mesh"))
+def _sample(stage: stages.Stage, params: Params, cond: Any, *, rows: int, mesh, **settings: Any):
+    with axes.on(mesh):
+        keys = example_keys(jax.random.key(0), rows)
+        return stage.sample(params, keys, cond, **settings)
 
 
 def sample(stage: stages.Stage, params: Params, arrays: Arrays) -> np.ndarray:
     """A sample of each pair's condition, with the stage's own guidance."""
-    keys = example_keys(jax.random.key(0), len(arrays["index"]))
     cond = stage.condition_of({name: jnp.asarray(x) for name, x in arrays.items()})
     own = {n: setting.default for n, setting in stage.settings.items() if n != "guidance_scale"}
-    return np.asarray(_sample(stage, params, keys, cond, **own, **stage.guided_by()))
+    own |= stage.guided_by()
+    if (mesh := spanned(params)) is not None:
+        cond, own = jax.tree.map(np.asarray, (cond, own))
+    return whole(_sample(stage, params, cond, rows=len(arrays["index"]), mesh=mesh, **own))
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "mesh"))
+def _towers(stage: stages.Stage, params: Params, images: Arrays, tokens: Arrays, mesh: Mesh | None):
+    with axes.on(mesh):
+        return encode_image(stage, params, images), encode_text(stage, params, tokens)
 
 
 def towers(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """CLIP's z_i and z_t of pairs."""
-    z_i = encode_image(stage, params, arrays["image"])
-    return np.asarray(z_i), np.asarray(encode_text(stage, params, arrays["tokens"]))
+    made = _towers(stage, params, arrays["image"], arrays["tokens"], spanned(params))
+    return whole(made[0]), whole(made[1])
 
 
 def enlarged(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
@@ -247,11 +269,16 @@ def enlarged(stage: stages.Stage, params: Params, arrays: Arrays) -> tuple[np.nd
     return np.asarray(to_uint8(resize(low, stage.image_size))), np.asarray(to_uint8(images))
 
 
-@functools.partial(jax.jit, static_argnames="stage")
-def guess(stage: stages.Stage, params: Params, images: Arrays) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("stage", "mesh"))
+def _guess(stage: stages.Stage, params: Params, images: Arrays, mesh: Mesh | None) -> jax.Array:
+    with axes.on(mesh):
+        clean = jnp.zeros(len(images), jnp.int32)
+        return jnp.argmax(stage.logits(params, to_float(images), clean), axis=-1)
+
+
+def guessed_classes(stage: stages.Stage, params: Params, images: np.ndarray) -> np.ndarray:
     """The likeliest classes [b] of clean pictures."""
-    clean = jnp.zeros(len(images), jnp.int32)
-    return jnp.argmax(stage.logits(params, to_float(images), clean), axis=-1)
+    return whole(_guess(stage, params, images, spanned(params)))
 
 
 def found_by(queries: np.ndarray, z_i: np.ndarray, held: Held) -> list[Picture]:

@@ -42,6 +42,7 @@ def _task(tasks, name: str, help: str) -> command_line.Parser:
     """A task with the flags that all have."""
     task = tasks.add_parser(name, help=help, description=help)
     command_line.add_model(task)
+    command_line.add_hosts(task)
     add = task.add_argument
     grid = "the grid; single pictures go beside it (default out.png)"
     add("--out", default="out.png", metavar="PNG", help=grid)

@@ -9,11 +9,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from unclip_jax.common.command_line import HOST_FLAGS
 from unclip_jax.common.files import check_place
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.data.images import square
@@ -25,7 +27,8 @@ Images = Sequence[np.ndarray]  # uint8 [h, w, 3]
 Picture = tuple[np.ndarray, str]  # uint8 [h, w, 3] and its caption
 
 # What of the command line is not a setting of the pictures.
-_NOT_SETTINGS = ("task", "probe", "prompt", "prompts", "out")
+_NOT_SETTINGS = ("task", "probe", "prompt", "prompts", "out", *HOST_FLAGS)
+IN_GRID = 400  # pictures at most, whose grid is a file that programs open
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,23 +131,30 @@ class StageBars:
             bar.close()
 
 
+def task_name(args: argparse.Namespace) -> str:
+    """The task as the command line has it."""
+    return " ".join([args.task, *filter(None, [getattr(args, "probe", None)])])
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says of pictures, but for the prompts."""
+    given = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+    set_ones = {name: value for name, value in given.items() if value is not None}
+    return {"model": "the box model"} | set_ones
+
+
 def write(args: argparse.Namespace, drawn: Drawn, seconds: float) -> None:
     """The grid `args.out`, and every picture alone in the folder of the same name.
 
-    The settings go into the metadata of all; the grid's says the captions, too. Pictures that an
+    The settings go into the metadata of all; the grid's says the captions, too. It shows the first
+    `IN_GRID`. Pictures that an
     earlier run left in the folder are removed. A line says where they are and how many `seconds`
     they took.
     """
-    settings = {"model": "the box model"} | {
-        name: value
-        for name, value in vars(args).items()
-        if name not in _NOT_SETTINGS and value is not None
-    }
-    common = {"task": " ".join([args.task, *filter(None, [getattr(args, "probe", None)])])}
-    common["settings"] = json.dumps(settings)
+    common = {"task": task_name(args), "settings": json.dumps(settings_of(args))}
     prompts = getattr(args, "prompt", None)
     about = {"prompt": json.dumps(prompts)} if isinstance(prompts, list) else {}
-    images, captions = zip(*drawn.cells, strict=True)
+    images, captions = zip(*drawn.cells[:IN_GRID], strict=True)
     grid = captioned_grid(images, captions, columns=drawn.columns, title=drawn.title)
     out = Path(args.out)
     for path in filter(_is_ours, _numbered(out.with_suffix(""))):

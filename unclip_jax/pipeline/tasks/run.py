@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+from pathlib import Path
 
-from unclip_jax.parallel import compile_cache
+from unclip_jax.parallel import compile_cache, distributed, shares
 from unclip_jax.parallel.cpu import devices as cpu_devices
+from unclip_jax.pipeline.drawing import Kept, keeping
 from unclip_jax.pipeline.tasks import edits, probes
 from unclip_jax.pipeline.tasks.inputs import load, read_image, read_prompts
-from unclip_jax.pipeline.tasks.outputs import StageBars, check_out, write
+from unclip_jax.pipeline.tasks.outputs import (
+    StageBars,
+    check_out,
+    settings_of,
+    task_name,
+    write,
+)
+from unclip_jax.pipeline.unclip import UnCLIP
 
 TASKS = {
     "text2im": edits.text2im,
@@ -28,9 +39,13 @@ TASKS = {
 def run(args: argparse.Namespace) -> None:
     """One task, with what the command line names: everything is checked before a model is loaded.
 
+    Several processes share its batches if each of them runs it; the first one writes.
+
     Raises:
         UserError: a wrong setting, or a file or model that cannot be used.
     """
+    if "distributed" in args:
+        shares.join(args)
     mask = [args.mask] if "mask" in args else []
     check_out(args.out, [*getattr(args, "image", ()), *mask])
     cpu_devices.use()
@@ -39,6 +54,21 @@ def run(args: argparse.Namespace) -> None:
         args.prompt = read_prompts(args)
     images = [read_image(path) for path in getattr(args, "image", ())]
     task = TASKS[f"probe {args.probe}" if args.task == "probe" else args.task]
-    with StageBars() as bars:
-        drawn = task(args, images, lambda: load(args), bars.update)
-        write(args, drawn, bars.seconds)
+    with StageBars() as bars, contextlib.ExitStack() as stack:
+        kept = Kept()
+
+        def loaded() -> UnCLIP:
+            nonlocal kept
+            model = load(args)
+            if getattr(args, "keep", None):
+                what = [task_name(args), settings_of(args), getattr(args, "prompt", None)]
+                seen = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+                kept = Kept(Path(args.keep), [model.identity(), *what, *seen])
+                stack.enter_context(keeping(kept))
+            return model
+
+        progress = bars.update if distributed.is_lead() else lambda *told: None
+        drawn = task(args, images, loaded, progress)
+        if distributed.is_lead():
+            write(args, drawn, bars.seconds)
+            kept.forget()
