@@ -3,9 +3,9 @@
     python tests/pod_run.py WORKDIR SETTINGS [COORDINATOR PROCESSES PROCESS]
 
 SETTINGS is JSON: "mesh" (fields of MeshConfig), "slow" (seconds that every batch takes), "bad"
-(the pictures that cannot be read), "pause" (seconds that an evaluation takes), and fields of
-TrainConfig. Every process appends {"step", "index"} to WORKDIR/seen-PROCESS.jsonl for every batch
-it takes, and the lead saves the final state.
+(the pictures that cannot be read), "pause" (seconds that an evaluation takes), "place" (the run's
+workdir, where it is not WORKDIR), and fields of TrainConfig. Every process appends {"step",
+"index"} to WORKDIR/seen-PROCESS.jsonl for every batch it takes, and the lead saves the final state.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import object_store
 from unclip_jax.data import batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import run_command
@@ -94,12 +95,14 @@ def loss_fn(params, batch, key):
 
 
 def main(arguments: list[str]) -> None:
+    object_store.use()
     workdir, settings, *processes = arguments
     if processes:
         address, count, index = processes
         distributed.initialize("auto", address, int(count), int(index))
     settings = json.loads(settings)
     mesh = sharding.make_mesh(sharding.MeshConfig(**settings.pop("mesh", {})))
+    place = settings.pop("place", workdir)
     slow, bad = settings.pop("slow", 0.0), settings.pop("bad", ())
     pause = settings.pop("pause", 0.0)
     config = loop.TrainConfig(**{"learning_rate": 0.01, "ema_decay": 0.9} | settings)
@@ -129,7 +132,7 @@ def main(arguments: list[str]) -> None:
         init_params=init_params,
         batches=Watched(stream, folder / f"seen-{jax.process_index()}.jsonl", slow),
         config=config,
-        workdir=workdir,
+        workdir=place,
         description={"stage": {"kind": "pod"}},
         mesh=mesh,
         evaluate=evaluate,

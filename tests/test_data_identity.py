@@ -27,8 +27,8 @@ from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
 from unclip_jax.stages.clip import encode_image
 from unclip_jax.training import inputs, loop, prepare
-from unclip_jax.training.checkpoints import Saved
 from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.saved import Saved
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.trained import load_part
 

@@ -1,5 +1,6 @@
 """Faults that machines have: changed bytes, full disks, cut files, clocks that jump."""
 
+import hashlib
 import io
 import json
 import random
@@ -17,7 +18,8 @@ from tests import tar_shards, toy_run
 from tests.toy_run import Batches, assert_same, environment, run
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
-from unclip_jax.training import checkpoints, checksums, save, writers
+from unclip_jax.training import checksums, save, writers
+from unclip_jax.training.saved import Damaged, Saved, damage
 from unclip_jax.weights import folder as model_folder
 
 
@@ -95,38 +97,73 @@ def trained(tmp_path):
     return tmp_path
 
 
-def test_every_changed_byte_of_a_training_checkpoint_is_told(trained):
-    """Some bytes of every file of it, the checksums among them."""
+def test_a_changed_byte_of_a_training_checkpoint_is_told_or_changes_nothing(trained):
+    """Bytes of every file of it: what is read all the same is, bit for bit, what was saved."""
     folder = trained / "checkpoints" / "6"
-    assert not checkpoints.damage(folder)
+    assert not damage(folder)
+    with Saved(trained) as run_saved:
+        whole_state, items = run_saved.state(6, lambda tree: tree), read_items(run_saved)
     places = random.Random(0)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     assert len(paths) > 10
-    for path in paths:
+    told = 0
+    for i, path in enumerate(paths):
         whole = path.read_bytes()
-        for _ in range(10):
-            flip(path, places.randrange(len(whole)), places.randrange(8))
-            problem = checkpoints.damage(folder)
-            same_table = path.name == checksums.CHECKSUMS_FILE and path.parent == folder
-            assert problem or (same_table and json.loads(path.read_text()) == json.loads(whole))
+        for change in ("flip", "cut", "remove")[i % 3 :: 2]:
+            if change == "flip":
+                flip(path, places.randrange(len(whole)), places.randrange(8))
+            elif change == "cut":
+                path.write_bytes(whole[: len(whole) // 2])
+            else:
+                path.unlink()
+            try:
+                with Saved(trained) as run_saved:
+                    run_saved.check(6)
+                    assert_same(run_saved.state(6, lambda tree: tree), whole_state)
+                    assert read_items(run_saved) == items
+            except Damaged:
+                told += 1
             path.write_bytes(whole)
-        path.unlink()
-        if path != folder / checksums.CHECKSUMS_FILE:
-            assert "missing" in checkpoints.damage(folder)
-        path.write_bytes(whole)
-    (folder / "state" / "d" / "more").write_text("")
-    assert "state/d/more is new" in checkpoints.damage(folder)
+    assert told > len(paths) / 3
+
+
+def read_items(run_saved):
+    return [run_saved.item(6, name) for name in ("data", "description")]
+
+
+def test_a_checkpoint_of_a_former_version_is_checked_by_its_files(trained):
+    """It has a table of the SHA-256 of its files, and no sums."""
+    folder = trained / "checkpoints" / "6"
+    shutil.rmtree(folder / "sums")
+    assert not damage(folder)  # the very first ones had neither
+    table = {
+        path.relative_to(folder).as_posix(): [
+            path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+        ]
+        for path in sorted(folder.rglob("*")) if path.is_file()
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    file = folder / checksums.CHECKSUMS_FILE
+    file.write_text(json.dumps({"digest": digest, "files": table}))
+    assert not damage(folder)
+    path = sorted((folder / "state").rglob("d/*"))[-1]
+    flip(path, path.stat().st_size // 2)
+    assert "SHA-256" in damage(folder)
+    with pytest.raises(UserError, match=r"checkpoints/6: the checkpoint is damaged .*SHA-256"):
+        run(trained, steps=9, schedule="constant")
+    flip(path, path.stat().st_size // 2)
+    run(trained, steps=9, checkpoint_every=3, schedule="constant")
 
 
 def test_a_damaged_checkpoint_stops_the_run_and_the_one_before_is_used_if_asked(trained):
     settings = {"steps": 9, "checkpoint_every": 3, "schedule": "constant"}
-    path = sorted((trained / "checkpoints" / "6" / "state").rglob("d/*"))[-1]
-    flip(path, path.stat().st_size // 2)
+    for path in (trained / "checkpoints" / "6" / "state").rglob("d/*"):
+        flip(path, path.stat().st_size // 2)
     batches = Batches()
     with pytest.raises(UserError, match=r"checkpoints/6: the checkpoint is damaged .*from step 3"):
         run(trained, batches, **settings)
     assert batches.log == []
-    with pytest.raises(UserError, match=r"checkpoints/6: .*SHA-256.*choose another with --step"):
+    with pytest.raises(UserError, match=r"checkpoints/6: .*damaged.*choose another with --step"):
         save.main(["--workdir", str(trained), "--out", str(trained / "out")])
 
     with pytest.warns(UserWarning, match="checkpoint 6 is damaged .* moved to .*damaged/6"):
@@ -148,8 +185,8 @@ def test_no_whole_checkpoint_is_left(trained):
 
 
 def test_a_checkpoint_from_before_there_were_checksums_goes_on(trained):
-    for path in trained.rglob(checksums.CHECKSUMS_FILE):
-        path.unlink()
+    for path in trained.rglob("sums"):
+        shutil.rmtree(path)
     batches = Batches()
     run(trained, batches, steps=9, checkpoint_every=3, schedule="constant")
     assert batches.log == [6, 7, 8]
@@ -160,7 +197,7 @@ def test_a_checkpoint_without_constants_is_read(tmp_path, monkeypatch):
     kernel = {"network": {"kernel": jax.numpy.ones((5, 3))}}
     monkeypatch.setattr(toy_run, "init_params", lambda: kernel)
     final = run(tmp_path, loss=bare, steps=3, schedule="constant")
-    with checkpoints.Saved(tmp_path) as saved:
+    with Saved(tmp_path) as saved:
         assert_same(saved.averaged(3), final.averaged)
 
 
@@ -189,7 +226,7 @@ def test_a_write_that_fails_is_a_line_and_the_last_checkpoint_stays(tmp_path):
     (line,) = (line for line in broken.stderr.splitlines() if line.startswith("error: "))
     assert "could not be written" in line
     assert "File too large" in line and line.rstrip().endswith("then run the same command again")
-    assert not checkpoints.damage(tmp_path / "checkpoints" / "2")
+    assert not damage(tmp_path / "checkpoints" / "2")
     whole = fault_run(tmp_path, steps=6, **settings)
     assert whole.returncode == 0 and "resumed from step 2 of 6" in whole.stdout
     steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -226,8 +263,8 @@ def test_a_nan_in_a_batch_stops_the_run_before_it_is_saved(tmp_path, bad):
     for _ in range(2):
         with pytest.raises(UserError, match=r"step 18: .*last good checkpoint is step 10"):
             run(tmp_path, Batches(poison=17, bad=bad))
-    assert not checkpoints.damage(tmp_path / "checkpoints" / "10")
-    with checkpoints.Saved(tmp_path) as saved:
+    assert not damage(tmp_path / "checkpoints" / "10")
+    with Saved(tmp_path) as saved:
         state = saved.averaged(10)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 

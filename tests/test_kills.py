@@ -15,7 +15,8 @@ from PIL import Image
 from tests import toy_run
 from tests.toy_run import assert_same, environment, run
 from unclip_jax.errors import UserError
-from unclip_jax.training import checkpoints, checksums, lock, writers
+from unclip_jax.training import lock, writers
+from unclip_jax.training.saved import Saved, damage, has_sums
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +123,7 @@ def killed_and_resumed(tmp_path):
         reached = steps[-1]
         for step in steps[-3:]:  # an older one may have died while it was being deleted
             folder = workdir / "checkpoints" / str(step)
-            assert checksums.exist(folder) and not checkpoints.damage(folder)
+            assert has_sums(folder) and not damage(folder)
         for record in writers.read_metrics(workdir / "metrics.jsonl"):
             assert values(record) == expected[record["step"]]
     assert reached < settings["steps"]
@@ -207,13 +208,13 @@ def none_is_lost(workdir, before):
         assert sum(other > step for other in steps) >= KEEP
     for step in steps[-KEEP:]:  # an older one may have died while it was being deleted
         folder = workdir / "checkpoints" / str(step)
-        assert checksums.exist(folder) and not checkpoints.damage(folder)
+        assert has_sums(folder) and not damage(folder)
     return steps
 
 
 def kept(workdir):
     """The whole state after the last step, and the position in the data."""
-    with checkpoints.Saved(workdir) as saved:
+    with Saved(workdir) as saved:
         state = saved.state(STEPS, lambda tree: tree)
         return state, saved.item(STEPS, "data")
 

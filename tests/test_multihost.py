@@ -43,12 +43,14 @@ def start(workdir: Path, devices: int, *processes: str, **settings) -> subproces
     )
 
 
-def start_pod(workdir: Path, **settings) -> list[subprocess.Popen]:
-    """Two processes; the first leads."""
+def start_pod(
+    workdir: Path, count: int = 2, devices: int = 4, **settings
+) -> list[subprocess.Popen]:
+    """Two processes, or another number; the first leads."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    return [start(workdir, 4, address, "2", str(i), **settings) for i in range(2)]
+    return [start(workdir, devices, address, str(count), str(i), **settings) for i in range(count)]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:

@@ -13,7 +13,8 @@ from tests import tiny, toy_run
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError
-from unclip_jax.training import checkpoints, loop, save, writers
+from unclip_jax.training import loop, save, writers
+from unclip_jax.training.saved import Saved
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights import trained as parts
 
@@ -51,7 +52,7 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, settings, best):
     """It is saved at the evaluation that finds it, between the regular ones."""
     run_with_figures(tmp_path, **settings)
     assert steps_in(tmp_path) == {best, 20}
-    with checkpoints.Saved(tmp_path) as saved:
+    with Saved(tmp_path) as saved:
         assert save.choose(saved, "best") == best
         assert save.choose(saved, "latest") == 20
 

@@ -33,6 +33,7 @@ from unclip_jax.training import (
     writers,
 )
 from unclip_jax.training import checkpoints as resume
+from unclip_jax.training.saved import Saved
 
 
 @pytest.fixture(autouse=True)
@@ -430,7 +431,7 @@ def test_a_run_that_stopped_goes_on_with_another_rate(tmp_path, capsys):
     assert {line["setting"] for line in lines} == {f"train.{name}" for name in changes}
     assert lines[-1] == {"step": 10, "setting": "train.weight_decay", "was": "0.1", "now": "0.2"}
     config = TrainConfig(batch_size=16, steps=30, **settings | changes)
-    kept = resume.Saved(tmp_path).item(30, "description")["train"]
+    kept = Saved(tmp_path).item(30, "description")["train"]
     assert kept["learning_rate"] == 1e-3
     # By hand: the first ten steps as they were, then twenty of the new settings' step.
     state = run(tmp_path / "first", steps=10, **settings)

@@ -113,6 +113,9 @@ def environment(**changes):
 
 
 if __name__ == "__main__":
+    from tests import object_store
+
+    object_store.use()
     jax.config.update("jax_numpy_rank_promotion", "raise")
     workdir, settings, *save_to = sys.argv[1:]
     final = run(workdir, **json.loads(settings))

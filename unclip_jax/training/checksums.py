@@ -1,4 +1,4 @@
-"""Checksums of all files in a folder, kept in a file beside them.
+"""Checksums of all files of a checkpoint, as the first versions kept them in a file beside them.
 
 `checksums.json` maps the path of every other file in the folder to its size and SHA-256, and
 carries a digest of that table, so a changed byte anywhere, in the table too, is found.
@@ -12,17 +12,6 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS_FILE = "checksums.json"
-
-
-def write(folder: Path) -> None:
-    """Write `checksums.json` for the files that are in `folder` now."""
-    table = {}
-    for path in _files(folder):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        table[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
-    text = json.dumps({"digest": _digest(table), "files": table}, indent=1) + "\n"
-    (folder / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
 
 
 def problem(folder: Path, share: int = 0, shares: int = 1) -> str:

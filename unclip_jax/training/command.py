@@ -13,8 +13,6 @@ docs/pods.md.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from unclip_jax.common import command_line
@@ -23,7 +21,10 @@ from unclip_jax.errors import UserError
 FLAGS = flags.FlagValues()
 CONFIG = command_line.define_config(FLAGS)
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics and previews go.", flag_values=FLAGS
+    "workdir",
+    None,
+    "Where checkpoints, metrics and previews go, a folder or gs://BUCKET/FOLDER.",
+    flag_values=FLAGS,
 )
 PROFILE = flags.DEFINE_string(
     "profile", "", "START:STOP, steps to trace into WORKDIR/profile.", flag_values=FLAGS
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
     from unclip_jax.parallel.cpu import memory as host_memory
     from unclip_jax.training import loop, prepare
     from unclip_jax.training.profile import Span
+    from unclip_jax.training.workdir import Workdir
     from unclip_jax.weights import folder as model_folder
     from unclip_jax.weights.known import Known
 
@@ -78,16 +80,16 @@ def main(argv: list[str]) -> None:
 
     span = Span.parse(PROFILE.value)
     run = prepare.prepare(CONFIG.value)
-    workdir = Path(WORKDIR.value)
+    place = Workdir(WORKDIR.value)
 
     def export(params, step: int) -> None:
         model_folder.save_stage(
-            workdir / "model",
+            place.local / "model",
             params=run.export(params),
             description=run.description | {"step": step},
         )
         if run.stage.keeps_fingerprint and (known := Known.read(run.data)):
-            known.save(workdir)
+            known.save(place.local)
 
     try:
         loop.train(
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> None:
             init_params=run.init_params,
             batches=run.batches(),
             config=run.train,
-            workdir=workdir,
+            workdir=WORKDIR.value,
             description=run.description,
             complete=run.complete,
             mesh=run.mesh,

@@ -37,6 +37,8 @@ class TrainConfig:
         ema_warmup: whether step n (from 0) averages with min(ema_decay, (1 + n) / (10 + n)).
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; the last step always makes one.
+        local_every: steps between copies on the hosts' own disks, of which the last two stay; a run
+            that dies goes on from them where they are newer and every host has its own.
         best: name of an evaluation's figure, such as "heldout_loss"; the checkpoint where it was
             best stays, besides the latest. Empty keeps the latest alone.
         best_is: whether the "least" or the "greatest" is best.
@@ -70,6 +72,7 @@ class TrainConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     log_every: int = 100
     checkpoint_every: int = 1000
+    local_every: int = 0
     eval_every: int = 0
     preview_every: int = 0
     keep_checkpoints: int = 2
@@ -87,7 +90,11 @@ class TrainConfig:
                 check(f"train.{name}", getattr(self, name), **limits)
 
         each(checks.count, "batch_size steps grad_accum log_every keep_checkpoints")
-        each(checks.count, "warmup_steps checkpoint_every eval_every preview_every seed", least=0)
+        each(
+            checks.count,
+            "warmup_steps checkpoint_every local_every eval_every preview_every seed",
+            least=0,
+        )
         each(checks.number, "weight_decay grad_clip sam_rho stall_minutes", least=0)
         each(checks.number, "learning_rate eps", above=0)
         each(checks.number, "b1 b2 muon_momentum ema_decay", least=0, below=1)

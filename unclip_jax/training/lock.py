@@ -1,16 +1,28 @@
-"""One run at a time on a workdir: a lock that a killed process leaves behind does not hold."""
+"""One run at a time on a workdir: a lock that a killed process leaves behind does not hold.
+
+On a disk the kernel keeps it. In a bucket it is a file that its holder writes anew every few
+seconds: one that no longer changes is nobody's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
+import secrets
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 from unclip_jax.errors import UserError
+
+BEAT, PATIENCE = 10.0, 35.0  # seconds between two beats of a lease, and until it counts as dead
+LOCK = "lock"
 
 
 @contextlib.contextmanager
@@ -21,7 +33,7 @@ def hold(workdir: Path) -> Iterator[None]:
     filelock takes `flock`: what a killed run has started does not hold it, and `holder` needs no
     more than to read.
     """
-    path = workdir / "lock"
+    path = workdir / LOCK
     with path.open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +54,7 @@ def hold(workdir: Path) -> Iterator[None]:
 
 def holder(workdir: Path) -> str | None:
     """The process that holds `workdir`, in words; None if none does."""
-    path = workdir / "lock"
+    path = workdir / LOCK
     if not path.is_file():
         return None
     with path.open() as file:
@@ -51,3 +63,100 @@ def holder(workdir: Path) -> str | None:
         except OSError:
             return file.read().strip() or "another process"
     return None
+
+
+class Store(Protocol):
+    """Where a lease lies."""
+
+    def read(self, name: str) -> bytes | None:
+        """What a file holds; None if there is none."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+
+
+class Lease:
+    """The lock of a folder in a bucket; use as a context manager."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        """Hold nothing yet; `name` is the folder's, for messages."""
+        self._store, self._name = store, name
+        self._token, self._beats = secrets.token_hex(8), 0
+        self._over, self._lost = threading.Event(), ""
+
+    def __enter__(self) -> Self:
+        """Take it, from whoever is dead; UserError if another process holds it."""
+        found = self._found()
+        waited = time.monotonic()
+        while found and not _is_dead(found) and time.monotonic() - waited < PATIENCE:
+            time.sleep(BEAT / 10)
+            now = self._found()
+            if now and now != found:
+                raise UserError(
+                    f"workdir {self._name!r}: in use by {now['holder']}; wait for that run, stop"
+                    " it, or choose another workdir"
+                )
+            found = now
+        self._beat()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Let go."""
+        self._over.set()
+        self._thread.join()
+        if not self._lost:
+            with contextlib.suppress(UserError, OSError):
+                self._store.remove(LOCK)
+
+    def check(self) -> None:
+        """Raise UserError if another run has taken it, thinking that this one was dead."""
+        if self._lost:
+            raise UserError(
+                f"workdir {self._name!r}: {self._lost} has taken it over, as this run was not heard"
+                f" of for {PATIENCE:g} s; stop one of the two"
+            )
+
+    def _keep(self) -> None:
+        while not self._over.wait(BEAT):
+            with contextlib.suppress(UserError, OSError):  # told; the next beat may pass
+                found = self._found()
+                if found and found["token"] != self._token:
+                    self._lost = found["holder"]
+                    return
+                self._beat()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        beat = {
+            "holder": f"process {os.getpid()} on {socket.gethostname()}",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "token": self._token,
+            "beat": self._beats,
+        }
+        self._store.write(LOCK, json.dumps(beat).encode())
+
+    def _found(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self._store.read(LOCK) or b"null")
+            return found if found is None or {"holder", "token"} <= found.keys() else None
+        except (ValueError, AttributeError):
+            return None
+
+
+def _is_dead(found: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this host that is no more."""
+    if found.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(found["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, OverflowError):
+        return False
+    return int(found["pid"]) == os.getpid()

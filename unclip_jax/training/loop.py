@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +27,26 @@ from jax.sharding import Mesh
 
 from unclip_jax.common import config as settings
 from unclip_jax.common import grids
-from unclip_jax.common.files import remove_leftovers, write_text
-from unclip_jax.common.params import TRAINED, is_weights
-from unclip_jax.errors import UserError, wrong
+from unclip_jax.common.files import write_text
+from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed, sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
-from unclip_jax.training import lock, writers
 from unclip_jax.training import step as steps
-from unclip_jax.training.checkpoints import (
-    Change,
-    Checkpoints,
-    check_description,
-    disk_in_words,
-)
+from unclip_jax.training import writers
+from unclip_jax.training.changes import Change
+from unclip_jax.training.checkpoints import Checkpoints, disk_in_words
 from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.copies import Copies
 from unclip_jax.training.feed import BatchIterator, Feed
 from unclip_jax.training.monitor import Monitor
 from unclip_jax.training.optimizers import Params, make_optimizer, trained
 from unclip_jax.training.preemption import Preemption
 from unclip_jax.training.profile import Profiler, Span
+from unclip_jax.training.resume import Complete, begin, kept
 from unclip_jax.training.step import LossFn, StepFn, TrainState, Window
+from unclip_jax.training.workdir import Workdir
 
 Evaluate = Callable[[Params, int], Mapping[str, float]]
-Complete = Callable[[dict[str, Any]], Mapping[str, Any]]
 Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
 
 # How many steps the host may be ahead of the devices. Enough that they never wait for it; few
@@ -79,9 +76,10 @@ class _Run:
     """What the loop works with; `_train_steps` is the loop."""
 
     config: TrainConfig
-    workdir: Path
+    place: Workdir
     description: dict[str, Any]
     checkpoints: Checkpoints
+    copies: Copies | None
     report: writers.Report
     preemption: Preemption
     feed: Feed
@@ -96,6 +94,7 @@ class _Run:
 
     def log(self, step: int, window: Window, saving: bool) -> None:
         """Write the averages since the last log; stop if a step among them was not finite."""
+        self.place.check()
         averages, bad_step = steps.read_window(window)
         if bad_step is not None:
             raise self._not_finite(bad_step)
@@ -119,7 +118,7 @@ class _Run:
     def show(self, state: TrainState, step: int) -> dict[str, float]:
         """Evaluate and draw a preview with the averaged weights, as far as they are due.
 
-        The lead process does it, on its own devices, while the others wait. Returns the figures,
+        All processes do it together, on weights that stay split as they are. Returns the figures,
         in every process.
         """
         evaluating = self.evaluate is not None and self.due(self.config.eval_every, step)
@@ -127,12 +126,12 @@ class _Run:
         if not evaluating and not previewing:
             return {}
         with self.monitor.overhead("evaluate"):
-            params = _on_lead(state.averaged, self.mesh)
+            params = _to_look_at(state.averaged, self.mesh)
             figures: dict[str, float] = {}
-            if evaluating and distributed.is_lead():
+            if evaluating:
                 figures = {name: float(v) for name, v in self.evaluate(params, step).items()}
                 self.report.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
-            if previewing and distributed.is_lead() and (pictures := self.preview(params, step)):
+            if previewing and (pictures := self.preview(params, step)) and distributed.is_lead():
                 self._draw(pictures, step)
             return distributed.gather(figures)[0]
 
@@ -142,8 +141,15 @@ class _Run:
         """Begin to write a checkpoint."""
         with self.monitor.overhead("checkpoint"):
             self.report.flush()
+            self.place.check()
             positions = self.feed.positions(position)
-            self.checkpoints.save(step, _kept(state), positions, self.description, figures)
+            self.checkpoints.save(step, kept(state), positions, self.description, figures)
+
+    def copy(self, step: int, state: TrainState, position: Any) -> None:
+        """Begin to write a copy on this host's disk."""
+        with self.monitor.overhead("checkpoint"):
+            positions = self.feed.positions(position)
+            self.copies.save(step, kept(state), positions, self.description)
 
     def stop(self, step: int) -> None:
         """End after a signal, once everything is saved."""
@@ -156,65 +162,17 @@ class _Run:
     def _draw(self, pictures: list[tuple[np.ndarray, str]], step: int) -> None:
         images, captions = zip(*pictures, strict=True)
         grid = grids.captioned_grid(images, captions, title=f"step {step}")
-        path = self.workdir / "previews" / f"step_{step:08d}.png"
+        path = self.place.local / "previews" / f"step_{step:08d}.png"
         grids.save_png(grid, path, {"step": str(step)})
         self.report.write_image(step, "preview", np.asarray(grid))
 
 
-def _on_lead(params: Params, mesh: Mesh) -> Params | None:
-    """Params on the devices of the lead process alone, None elsewhere. All must call it.
+def _to_look_at(params: Params, mesh: Mesh) -> Params:
+    """Params where figures are computed: of a CPU's devices on the first, else where they are.
 
-    Of a CPU's devices on the first, since figures are of whole batches.
+    Figures are of whole batches, which a CPU's devices do not share.
     """
-    if jax.process_count() == 1:
-        return cpu_devices.for_rows(params, 1, mesh)[0]
-    whole = distributed.fetch(params)
-    if not distributed.is_lead():
-        return None
-    return sharding.place(whole, sharding.tree_shardings(whole, sharding.local_mesh(mesh)))
-
-
-def _kept(state: TrainState) -> TrainState:
-    """What a checkpoint holds of a state: all but frozen networks, which never change."""
-    frozen = [name for name in state.params if is_weights(name) and name != TRAINED]
-    kept = {name: part for name, part in state.params.items() if name not in frozen}
-    return state._replace(params=kept)
-
-
-def _begin(
-    checkpoints: Checkpoints,
-    feed: Feed,
-    described: dict[str, Any],
-    complete: Complete,
-    init_params: Callable[[], Params],
-    config: TrainConfig,
-    mesh: Mesh,
-) -> tuple[int, TrainState, list[Change]]:
-    """The step to go on from, its state, with data to match, and what has changed since.
-
-    0 and the first state if there is none. No device ever holds more than its part of one state.
-    """
-    step, workdir, changes = checkpoints.resumable(), checkpoints.folder.parent, []
-    if step is not None:
-        saved = complete(checkpoints.item(step, "description"))
-        changes = check_description(saved, described, workdir)
-        if step > config.steps:
-            at = f"at least {step}, where {str(workdir)!r} is already"
-            raise wrong("train.steps", config.steps, at, "raise it, or use another workdir")
-    with jax.default_device(sharding.host_device()):  # one device may be too small for them
-        params = init_params()
-    optimizer = make_optimizer(config)
-    if step is None:
-        return 0, steps.sharded_state(params, optimizer, config, mesh), changes
-    like = steps.state_shapes(params, optimizer, config, mesh)
-    state, positions = checkpoints.restore(step, like=_kept(like))
-    feed.restore(positions)
-    frozen = {
-        name: sharding.place(part, jax.tree.map(lambda leaf: leaf.sharding, like.params[name]))
-        for name, part in params.items()
-        if name not in state.params
-    }
-    return step, state._replace(params=frozen | state.params), changes
+    return params if jax.process_count() > 1 else cpu_devices.for_rows(params, 1, mesh)[0]
 
 
 def _train_steps(
@@ -263,6 +221,8 @@ def _train_steps(
         figures = run.show(state, step)
         if saving or (comparing and run.checkpoints.is_best(figures)):
             run.save(step, state, here, figures)
+        elif run.copies is not None and run.due(config.local_every, step):
+            run.copy(step, state, here)
         if stopping and step < config.steps:
             run.stop(step)
         if window is None or step <= start + 2:  # the first two steps compile
@@ -296,9 +256,9 @@ def train(
             of.
         batches: the data; an interrupted run restores its position.
         config: settings of the loop.
-        workdir: a local folder of this run alone; created if missing.
+        workdir: a folder of this run alone, created if missing; or gs://BUCKET/FOLDER.
         description: JSON-able; a run resumes only under the same description (and the same
-            `config`, but for `checkpoints.CHANGEABLE`).
+            `config`, but for `changes.CHANGEABLE`).
         complete: adds to a checkpoint's description the fields that it was written too early for.
         mesh: of all devices, by default along "data"; a run may resume on another mesh.
         evaluate: (averaged params, step) -> figures on held-out data.
@@ -306,9 +266,10 @@ def train(
         export: (averaged params, step), called once training is over.
         profile: steps to trace, into `workdir`/profile.
 
-    With several processes every one of them calls this. The callbacks are called in the lead
-    process alone, with params on its own devices; it alone writes, but for checkpoints, of which
-    every process writes its part: `workdir` must be the same folder for all.
+    With several processes every one of them calls this, and `evaluate` and `preview` are called in
+    all of them, with params that span them; they must compute the same everywhere. `export` is
+    called in the lead process, with NumPy arrays. It alone writes, but for checkpoints, of which
+    every process writes its part: `workdir` must be the same place for all.
 
     Returns:
         The state after the last step, on the mesh.
@@ -324,30 +285,33 @@ def train(
     sharding.check_batch_size(config.batch_size, mesh, config.grad_accum)
     if profile is not None:
         profile.check(config)
-    workdir = _open_workdir(workdir)
+    place = Workdir(workdir)
     described = dict(description) | {"train": settings.to_dict(config)}
     described = json.loads(json.dumps(described, allow_nan=False))
     preemption, feed = Preemption(), Feed(batches, config, mesh)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_owned(workdir))
+        stack.enter_context(disk_in_words(place.name))
+        stack.enter_context(place.owned())
         stack.enter_context(preemption.in_force())
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config))
-        start, state, changes = _begin(
-            checkpoints, feed, described, complete, init_params, config, mesh
+        checkpoints = stack.enter_context(Checkpoints(place.checkpoints, config))
+        copies = Copies(place.run()) if config.local_every else None
+        start, state, changes = begin(
+            place, checkpoints, copies, feed, described, complete, init_params, config, mesh
         )
         silent = not distributed.is_lead()
-        report = writers.Report(workdir, config.steps, start, silent=silent)
+        report = writers.Report(place.local, config.steps, start, silent=silent)
         stack.enter_context(contextlib.closing(report))
-        monitor = Monitor(workdir, start, began, config, mesh.size, report.progress.line)
+        monitor = Monitor(place.local, start, began, config, mesh.size, report.progress.line)
         stack.enter_context(monitor)
-        profiler = Profiler(profile, workdir / "profile", start)
+        profiler = Profiler(profile, place.local / "profile", start)
         stack.enter_context(contextlib.closing(profiler))
         run = _Run(
             config=config,
-            workdir=workdir,
+            place=place,
             description=described,
             checkpoints=checkpoints,
+            copies=copies,
             report=report,
             preemption=preemption,
             feed=feed,
@@ -363,49 +327,30 @@ def train(
         state = _train_steps(run, loss_fn, step_fn, state, start)
         checkpoints.wait()
         _finish(run, state, export)
+        if copies is not None:
+            copies.forget()
     return state
 
 
 def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
     """What is done once training is over: export the averaged params, draw the curves."""
     if export is not None:
-        params = _on_lead(state.averaged, run.mesh)
+        params = _to_look_at(state.averaged, run.mesh)
+        if jax.process_count() > 1:
+            params = distributed.fetch(params, lead_only=True)
         if distributed.is_lead():
             export(params, run.config.steps)
     if distributed.is_lead():
-        writers.plot_metrics(run.workdir)
+        writers.plot_metrics(run.place.local)
     distributed.gather(None)  # no process ends before the lead has written everything
-
-
-def _open_workdir(workdir: str | Path) -> Path:
-    if "://" in str(workdir) or str(workdir) == "":
-        raise wrong("workdir", str(workdir), "a folder", "mount the bucket, see docs/pods.md")
-    workdir = Path(workdir).expanduser().absolute()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"workdir {str(workdir)!r}: cannot be created ({error})") from error
-    return workdir
-
-
-@contextlib.contextmanager
-def _owned(workdir: Path) -> Iterator[None]:
-    """`workdir` for this run alone, free of what killed ones left; a full disk in words."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_in_words(workdir))
-        if distributed.is_lead():
-            stack.enter_context(lock.hold(workdir))
-            for folder in (workdir, workdir / "previews"):
-                remove_leftovers(folder)
-        yield
 
 
 def _introduce(run: _Run, params: Params, start: int, changes: list[Change]) -> None:
     """Write what the run is: description.json, parameters.txt, changes.jsonl, a line or two."""
     text = json.dumps(run.description, indent=2, ensure_ascii=False)
-    write_text(run.workdir / "description.json", text + "\n")
+    write_text(run.place.local / "description.json", text + "\n")
     table = parameter_overview.get_parameter_overview(params, include_stats=False)
-    write_text(run.workdir / "parameters.txt", table + "\n")
+    write_text(run.place.local / "parameters.txt", table + "\n")
     # TensorBoard renders Markdown, in which four spaces begin code.
     run.report.write_text(start, "description", "    " + text.replace("\n", "\n    "))
 
@@ -422,4 +367,4 @@ def _introduce(run: _Run, params: Params, start: int, changes: list[Change]) -> 
         run.report.progress.line(f"resumed from step {start} of {run.config.steps}")
     for change in changes:
         run.report.progress.line(f"from step {start} on: {change}")
-    writers.write_changes(run.workdir, start, changes)
+    writers.write_changes(run.place.local, start, changes)

@@ -9,7 +9,6 @@ goes on, or after it stopped. The run is only read.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,9 +18,9 @@ from unclip_jax.common import command_line
 from unclip_jax.common import config as settings
 from unclip_jax.common.params import compare_shapes, fingerprint, flatten
 from unclip_jax.errors import UserError, wrong
-from unclip_jax.training.checkpoints import Params, Saved, damage
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.training.lora import Lora
+from unclip_jax.training.saved import Params, Saved
 from unclip_jax.weights import folder as model_folder
 
 
@@ -29,7 +28,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser("save", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="what train.py was given")
+    add(
+        "--workdir", required=True, metavar="DIR", help="what train.py was given, a folder or gs://"
+    )
     add("--out", required=True, metavar="DIR", help="the model folder to write")
     add("--step", default="latest", metavar="N", help="of the checkpoint, latest or best")
     add("--init", default="", metavar="DIR", help="the run's config.init, where it had one")
@@ -96,13 +97,11 @@ def whole(params: Params, description: dict[str, Any], init: str) -> Params:
 def main(argv: list[str]) -> None:
     """Read the checkpoint and write the model folder."""
     args = parse(argv)
-    with Saved(Path(args.workdir)) as saved:
+    with Saved(args.workdir) as saved:
         step = choose(saved, args.step)
-        if problem := damage(saved.folder / str(step)):
-            raise saved.damaged(step, problem)
-        description = saved.item(step, "description")
+        averaged, description = saved.averaged(step), saved.item(step, "description")
         stage = stages.build(description["stage"], "checkpoint: stage")
-        params = whole(saved.averaged(step), description, args.init)
+        params = whole(averaged, description, args.init)
     expected = flatten(jax.eval_shape(stage.init, jax.random.key(0)))
     problems = compare_shapes(flatten(params), expected)
     if problems:

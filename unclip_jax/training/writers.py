@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from unclip_jax.common.files import replacing, write_text
 from unclip_jax.errors import UserError
-from unclip_jax.training.checkpoints import Change
+from unclip_jax.training.changes import Change
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"

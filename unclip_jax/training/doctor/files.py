@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unclip_jax.errors import UserError
-from unclip_jax.training import checksums, lock
-from unclip_jax.training.checkpoints import damage
+from unclip_jax.training import lock
 from unclip_jax.training.doctor.findings import Finding, error, note, warning
 from unclip_jax.training.doctor.workdir import Workdir, clip_of_folder, reads_clip
+from unclip_jax.training.saved import damage, has_sums
 
 GIB = 2**30
 
@@ -70,7 +70,7 @@ def checkpoints(run: Workdir) -> Iterator[Finding]:
             )
             advice = f"copy that folder again{instead}"
             yield error("checkpoint_damaged", f"{folder}: {problem}", advice)
-        elif folder == found[-1] and not checksums.exist(folder):
+        elif folder == found[-1] and not has_sums(folder):
             yield note(
                 "checkpoint_unverified",
                 f"{folder} was written without checksums, so damage would not be noticed",

@@ -31,10 +31,10 @@ from unclip_jax.stages.base import GuidedDiffusion
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import Field
 from unclip_jax.training import inputs
-from unclip_jax.training.checkpoints import Saved, damage, in_float32
 from unclip_jax.training.doctor.findings import TENTH, Finding, error, note
 from unclip_jax.training.doctor.settings import STD_BAND
 from unclip_jax.training.doctor.workdir import Workdir
+from unclip_jax.training.saved import Saved, damage, in_float32
 from unclip_jax.weights import trained
 
 Params = dict[str, Any]
