@@ -245,3 +245,27 @@ def test_large_pictures_wait_for_each_other(monkeypatch):
     images.square(encoded(Image.new("RGBA", (300, 200))), 8)
     images.square(encoded(Image.new("RGB", (1600, 1200)), "JPEG"), 8)
     assert asked == [300 * 200, 200 * 150]  # a JPEG is decoded at an eighth
+
+
+# --- shapes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((20, 40), (0, 0, 120, 60)), ((40, 20), (45, 0, 75, 60)), ((30, 30), (30, 0, 90, 60)),
+     (30, (30, 0, 90, 60))],
+)  # fmt: skip
+def test_the_centre_has_the_proportions_that_are_asked_for(size, box):
+    picture = np.random.default_rng(0).integers(0, 256, (60, 120, 3), np.uint8)
+    height, width = images.both(size)
+    expected = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box)
+    np.testing.assert_array_equal(images.square(picture, size), np.asarray(expected))
+
+
+def test_a_whole_picture_fits_between_bars_of_any_shape():
+    picture = np.full((60, 120, 3), 200, np.uint8)
+    fit = images.Fit(resize_mode="longest", fill=7)
+    found = images.square(picture, (40, 40), fit)
+    assert (found[10:30] == 200).all() and (found[:10] == 7).all() and (found[30:] == 7).all()
+    tall = images.square(picture, (40, 20), fit)
+    assert tall.shape == (40, 20, 3) and (tall[15:25] == 200).all() and (tall[:15] == 7).all()

@@ -2,7 +2,7 @@
 
 Params are nested dicts of arrays. Of a stage's top-level entries only "network" trains; those whose
 name ends so hold weights, trained or frozen; the others are constants, but for the params of
-another stage that stands in this one ("canvas"), where the same holds.
+another stage or network that stands in this one ("canvas", "autoencoder"), where the same holds.
 """
 
 from __future__ import annotations

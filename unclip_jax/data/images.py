@@ -1,4 +1,4 @@
-"""From image files, in any mode and colour space, to small square RGB arrays.
+"""From image files, in any mode and colour space, to small RGB arrays of one shape.
 
 Every source and every command that is given a picture reads it here.
 """
@@ -63,6 +63,13 @@ def is_picture(head: bytes) -> bool:
 
 
 _decoding = Budget(_AT_ONCE)
+
+Size = int | tuple[int, int]  # of a picture in pixels: the side of a square, or height and width
+
+
+def both(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def open_rgb(image: bytes | np.ndarray, size: int) -> Image.Image:
@@ -234,11 +241,12 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How a picture of any shape becomes a square one of some size, as public processors do it.
+    """How a picture of any shape becomes one of a given size, as public processors make squares.
 
     Attributes:
         resize_mode: "shortest" resizes the shorter side to `resize_to`, "squash" both sides, and
-            both cut out the centre; "longest" resizes the longer side and puts `fill` around.
+            both cut out the centre; "longest" resizes the longer side and puts `fill` around. Of a
+            size that is no square, the shorter side is the one that would be filled last.
         resize_to: pixels, the square's size or more; 0 stands for its size.
         interpolation: "bicubic" or "bilinear", both antialiased.
         fill: grey around the picture for "longest", 0 (black) to 255.
@@ -259,21 +267,29 @@ class Fit:
         checks.count("fit.resize_to", self.resize_to, 0)
         checks.number("fit.fill", self.fill, 0, 255)
 
-    def sides(self, width: int, height: int, size: int) -> tuple[int, int]:
+    def sides(self, width: int, height: int, size: Size) -> tuple[int, int]:
         """Width and height of a picture when it is resized, before the cut."""
+        high, wide = both(size)
         if self.resize_mode == "squash":
-            return (self.resize_to or size,) * 2
+            return self.resize_to or wide, self.resize_to or high
+        # Side by side with the size, the picture is the narrower or the wider one.
+        narrower = width * high <= height * wide
         if self.resize_mode == "longest":  # rounded as OpenCLIP does
-            return tuple(max(1, round(s * size / max(width, height))) for s in (width, height))
-        return tuple((self.resize_to or size) * s // min(width, height) for s in (width, height))
+            to, of = (high, height) if narrower else (wide, width)
+            return tuple(max(1, round(s * to / of)) for s in (width, height))
+        to, of = (wide, width) if narrower else (high, height)
+        return tuple((self.resize_to or to) * s // of for s in (width, height))
 
-    def box(self, width: int, height: int, size: int) -> tuple[float, float, float, float]:
-        """What a square of `size` pixels shows of a picture: left, top, right, bottom.
+    def box(self, width: int, height: int, size: Size) -> tuple[float, float, float, float]:
+        """What is shown of a picture in `size` pixels: left, top, right, bottom.
 
         The cut is at whole pixels of the resized picture, as in transformers' CLIPImageProcessor.
         """
         sides = self.sides(width, height, size)
-        (x, across), (y, down) = ((max(0, s - size) // 2, min(size, s)) for s in sides)
+        shown = both(size)[::-1]
+        (x, across), (y, down) = (
+            (max(0, s - to) // 2, min(to, s)) for s, to in zip(sides, shown, strict=True)
+        )
         wide, high = width / sides[0], height / sides[1]
         right, bottom = min((x + across) * wide, width), min((y + down) * high, height)
         return x * wide, y * high, right, bottom
@@ -282,18 +298,21 @@ class Fit:
 CENTRE = Fit()
 
 
-def square(image: bytes | np.ndarray, size: int, fit: Fit = CENTRE) -> np.ndarray:
-    """A picture as a square: uint8 `[size, size, 3]`; by default its centre, resized (bicubic).
+def square(image: bytes | np.ndarray, size: Size, fit: Fit = CENTRE) -> np.ndarray:
+    """A picture as a square, or of height and width: uint8 `[h, w, 3]`.
 
-    What it may be, and when it is a `BadRecord`, `open_rgb` says.
+    By default it is the centre, resized (bicubic). What a picture may be, and when it is a
+    `BadRecord`, `open_rgb` says.
     """
-    with _reading(image, max(size, fit.resize_to)) as rgb:
-        shown = [min(size, side) for side in fit.sides(*rgb.size, size)]
+    wanted = both(size)[::-1]
+    with _reading(image, max(*wanted, fit.resize_to)) as rgb:
+        shown = [min(pair) for pair in zip(wanted, fit.sides(*rgb.size, size), strict=True)]
         how = Image.Resampling[fit.interpolation.upper()]
         resized = rgb.resize(shown, how, fit.box(*rgb.size, size))
-        if resized.size != (size, size):
-            canvas = Image.new("RGB", (size, size), (fit.fill,) * 3)
-            canvas.paste(resized, tuple((size - side) // 2 for side in shown))
+        if resized.size != wanted:
+            canvas = Image.new("RGB", wanted, (fit.fill,) * 3)
+            around = zip(wanted, shown, strict=True)
+            canvas.paste(resized, tuple((whole - side) // 2 for whole, side in around))
             resized = canvas
         return np.asarray(resized)
 

@@ -97,6 +97,7 @@ class Stage:
         analytic: whether the statistic of the analytic variance is in its params.
         last_steps: how many steps of sampling a network does that is never trained here.
         canvas: the perceptron whose picture it sees, see `DecoderStage`; None for none.
+        autoencoder: what its pictures go through, see `DecoderStage`; None where it sees pixels.
     """
 
     model: Any
@@ -117,6 +118,7 @@ class Stage:
     analytic = False
     last_steps = 0
     canvas = None
+    autoencoder = None
 
     @property
     def network(self) -> Any:
@@ -133,6 +135,11 @@ class Stage:
     def image_size(self) -> int:
         """Side, in pixels, of the images that it sees or makes; 0 for none."""
         return getattr(getattr(self.model, "unet", self.model), "image_size", 0)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the same: squares, unless it draws at another size."""
+        return self.image_size, self.image_size
 
     @property
     def feature_rows(self) -> int:
@@ -280,7 +287,15 @@ class GuidedDiffusion(Stage):
     @property
     def x_shape(self) -> tuple[int, ...]:
         """The shape of one x_t."""
-        return self.image_size, self.image_size, 3
+        return *self.picture_size, 3
+
+    def x_0_of(self, params: Params, images: jax.Array) -> jax.Array:
+        """What is denoised of pictures [b, h, w, 3] in [-1, 1]: themselves."""
+        return images
+
+    def images_of(self, params: Params, x_0: jax.Array) -> jax.Array:
+        """The pictures [b, h, w, 3], about in [-1, 1], of what was drawn."""
+        return x_0
 
     def check_sampling(self) -> None:
         """Raise UserError where it cannot sample as its fields say."""

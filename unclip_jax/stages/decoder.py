@@ -8,6 +8,9 @@ leads away from.
 With a canvas (`models.canvas`, trained before it and frozen) the U-Net sees beside x_t what a
 perceptron draws of z_i and z_t, of those that are given. In training the canvas is made worse at
 random, or the decoder would trust it too much. Guidance leads away from the canvas of nothing.
+
+With an autoencoder (`models.movq`, frozen; Kandinsky) it denoises latents: pictures go in and come
+out as pixels, of any size that the levels of both networks divide.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.decoder import Decoder, DecoderConfig
+from unclip_jax.models.movq import MoVQConfig
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, denoising_loss
+from unclip_jax.stages.base import Batch, Loss, denoising_loss
 from unclip_jax.stages.canvas import CanvasStage, enlarge, noised
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -37,14 +41,15 @@ from unclip_jax.stages.conditioning import (
     z_i_field,
     z_t_field,
 )
-from unclip_jax.stages.pixels import check_channels, to_float
+from unclip_jax.stages.latents import OfPictures
+from unclip_jax.stages.pixels import to_float
 
 # What a canvas is clipped to: as far as it may overshoot the range of pictures.
 CANVAS_RANGE = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderStage(GuidedDiffusion):
+class DecoderStage(OfPictures):
     """The decoder: network, diffusion and sampling settings together.
 
     Attributes:
@@ -65,6 +70,12 @@ class DecoderStage(GuidedDiffusion):
         canvas_noise: the most noise that training adds to the canvas's normalised inputs: a
             standard deviation, for each example uniform from 0 to this.
         z_i_noise: standard deviation of the noise that training adds to the normalised z_i.
+        autoencoder: what makes latents of pictures, and pictures of latents, which are x_0; its
+            params are constant, under `autoencoder`. None for a decoder of pixels.
+        null_picture: whether a z_i that is left out is CLIP's embedding of a picture of zeros
+            (Kandinsky), kept in the params under `null_z_i`, rather than zero.
+        sides: height and width of its pictures, in pixels, multiples of `size_multiple`; () for
+            squares of the U-Net's image_size. See `of_size`.
         analytic: whether the statistic of the analytic variance is in the params, under
             `analytic`; `unclip analytic` measures it on a trained stage.
     """
@@ -91,9 +102,12 @@ class DecoderStage(GuidedDiffusion):
     canvas_noise: float = 0.5
     z_i_noise: float = 0.0
     analytic: bool = False
+    autoencoder: MoVQConfig | None = None
+    null_picture: bool = False
+    sides: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the network has the channels that diffusion and canvas need."""
+        """Check that the network has the channels that diffusion, canvas and autoencoder need."""
         self.check_sampling()
         self.check_drops("z_i", "caption", "label", "canvas_z_i", "canvas_z_t")
         for name in ("canvas_noise", "z_i_noise"):
@@ -103,14 +117,19 @@ class DecoderStage(GuidedDiffusion):
                 "stage.empty_null: got True, expected False unless the decoder reads CLIP's text"
                 " states and z_t (stage.model.text_width above 0, use_z_t)"
             )
-        check_channels(self.model.unet.out_channels, self.diffusion, "stage.model.unet")
+        if self.null_picture and not self.model.embed_dim:
+            raise wrong("stage.null_picture", True, "False, as stage.model.embed_dim is 0")
+        self.check_pictures()
         self._check_canvas()
 
     def _check_canvas(self) -> None:
-        found, expected = self.model.unet.in_channels, 6 if self.canvas else 3
+        if self.canvas and self.autoencoder:
+            raise wrong("stage.canvas", self.canvas, "none, as there is an autoencoder")
+        found, expected = self.model.canvas_channels, 3 if self.canvas else 0
         if found != expected:
-            what = f"{expected}: x_t's" + " and the canvas's" * bool(self.canvas)
-            raise wrong("stage.model.unet.in_channels", found, what)
+            what = f"{self.model.unet.in_channels - found + expected}: x_t's"
+            what += " and the canvas's" * bool(self.canvas)
+            raise wrong("stage.model.unet.in_channels", self.model.unet.in_channels, what)
         if self.canvas and self.canvas.embed_dim != self.model.embed_dim:
             what = f"stage.model.embed_dim = {self.model.embed_dim}, which must be above 0"
             raise wrong("stage.canvas.embed_dim", self.canvas.embed_dim, what)
@@ -155,7 +174,32 @@ class DecoderStage(GuidedDiffusion):
         if model.embed_dim:
             found |= z_i_field(model.embed_dim)
         reads_z_t = model.use_z_t or (self.canvas and model.has_text)
-        return found | (z_t_field(model.embed_dim) if reads_z_t else {})
+        found |= z_t_field(model.embed_dim) if reads_z_t else {}
+        if model.inpaint:
+            shape = (*self.x_shape[:2], model.x_channels + 1)
+            meaning = "x_0 where it is known and 0 elsewhere; then 1 and 0 likewise"
+            found["known"] = Field(shape, "float32", meaning)
+        if model.hint:
+            meaning = "a picture in [0, 1] that says what is where, such as a depth map"
+            found["hint"] = Field((*self.picture_size, 3), "float32", meaning)
+        return found
+
+    @property
+    def learns(self) -> dict[str, Field]:
+        """Pictures, squares; UserError for a stage that cannot be trained here."""
+        if len(set(self.picture_size)) > 1:
+            raise wrong("stage.sides", self.sides, "a square, to be trained")
+        if self.model.inpaint:
+            expected = "False: a decoder that fills in is drawn with here, not trained"
+            raise wrong("stage.model.inpaint", True, expected)
+        return super().learns
+
+    def constants(self) -> Params:
+        """What stands beside the network in its params, until it is measured."""
+        found = super().constants()
+        if self.null_picture:
+            found["null_z_i"] = jnp.zeros(self.model.embed_dim)
+        return found
 
     @property
     def drops(self) -> tuple[str, ...]:
@@ -170,6 +214,8 @@ class DecoderStage(GuidedDiffusion):
         if self.canvas:
             params["canvas"] = CanvasStage(self.canvas).init(jax.random.fold_in(key, 1))
             cond["canvas"] = x_t
+        if self.autoencoder:
+            params["autoencoder"] = self.fresh_autoencoder(jax.random.fold_in(key, 2))
         return {"network": self.fresh(key, x_t, t, cond)} | params
 
     def condition(
@@ -193,6 +239,8 @@ class DecoderStage(GuidedDiffusion):
         Raises:
             UserError: the decoder reads a class, and none is given.
         """
+        if self.model.inpaint and others.get("known") is None:  # nothing is known
+            others["known"] = jnp.zeros((len(z_i), *self.conditions["known"].shape))
         caption = {"text_states" if self.reads_states else "tokens": text}
         return self.condition_of(caption | {"z_i": z_i, "z_t": z_t} | others, mask)
 
@@ -220,10 +268,11 @@ class DecoderStage(GuidedDiffusion):
     def null(self, params: Params, cond: Condition, kept: jax.Array | None = None) -> Condition:
         """The condition with everything dropped that training drops.
 
-        `kept` [b] is True where the caption alone stays, a negative prompt.
+        `kept` [b] is True where the caption alone stays, a negative prompt; or, of a decoder
+        without captions, the z_i of one.
         """
         none = jnp.zeros(jnp.shape(next(iter(cond.values()), 0))[:1], bool)
-        said = {} if kept is None else {"caption": kept}
+        said = {} if kept is None else {"caption" if "caption" in self.drops else "z_i": kept}
         return self.drop(params, cond, dict.fromkeys(self.drops, none) | said)
 
     def encode(
@@ -234,6 +283,10 @@ class DecoderStage(GuidedDiffusion):
         A key makes the canvas worse at random, as training does.
         """
         canvas = {"canvas": self.draw_canvas(params, cond, worse_key)} if self.canvas else {}
+        if self.null_picture and "z_i_mask" in cond:
+            kept = cond["z_i_mask"]
+            z_i = jnp.where(kept[:, None], cond["z_i"], params["null_z_i"][None])
+            cond = cond | {"z_i": z_i, "z_i_mask": jnp.ones_like(kept)}
         if "z_i" in self.conditions:
             cond = cond | {"z_i": normalisation.normalise(params["normalisation"], cond["z_i"])}
         return self.apply(params, cond | canvas, method="encode")
@@ -259,8 +312,9 @@ class DecoderStage(GuidedDiffusion):
         return enlarge(jnp.clip(small, -CANVAS_RANGE, CANVAS_RANGE), self.image_size)
 
     def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
-        """x_0 [b, h, w, 3] and the whole condition of a batch, see `loss`."""
-        return to_float(batch["image"]), self.condition_of(batch)
+        """x_0 [b, h, w, c] and the whole condition of a batch, see `loss`."""
+        images = self.x_0_of(params, to_float(batch["image"]))
+        return jax.lax.stop_gradient(images), self.condition_of(batch)
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Loss of {"image": uint8 [b,h,w,3], "tokens": int32 [b,l], "z_i": [b,e]}.
@@ -295,6 +349,6 @@ class DecoderStage(GuidedDiffusion):
         """Images [b, h, w, 3] in [-1, 1] for b conditions, one typed key each.
 
         The arguments are those of `GuidedDiffusion.draw`. By default guidance leads away from z_i,
-        the caption and the class dropped.
+        the caption and the class dropped. `noise` is of latents where there is an autoencoder.
         """
-        return self.draw(params, keys, cond, **settings)
+        return self.images_of(params, self.draw(params, keys, cond, **settings))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.data.images import CENTRE, Fit, square
+from unclip_jax.data.images import CENTRE, Fit, Size, square
 from unclip_jax.data.records import BadRecord
 from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError, wrong
@@ -33,8 +33,10 @@ def resize(images: jax.Array, size: int) -> jax.Array:
     return jax.image.resize(images, (b, size, size, c), "cubic", antialias=True)
 
 
-def squared(images: Sequence[np.ndarray], size: int, fit: Fit = CENTRE) -> np.ndarray:
-    """Pictures of any sizes as squares, uint8 [b, size, size, 3]; by default their centres.
+def squared(images: Sequence[np.ndarray], size: Size, fit: Fit = CENTRE) -> np.ndarray:
+    """Pictures of any sizes as squares, or of height and width: uint8 [b, h, w, 3].
+
+    By default it is their centres.
 
     Raises:
         UserError: no pictures, or one that is none.
@@ -59,13 +61,28 @@ def check_images(images: jax.Array, channels: int | None = None) -> None:
         raise wrong("images' shape", images.shape, "at least one pixel")
 
 
-def check_channels(out_channels: int, diffusion: gaussian.Diffusion, path: str) -> None:
+def check_channels(
+    out_channels: int,
+    diffusion: gaussian.Diffusion,
+    path: str,
+    channels: int = 3,
+    spare: bool = False,
+) -> None:
     """A learned variance needs a second set of output channels; a fixed one must not have it.
+
+    Args:
+        out_channels: of the network.
+        diffusion: what it predicts.
+        path: of the network's config, for errors.
+        channels: of x_t.
+        spare: whether a fixed variance may have the second set all the same, which is not read.
 
     Raises:
         UserError: out_channels is neither.
     """
-    expected = 6 if diffusion.learned_variance else 3
-    if out_channels != expected:
-        what = f"{expected} with diffusion.variance={diffusion.variance!r}"
+    expected = {channels * (2 if diffusion.learned_variance else 1)}
+    expected |= {2 * channels} if spare else set()
+    if out_channels not in expected:
+        numbers = " or ".join(map(str, sorted(expected)))
+        what = f"{numbers} with diffusion.variance={diffusion.variance!r}"
         raise wrong(f"{path}.out_channels", out_channels, what)

@@ -30,7 +30,7 @@ Params = dict[str, Any]
 # how it samples and trains, and in which precision; and so may any NAME_drop. All others say what
 # its weights mean.
 FREE = frozenset({
-    "sampling", "guidance_scale", "draws", "dtype", "remat", "dropout",
+    "sampling", "guidance_scale", "draws", "sides", "dtype", "remat", "dropout",
     "loss", "min_snr_gamma", "timestep_shift", "crop", "corruption", "blur_probability",
     "blur_sigma", "bsr", "noise_level", "canvas_noise", "z_i_noise", "input_noise", "penalty",
 })  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from unclip_jax.data.images import CENTRE, open_rgb, square
+from unclip_jax.data.images import CENTRE, Size, both, open_rgb, square
 from unclip_jax.errors import UserError, wrong
 
 Box = tuple[float, float, float, float]
@@ -70,21 +70,21 @@ def check_hole(hole: np.ndarray, image: np.ndarray) -> np.ndarray:
     return hole
 
 
-def cover(hole: np.ndarray, image: np.ndarray, size: int, wider: int = 0) -> np.ndarray:
-    """Which pixels of the picture's centre square are to be painted, all or in part.
+def cover(hole: np.ndarray, image: np.ndarray, size: Size, wider: int = 0) -> np.ndarray:
+    """Which pixels of the picture's centre are to be painted, all or in part.
 
     Args:
         hole: bool [h, w], in the proportions of the image.
         image: the picture.
-        size: side of the square.
+        size: of the centre that is seen.
         wider: pixels that are painted around.
 
     Returns:
-        bool [size, size, 1].
+        bool [h, w, 1].
     """
     height, width = image.shape[:2]
     box = CENTRE.box(width, height, size)
-    found = _touched(hole, box, image.shape[:2], (size, size))
+    found = _touched(hole, box, image.shape[:2], both(size))
     for _ in range(wider):
         edged = np.pad(found, 1)
         rows = edged[:-2] | edged[1:-1] | edged[2:]
@@ -111,20 +111,20 @@ def _touched(
     return counted > 0
 
 
-def kept(image: np.ndarray, hole: np.ndarray, size: int) -> np.ndarray:
-    """The picture's centre square of which the hole had no part, uint8 [size, size, 3].
+def kept(image: np.ndarray, hole: np.ndarray, size: Size) -> np.ndarray:
+    """The picture's centre of which the hole had no part, uint8 [h, w, 3].
 
     Resizing mixes neighbours; next to the hole only those that are kept are mixed here.
     """
     given = square(image, size)
-    picture = np.asarray(open_rgb(image, size), np.float32)
+    picture = np.asarray(open_rgb(image, max(both(size))), np.float32)
     height, width = picture.shape[:2]
     keep = ~_touched(hole, (0, 0, width, height), (height, width), (height, width))
     box = CENTRE.box(width, height, size)
 
     def resized(plane: np.ndarray) -> np.ndarray:
         whole = Image.fromarray(np.ascontiguousarray(plane, np.float32))
-        return np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC, box))
+        return np.asarray(whole.resize(both(size)[::-1], Image.Resampling.BICUBIC, box))
 
     share = resized(keep)[..., None]
     mixed = np.stack([resized(picture[..., c] * keep) for c in range(3)], axis=2)
