@@ -14,9 +14,9 @@ from tests import tiny
 from unclip_jax import stages
 from unclip_jax.errors import UserError
 from unclip_jax.models import layers
-from unclip_jax.parallel import axes, sharding
+from unclip_jax.parallel import axes, flops, sharding
 from unclip_jax.parallel.sharding import MeshConfig
-from unclip_jax.plan import analysis, chips, flops, search
+from unclip_jax.plan import analysis, chips, search
 from unclip_jax.plan.hlo import Program
 from unclip_jax.plan.measure import compiled
 from unclip_jax.plan.programs import Plan, device_bytes
