@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests import gpu_run
 from tests.test_plan import run_python
 from unclip_jax.errors import UserError
 from unclip_jax.plan import cuda
@@ -22,24 +23,27 @@ def decoder(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def of(products: dict[str, int], kind: str) -> dict[str, int]:
-    """How many there are of a kind, by dtype."""
-    return {name.rpartition(" ")[2]: n for name, n in products.items() if kind in name}
+def of(decoder, kind: str) -> dict[str, list[int]]:
+    """How many products there are of a kind, and the largest's bytes, by dtype."""
+    products = decoder["step"]["products"].items()
+    return {name.rpartition(" ")[2]: told for name, told in products if kind in name}
 
 
 def test_attention_is_cudnns_forward_and_backward(decoder):
-    step, sampler = decoder["step"]["products"], decoder["sampler"]["products"]
-    assert of(step, "fmhaSoftmaxBackward")["bf16"] > 0
-    assert of(step, "fmhaSoftmax")["bf16"] > of(step, "fmhaSoftmaxBackward")["bf16"]
-    assert of(sampler, "fmhaSoftmax")["bf16"] > 0 and not of(sampler, "Backward")
+    kernels = [name for name in decoder["step"]["products"] if "fmha" in name]
+    assert sorted(name.endswith("Backward bf16") for name in kernels) == [False, True]
+    assert all(name.endswith(" bf16") for name in kernels)
 
 
 def test_convolutions_and_products_are_in_bfloat16(decoder):
-    """All but those that are float32 by design: what leaves to pixels, and the time's embedding."""
-    for program in ("step", "sampler"):
-        for kind in ("conv", "cublas"):
-            found = of(decoder[program]["products"], kind)
-            assert found["bf16"] >= 4 * sum(n for dtype, n in found.items() if dtype != "bf16")
+    """But for the pixels' convolution and what is small: embeddings, sums over a norm's groups."""
+    for kind in ("convForward", "convBackwardFilter"):
+        found = of(decoder, kind)
+        assert found["f32"][0] <= 1 and found["bf16"][0] > 8
+    rows = 16 // 8
+    found = of(decoder, "cublas")
+    assert found["f32"][1] <= 4 * (4 * gpu_run.CHANNELS) ** 2
+    assert found["bf16"][1] >= 2 * rows * gpu_run.SIDE**2 * gpu_run.CHANNELS
 
 
 def test_the_state_is_donated(decoder):

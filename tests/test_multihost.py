@@ -179,6 +179,27 @@ def test_a_checkpoint_goes_on_anywhere(whole, tmp_path, devices, mesh):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_two_slices_of_two_processes_are_one_run(whole, tmp_path):
+    """One of four killed with no warning, all started again as two: every example once."""
+    workdir = tmp_path / "slices"
+    settings = SETTINGS | {"mesh": {"fsdp": 4, "slices": 2}}
+    processes = start_pod(workdir, 4, 2, **settings, slow=0.1)
+    deadline = time.monotonic() + 240
+    while not (workdir / "checkpoints" / "8").is_dir():
+        assert time.monotonic() < deadline and processes[3].poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+    for process in reversed(processes):
+        process.kill()
+        process.communicate()
+    said = finish(start_pod(workdir, **settings))
+    assert "resumed from step " in said[0] and "data 2, fsdp 4" in said[0]
+    assert seen(workdir) == seen(whole)
+    for ours, theirs in zip(leaves(workdir), leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
 # How processes find each other
 
 

@@ -143,6 +143,39 @@ def test_a_collective_over_several_fusions_counts_once():
     assert Program(text, 2).collectives() == (Collective("all-gather", 2, 16, 2),)
 
 
+def test_what_computes_beside_a_collective_does_not_move_it_again():
+    """Of [4] gathered to [8], the first fusion's 8 + 16 bytes, and a product's 32 in the second."""
+    gather = (
+        "  %g = bf16[8] all-gather(%p0), replica_groups={{0,1}},"
+        ' frontend_attributes={chain_id="0"}\n'
+    )
+    text = (
+        "%first (p0: bf16[4]) -> (bf16[4], bf16[8]) {\n  %p0 = bf16[4] parameter(0)\n" + gather
+        + "  ROOT %r = (bf16[4], bf16[8]) custom-call(%g),"
+        ' custom_call_target="AsyncCollectiveStart"\n}\n\n'
+        "%beside (p0: bf16[4], p1: bf16[8], p2: bf16[8]) -> (bf16[8], bf16[4], ..., ...) {\n"
+        "  %p0 = bf16[4] parameter(0)\n  %p1 = bf16[8] parameter(1)\n"
+        "  %p2 = bf16[8] parameter(2)\n" + gather
+        + "  %m = bf16[8] multiply(%p2, %p2)\n"
+        "  ROOT %r = (bf16[8], bf16[4], bf16[8], bf16[8]) tuple(%m, %p0, %p1, %g)\n}\n\n"
+        "%last (p0: bf16[4], p1: bf16[8]) -> bf16[8] {\n"
+        "  %p0 = bf16[4] parameter(0)\n  %p1 = bf16[8] parameter(1)\n" + gather
+        + "  ROOT %r = bf16[8] custom-call(%p1, %g),"
+        ' custom_call_target="AsyncCollectiveDone"\n}\n\n'
+        "ENTRY %main (x: bf16[4], y: bf16[8]) -> bf16[8] {\n"
+        "  %x = bf16[4] parameter(0)\n  %y = bf16[8] parameter(1)\n"
+        "  %a = (bf16[4], bf16[8]) fusion(%x), kind=kCustom, calls=%first\n"
+        "  %a0 = bf16[4] get-tuple-element(%a), index=0\n"
+        "  %a1 = bf16[8] get-tuple-element(%a), index=1\n"
+        "  %b = (bf16[8], bf16[4], bf16[8], bf16[8]) fusion(%a0, %a1, %y), calls=%beside\n"
+        "  %b2 = bf16[8] get-tuple-element(%b), index=3\n"
+        "  ROOT %c = bf16[8] fusion(%a0, %b2), kind=kCustom, calls=%last\n}"
+    )  # fmt: skip
+    program = Program(text, 2)
+    assert program.collectives() == (Collective("all-gather", 2, 8, 1),)
+    assert program.bytes() == (8 + 16) + 2 * 16
+
+
 @pytest.mark.parametrize(("target", "slices"), [("{1,2}x{0:15}", 2), ("{1:4}x{0:3}", 4)])
 def test_what_goes_to_other_slices_is_read_from_sends(target, slices):
     attributes = f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="ALL_REDUCE"'

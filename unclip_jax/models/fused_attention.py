@@ -7,8 +7,8 @@ lies between them and `attention`: padding to blocks, masks, fully masked rows, 
 devices each call the kernel for their own examples, heads and rows of pixels, as XLA cannot split
 a kernel.
 
-The kernel for TPUs is tested in Pallas's interpreter and compiled by libtpu. The one for GPUs has
-not been run: its conditions are those that JAX's source states.
+The kernel for TPUs is tested in Pallas's interpreter and compiled by libtpu. The one for GPUs is
+compiled, and has not been run: its conditions are those that JAX's source states.
 """
 
 from __future__ import annotations

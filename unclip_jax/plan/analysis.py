@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -18,6 +17,7 @@ from unclip_jax.parallel import axes, flops
 from unclip_jax.plan import cuda
 from unclip_jax.plan.blocks import Split, equations
 from unclip_jax.plan.chips import Topology
+from unclip_jax.plan.hlo import all_products
 from unclip_jax.plan.kept import COMPILERS, compiled
 from unclip_jax.plan.measure import QUICK, Measured, Roofline, together
 from unclip_jax.plan.programs import Plan, device_bytes
@@ -191,9 +191,7 @@ def _figures(
     """What training and sampling are both asked for, and the peak of a chip's memory."""
     moved, collectives = together([(whole, 1), *((p.measured, p.count * p.passes) for p in parts)])
     peak = whole.peak + max((p.measured.temporary for p in parts), default=0)
-    products: collections.Counter[str] = collections.Counter()
-    for measured in (whole, *(p.measured for p in parts)):
-        products.update(measured.products)
+    programs = (whole, *(p.measured for p in parts))
     figures: Figures = {
         "mode": "blocks" if parts else "whole",
         "limit": topology.chip.hbm_bytes,
@@ -201,7 +199,7 @@ def _figures(
         "moved": moved,
         "collectives": [dataclasses.asdict(c) for c in collectives],
         "donated": whole.donated,
-        "products": dict(sorted(products.items())),
+        "products": all_products(i for m in programs for i in m.products.items()),
         # Of the compiler for all programs, those that were kept from earlier included.
         "compile_s": whole.compile_s + sum(p.measured.compile_s for p in parts),
     }

@@ -26,6 +26,8 @@ BITS = {
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
+PRODUCTS = ("dot", "convolution", "ragged-dot")
+KERNELS = ("__cublas", "__cudnn", "tpu_custom_call")  # of which calls are products
 # Between slices: all-reduce is dcn-all-reduce, and so on.
 DCN = "dcn-"
 # They move nothing, or name what others move.
@@ -54,6 +56,11 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     rest: str
+
+    @property
+    def number(self) -> int | None:
+        """Which parameter it is, if it is one."""
+        return int(self.rest.split(")")[0]) if self.opcode == "parameter" else None
 
     @property
     def constant(self) -> int | None:
@@ -107,6 +114,15 @@ def added_up(collectives: Iterable[tuple[Collective, int]]) -> tuple[Collective,
         total[0] += c.bytes * times
         total[1] += c.count * times
     return tuple(Collective(*key, *total) for key, total in sorted(totals.items()))
+
+
+def all_products(found: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Products by kind: their counts add up, and the largest is the largest of all."""
+    totals: dict[str, tuple[int, int]] = {}
+    for kind, (count, size) in sorted(found):
+        before, largest = totals.get(kind, (0, 0))
+        totals[kind] = (before + count, max(largest, size))
+    return totals
 
 
 def array_bytes(text: str, *, slow_only: bool = False) -> int:
@@ -241,23 +257,24 @@ class Program:
             return math.prod(sides[name] for name in re.findall(r"'([^']+)'", meshed[2]))
         return self.devices
 
-    def products(self) -> dict[str, int]:
-        """How many matrix products and convolutions there are, and calls of kernels of others.
+    def products(self) -> dict[str, tuple[int, int]]:
+        """Matrix products, convolutions and calls of others' kernels: how many, and of what size.
 
-        By kind and the dtype of the first operand, such as "convolution bf16"; kernels by name. As
-        they stand in the text: a loop's body counts once.
+        By kind and the dtype of the first operand, such as "convolution bf16", or by a kernel's
+        name. They are counted as they stand in the text, a loop's body once; the size is that of
+        the largest first operand, in bytes.
         """
-        found: collections.Counter[str] = collections.Counter()
+        found: list[tuple[str, tuple[int, int]]] = []
         for around in self.computations.values():
             for instruction in around.values():
                 called = _TARGET.search(instruction.rest)
-                if instruction.opcode in ("dot", "convolution", "ragged-dot") or (
-                    called and called[1].startswith(("__cublas", "__cudnn", "tpu_custom_call"))
-                ):
-                    of = around.get(next(iter(instruction.operands), ""))
+                kernel = called and called[1].startswith(KERNELS)
+                operand = around.get(next(iter(instruction.operands), ""))
+                if operand and (kernel or instruction.opcode in PRODUCTS):
                     kind = called[1] if called else instruction.opcode
-                    found[f"{kind} {_ARRAY.search(of.type)[1]}" if of else kind] += 1
-        return dict(sorted(found.items()))
+                    dtype = _ARRAY.search(operand.type)[1]
+                    found.append((f"{kind} {dtype}", (1, array_bytes(operand.type))))
+        return all_products(found)
 
     def bytes(self) -> int:
         """Bytes that one device moves between memory and core.
@@ -277,8 +294,8 @@ class Program:
             return array_bytes(around[name].type, slow_only=True)
 
         written = array_bytes(instruction.type, slow_only=True)
-        if instruction.opcode.endswith("-start"):  # its result repeats the operands
-            return written
+        if instruction.opcode.endswith("-start") or instruction.opcode in ("send", "recv"):
+            return written  # its result repeats the operands
         if instruction.opcode == "dynamic-slice":
             return 2 * written
         if instruction.opcode == "dynamic-update-slice":
@@ -286,12 +303,33 @@ class Program:
         if instruction.opcode != "fusion":
             return written + sum(map(size, instruction.operands))
         inner = self.computations[_CALLED.search(instruction.rest)[1]]
+        carried = _carried(inner)
+        last = list(inner.values())[-1]
+        if carried and last.opcode != "tuple":  # the first of several fusions, or the last one
+            return written if "AsyncCollectiveStart" in last.rest else 0
         sliced, updated = _touched(inner)
+        if carried:
+            arrays = [found[0] for found in _ARRAY.finditer(instruction.type)]
+            pairs = zip(last.operands, arrays, strict=True)
+            written -= sum(array_bytes(a, slow_only=True) for o, a in pairs if o in carried)
+            sliced |= {inner[name].number: 0 for name in carried if inner[name].number is not None}
         read = 0
         for i, operand in enumerate(instruction.operands):
             whole = size(operand)
             read += min(whole, sliced[i]) if i in sliced else whole
         return read + (min(written, updated) if updated is not None else written)
+
+
+def _carried(inner: Mapping[str, Instruction]) -> set[str]:
+    """What a fusion has of a collective that is spread over several, and only hands on.
+
+    The first of them begins it, and moves the bytes; the others compute beside it.
+    """
+    spread = [i for i in inner.values() if i.opcode in COLLECTIVES and _CHAIN.search(i.rest)]
+    if not spread:
+        return set()
+    through = {o for o in list(inner.values())[-1].operands if inner[o].opcode == "parameter"}
+    return through.union(*({i.name, *i.operands} for i in spread))
 
 
 def _start(carried: Instruction, place: int, around: Mapping[str, Instruction]) -> int:
@@ -352,5 +390,5 @@ def _touched(inner: dict[str, Instruction]) -> tuple[dict[int, int], int | None]
             or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)
         ]
         if last and len(reads) == len(last):
-            sliced[int(instruction.rest.split(")")[0])] = sum(reads)
+            sliced[instruction.number] = sum(reads)
     return sliced, updated

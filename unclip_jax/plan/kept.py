@@ -67,6 +67,7 @@ def _read(file: Path) -> Measured | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         found["collectives"] = tuple(Collective(**c) for c in found["collectives"])
+        found["products"] = {kind: tuple(two) for kind, two in found["products"].items()}
         return Measured(**found)
     except (OSError, ValueError, TypeError, KeyError):
         return None

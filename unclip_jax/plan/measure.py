@@ -17,6 +17,12 @@ from unclip_jax.plan.hlo import Collective, Program, added_up
 QUICK = {"xla_jf_fusion_max_instruction_count_for_window_config": "1"}
 
 
+_REFUSED = re.compile(
+    r"(?:Used |memory required for [\w ]*\()(?P<size>[\d.]+)(?P<unit>[KMGT])"
+    r"(?: of [\d.]+[KMGT] hbm|\) exceeds available HBM)"
+)
+
+
 class TooLarge(Exception):
     """A program that does not fit into a chip's memory; the message says what it would need."""
 
@@ -32,7 +38,7 @@ class Measured:
         moved: bytes between memory and core.
         collectives: bytes among chips.
         donated: bytes of arguments whose memory results take.
-        products: how many products and calls of kernels its text has, by kind and dtype.
+        products: see `Program.products`.
         compile_s: seconds that the compiler took, which say nothing of the program.
     """
 
@@ -42,7 +48,7 @@ class Measured:
     moved: int
     collectives: tuple[Collective, ...]
     donated: int
-    products: dict[str, int]
+    products: dict[str, tuple[int, int]]
     compile_s: float = dataclasses.field(compare=False)
 
     @property
@@ -63,10 +69,9 @@ def compiled(lowered: jax.stages.Lowered, devices: int, options: dict[str, str])
     try:
         program = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-        if used is None:
+        if (used := _REFUSED.search(str(error))) is None:
             raise
-        needed = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
+        needed = float(used["size"]) * 1024 ** (1 + "KMGT".index(used["unit"]))
         raise TooLarge(f"{needed / GIB:.2f} GiB") from error
     seconds = time.perf_counter() - began
     memory = program.memory_analysis()

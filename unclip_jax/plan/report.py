@@ -31,7 +31,8 @@ def in_words(plan: Mapping[str, Any]) -> str:
     """The whole report of a plan, as `unclip plan` prints it."""
     topology = Topology.parse(plan["topology"])
     lines = [
-        f"{plan['config']} on {plan['topology']}: {plan['chips']} chips as {plan['mesh']}",
+        f"{plan['config']} on {plan['topology']}: {plan['chips']}"
+        f" {'GPUs' if topology.chip.gpu else 'chips'} as {plan['mesh']}",
         *_chip_lines(topology),
         "",
     ]
@@ -102,7 +103,10 @@ def _sample_lines(sample: Mapping[str, Any]) -> list[str]:
 
 def _product_lines(figures: Mapping[str, Any]) -> list[str]:
     """What the program's products are, of a platform whose times are not known."""
-    lines = [f"  {count:>6} x {kind}" for kind, count in figures["products"].items()]
+    lines = [
+        f"  {count:>6} x {kind}, of at most {size / 2**20:.2f} MiB"
+        for kind, (count, size) in figures["products"].items()
+    ]
     return [f"  donated     {_gib(figures['donated'])}", "products and kernels in it", *lines]
 
 
