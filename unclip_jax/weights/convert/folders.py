@@ -9,6 +9,8 @@ from typing import Any
 
 from unclip_jax.errors import UserError
 
+INDEX = "model_index.json"  # of a whole pipeline: the class of each network in it
+
 # transformers' and diffusers' names for a network's weights, the best to read first.
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _ENDINGS = (

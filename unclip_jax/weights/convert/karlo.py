@@ -11,39 +11,31 @@ pipelines.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unclip_jax import stages
 from unclip_jax.common.checks import choice
 from unclip_jax.diffusion.gaussian import Diffusion
 from unclip_jax.diffusion.samplers import Sampling
 from unclip_jax.errors import UserError
 from unclip_jax.models import presets
-from unclip_jax.parallel import sharding
-from unclip_jax.parallel.cpu import memory as host_memory
-from unclip_jax.stages import DecoderStage, PriorStage, UpsamplerStage, normalisation
+from unclip_jax.stages import DecoderStage, PriorStage, UpsamplerStage
 from unclip_jax.weights.clip_text import ClipText
-from unclip_jax.weights.convert import clip, karlo_configs, karlo_names
-from unclip_jax.weights.convert.folders import read_json, weights_in
-from unclip_jax.weights.convert.tables import Row, to_ours, under
-from unclip_jax.weights.convert.tensor_files import Tensors, open_tensors
+from unclip_jax.weights.convert import clip, karlo_configs, karlo_names, parts
+from unclip_jax.weights.convert.folders import INDEX, read_json, weights_in
+from unclip_jax.weights.convert.tables import under
+from unclip_jax.weights.convert.tensor_files import open_tensors
 from unclip_jax.weights.trained import Part
 
 PRIOR_STEPS, DECODER_STEPS, SUPER_RES_STEPS = "25", "25", "7"
 _PRIOR = {"draws": 1, "unit_embeddings": False, "guidance_scale": 4.0, "empty_null": True}
 _DECODER = {"guidance_scale": 8.0, "empty_null": True}
-
-INDEX = "model_index.json"
 
 # What each of the original files is called, and a tensor that no other of them has.
 ORIGINAL = {
@@ -90,29 +82,7 @@ def load(
     Raises:
         UserError: as for `read`; or the mesh does not divide the weights.
     """
-    found = {name: _on_devices(part, mesh) for name, part in read(folders, dtype)}
-    upsamplers = tuple(part for name, part in found.items() if name.startswith("upsampler"))
-    return {
-        "clip": found["clip"],
-        "prior": found.get("prior"),
-        "decoder": found["decoder"],
-        "upsamplers": upsamplers,
-    }
-
-
-def _on_devices(part: Part, mesh: Mesh | None) -> Part:
-    """The same part; its arrays are replaced one by one, so that no two copies of all exist."""
-
-    def place(tree: dict[str, Any], where: dict[str, Any] | None) -> None:
-        for name, value in tree.items():
-            there = where and where[name]
-            if isinstance(value, dict):
-                place(value, there)
-            else:
-                tree[name] = host_memory.place(value, there) if there else jnp.asarray(value)
-
-    place(part.params, mesh and sharding.tree_shardings(part.params, mesh))
-    return part
+    return parts.of_unclip(read(folders, dtype), mesh)
 
 
 def read(folders: Sequence[str | Path], dtype: str = "") -> Iterator[tuple[str, Part]]:
@@ -151,13 +121,14 @@ def read(folders: Sequence[str | Path], dtype: str = "") -> Iterator[tuple[str, 
     del whole
     # CLIP's encoding of the empty caption, which Karlo's guidance leads away from.
     empty = {"null_caption": jax.tree.map(np.asarray, text.empty_caption())}
-    of_clip = Part(text.stage, empty, {"clip_fingerprint": mark})
+    of_clip = empty, {"clip_fingerprint": mark}
     for stage, table, files in networks:
         if stage.kind == "upsampler":
-            none = Part(stage, {}, {})
-            yield f"upsampler_{stage.image_size}", _part(stage, table, files, dtype, none)
-        else:
-            yield stage.kind, _part(stage, table, files, dtype, of_clip)
+            yield f"upsampler_{stage.image_size}", parts.part(stage, table, files, dtype)
+            continue
+        if stage.kind == "decoder":
+            stage = dataclasses.replace(stage, states_length=text.stage.context[0])
+        yield stage.kind, parts.part(stage, table, files, dtype, *of_clip)
 
 
 # ---------------------------------------------------------------- diffusers' layout
@@ -275,33 +246,3 @@ def _original_file(folders: list[Path], kind: str) -> Path:
         f"{found[0]}: holds {held[0] if held else 'something else'}, expected Karlo's {kind};"
         " give each file the name it was published under"
     )
-
-
-# ---------------------------------------------------------------- parts
-
-
-def _part(
-    stage: stages.Stage, table: list[Row], files: Mapping[str, Path], dtype: str, of_clip: Part
-) -> Part:
-    """A stage with the weights in some files, whose tensors get a prefix each.
-
-    What `of_clip` has goes into the params and the description as it is.
-    """
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    filled = {row.ours.split("/")[0] for row in table}
-    target = {name: shapes[name] for name in shapes if name in filled}
-    with contextlib.ExitStack() as stack:
-        opened = {prefix: stack.enter_context(open_tensors(path)) for prefix, path in files.items()}
-        each = (found.of_training("model.").prefixed(prefix) for prefix, found in opened.items())
-        tensors = functools.reduce(Tensors.join, each)
-        params = to_ours(table, tensors, target, dtype)
-    if stage.kind == "prior":
-        stats = params["normalisation"]
-        params["normalisation"] = {name: x.astype(np.float32) for name, x in stats.items()}
-    if stage.kind == "decoder":
-        length = of_clip.stage.context[0]
-        stage = dataclasses.replace(stage, states_length=length)
-        z_i = normalisation.identity(stage.model.embed_dim)
-        params["normalisation"] = jax.tree.map(np.asarray, z_i)
-    about = {"stage": stages.describe(stage), "converted_from": tensors.origin}
-    return Part(stage, params | of_clip.params, about | of_clip.description)

@@ -5,9 +5,9 @@
     unclip export diffusers --model runs/karlo --out karlo-diffusers
 
 `program` writes a stage's sampler as StableHLO, which plain JAX runs without this package; `clip`
-a CLIP as transformers' CLIPModel and CLIPProcessor read it; `diffusers` a Karlo, fine-tuned
-perhaps, in diffusers' layout. FOLDER may also be the name of a repository on the Hugging Face hub.
-See docs/export.md and docs/karlo.md.
+a CLIP as transformers' CLIPModel and CLIPProcessor read it; `diffusers` a Karlo or a Kandinsky,
+fine-tuned perhaps, in diffusers' layout. FOLDER may also be the name of a repository on the Hugging
+Face hub. See docs/export.md and docs/karlo.md.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = kinds.add_parser("clip", help="a CLIP as transformers reads it").add_argument
     add("--model", metavar="DIR", help="a model folder, or a CLIP's (default: the box model)")
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    add = kinds.add_parser("diffusers", help="a Karlo in diffusers' layout").add_argument
-    add("--model", required=True, metavar="DIR", help="as `unclip convert karlo` writes it")
+    add = kinds.add_parser("diffusers", help="Karlo or Kandinsky for diffusers").add_argument
+    add("--model", required=True, metavar="DIR", help="as `unclip convert` writes it")
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     return parser.parse_args(argv)
 
