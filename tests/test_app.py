@@ -103,6 +103,14 @@ def run(worker, task, owner="someone"):
 
 FORMS = {
     "text2im": lambda one, two: (tasks.text_to_image, ("a red apple", 4, 3, 2.5, None, False)),
+    "img2img": lambda one, two: (
+        tasks.img2img,
+        (one, "a dog", 0.5, False, 4, 1, 10, 2.0, True, "a cat"),
+    ),
+    "mix": lambda one, two: (
+        tasks.mix,
+        (None, two, "a dog\na cat", "1, -0.5 0.5", "sum", 4, 2, None, True),
+    ),
     "variations": lambda one, two: (tasks.variations, (one, 4, 0.5, 1, 10, None, True)),
     "interpolate": lambda one, two: (tasks.interpolation, (one, two, 5, 2, 10, None, False)),
     "textdiff": lambda one, two: (
@@ -175,6 +183,9 @@ def test_another_prompt_seed_scale_eta_or_theta_compiles_nothing(served, folder)
     def everything(prompt, seed, scale, eta, theta):
         for request in (
             tasks.text_to_image(served, prompt, 4, seed, scale, scale, False),
+            tasks.img2img(served, one, prompt, theta, False, 4, seed, 10, scale, False),
+            tasks.img2img(served, one, "", theta, True, 4, seed, 10, scale, False),
+            tasks.mix(served, one, None, prompt, f"{theta} 1", "sphere", 4, seed, scale, False),
             tasks.variations(served, one, 4, eta, seed, 10, scale, False),
             tasks.interpolation(served, two, one, 5, seed, 10, scale, False),
             tasks.text_diff(served, two, prompt, "a cat", theta, 5, seed, 10, scale, False),

@@ -49,6 +49,50 @@ def test_a_picture_depends_on_seed_and_caption_and_on_nothing_else(model):
     assert np.abs(generate(model, ["a red apple"], seed=1).astype(int) - alone[:1]).mean() > 1
 
 
+def test_some_pictures_of_a_seed_are_drawn_without_the_others(model):
+    """Bit for bit, where as many are computed together."""
+    options = {"batch_size": 2, "upsample": False}
+    whole = generate(model, ["a dog"], num=6, **options)
+    np.testing.assert_array_equal(generate(model, ["a dog"], first=3, num=2, **options), whole[3:5])
+    image = np.zeros((2, 16, 16, 3), np.uint8)
+    every = model.variations(jax.random.key(0), image, num=4, **options)
+    some = model.variations(jax.random.key(0), image, num=[1, 2], first=[3, 0], **options)
+    np.testing.assert_array_equal(some, every[[3, 4, 5]])
+
+
+def test_prompts_may_have_numbers_and_seeds_of_their_own(model):
+    keys, options = [jax.random.key(5), jax.random.PRNGKey(9)], {"batch_size": 1, "upsample": False}
+    keys[1] = jax.random.wrap_key_data(keys[1])
+    prompts = ["a dog", "a cat"]
+    ragged = model.generate(keys, prompts, num=[1, 3], first=[2, 0], **options)
+    np.testing.assert_array_equal(ragged[:1], generate(model, prompts[:1], 5, num=3, **options)[2:])
+    np.testing.assert_array_equal(ragged[1:], generate(model, prompts[1:], 9, num=3, **options))
+    none = model.generate(keys[1], prompts, num=[0, 1], **options)
+    np.testing.assert_array_equal(none, ragged[1:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num": [1]}, "how many values of num: got 1, expected one for all or 2, one each"),
+        ({"num": [0, 0]}, "num: got .*expected at least one sample"),
+        ({"num": [1, -1]}, r"num\[1\]: got -1"),
+        ({"first": -1}, "first: got -1"),
+        ({"first": 2**31}, "first: got 2147483648, expected numbers of samples below"),
+        ({"first": True}, "first: got True"),
+        (
+            {"key": jax.random.split(jax.random.key(0), 3)},
+            "key's shape: got .3,., expected one key",
+        ),
+        ({"key": 3}, "keys: got 'int'"),
+    ],
+)
+def test_numbers_and_seeds_that_do_not_fit_are_named(model, options, message):
+    given = {"key": jax.random.key(0), "prompts": ["a", "b"]} | options
+    with pytest.raises(UserError, match=message):
+        model.generate(**given)
+
+
 def test_every_stage_reports_its_steps_in_order_and_draws_the_same(model):
     seen = []
     watched = generate(model, ["a dog"], progress=lambda *step: seen.append(step))

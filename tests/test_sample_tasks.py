@@ -69,6 +69,11 @@ def run(folder, *command):
 
 
 TASKS = {
+    "img2img": (("--image", "plain.png", "one.png", "--prompt", "x", "--num", 2, *WALK), 3, 6),
+    "mix": (
+        ("--image", "plain.png", "--prompt", "a cat", "--weight", 1, "0.5", "--num", 3, *QUICK),
+        4, 4,
+    ),
     "reconstruct": (("--image", "plain.png", "one.png", "--steps", 4, 5, *QUICK), 3, 6),
     "variations": (("--image", "cmyk.jpg", "--image", "clear.png", "--num", 2, *WALK), 3, 6),
     "interpolate": (("--image", "palette.gif", "grey.webp", "--frames", 3, *WALK), 5, 10),
@@ -107,6 +112,37 @@ def test_every_task_writes_a_labelled_grid_and_single_pictures(folder, task, tmp
         assert grid.width > columns * 128 and grid.height > cells // columns * 128
     made = [Image.open(path).size for path in singles if path.name != "0000.png"]
     assert (32, 32) in made and set(made) <= {(32, 32), (16, 16)}
+
+
+def test_pictures_of_several_seeds_and_numbers_are_those_of_each_alone(folder, tmp_path):
+    def drawn(*flags):
+        run(
+            folder,
+            "text2im",
+            *flags,
+            "--batch_size",
+            1,
+            "--no_upsample",
+            "--out",
+            tmp_path / "a.png",
+        )
+        files = sorted((tmp_path / "a").iterdir())
+        about = [read_png_metadata(path) for path in files]
+        names = [(one["prompt"], one["sample"]) for one in about]
+        return dict(zip(names, [np.asarray(Image.open(path)) for path in files], strict=True))
+
+    cat, dog = ("--prompt", "a cat"), ("--prompt", "a dog")
+    both = drawn(*cat, *dog, "--seed", 3, 4, "--num", 1, 2, "--first", 1, 0)
+    assert list(both) == [("a cat", "1"), ("a dog", "0"), ("a dog", "1")]
+    for flags, names in (
+        ((*cat, "--seed", 3), [("a cat", "1")]),
+        ((*dog, "--seed", 4), [*both][1:]),
+    ):
+        alone = drawn(*flags, "--num", 2)
+        for name in names:
+            np.testing.assert_array_equal(both[name], alone[name])
+    with pytest.raises(UserError, match="how many values of num: got 3"):
+        drawn(*cat, *dog, "--num", 1, 2, 3)
 
 
 def test_karlo_is_a_model_too(folder, tmp_path):

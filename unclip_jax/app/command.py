@@ -19,6 +19,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser("app", __doc__)
     command_line.add_model(parser)
+    command_line.add_lora(parser)
     add = parser.add_argument
     add("--batch_size", type=int, default=4, help="pictures computed together (default 4)")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
     checks.count("--batch_size", args.batch_size)
     cpu_devices.use()
     compile_cache.use()
-    served = Served(load(args), args.model, args.dtype, args.t5, args.batch_size)
+    lora = {"lora": args.lora, "lora_weight": args.lora_weight}
+    served = Served(load(args), args.model, args.dtype, args.t5, args.batch_size, **lora)
     with serving(served, host=args.host, port=args.port, share=args.share) as address:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the files go, too
         print(f"open {address}  (Ctrl-C ends it)", flush=True)

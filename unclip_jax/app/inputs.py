@@ -57,6 +57,22 @@ def scale(name: str, value: object) -> float | None:
     return None if value is None else checks.number(name, value, 0, 30)
 
 
+def numbers(name: str, value: object, count: int) -> list[float] | None:
+    """So many numbers, apart by spaces or commas; None where the field is left empty.
+
+    Raises:
+        UserError: another number of them, or something else.
+    """
+    words = text(name, value or "", empty=True).replace(",", " ").split()
+    try:
+        found = [checks.number(name, float(word), -100, 100) for word in words]
+    except ValueError:
+        raise wrong(name, value, "numbers apart by spaces") from None
+    if found and len(found) != count:
+        raise wrong(name, value, f"{count} numbers, one for each picture and prompt")
+    return found or None
+
+
 def whole(name: str, value: object, low: int, high: int) -> int:
     """A whole number in a range, which browsers may send as a float.
 

@@ -19,6 +19,7 @@ from unclip_jax.app.widgets import Buttons, Output, guidance, seed, small, steps
 from unclip_jax.app.worker import Job, Worker
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline.drawing import Progress
+from unclip_jax.pipeline.manipulate import MIXES
 
 _POLL_SECONDS = 0.2
 
@@ -43,6 +44,8 @@ class Page:
                 if model.prior is not None or not reads_z_i:
                     self._text_to_image()
                 if model.clip is not None and reads_z_i:
+                    self._img2img()
+                    self._mix()
                     self._variations()
                     self._interpolation()
                     self._text_diff()
@@ -80,10 +83,38 @@ class Page:
             with gr.Accordion("More settings", open=False):
                 form.append(guidance("empty: the model's own"))
                 form.append(guidance("empty: the model's own", "Prior's guidance scale"))
-                form.append(self._small())
-                if "text_mask" in self.served.model.decoder.stage.conditions:
-                    info = "what not to draw; may be empty"
-                    form.append(gr.Textbox(label="Negative prompt", info=info))
+                form += [self._small(), *self._negative()]
+
+    def _img2img(self) -> None:
+        info = "0: the picture itself; 1: nothing of it but what CLIP sees"
+        has_prior = self.served.model.prior is not None
+        with self._tab("From a picture", tasks.img2img) as form:
+            form += [
+                upload("Picture"),
+                gr.Textbox(label="Prompt", info="may be empty", lines=2, visible=has_prior),
+                gr.Slider(0, 1, value=0.6, step=0.05, label="Strength", info=info),
+                gr.Checkbox(False, label="Start from inversion", info="keeps more of the picture"),
+                gr.Radio(tasks.NUMS, value=4, label="Pictures"),
+                seed(),
+                *self._walk("empty: the model's own"),
+            ]
+
+    def _mix(self) -> None:
+        info = f"up to {tasks.MAX_PROMPTS}; may be empty"
+        has_prior = self.served.model.prior is not None
+        with self._tab("Mix", tasks.mix) as form:
+            with gr.Row():
+                form += [upload("First picture"), upload("Second picture")]
+            weights = "pictures' first, apart by spaces; empty: equal ones"
+            form += [
+                gr.Textbox(label="Prompts, one a line", info=info, lines=3, visible=has_prior),
+                gr.Textbox(label="Weights", info=weights),
+                gr.Radio(MIXES, value=MIXES[0], label="How"),
+                gr.Radio(tasks.NUMS, value=4, label="Pictures"),
+                seed(),
+            ]
+            with gr.Accordion("More settings", open=False):
+                form += [guidance("empty: the model's own"), self._small(), *self._negative()]
 
     def _variations(self) -> None:
         info = "0: the picture itself; 1: freest"
@@ -139,7 +170,14 @@ class Page:
 
     def _walk(self, unset: str) -> list[gr.components.Component]:
         with gr.Accordion("More settings", open=False):
-            return [steps(), guidance(unset), self._small()]
+            return [steps(), guidance(unset), self._small(), *self._negative()]
+
+    def _negative(self) -> list[gr.components.Component]:
+        """A field for what not to draw, where the decoder can be led away from a caption."""
+        if "text_mask" not in self.served.model.decoder.stage.conditions:
+            return []
+        info = "what not to draw, where there is guidance; may be empty"
+        return [gr.Textbox(label="Negative prompt", info=info)]
 
     def _small(self) -> gr.Checkbox:
         model = self.served.model

@@ -104,6 +104,15 @@ def add_hosts(to: argparse.ArgumentParser) -> None:
 HOST_FLAGS = ("distributed", "coordinator_address", "num_processes", "process_id", "keep")
 
 
+def add_lora(to: argparse.ArgumentParser) -> None:
+    """Add the flags that name adapters, for `UnCLIP.with_lora`."""
+    many = {"nargs": "+", "action": "extend"}
+    help = "adapters that training or unclip save wrote; several act at once"
+    to.add_argument("--lora", metavar="FILE", help=help, **many)
+    help = "how much each --lora changes (default: 1, as trained)"
+    to.add_argument("--lora_weight", type=float, metavar="W", help=help, **many)
+
+
 def configs() -> dict[str, Path]:
     """The configs that come with the package: {"emoji/clip": its file, ...}."""
     files = [file for file in sorted(CONFIGS.glob("*/*.py")) if file.stem != "base"]

@@ -29,7 +29,7 @@ from unclip_jax.diffusion.rules import (
     zero_init,
     zero_star,
 )
-from unclip_jax.diffusion.samplers import Sampling, invert, sample
+from unclip_jax.diffusion.samplers import Sampling, invert, noised, sample
 from unclip_jax.diffusion.schedules import Process, Schedule
 from unclip_jax.diffusion.solvers import METHODS
 
@@ -52,6 +52,7 @@ __all__ = [
     "interpret",
     "interval",
     "invert",
+    "noised",
     "normal",
     "per_step",
     "perpendicular",

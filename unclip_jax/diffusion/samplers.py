@@ -38,7 +38,7 @@ from unclip_jax.diffusion.gaussian import (
 )
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.diffusion.schedules import Process
-from unclip_jax.diffusion.solvers import METHODS, ONE_STEP, Ask, Setting, check_used
+from unclip_jax.diffusion.solvers import METHODS, ONE_STEP, WITHOUT_MEMORY, Ask, Setting, check_used
 from unclip_jax.diffusion.states import Packing, key_each
 from unclip_jax.errors import UserError, wrong
 
@@ -100,11 +100,12 @@ def sample(
     noise: Any = None,
     eta: float | jax.Array = 0.0,
     analytic: jax.Array | None = None,
+    first: int | jax.Array | None = None,
     return_trajectory: bool = False,
     remat: bool = False,
     loop: Loop = whole,
 ) -> Any:
-    """Walk from noise to data.
+    """Walk from noise to data, or from somewhere on the way.
 
     Args:
         denoise: the network, perhaps wrapped in guidance.
@@ -122,6 +123,9 @@ def sample(
             traced, and is then not checked: other methods ignore it.
         analytic: float `[diffusion.steps]` from `analytic.statistic`; other methods than
             "analytic" ignore it.
+        first: how many of the noisiest steps to leave out, 0 to all; may be traced, so that another
+            number compiles nothing. x_T is then the state that the next step begins with, as
+            `noised` or `invert` makes it; 0 is the noisiest step's. For methods without memory.
         return_trajectory: whether to return every state besides, which then is kept.
         remat: whether a gradient computes each step again instead of keeping what it made: the
             memory of one step and of the states, for one more forward pass.
@@ -155,15 +159,19 @@ def sample(
         i = process.steps - 1 - n  # the noisiest first
         return solver.step(*carry, ask, i, lambda: draw(i))
 
+    step = jax.checkpoint(step, prevent_cse=False) if remat else step
+    start = x_T.astype(state_dtype(x_T)) * (diffusion.noise_std if first is None else 1.0)
+    carry = start, solver.memory(start)
+    if first is not None:
+        first, every = _left_out(first, process, sampling, carry[1]), step
+        step = lambda n, carry: jax.lax.cond(n < first, lambda _, c: c, every, n, carry)  # noqa: E731
+    if not return_trajectory:
+        return packing.unpack(loop(step, carry, process.steps)[0])
+
     def kept(n: jax.Array, carry: tuple[tuple[jax.Array, Any], jax.Array]) -> tuple[Any, jax.Array]:
         states, carry = carry[1], step(n, carry[0])
         return carry, states.at[n + 1].set(carry[0])
 
-    step = jax.checkpoint(step, prevent_cse=False) if remat else step
-    start = x_T.astype(state_dtype(x_T)) * diffusion.noise_std
-    carry = start, solver.memory(start)
-    if not return_trajectory:
-        return packing.unpack(loop(step, carry, process.steps)[0])
     states = jnp.broadcast_to(start[None], (process.steps + 1, *start.shape))
     (x_0, _), states = loop(kept, (carry, states), process.steps)
     return packing.unpack(x_0), packing.unpack(states, axes=2)
@@ -177,6 +185,7 @@ def invert(
     loop: Loop = whole,
     *,
     steps: Any = None,
+    first: int | jax.Array | None = None,
     iterations: int = 0,
 ) -> Any:
     """Inversion: the noise x_T from which a deterministic method returns to `x_0`.
@@ -192,6 +201,8 @@ def invert(
         sampling: its spacing gives the steps; a method without noise. None for "ddim" in 50 steps.
         loop: as in `sample`.
         steps: in place of the spacing of `sampling`.
+        first: stop where `sample` begins with the same `first`. Methods with memory are as good
+            here as the others.
         iterations: 0 follows the equation, and returns to x_0 the better the more steps there are.
             So many fixed-point iterations a step look for the x that the method's own step leads
             back, so that `sample` returns to x_0 in few steps too (as in AIDI, arXiv 2309.04907);
@@ -236,8 +247,64 @@ def invert(
         return jax.lax.fori_loop(0, iterations, nearer, x) if iterations else x, memory
 
     start = x_0.astype(state_dtype(x_0))
-    x_T, _ = loop(step, (start, solver.memory(start)), process.steps)
-    return packing.unpack(x_T / diffusion.noise_std)
+    carry = start, solver.memory(start)
+    if first is None:
+        x_T, _ = loop(step, carry, process.steps)
+        return packing.unpack(x_T / diffusion.noise_std)
+    last = process.steps - _left_out(first, process, sampling)
+    some = lambda i, carry: jax.lax.cond(i < last, step, lambda _, c: c, i, carry)  # noqa: E731
+    return packing.unpack(loop(some, carry, process.steps)[0])
+
+
+def noised(
+    x_0: Any,
+    noise: Any,
+    diffusion: Diffusion,
+    sampling: Sampling | None = None,
+    *,
+    steps: Any = None,
+    first: int | jax.Array = 0,
+) -> Any:
+    """q(x_t | x_0) where `sample` begins with the same `first`: what an edit of x_0 starts from.
+
+    Args:
+        x_0: float `[b, ...]`, or a pytree of such arrays.
+        noise: standard normal, of the same shapes, such as `normal(keys, shape)`.
+        diffusion: what the network was trained to do.
+        sampling: as in `sample`.
+        steps: as in `sample`.
+        first: how many of the noisiest steps are left out; may be traced. All of them leave x_0.
+
+    Raises:
+        UserError: a spacing or a number of steps that is not there, or shapes that differ.
+    """
+    sampling = _chosen(diffusion, sampling, steps, "dpm++", 20)
+    packing = Packing(x_0)
+    x_0, noise = packing.pack(x_0, "x_0"), packing.pack(noise, "noise")
+    checks.shape("noise", noise, x_0.shape)
+    process = diffusion.process(sampling.spacing, state_dtype(x_0))
+    i = process.steps - _left_out(first, process, sampling)
+    alpha = np.append(process.alpha_prev[:1], process.alpha)
+    sigma = np.append(process.sigma_prev[:1], process.sigma)
+    return packing.unpack(at(alpha, i, x_0) * x_0 + at(sigma, i, x_0) * noise)
+
+
+def _left_out(
+    first: int | jax.Array, process: Process, sampling: Sampling, memory: Any = ()
+) -> jax.Array:
+    """How many steps to leave out, int32; UserError where that is no number of them."""
+    if jax.tree.leaves(memory):
+        field, names = (
+            f"first, for Sampling.method={sampling.method!r}",
+            " or ".join(WITHOUT_MEMORY),
+        )
+        expected = "none: its steps remember those that would be left out"
+        raise wrong(field, first, expected, f"use {names}, or a spacing of the times that are left")
+    if not isinstance(first, jax.core.Tracer):
+        first = checks.count("first", first, least=0)
+        if first > process.steps:
+            raise wrong("first", first, f"0 to {process.steps}, the number of steps")
+    return jnp.asarray(first, jnp.int32)
 
 
 def _chosen(

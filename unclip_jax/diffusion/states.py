@@ -22,7 +22,7 @@ def many_keys(keys: Any) -> jax.Array:
     Raises:
         UserError: they are something else.
     """
-    keys = _typed(keys)
+    keys = typed(keys)
     if keys.ndim != 1:
         raise _no_keys(keys)
     return keys
@@ -34,7 +34,7 @@ def key_each(keys: Any, rows: int) -> jax.Array:
     Raises:
         UserError: they are no keys, or of another number.
     """
-    keys = _typed(keys)
+    keys = typed(keys)
     if keys.ndim == 0:
         return jax.random.split(keys, rows)
     if keys.shape != (rows,):
@@ -42,7 +42,8 @@ def key_each(keys: Any, rows: int) -> jax.Array:
     return keys
 
 
-def _typed(keys: Any) -> jax.Array:
+def typed(keys: Any) -> jax.Array:
+    """Typed keys of typed or legacy ones, of any number of axes; UserError for anything else."""
     if not isinstance(keys, jax.Array | np.ndarray):
         raise wrong("keys", type(keys).__name__, "a key", "write jax.random.key(0)")
     if keys.dtype == np.uint32 and keys.ndim:

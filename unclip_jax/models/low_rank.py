@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,54 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.common.params import Params, flatten, unflatten
 from unclip_jax.models.convolution import Conv
+from unclip_jax.parallel import axes
 
 A, B = "lora_a", "lora_b"  # params beside a layer's "kernel": [in, rank] and [rank, out]
+
+
+def matrix_shape(
+    name: str, shape: tuple[int, ...], convolutions: bool = False
+) -> tuple[int, ...] | None:
+    """A kernel's shape as a matrix: [in, out], or [layers, in, out] where layers are stacked.
+
+    Projections made as one, such as queries, keys and values, are one matrix: they share their A.
+
+    Args:
+        name: of the param, its path joined by "/".
+        shape: of the param.
+        convolutions: whether a convolution's kernel counts.
+
+    Returns:
+        None where the param is not adapted: biases, norms, embeddings, positions.
+
+    Raises:
+        UserError: no row of `axes.PARAM_AXES` is for it.
+    """
+    names, inputs, outputs = axes.of_param(tuple(name.split("/")), len(shape))
+    if not outputs or ("window" in names and not convolutions):
+        return None
+    size = lambda part: math.prod(shape[axis] for axis in part)  # noqa: E731
+    return (*shape[: inputs[0]], size(inputs), size(outputs))
+
+
+def merged(network: Params, adapters: Params, scale: float = 1.0) -> Params:
+    """The network with its adapters added: kernel + scale * A B, float32 whatever the kernel is.
+
+    So nothing of the product is rounded away. With B at zero it has the network's values.
+    """
+    flat = flatten(adapters)
+
+    def changed(name: str, value: jax.Array) -> jax.Array:
+        where = name.removesuffix("kernel")
+        if where + A not in flat:
+            return value
+        a, b = flat[where + A], flat[where + B]
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return value.astype(jnp.float32) + scale * product.reshape(value.shape)
+
+    return unflatten({name: changed(name, value) for name, value in flatten(network).items()})
 
 
 def apply(network: nn.Module, params: Mapping[str, Any], *inputs: Any, **named: Any) -> Any:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.common.files import replacing
+from unclip_jax.diffusion import states
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import wrong
 from unclip_jax.parallel import axes, shares
@@ -50,6 +52,49 @@ def named(progress: Progress | None, stage: str) -> Callable[[int, int], None] |
 def stage_keys(keys: jax.Array, purpose: int) -> jax.Array:
     """The keys [b] that a stage draws with."""
     return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
+
+
+def numbered(
+    key: jax.Array | Sequence[jax.Array],
+    rows: int,
+    num: int | Sequence[int] = 1,
+    first: int | Sequence[int] = 0,
+) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+    """The samples that are asked for of each of `rows` prompts, those of one after another's.
+
+    Args:
+        key: one for all prompts, or one for each. Sample i of a prompt draws from fold_in(key, i).
+        rows: how many prompts there are.
+        num: samples of a prompt: one number for all, or one for each, of which some may be 0.
+        first: the number i of a prompt's first sample, likewise.
+
+    Returns:
+        For n samples their typed keys [n], whose prompt's each is [n], and its number i [n].
+
+    Raises:
+        UserError: no samples at all, or not as many numbers or keys as prompts.
+    """
+    nums, firsts = _for_each("num", num, rows, 1), _for_each("first", first, rows, 0)
+    if not sum(nums):
+        raise wrong("num", num, "at least one sample in all")
+    keys = states.typed(jnp.stack(key) if isinstance(key, list | tuple) else key)
+    if keys.shape not in ((), (rows,)):
+        raise wrong("key's shape", keys.shape, f"one key for all, or one for each of {rows}")
+    numbers = np.concatenate([np.arange(i, i + n) for i, n in zip(firsts, nums, strict=True)])
+    if numbers.max() >= 2**31:
+        raise wrong("first", first, "numbers of samples below 2^31")
+    whose = np.repeat(np.arange(rows), nums)
+    keys = jnp.broadcast_to(keys, (rows,))[whose]
+    return jax.vmap(jax.random.fold_in)(keys, jnp.asarray(numbers, jnp.int32)), whose, numbers
+
+
+def _for_each(field: str, value: int | Sequence[int], rows: int, least: int) -> list[int]:
+    """A whole number for each row, of one for all, at least `least`, or one for each, 0 or more."""
+    if np.ndim(value) == 0:
+        return [checks.count(field, value, least)] * rows
+    if len(value) != rows:
+        raise wrong(f"how many values of {field}", len(value), f"one for all or {rows}, one each")
+    return [checks.count(f"{field}[{i}]", one, 0) for i, one in enumerate(value)]
 
 
 def in_batches(total: int, batch_size: int, make: Callable[[np.ndarray], jax.Array]) -> np.ndarray:

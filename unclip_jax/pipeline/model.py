@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import text_mask
-from unclip_jax.weights import box, hub
+from unclip_jax.weights import adapters, box, hub
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.convert import karlo
@@ -123,6 +123,43 @@ class Model:
         parts = {name: getattr(self, name) for name in ("clip", "prior", "decoder", "upsamplers")}
         return dataclasses.replace(self, mesh=mesh, **_each(placed, parts))
 
+    def with_lora(self, files: Mapping[str | Path, float]) -> Self:
+        """This model changed by adapters, each as much as its weight says.
+
+        Args:
+            files: weights by file, as train.py writes them (lora.safetensors) and `unclip save`: 1
+                is the change that was trained, 0 none. Any number of files, of any of the parts but
+                CLIP. Another weight compiles nothing.
+
+        Raises:
+            UserError: a file that is none, adapters of another model, or a weight that is none.
+        """
+        parts, chosen = self.parts(), {}
+        for path, weight in files.items():
+            found = adapters.read_adapters(path)
+            names = [
+                name
+                for name, part in parts.items()
+                if name != "clip"
+                and (part.stage.kind, part.stage.image_size) == (found.kind, found.image_size)
+            ]
+            if not names:
+                size = f" of {found.image_size} px" if found.image_size else ""
+                there = ", ".join(name for name in parts if name != "clip")
+                expected = f"of one of this model's parts: {there}"
+                raise wrong(f"adapters {found.path!r}", f"a {found.kind}'s{size}", expected)
+            chosen.setdefault(names[0], []).append((found, weight))
+        changed = {name: adapters.blended(parts[name], some) for name, some in chosen.items()}
+        upsamplers = tuple(
+            changed.get(f"upsampler_{part.stage.image_size}", part) for part in self.upsamplers
+        )
+        return dataclasses.replace(
+            self,
+            prior=changed.get("prior", self.prior),
+            decoder=changed.get("decoder", self.decoder),
+            upsamplers=upsamplers,
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all its weights, one copy of each."""
@@ -171,6 +208,7 @@ class Model:
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write a model folder that `load` reads; `dtype` is that of the weights in it."""
         for name, part in self.parts().items():
+            part = adapters.settled(part)
             description = part.description
             if name == "clip":  # its weights may be rounded; it stays the CLIP it was
                 description = description | {"fingerprint": clip_fingerprint(part)}

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.common import checks
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.pipeline import negatives
 from unclip_jax.pipeline.drawing import (
@@ -29,12 +28,13 @@ from unclip_jax.pipeline.drawing import (
     check_prompts,
     in_batches,
     named,
+    numbered,
     sample_stage,
     stage_keys,
 )
 from unclip_jax.pipeline.model import Model
 from unclip_jax.stages import pixels
-from unclip_jax.stages.conditioning import Condition, example_keys
+from unclip_jax.stages.conditioning import Condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +138,12 @@ class UnCLIP(Model):
 
     def generate(
         self,
-        key: jax.Array,
+        key: jax.Array | Sequence[jax.Array],
         prompts: Sequence[str],
         *,
         negative: str | Sequence[str] = "",
-        num: int = 1,
+        num: int | Sequence[int] = 1,
+        first: int | Sequence[int] = 0,
         prior_guidance_scale: float | None = None,
         guidance_scale: float | None = None,
         upsample: bool = True,
@@ -153,13 +154,16 @@ class UnCLIP(Model):
         """Pictures for captions.
 
         Args:
-            key: typed PRNG key (jax.random.key). Sample i of any prompt uses fold_in(key, i), so
-                a picture never depends on the other prompts or on how many there are.
+            key: PRNG key (jax.random.key), or one for each prompt. Sample i of a prompt uses
+                fold_in(key, i), so a picture never depends on the others or on how many there are.
             prompts: captions, at least one; none empty.
             negative: what not to draw, one for all prompts or one for each; "" for nothing.
                 Guidance leads away from it in the place of no caption, in the prior and in the
                 decoder, where their scales are not 1.
-            num: pictures per prompt.
+            num: pictures per prompt, or one number for each prompt.
+            first: the number i of a prompt's first picture, or one for each prompt: with first=4
+                and num=2, the fifth and the sixth of those that num=6 gives, and no others are
+                drawn. They are the same bit for bit where as many are computed together.
             prior_guidance_scale: the prior's guidance; None takes the model's own.
             guidance_scale: the decoder's guidance; None takes the model's own.
             upsample: False stops after the decoder.
@@ -173,11 +177,12 @@ class UnCLIP(Model):
             progress: called as progress(stage, done, steps); what it raises ends the sampling.
 
         Returns:
-            uint8 [len(prompts) * num, size, size, 3], the samples of one prompt side by side.
+            uint8 [n, size, size, 3], the samples of one prompt side by side.
 
         Raises:
-            UserError: an empty list, an empty prompt, num or batch_size below 1, noise of a part
-                that is not there, or negative prompts that no part is guided away from.
+            UserError: an empty list, an empty prompt, no pictures at all, batch_size below 1, noise
+                of a part that is not there, negative prompts that no part is guided away from, or
+                lists that are not as long as the prompts'.
         """
         check_prompts(prompts)
         for scale in (prior_guidance_scale, guidance_scale):
@@ -187,10 +192,8 @@ class UnCLIP(Model):
         guided = reads_z_i and self.prior and self.prior.stage.guided_by(prior_guidance_scale)
         if any(avoided) and not guided:
             negatives.check_decoder(self.decoder.stage, guidance_scale)
-        num = checks.count("num", num)
-        texts, avoided = (
-            [text for text in each for _ in range(num)] for each in (prompts, avoided)
-        )
+        keys, whose, _ = numbered(key, len(prompts), num, first)
+        texts, avoided = ([each[i] for i in whose] for each in (prompts, avoided))
 
         def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
             captions, z_i = [texts[i] for i in rows], None
@@ -207,16 +210,16 @@ class UnCLIP(Model):
             conds = z_i, captions, away
             return self._render(keys, conds, guidance_scale, upsample, noise, progress)
 
-        keys = jnp.tile(example_keys(key, num), len(prompts))
         return self._pictures(make, keys, batch_size, noise)
 
     def variations(
         self,
-        key: jax.Array,
-        images: np.ndarray,
+        key: jax.Array | Sequence[jax.Array],
+        images: np.ndarray | Sequence[np.ndarray],
         *,
         negative: str = "",
-        num: int = 1,
+        num: int | Sequence[int] = 1,
+        first: int | Sequence[int] = 0,
         guidance_scale: float | None = None,
         upsample: bool = True,
         batch_size: int = 16,
@@ -232,23 +235,48 @@ class UnCLIP(Model):
             num: variations of each picture.
 
         Returns:
-            uint8 [b * num, size, size, 3], the variations of one picture side by side.
+            uint8 [n, size, size, 3], the variations of one picture side by side.
 
         Raises:
-            UserError: num or batch_size below 1, the model's CLIP has no image tower, or a negative
-                prompt that the decoder is not guided away from.
+            UserError: no variations or batch_size below 1, the model's CLIP has no image tower, or
+                a negative prompt that the decoder is not guided away from.
         """
-        [avoided] = negatives.one_each(negative, 1)
-        if avoided:
+        self.check_away(negative, guidance_scale)
+        z_i = self.embed_image(images)
+        keys, whose, _ = numbered(key, len(z_i), num, first)
+        z_i = z_i[whose]
+        given = negative, guidance_scale, upsample, batch_size
+        return self.draw(keys, z_i, *given, noise=noise, progress=progress)
+
+    def check_away(self, negative: str, guidance_scale: float | None) -> None:
+        """Raise UserError where the decoder cannot be guided away from a caption, or it is none."""
+        if negatives.one_each(negative, 1) != [""]:
             negatives.check_decoder(self.decoder.stage, guidance_scale)
-        z_i = jnp.repeat(self.embed_image(images), checks.count("num", num), axis=0)
+
+    def draw(
+        self,
+        keys: jax.Array,
+        z_i: np.ndarray | jax.Array,
+        negative: str = "",
+        guidance_scale: float | None = None,
+        upsample: bool = True,
+        batch_size: int = 16,
+        *,
+        noise: Mapping[str, np.ndarray] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Pictures, uint8 [b, size, size, 3], of embeddings z_i [b, e] and no captions.
+
+        `keys` are [b], one for each; the rest is as for `variations`.
+        """
+        self.check_away(negative, guidance_scale)
+        [avoided] = negatives.one_each(negative, 1)
 
         def make(keys: jax.Array, rows: np.ndarray, noise: dict[str, np.ndarray]) -> jax.Array:
             away = [avoided] * len(rows) if avoided else None
             conds = z_i[rows], [""] * len(rows), away
             return self._render(keys, conds, guidance_scale, upsample, noise, progress)
 
-        keys = jnp.tile(example_keys(key, num), len(images))
         return self._pictures(make, keys, batch_size, noise)
 
     def _render(self, keys, conds, guidance_scale, upsample, noise, progress) -> jax.Array:

@@ -83,11 +83,10 @@ def main(argv: list[str]) -> None:
     place = Workdir(WORKDIR.value)
 
     def export(params, step: int) -> None:
-        model_folder.save_stage(
-            place.local / "model",
-            params=run.export(params),
-            description=run.description | {"step": step},
-        )
+        about = run.description | {"step": step}
+        if run.save_adapters is not None:
+            run.save_adapters(place.local / "lora.safetensors", params, about)
+        model_folder.save_stage(place.local / "model", params=run.export(params), description=about)
         if run.stage.keeps_fingerprint and (known := Known.read(run.data)):
             known.save(place.local)
 

@@ -21,8 +21,9 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.training import lora
 from unclip_jax.training.lora import Lora
+from unclip_jax.weights import adapters
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.trained import read_stage, stage_folder
+from unclip_jax.weights.trained import Part, read_stage, stage_folder
 
 Params = dict[str, Any]
 
@@ -127,6 +128,18 @@ class Origin:
         """What to save of `adapted` params: the adapters in the weights as the folder has them."""
         whole = self.params()
         return whole | {TRAINED: lora.merge(config, whole[TRAINED], params[TRAINED])}
+
+    def save_adapters(
+        self, path: Path, config: Lora, params: Params, description: Mapping[str, Any]
+    ) -> None:
+        """Write the adapters of `adapted` params alone, see `weights.adapters`.
+
+        `description` is the run's, with the step.
+        """
+        base = Part(self.stage, self.params(), {})
+        names = ("lora", "data", "data_fingerprint", "init", "step")
+        about = {name: description[name] for name in names if name in description}
+        adapters.save_adapters(path, base, params[TRAINED], config.scale, about)
 
 
 def _overlaid(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ ordinary cost. So nothing of the product is rounded away, however few bits W has
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from unclip_jax.common import checks
 from unclip_jax.common.params import TRAINED, Params, flatten, unflatten
 from unclip_jax.errors import wrong
 from unclip_jax.models import low_rank
-from unclip_jax.parallel import axes
+from unclip_jax.models.low_rank import matrix_shape
 
 BASE = "base_network"  # the frozen network's entry beside its adapters; see `params.is_weights`
 DTYPES = ("float32", "bfloat16")
@@ -60,31 +59,6 @@ class Lora:
         return self.alpha / self.rank
 
 
-def matrix_shape(
-    name: str, shape: tuple[int, ...], convolutions: bool = False
-) -> tuple[int, ...] | None:
-    """A kernel's shape as a matrix: [in, out], or [layers, in, out] where layers are stacked.
-
-    Projections made as one, such as queries, keys and values, are one matrix: they share their A.
-
-    Args:
-        name: of the param, its path joined by "/".
-        shape: of the param.
-        convolutions: whether a convolution's kernel counts.
-
-    Returns:
-        None where the param is not adapted: biases, norms, embeddings, positions.
-
-    Raises:
-        UserError: no row of `axes.PARAM_AXES` is for it.
-    """
-    names, inputs, outputs = axes.of_param(tuple(name.split("/")), len(shape))
-    if not outputs or ("window" in names and not convolutions):
-        return None
-    size = lambda part: math.prod(shape[axis] for axis in part)  # noqa: E731
-    return (*shape[: inputs[0]], size(inputs), size(outputs))
-
-
 def init(config: Lora, key: jax.Array, network: Params) -> Params:
     """Adapters of a network: a tree of "lora_a" [.., in, rank] and "lora_b" [.., rank, out].
 
@@ -105,22 +79,8 @@ def init(config: Lora, key: jax.Array, network: Params) -> Params:
 
 
 def merge(config: Lora, network: Params, adapters: Params) -> Params:
-    """The network with its adapters added: kernel + scale * A B, float32 whatever the kernel is.
-
-    So nothing of the product is rounded away. With B at zero it has the network's values.
-    """
-    flat = flatten(adapters)
-
-    def merged(name: str, value: jax.Array) -> jax.Array:
-        where = name.removesuffix("kernel")
-        if where + low_rank.A not in flat:
-            return value
-        a, b = flat[where + low_rank.A], flat[where + low_rank.B]
-        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        change = config.scale * product.reshape(value.shape)
-        return value.astype(jnp.float32) + change
-
-    return unflatten({name: merged(name, value) for name, value in flatten(network).items()})
+    """The network with its adapters added, see `low_rank.merged`."""
+    return low_rank.merged(network, adapters, config.scale)
 
 
 def attach(config: Lora, key: jax.Array, params: Params) -> Params:

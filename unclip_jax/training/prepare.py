@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -98,6 +99,7 @@ class Run:
         evaluate: figures of the EMA params on held-out data.
         preview: pictures with captions, made with the EMA params.
         export: the params of the stage, made of those that trained.
+        save_adapters: writes those that trained alone, where they are adapters; else None.
         description: what a checkpoint or model folder says of itself.
         encoder: the frozen text encoder, where the stage reads its states; or the tokenizer,
             where it is another than this package's.
@@ -115,6 +117,7 @@ class Run:
     export: Callable[[Params], Params]
     description: dict[str, Any]
     encoder: TextEncoder | Encoder | None
+    save_adapters: Callable[[Path, Params, Mapping[str, Any]], None] | None = None
 
     def complete(self, description: Mapping[str, Any]) -> dict[str, Any]:
         """`complete` of an older version's description; its data's fingerprint as it is now.
@@ -327,6 +330,7 @@ def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
         evaluate=lambda params, step: run.evaluate(whole(params), step),
         preview=lambda params, step: run.preview(whole(params), step),
         export=functools.partial(origin.merged, config),
+        save_adapters=lambda path, params, about: origin.save_adapters(path, config, params, about),
     )
 
 

@@ -3,7 +3,10 @@
     unclip save --workdir runs/emoji/decoder --out decoder-at-2000 --step 2000
 
 train.py writes WORKDIR/model when it ends; this command takes any checkpoint, also while the run
-goes on, or after it stopped. The run is only read.
+goes on, or after it stopped. The run is only read. Of a run that trains adapters (config.lora), a
+name that ends in .safetensors holds those alone, and --lora of other commands takes it:
+
+    unclip save --workdir runs/emoji/lora --init runs/emoji/decoder --out hats.safetensors
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--workdir", required=True, metavar="DIR", help="what train.py was given, a folder or gs://"
     )
-    add("--out", required=True, metavar="DIR", help="the model folder to write")
+    add("--out", required=True, metavar="DIR", help="the model folder to write, or a .safetensors")
     add("--step", default="latest", metavar="N", help="of the checkpoint, latest or best")
     add("--init", default="", metavar="DIR", help="the run's config.init, where it had one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="to store weights in")
@@ -63,13 +66,12 @@ def best(saved: Saved) -> int:
     return (min if train["best_is"] == "least" else max)(values, key=values.get)
 
 
-def whole(params: Params, description: dict[str, Any], init: str) -> Params:
-    """A checkpoint's params with those it leaves out because they never change.
+def origin_of(description: dict[str, Any], init: str) -> Origin | None:
+    """The trained stage that a run started from; None if it started from none.
 
     Args:
-        params: of the checkpoint.
-        description: of its run.
-        init: the folder that the run started from, "" if it started from none.
+        description: of the run.
+        init: the folder that it started from, "" if it started from none.
 
     Raises:
         UserError: the folder is missing, or is another than the run's.
@@ -77,7 +79,7 @@ def whole(params: Params, description: dict[str, Any], init: str) -> Params:
     if "init" not in description:
         if init:
             raise wrong("--init", init, "none: this run started from no folder", "leave it out")
-        return params
+        return None
     if not init:
         raise UserError(
             "--init: missing; this run started from a trained stage, whose frozen weights are not"
@@ -89,9 +91,27 @@ def whole(params: Params, description: dict[str, Any], init: str) -> Params:
             f"--init: {init!r} holds weights {origin.fingerprint}, but the run started from"
             f" {description['init']['fingerprint']}; give that folder"
         )
+    return origin
+
+
+def whole(params: Params, description: dict[str, Any], origin: Origin | None) -> Params:
+    """A checkpoint's params with those it leaves out because they never change."""
+    if origin is None:
+        return params
     if "lora" in description:
         return origin.merged(settings.build(Lora, description["lora"], "lora"), params)
     return origin.params() | params
+
+
+def save_adapters(
+    path: Path, params: Params, description: dict[str, Any], origin: Origin | None
+) -> None:
+    """Write a run's adapters alone; UserError for a run that trains none."""
+    if origin is None or "lora" not in description:
+        expected = "a folder: this run trains no adapters (config.lora)"
+        raise wrong("--out", str(path), expected, "give a name without .safetensors")
+    config = settings.build(Lora, description["lora"], "lora")
+    origin.save_adapters(path, config, params, description)
 
 
 def main(argv: list[str]) -> None:
@@ -101,7 +121,12 @@ def main(argv: list[str]) -> None:
         step = choose(saved, args.step)
         averaged, description = saved.averaged(step), saved.item(step, "description")
         stage = stages.build(description["stage"], "checkpoint: stage")
-        params = whole(averaged, description, args.init)
+        origin = origin_of(description, args.init)
+    if Path(args.out).suffix == ".safetensors":
+        save_adapters(Path(args.out), averaged, description | {"step": step}, origin)
+        print(f"{args.out}: the adapters of a {stage.kind} at step {step} of {args.workdir}")
+        return
+    params = whole(averaged, description, origin)
     expected = flatten(jax.eval_shape(stage.init, jax.random.key(0)))
     problems = compare_shapes(flatten(params), expected)
     if problems:

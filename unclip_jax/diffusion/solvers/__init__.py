@@ -79,6 +79,7 @@ METHODS = {
 
 
 ONE_STEP = ("ddim", "euler", "rf_euler", "heun", "dpm2")  # without noise and without memory
+WITHOUT_MEMORY = (*ONE_STEP, "ddpm", "analytic", "euler_ancestral")
 
 
 def check_used(field: str, value: Any, option: str, method: str) -> None:

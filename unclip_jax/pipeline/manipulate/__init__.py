@@ -16,8 +16,9 @@ __all__, __getattr__, __dir__ = lazy.face(
     {
         "edits": "inpaint interpolate pictures reconstruct text_diff upscale",
         "latents": "Latents Walk decode embed encode noise render",
+        "mixes": "MIXES img2img mix mixed",
         "probes": "ABLATIONS PCA_DIMS ablate_prior check_labels fit_pca overlay pca_embeddings"
         " zero_shot",
-        "spheres": "slerp",
+        "spheres": "slerp spherical_mean",
     },
 )

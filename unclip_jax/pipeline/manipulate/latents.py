@@ -105,7 +105,12 @@ class Walk:
 
 
 def encode(
-    model: UnCLIP, images: Sequence[np.ndarray], walk: Walk, progress: Progress | None = None
+    model: UnCLIP,
+    images: Sequence[np.ndarray],
+    walk: Walk,
+    progress: Progress | None = None,
+    *,
+    first: int | None = None,
 ) -> Latents:
     """The bipartite latents of pictures.
 
@@ -116,6 +121,7 @@ def encode(
         images: uint8 [h, w] or [h, w, 1 | 3 | 4], of any sizes, different ones too.
         walk: steps, caption and batch size; eta and guidance have no part in inversion.
         progress: called as progress("inversion", done, steps).
+        first: stop so many steps before the noisiest, where `decode` begins with the same.
 
     Raises:
         UserError: no images, one that is none, or a model that lacks what is needed.
@@ -129,7 +135,7 @@ def encode(
         given = (jnp.asarray(x_0[rows]), cond)
         params, given, mesh = model.lay(model.decoder, given, len(rows))
         report = named(progress, "inversion")
-        return _invert(stage, params, *given, sampling, mesh, progress=report)
+        return _invert(stage, params, *given, _traced(first), sampling, mesh, progress=report)
 
     return Latents(z_i, in_batches(len(x_0), walk.batch_size, make))
 
@@ -143,6 +149,7 @@ def decode(
     captions: Sequence[str] | None = None,
     keep_z_i: bool = True,
     known: tuple[np.ndarray, np.ndarray] | None = None,
+    first: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Small pictures, float32 [b, s, s, 3] in about [-1, 1], from b latents.
@@ -156,6 +163,7 @@ def decode(
         keep_z_i: False drops z_i, as training does for guidance.
         known: for inpainting, pictures [b, s, s, 3] in [-1, 1] and where they are *not* known,
             bool [b, s, s, 1].
+        first: how many of the noisiest steps to leave out; x_T is the state where the next begins.
         progress: called as progress("decoder", done, steps).
     """
     _check_reads_z_i(model)
@@ -172,7 +180,8 @@ def decode(
         avoided = [walk.negative] * len(rows) if walk.negative else None
         away = model.away(latents.z_i[rows], avoided)
         around = known and (jnp.asarray(known[0][rows]), jnp.asarray(known[1][rows]))
-        given = (keys[rows], latents.x_T[rows], cond, away, jnp.float32(walk.eta), scale, around)
+        how = jnp.float32(walk.eta), _traced(first), scale
+        given = (keys[rows], latents.x_T[rows], cond, away, *how, around)
         params, given, mesh = model.lay(model.decoder, given, len(rows))
         return _decode(stage, params, *given, sampling, mesh, progress=named(progress, "decoder"))
 
@@ -219,6 +228,18 @@ def noise(model: UnCLIP, keys: jax.Array) -> np.ndarray:
     return np.asarray(_noise(keys, (size, size, 3)))
 
 
+def renoise(
+    model: UnCLIP, keys: jax.Array, small: np.ndarray, walk: Walk, first: int
+) -> np.ndarray:
+    """Pictures [b, s, s, 3] in [-1, 1] with as much noise as `decode` begins with, from b keys."""
+    diffusion, sampling = model.decoder.stage.diffusion, walk.sampling(model)
+    return np.asarray(_noised(keys, jnp.asarray(small), _traced(first), diffusion, sampling))
+
+
+def _traced(first: int | None) -> jax.Array | None:
+    return None if first is None else jnp.int32(first)
+
+
 def _check_reads_z_i(model: UnCLIP) -> None:
     if "z_i" not in model.decoder.stage.conditions:
         raise UserError(
@@ -235,8 +256,14 @@ def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return initial_noise(stage_keys(keys, DECODER), shape)[0]
 
 
+@functools.partial(jax.jit, static_argnames=("diffusion", "sampling"))
+def _noised(keys, x_0, first, diffusion, sampling):
+    drawn = initial_noise(stage_keys(keys, DECODER), x_0.shape[1:])[0]
+    return samplers.noised(x_0, drawn, diffusion, sampling, first=first)
+
+
 @functools.partial(Watchable, static=("stage", "sampling", "mesh"))
-def _invert(stage, params, x_0, cond, sampling, mesh, *, loop):
+def _invert(stage, params, x_0, cond, left_out, sampling, mesh, *, loop):
     """One compiled program per decoder, batch size, number of steps and mesh."""
     encoded = loop.once(stage.encode, params, cond)
 
@@ -244,14 +271,16 @@ def _invert(stage, params, x_0, cond, sampling, mesh, *, loop):
         return stage.denoise(params, x_t, t, encoded).astype(jnp.float32)
 
     with axes.on(mesh):
-        return samplers.invert(denoise, x_0, stage.diffusion, sampling, loop)
+        return samplers.invert(denoise, x_0, stage.diffusion, sampling, loop, first=left_out)
 
 
 @functools.partial(Watchable, static=("stage", "sampling", "mesh"))
-def _decode(stage, params, keys, x_T, cond, away, eta, scale, known, sampling, mesh, *, loop):
+def _decode(
+    stage, params, keys, x_T, cond, away, eta, left_out, scale, known, sampling, mesh, *, loop
+):
     """One compiled program per decoder, batch size, steps, mesh, guided or not, known or not.
 
-    Eta, the scale, captions and pictures are traced.
+    Eta, `left_out`, the scale, captions and pictures are traced.
     """
     denoise = guidance.classifier_free(
         lambda x_t, t, encoded: stage.denoise(params, x_t, t, encoded),
@@ -266,7 +295,7 @@ def _decode(stage, params, keys, x_T, cond, away, eta, scale, known, sampling, m
     _, step_keys, _ = initial_noise(stage_keys(keys, DECODER), x_T.shape[1:])
     with axes.on(mesh):
         return samplers.sample(
-            denoise, x_T, step_keys, stage.diffusion, sampling, eta=eta, loop=loop
+            denoise, x_T, step_keys, stage.diffusion, sampling, eta=eta, first=left_out, loop=loop
         )
 
 

@@ -1,4 +1,4 @@
-"""Spherical interpolation (slerp) of embeddings and of noise."""
+"""Spherical interpolation (slerp) of embeddings and of noise, and spherical means of many."""
 
 from __future__ import annotations
 
@@ -61,3 +61,46 @@ def slerp(a: jax.Array, b: jax.Array, theta: float | jax.Array) -> jax.Array:
     turned = length * (jnp.cos(theta * omega) * u + jnp.sin(theta * omega) * w)
     turned = jnp.where(theta == 0, a, jnp.where(theta == 1, b, turned))
     return turned.reshape(shape)
+
+
+_ITERATIONS = 64  # each halves the error and more; float32 has long been reached
+
+
+def spherical_mean(vectors: jax.Array, weights: jax.Array) -> jax.Array:
+    """The weighted mean of n vectors on the sphere, with the weighted mean of their lengths.
+
+    Its direction u is where the weighted sum of squared angles to theirs is least (Buss & Fillmore
+    2001, "Spherical averages"), so that the pulls w_i log_u(v_i) are in balance; found by moving u
+    along their sum until it stands still, beginning at the direction of the plain mean. Of two
+    vectors it is `slerp`. A zero vector has no direction and counts for the length alone.
+
+    Args:
+        vectors: float [n, ..., e].
+        weights: float [n], traced; 0 or more and not all 0. Their sum makes no difference.
+
+    Returns:
+        float32 [..., e]. Where the plain mean is 0 (opposite vectors of equal weights) every
+        direction may be as good; the first vector's then begins.
+    """
+    return _mean(jnp.asarray(vectors, jnp.float32), jnp.asarray(weights, jnp.float32))
+
+
+@jax.jit
+def _mean(vectors: jax.Array, weights: jax.Array) -> jax.Array:
+    w = (weights / jnp.sum(weights)).reshape(-1, *(1,) * (vectors.ndim - 1))
+    lengths = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    v, pulling = unit(vectors), w * (lengths > 0)
+
+    def nearer(_: int, u: jax.Array) -> jax.Array:
+        along = jnp.sum(u[None] * v, axis=-1, keepdims=True)
+        across = v - along * u[None]
+        sine = jnp.linalg.norm(across, axis=-1, keepdims=True)
+        angle = jnp.arctan2(sine, along)
+        pull = jnp.sum(pulling * angle * across / jnp.maximum(sine, 1e-12), axis=0)
+        far = jnp.linalg.norm(pull, axis=-1, keepdims=True)
+        return unit(jnp.cos(far) * u + jnp.sin(far) * pull / jnp.maximum(far, 1e-12))
+
+    plain = jnp.sum(pulling * v, axis=0)
+    found = jnp.linalg.norm(plain, axis=-1, keepdims=True) > 1e-6
+    u = jax.lax.fori_loop(0, _ITERATIONS, nearer, unit(jnp.where(found, plain, v[0])))
+    return jnp.sum(w * lengths, axis=0) * u

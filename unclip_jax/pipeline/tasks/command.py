@@ -27,6 +27,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.about = lambda word: f"to draw it: {_drawing(word)}"
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     _text2im(tasks)
+    _from_pictures(tasks)
     _edits(tasks)
     probes = tasks.add_parser("probe", help="what CLIP and the prior know")
     _probes(probes.add_subparsers(dest="probe", required=True, metavar="PROBE"))
@@ -38,15 +39,32 @@ def _drawing(caption: str) -> str:
     return command_line.called("sample", ["text2im", "--prompt", caption])
 
 
+class _OneOrMore(argparse.Action):
+    """Whole numbers: one alone, or a list of several."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Set it."""
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def _add_whole(add, flag: str, default: int, help: str) -> None:
+    help = f"{help} (default {default}); or one number for each caption"
+    add(flag, type=int, nargs="+", action=_OneOrMore, default=default, metavar="N", help=help)
+
+
 def _task(tasks, name: str, help: str) -> command_line.Parser:
     """A task with the flags that all have."""
     task = tasks.add_parser(name, help=help, description=help)
     command_line.add_model(task)
     command_line.add_hosts(task)
+    command_line.add_lora(task)
     add = task.add_argument
     grid = "the grid; single pictures go beside it (default out.png)"
     add("--out", default="out.png", metavar="PNG", help=grid)
-    add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    if name == "text2im":
+        _add_whole(add, "--seed", 0, "same seed, same pictures")
+    else:
+        add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     add("--batch_size", type=int, default=16, help="pictures computed together (default 16)")
     add("--upsampler_steps", metavar="N", help="every upsampler's (default: the model's own)")
     return task
@@ -57,13 +75,34 @@ def _text2im(tasks) -> None:
     task.about = lambda word: f"a caption is --prompt {shlex.quote(word)}"
     add = task.add_argument
     _add_prompts(add)
-    add("--num", type=int, default=4, help="pictures per caption (default 4)")
+    _add_whole(add, "--num", 4, "pictures per caption")
+    _add_whole(add, "--first", 0, "number of the first of them: draws those and no others")
     _add_negative(add)
-    add("--guidance_scale", type=_finite, help="the decoder's; 1 = none (default: the model's own)")
+    _add_guidance(add)
     add("--prior_guidance_scale", type=_finite, help="the prior's (default: the model's own)")
-    add("--prior_steps", metavar="N", help="the prior's sampling steps (default: the model's own)")
-    add("--decoder_steps", metavar="N", help="the decoder's (default: the model's own)")
-    add("--no_upsample", action="store_true", help="stop at the decoder's size")
+    _add_steps(add)
+
+
+def _from_pictures(tasks) -> None:
+    add = _task(tasks, "img2img", "pictures drawn anew from under some noise").add_argument
+    _add_images(add)
+    _add_walk(add, guidance="the model's own")
+    add("--prompt", default="", metavar="TEXT", help="what to draw (default: what CLIP sees)")
+    add("--strength", type=_finite, default=0.6, help="how far from the picture, 0-1 (default 0.6)")
+    add("--invert", action="store_true", help="start from the noise that inversion finds")
+    add("--num", type=int, default=4, help="pictures of each (default 4)")
+
+    add = _task(tasks, "mix", "one picture of several pictures and captions").add_argument
+    _add_images(add, required=False)
+    _add_prompts(add)
+    help = "one for each picture, then for each caption (default: equal ones)"
+    add("--weight", type=_finite, nargs="+", action="extend", metavar="W", help=help)
+    help = "their mean on the sphere, or their sum, as Kandinsky's (default sphere)"
+    add("--how", choices=("sphere", "sum"), default="sphere", help=help)
+    add("--num", type=int, default=4, help="pictures (default 4)")
+    _add_negative(add)
+    _add_guidance(add)
+    _add_steps(add)
 
 
 def _edits(tasks) -> None:
@@ -154,6 +193,17 @@ def _finite(text: str) -> float:
 def _add_prompts(add) -> None:
     add("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompts", metavar="FILE", help="a text file with one caption per line")
+
+
+def _add_guidance(add) -> None:
+    add("--guidance_scale", type=_finite, help="the decoder's; 1 = none (default: the model's own)")
+
+
+def _add_steps(add) -> None:
+    """Of the model's own samplers."""
+    add("--prior_steps", metavar="N", help="the prior's sampling steps (default: the model's own)")
+    add("--decoder_steps", metavar="N", help="the decoder's (default: the model's own)")
+    add("--no_upsample", action="store_true", help="stop at the decoder's size")
 
 
 def _add_negative(add) -> None:

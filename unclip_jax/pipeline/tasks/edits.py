@@ -18,7 +18,7 @@ from unclip_jax.common import checks
 from unclip_jax.data.images import square
 from unclip_jax.errors import wrong
 from unclip_jax.pipeline import manipulate
-from unclip_jax.pipeline.drawing import Progress, check_prompts
+from unclip_jax.pipeline.drawing import Progress, check_prompts, numbered
 from unclip_jax.pipeline.manipulate import Latents, masks
 from unclip_jax.pipeline.tasks.inputs import read_mask, seed_key, walk_of, warn_of_unfamiliar
 from unclip_jax.pipeline.tasks.outputs import Drawn, Images, grid_size, sources
@@ -37,23 +37,63 @@ def how(args: Settings, progress: Progress) -> dict[str, Any]:
 def text2im(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn:
     """Captions to pictures."""
     check_prompts(args.prompt)
-    num = checks.count("--num", args.num)
+    key, first = seed_key(args), getattr(args, "first", 0)
+    _, whose, numbers = numbered(key, len(args.prompt), args.num, first)
     model = load()
     warn_of_unfamiliar(model, args.prompt)
     made = model.generate(
-        seed_key(args),
+        key,
         args.prompt,
         negative=getattr(args, "negative", ""),
-        num=num,
+        num=args.num,
+        first=first,
         prior_guidance_scale=args.prior_guidance_scale,
         guidance_scale=args.guidance_scale,
         batch_size=args.batch_size,
         **how(args, progress),
     )
-    captions = [prompt for prompt in args.prompt for _ in range(num)]
-    each = [{"prompt": c, "sample": str(i % num)} for i, c in enumerate(captions)]
-    columns = max(num, min(4, len(captions)))
-    return Drawn(list(zip(made, captions, strict=True)), columns, each=each)
+    captions = [args.prompt[i] for i in whose]
+    each = [{"prompt": c, "sample": str(i)} for c, i in zip(captions, numbers, strict=True)]
+    columns = max(np.bincount(whose).max(), min(4, len(captions)))
+    return Drawn(list(zip(made, captions, strict=True)), int(columns), each=each)
+
+
+def img2img(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn:
+    """Each picture, and what is drawn of it after some noise."""
+    key, strength = seed_key(args), checks.number("--strength", args.strength, 0, 1)
+    num = checks.count("--num", args.num)
+    model = load()
+    walk, told = walk_of(args, model, caption=args.prompt), how(args, progress)
+    told |= {"num": num, "strength": strength, "inverted": args.invert}
+    made = manipulate.img2img(model, key, images, walk, **told)
+    cells = []
+    for i, source in enumerate(sources(args, images, made.shape[1])):
+        cells.append(source)
+        cells += [(made[i * num + j], f"drawn {j + 1}") for j in range(num)]
+    asked = f': "{args.prompt}"' if args.prompt else ""
+    return Drawn(cells, num + 1, f"From a picture, strength {strength:g}{asked}")
+
+
+def mix(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn:
+    """What is mixed, pictures and then captions, and what the mix looks like."""
+    key, num = seed_key(args), checks.count("--num", args.num)
+    things = [*images, *args.prompt]
+    if not things:
+        raise wrong("--image and --prompt", "neither", "pictures or captions to mix")
+    weights = args.weight or [1 / len(things)] * len(things)
+    if len(weights) != len(things):
+        expected = f"one for each of {len(images)} pictures and {len(args.prompt)} captions"
+        raise wrong("--weight", weights, expected, "give those of pictures first")
+    model = load()
+    told = how(args, progress) | {"num": num, "how": args.how, "batch_size": args.batch_size}
+    told |= {"negative": args.negative, "guidance_scale": args.guidance_scale}
+    made = manipulate.mix(model, key, things, weights, **told)
+    given = sources(args, images, made.shape[1])
+    cells = [(p, f"{w:g} × {name}") for (p, name), w in zip(given, weights, strict=False)]
+    words = [f'{w:g} × "{c}"' for c, w in zip(args.prompt, weights[len(images) :], strict=True)]
+    cells += [(picture, f"mix {j + 1}") for j, picture in enumerate(made)]
+    title = "A mix" + (f" with {', '.join(words)}" if words else "")
+    return Drawn(cells, min(len(cells), 6), title)
 
 
 def reconstruct(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data import texts
@@ -83,9 +84,16 @@ def load(args: argparse.Namespace) -> UnCLIP:
     """The model, on all devices, with the numbers of sampling steps that are asked for.
 
     Raises:
-        UserError: no such model, or a number of steps that it cannot do.
+        UserError: no such model or adapters, or a number of steps that it cannot do.
     """
+    files, weights = getattr(args, "lora", None) or [], getattr(args, "lora_weight", None)
+    weights = [1.0] * len(files) if weights is None else weights
+    if len(weights) != len(files):
+        raise wrong("--lora_weight", weights, f"one for each of {len(files)} --lora")
+    if len(set(files)) != len(files):
+        raise wrong("--lora", files, "each file once")
     model = UnCLIP.load(args.model, args.dtype, args.t5, mesh="all")
+    model = model.with_lora(dict(zip(files, weights, strict=True)))
 
     def respace(part: Part | None, name: str) -> Part | None:
         steps = getattr(args, name, None)
@@ -108,14 +116,16 @@ def warn_of_unfamiliar(model: UnCLIP, captions: Sequence[str]) -> None:
 
 
 def seed_key(args: argparse.Namespace) -> jax.Array:
-    """The typed key of --seed.
+    """The typed key of --seed, or the keys [n] of several.
 
     Raises:
-        UserError: more than 64 bits.
+        UserError: more than 63 bits.
     """
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed: got {args.seed}, expected 0 to {2**63 - 1}")
-    return jax.random.key(args.seed)
+    several = isinstance(args.seed, list)
+    for seed in args.seed if several else [args.seed]:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seed: got {seed}, expected 0 to {2**63 - 1}")
+    return jnp.stack([*map(jax.random.key, args.seed)]) if several else jax.random.key(args.seed)
 
 
 def walk_of(args: argparse.Namespace, model: UnCLIP | None = None, **fields) -> Walk:

@@ -153,7 +153,8 @@ def write(args: argparse.Namespace, drawn: Drawn, seconds: float) -> None:
     """
     common = {"task": task_name(args), "settings": json.dumps(settings_of(args))}
     prompts = getattr(args, "prompt", None)
-    about = {"prompt": json.dumps(prompts)} if isinstance(prompts, list) else {}
+    prompts = [prompts] if isinstance(prompts, str) and prompts else prompts
+    about = {"prompt": json.dumps(prompts)} if prompts else {}
     images, captions = zip(*drawn.cells[:IN_GRID], strict=True)
     grid = captioned_grid(images, captions, columns=drawn.columns, title=drawn.title)
     out = Path(args.out)

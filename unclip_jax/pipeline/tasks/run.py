@@ -23,6 +23,8 @@ from unclip_jax.pipeline.unclip import UnCLIP
 
 TASKS = {
     "text2im": edits.text2im,
+    "img2img": edits.img2img,
+    "mix": edits.mix,
     "reconstruct": edits.reconstruct,
     "variations": edits.variations,
     "interpolate": edits.interpolate,
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out, [*getattr(args, "image", ()), *mask])
     cpu_devices.use()
     compile_cache.use()
-    if "prompts" in args:
+    if "prompts" in args and (args.task != "mix" or args.prompt or args.prompts):
         args.prompt = read_prompts(args)
     images = [read_image(path) for path in getattr(args, "image", ())]
     task = TASKS[f"probe {args.probe}" if args.task == "probe" else args.task]
