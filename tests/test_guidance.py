@@ -362,3 +362,32 @@ def test_the_pages_examples_run_and_say_the_truth():
         np.testing.assert_allclose(scope[name] - walked, np.tile(mean, (8, 1)), atol=0.02)
     t = jnp.arange(1000)
     np.testing.assert_array_equal(scope["limited"](t), scope["same"](t))
+
+
+@pytest.mark.parametrize("variance", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_pytree_is_guided_as_the_array_of_its_leaves(wrapper, variance):
+    """Rules and scales see all of an example; variance channels stay with their leaf."""
+    apart = lambda x: {"a": x[:, :3].reshape(3, 1, 3), "b": [x[:, 3:]]}  # noqa: E731
+    together = lambda tree: jnp.concatenate([tree["a"][:, 0], tree["b"][0]], axis=1)  # noqa: E731
+
+    def of_tree(x_t, t, cond):
+        assert x_t["a"].shape[1:] == (1, 3) and x_t["b"][0].shape[1:] == (1,)
+        x = x_t["a"].reshape(-1, 3), x_t["b"][0]
+        parts = jnp.split(network(jnp.concatenate(x, axis=1), t, cond), 2, axis=1)
+        parts = [{"a": p[:, :3].reshape(-1, 1, 3), "b": [p[:, 3:]]} for p in parts]
+        join = lambda *halves: jnp.concatenate(halves[: 1 + variance], axis=-1)  # noqa: E731
+        return jax.tree.map(join, *parts)
+
+    told = {"rule": guidance.rescaled(0.7, guidance.apg(norm=0.5)), "learned_variance": variance}
+    found = WRAPPERS[wrapper](of_tree, SCALE, **told)(apart(X_T), T)
+    expected = WRAPPERS[wrapper](network if variance else short, SCALE, **told)(X_T, T)
+    halves = jnp.split(expected, 1 + variance, axis=1)
+    for i, half in enumerate(halves):
+        mine = jax.tree.map(lambda x, i=i: jnp.split(x, 1 + variance, axis=-1)[i], found)
+        np.testing.assert_allclose(together(mine), half, rtol=1e-5, atol=1e-6)
+    judge = lambda x, t: -jnp.sum((together(x) - 1) ** 2, axis=1)  # noqa: E731
+    flat = lambda x, t: -jnp.sum((x - 1) ** 2, axis=1)  # noqa: E731
+    led = guidance.classifier_guided(lambda x, t: x, judge, 2.0, DIFFUSION)(apart(X_T), T)
+    straight = guidance.classifier_guided(lambda x, t: x, flat, 2.0, DIFFUSION)(X_T, T)
+    np.testing.assert_allclose(together(led), straight, rtol=1e-5)

@@ -14,7 +14,7 @@ from tests.networks import said
 from unclip_jax.diffusion import analytic
 from unclip_jax.diffusion.gaussian import PREDICTIONS, Diffusion, at, normal
 from unclip_jax.diffusion.guidance import classifier_free, classifier_guided
-from unclip_jax.diffusion.samplers import METHODS, Sampling, invert, noised, sample
+from unclip_jax.diffusion.samplers import METHODS, Sampling, grid_of, invert, noised, sample
 from unclip_jax.errors import UserError
 
 KEY = jax.random.key(0)
@@ -663,3 +663,41 @@ def test_a_start_that_is_not_there_is_named(method, first, message):
         sample(
             lambda x, t: x, noise_like(2, 3), None, Diffusion(), Sampling(method, 6), first=first
         )
+
+
+# ------------------------------------------------------------------------------- traced grids
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_grid_that_is_traced_walks_as_its_spacing_does(method):
+    diffusion = Diffusion(prediction="v", schedule="scaled_linear", continuous=True)
+    x_T, own, compiled = noise_like(2, 5), keys(2), []
+    told = {"analytic": jnp.full(1000, 0.1), "eta": 0.5 if method == "ddim" else 0.0}
+
+    def walk(x, spacing, grid=None):
+        compiled.append(spacing)
+        denoise = lambda x, t: jnp.tanh(x) * 0.3 + 1e-4 * t[:, None]  # noqa: E731
+        return sample(denoise, x, own, diffusion, Sampling(method, spacing), grid=grid, **told)
+
+    traced = jax.jit(walk, static_argnums=1)
+    for spacing in ("karras:5", "even:5"):
+        grid = grid_of(diffusion, Sampling(method, spacing))
+        found = traced(x_T, "logsnr:5", grid)
+        np.testing.assert_allclose(found, walk(x_T, spacing), rtol=1e-4, atol=1e-5)
+    assert compiled.count("logsnr:5") == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda d: grid_of(d, Sampling("ddim", 5)), "grid: of ddim in 5 steps, expected one"),
+        (lambda d: grid_of(d, Sampling("dpm++", 6)), "grid: of dpm\\+\\+ in 6 steps"),
+        (lambda d: grid_of(Diffusion(), Sampling("dpm++", 5)), "of the same diffusion"),
+        (lambda d: grid_of(d, Sampling("dpm++", 5), dtype=np.float64), "grid's dtype: got"),
+    ],
+)
+def test_a_grid_of_another_walk_is_named(made, message):
+    diffusion = Diffusion(prediction="v")
+    with pytest.raises(UserError, match=message):
+        sampling, grid = Sampling("dpm++", 5), made(diffusion)
+        sample(lambda x, t: x, noise_like(2, 3), None, diffusion, sampling, grid=grid)

@@ -29,7 +29,7 @@ from unclip_jax.diffusion.rules import (
     zero_init,
     zero_star,
 )
-from unclip_jax.diffusion.samplers import Sampling, invert, noised, sample
+from unclip_jax.diffusion.samplers import Grid, Sampling, grid_of, invert, noised, sample
 from unclip_jax.diffusion.schedules import Process, Schedule
 from unclip_jax.diffusion.solvers import METHODS
 
@@ -37,6 +37,7 @@ __all__ = [
     "METHODS",
     "Denoise",
     "Diffusion",
+    "Grid",
     "Prediction",
     "Process",
     "Sampling",
@@ -49,6 +50,7 @@ __all__ = [
     "classifier_guided",
     "composed",
     "edm",
+    "grid_of",
     "interpret",
     "interval",
     "invert",

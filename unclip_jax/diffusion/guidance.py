@@ -4,6 +4,9 @@ What comes out is again a `denoise(x_t, t)`, which samplers and inversion take l
 function here asks for two predictions, one to lead towards and one to lead away from, and hands
 them with the scale to a rule; any of them goes with any rule and any scale of `rules`.
 
+x_t is an array `[b, ...]` or a pytree of such arrays, which the network then takes and returns; a
+rule sees all leaves of an example as one row `[b, n]`.
+
 All is float32, pure and differentiable. Scales, weights and bounds may be traced, so that a new
 value compiles nothing. A learned variance is that of the first prediction, never guided.
 """
@@ -27,7 +30,7 @@ from unclip_jax.diffusion.rules import rescaled as rescaled
 from unclip_jax.diffusion.rules import rising as rising
 from unclip_jax.diffusion.rules import zero_init as zero_init
 from unclip_jax.diffusion.rules import zero_star as zero_star
-from unclip_jax.diffusion.states import one_array
+from unclip_jax.diffusion.states import Packing, one_array
 from unclip_jax.errors import wrong
 
 Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -94,8 +97,13 @@ def classifier_free(
         UserError: `cond` and `null` differ in structure or shape, or the scale's shape is wrong,
             or it is not finite.
     """
-    alone, both = _asking(network, [cond, null], scale, encode)
-    return _guided(alone, both, scale, rule, learned_variance)
+    asked = _encoded([cond, null], scale, encode)
+
+    def made(lift: Lift) -> Denoise:
+        alone, both = _asking(lift(network), 2, *asked)
+        return _guided(alone, both, scale, rule, learned_variance)
+
+    return _of_trees(made, learned_variance)
 
 
 def composed(
@@ -123,14 +131,18 @@ def composed(
     """
     if len(weights) != len(conds) or not len(conds):
         raise wrong("weights", len(weights), f"one for each of {len(conds)} conditions")
-    _, every = _asking(network, [*conds, null], 0.0, encode)
+    asked = _encoded([*conds, null], 0.0, encode)
 
     def mix(*predictions: jax.Array) -> tuple[jax.Array, jax.Array]:
         *found, away = predictions
         terms = zip(weights, found, strict=True)
         return away + sum(shaped(w, away, "weight") * (each - away) for w, each in terms), away
 
-    return _guided(None, every, scale, rule, learned_variance, mix)
+    def made(lift: Lift) -> Denoise:
+        _, every = _asking(lift(network), len(conds) + 1, *asked)
+        return _guided(None, every, scale, rule, learned_variance, mix)
+
+    return _of_trees(made, learned_variance)
 
 
 def perpendicular(
@@ -155,14 +167,18 @@ def perpendicular(
 
     The others and what is raised are as for `classifier_free`.
     """
-    alone, every = _asking(network, [cond, null, negative], scale, encode)
+    asked = _encoded([cond, null, negative], scale, encode)
 
     def mix(towards: jax.Array, away: jax.Array, avoided: jax.Array) -> tuple[jax.Array, jax.Array]:
         step = avoided - away
         step = step - along(step, towards - away)
         return towards - shaped(weight, step, "weight") * step, away
 
-    return _guided(alone, every, scale, rule, learned_variance, mix)
+    def made(lift: Lift) -> Denoise:
+        alone, every = _asking(lift(network), 3, *asked)
+        return _guided(alone, every, scale, rule, learned_variance, mix)
+
+    return _of_trees(made, learned_variance)
 
 
 def autoguided(
@@ -185,14 +201,19 @@ def autoguided(
         UserError: the outputs differ in shape, or the scale's shape is wrong.
     """
 
-    def pair(x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        good = one_array(denoise(x_t, t))
-        bad = one_array(weak(x_t, t), "weak network's output")
-        if good.shape != bad.shape:
-            raise wrong("weak network output's shape", bad.shape, f"the network's {good.shape}")
-        return good, bad
+    def made(lift: Lift) -> Denoise:
+        strong, weaker = lift(denoise), lift(weak, "weak network's output")
 
-    return _guided(denoise, pair, scale, rule, learned_variance)
+        def pair(x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            good = one_array(strong(x_t, t))
+            bad = one_array(weaker(x_t, t), "weak network's output")
+            if good.shape != bad.shape:
+                raise wrong("weak network output's shape", bad.shape, f"the network's {good.shape}")
+            return good, bad
+
+        return _guided(strong, pair, scale, rule, learned_variance)
+
+    return _of_trees(made, learned_variance)
 
 
 def classifier_guided(
@@ -220,19 +241,23 @@ def classifier_guided(
     Raises:
         UserError: the scale's shape is wrong, or it is not finite.
     """
-    if changes_nothing(scale, at=0.0):
-        return lambda x_t, t: denoise(x_t, t).astype(jnp.float32)
+    none = changes_nothing(scale, at=0.0)
 
-    def guided(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        prediction, fraction = split_variance(diffusion, denoise(x_t, t), x_t)
-        gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x_t).astype(jnp.float32)
-        alpha, sigma = diffusion.levels(t, x_t)
-        x_0_moves = sigma**2 / alpha * gradient
-        prediction += scale_at(scale, x_t, t) * x_0_moves / x_0_per_output(diffusion, x_t, t)
-        variance = [] if fraction is None else [fraction]
-        return jnp.concatenate([prediction, *variance], axis=-1)
+    def made(lift: Lift) -> Denoise:
+        network, judge = lift(denoise), lift(log_prob, judges=True)
 
-    return guided
+        def guided(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            prediction, fraction = split_variance(diffusion, network(x_t, t), x_t)
+            gradient = jax.grad(lambda x: jnp.sum(judge(x, t)))(x_t).astype(jnp.float32)
+            alpha, sigma = diffusion.levels(t, x_t)
+            x_0_moves = sigma**2 / alpha * gradient
+            prediction += scale_at(scale, x_t, t) * x_0_moves / x_0_per_output(diffusion, x_t, t)
+            variance = [] if fraction is None else [fraction]
+            return jnp.concatenate([prediction, *variance], axis=-1)
+
+        return (lambda x_t, t: network(x_t, t).astype(jnp.float32)) if none else guided
+
+    return _of_trees(made, diffusion.learned_variance)
 
 
 # ---------------------------------------------------------------------------------- what is shared
@@ -270,18 +295,22 @@ def _guided(
     return denoise
 
 
-def _asking(
-    network: Network, conds: Sequence[Any], scale: Scale, encode: Callable[[Any], Any]
-) -> tuple[Denoise, Callable[[jax.Array, jax.Array], list[jax.Array]]]:
-    """The network under the first condition, and under each of n in one call of n b rows.
+def _encoded(conds: Sequence[Any], scale: Scale, encode: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """The first of n conditions, and all in n b rows, each encoded if the scale lets it be asked.
 
-    Each is encoded only where the scale lets it be asked.
+    None stands for those that are never asked.
     """
     for other in conds[1:]:
         _check_same_shapes(conds[0], other)
-    n, one = len(conds), changes_nothing(scale)
+    one = changes_nothing(scale)
     first = encode(conds[0]) if one or callable(scale) else None
-    rows = None if one else encode(jax.tree.map(interleave, *conds))
+    return first, None if one else encode(jax.tree.map(interleave, *conds))
+
+
+def _asking(
+    network: Network, n: int, first: Any, rows: Any
+) -> tuple[Denoise, Callable[[jax.Array, jax.Array], list[jax.Array]]]:
+    """The network under the first condition, and under each of n in one call of n b rows."""
 
     def every(x_t: jax.Array, t: jax.Array) -> list[jax.Array]:
         output = one_array(network(interleave(*[x_t] * n), interleave(*[t] * n), rows))
@@ -292,6 +321,32 @@ def _asking(
         return [output[:, i] for i in range(n)]
 
     return lambda x_t, t: network(x_t, t, first), every
+
+
+Lift = Callable[..., Callable[..., jax.Array]]  # makes a network of arrays of one of pytrees
+
+
+def _of_trees(made: Callable[[Lift], Denoise], learned_variance: bool) -> Denoise:
+    """What `made` makes of networks of arrays, for x_t that are arrays and for pytrees of them."""
+    plain = made(lambda network, *_, **__: network)
+
+    def denoise(x_t: Any, t: jax.Array) -> Any:
+        if isinstance(x_t, jax.Array | np.ndarray):
+            return plain(x_t, t)
+        packing = Packing(x_t)
+
+        def lift(network, name="network output", judges=False):
+            def packed(x: jax.Array, t: jax.Array, *cond: Any) -> jax.Array:
+                if judges:
+                    return network(packing.unpack(x), t)
+                told = lambda tree, t: network(tree, t, *cond)  # noqa: E731
+                return packing.packed(told, learned_variance, name)(x, t)
+
+            return packed
+
+        return packing.unpack_output(made(lift)(packing.pack(x_t, "x_t"), t), learned_variance)
+
+    return denoise
 
 
 def interleave(*arrays: jax.Array) -> jax.Array:

@@ -116,12 +116,15 @@ def zero_init(denoise: Denoise, first: int | jax.Array) -> Denoise:
     """
 
     def denoised(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        def kept(output: jax.Array) -> jax.Array:
+            return shaped(t < first, output, "t") * output.astype(jnp.float32)
+
         def some(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            kept = shaped(t < first, x_t, "t")
-            return kept * denoise(x_t, t).astype(jnp.float32)
+            return jax.tree.map(kept, denoise(x_t, t))
 
         def none(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            return jnp.zeros(jax.eval_shape(some, x_t, t).shape, jnp.float32)
+            made = jax.eval_shape(some, x_t, t)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), made)
 
         return jax.lax.cond(jnp.all(t >= first), none, some, x_t, t)
 

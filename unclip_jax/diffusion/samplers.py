@@ -18,7 +18,6 @@ and analytic statistics may be traced, so that a new value compiles nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.diffusion import grids
 from unclip_jax.diffusion.gaussian import (
     Denoise,
     Diffusion,
@@ -40,53 +38,10 @@ from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.diffusion.schedules import Process
 from unclip_jax.diffusion.solvers import METHODS, ONE_STEP, WITHOUT_MEMORY, Ask, Setting, check_used
 from unclip_jax.diffusion.states import Packing, key_each
+from unclip_jax.diffusion.walks import Grid as Grid
+from unclip_jax.diffusion.walks import Sampling, chosen
+from unclip_jax.diffusion.walks import grid_of as grid_of
 from unclip_jax.errors import UserError, wrong
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to walk back from noise. Hashable: a static argument of `jax.jit`.
-
-    Attributes:
-        method: a name of `solvers.METHODS`: "ddpm", "ddim", "dpm++" (DPM-Solver++(2M)), "heun",
-            "unipc3", ...
-        spacing: which timesteps to keep: "20", 20, "karras:20", (999, 500, 0), ...; see `grids`.
-            An array is kept as a tuple.
-        clip_x_0: the data lies in [-clip_x_0, clip_x_0]; 0 for no clipping.
-        dynamic_percentile: dynamic thresholding, in percent (Imagen: 99.5); 0 for off.
-        dynamic_most: the largest size that it scales back from; 0 for no limit.
-        last_noise: for "analytic", the largest mean absolute noise that the last noisy step may
-            add, in the data's units (Bao et al., appendix F.2: 2/255 to 4/255 for images);
-            0 for no limit.
-
-    Raises:
-        UserError: a field is out of its range.
-    """
-
-    method: str = "ddpm"
-    spacing: grids.Spacing = ""
-    clip_x_0: float = 0.0
-    dynamic_percentile: float = 0.0
-    last_noise: float = 0.0
-    dynamic_most: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check every field; how many steps there are to keep, only a `Diffusion` knows."""
-        object.__setattr__(self, "spacing", grids.read(self.spacing))
-        checks.choice("Sampling.method", self.method, METHODS)
-        for field in ("clip_x_0", "last_noise", "dynamic_percentile", "dynamic_most"):
-            value = checks.number(f"Sampling.{field}", getattr(self, field), least=0)
-            object.__setattr__(self, field, value)
-        if self.dynamic_percentile != 0 and not 50 <= self.dynamic_percentile <= 100:
-            expected = "0 (off) or percent from 50 to 100, such as 99.5"
-            raise wrong("Sampling.dynamic_percentile", self.dynamic_percentile, expected)
-        if self.dynamic_most and not self.dynamic_percentile:
-            expected = "0 without dynamic_percentile"
-            raise wrong("Sampling.dynamic_most", self.dynamic_most, expected)
-        if 0 < self.dynamic_most < (self.clip_x_0 or 1.0):
-            expected = f"0 (no limit) or at least the data's range, {self.clip_x_0 or 1.0:g}"
-            raise wrong("Sampling.dynamic_most", self.dynamic_most, expected)
-        check_used("Sampling.last_noise", self.last_noise, "last_noise", self.method)
 
 
 def sample(
@@ -101,6 +56,7 @@ def sample(
     eta: float | jax.Array = 0.0,
     analytic: jax.Array | None = None,
     first: int | jax.Array | None = None,
+    grid: Grid | None = None,
     return_trajectory: bool = False,
     remat: bool = False,
     loop: Loop = whole,
@@ -126,6 +82,8 @@ def sample(
         first: how many of the noisiest steps to leave out, 0 to all; may be traced, so that another
             number compiles nothing. x_T is then the state that the next step begins with, as
             `noised` or `invert` makes it; 0 is the noisiest step's. For methods without memory.
+        grid: times in place of the spacing's, from `grid_of` a spacing with as many. An argument of
+            the function that is jitted, so that other times compile nothing.
         return_trajectory: whether to return every state besides, which then is kept.
         remat: whether a gradient computes each step again instead of keeping what it made: the
             memory of one step and of the states, for one more forward pass.
@@ -138,7 +96,7 @@ def sample(
     Raises:
         UserError: keys, noise, eta, spacing, the statistic or the network's output do not fit.
     """
-    sampling = _chosen(diffusion, sampling, steps, "dpm++", 20)
+    sampling = chosen(diffusion, sampling, steps, "dpm++", 20)
     packing = Packing(x_T)
     denoise = packing.packed(denoise, diffusion.learned_variance)
     x_T = packing.pack(x_T, "x_T")
@@ -147,13 +105,16 @@ def sample(
         eta = checks.number("eta", eta, least=0, most=1)
         check_used("eta", eta, "eta", sampling.method)
     process = diffusion.process(sampling.spacing, state_dtype(x_T))
+    given = None
+    if grid is not None:
+        process, given = grid.checked(diffusion, sampling, process), iter(grid.tables)
     silent = METHODS[sampling.method].inverse and not isinstance(eta, jax.core.Tracer) and not eta
     draw = _noise_of_steps(process, x_T, keys, noise, bool(silent))
     options = sampling.clip_x_0, sampling.last_noise, eta, analytic
-    setting = Setting(diffusion, process, sampling.spacing, *options)
+    setting = Setting(diffusion, process, sampling.spacing, *options, given)
     solver = METHODS[sampling.method].make(setting)
     limits = sampling.clip_x_0, sampling.dynamic_percentile, sampling.dynamic_most
-    ask = _asking(denoise, diffusion, process, limits)
+    ask = asking(denoise, diffusion, process, limits)
 
     def step(n: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         i = process.steps - 1 - n  # the noisiest first
@@ -216,7 +177,7 @@ def invert(
         UserError: the method adds noise, so that there is no way back; or it has a memory, and
             iterations are asked for.
     """
-    sampling = _chosen(diffusion, sampling, steps, "ddim", 50)
+    sampling = chosen(diffusion, sampling, steps, "ddim", 50)
     packing = Packing(x_0)
     denoise = packing.packed(denoise, diffusion.learned_variance)
     x_0 = packing.pack(x_0, "x_0")
@@ -235,7 +196,7 @@ def invert(
     wider = np.hypot(process.alpha, process.sigma) / np.hypot(
         process.alpha_prev, process.sigma_prev
     )
-    ask = _asking(denoise, diffusion, process)
+    ask = asking(denoise, diffusion, process)
 
     def step(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         x, memory = solver.step(*carry, ask, i, None)
@@ -278,7 +239,7 @@ def noised(
     Raises:
         UserError: a spacing or a number of steps that is not there, or shapes that differ.
     """
-    sampling = _chosen(diffusion, sampling, steps, "dpm++", 20)
+    sampling = chosen(diffusion, sampling, steps, "dpm++", 20)
     packing = Packing(x_0)
     x_0, noise = packing.pack(x_0, "x_0"), packing.pack(noise, "noise")
     checks.shape("noise", noise, x_0.shape)
@@ -307,20 +268,7 @@ def _left_out(
     return jnp.asarray(first, jnp.int32)
 
 
-def _chosen(
-    diffusion: Any, sampling: Sampling | None, steps: Any, method: str, usual: int
-) -> Sampling:
-    """How to walk, with what is left out filled in."""
-    if not isinstance(diffusion, Diffusion):
-        expected = "a Diffusion, which also says what the network predicts"
-        do = 'write Diffusion(schedule=..., prediction="eps")'
-        raise wrong("diffusion", type(diffusion).__name__, expected, do)
-    if sampling is None:
-        return Sampling(method, min(usual, diffusion.steps) if steps is None else steps)
-    return sampling if steps is None else replace(sampling, spacing=steps)
-
-
-def _asking(
+def asking(
     denoise: Denoise,
     diffusion: Diffusion,
     walked: Process,

@@ -114,7 +114,15 @@ class Packing:
         leaves = [part.reshape(*part.shape[:axes], *shape) for part, shape in parts]
         return jax.tree.unflatten(self._tree, leaves)
 
-    def packed(self, denoise: Callable[..., Any], learned_variance: bool) -> Callable[..., Any]:
+    def unpack_output(self, output: jax.Array, learned_variance: bool) -> Any:
+        """A packed network's output as a network of pytrees gives it, the inverse of `packed`."""
+        halves = jnp.split(output, 2 if learned_variance else 1, axis=-1)
+        trees = [self.unpack(half) for half in halves]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *trees)
+
+    def packed(
+        self, denoise: Callable[..., Any], learned_variance: bool, name: str = "network output"
+    ) -> Callable[..., Any]:
         """The network as one of packed states; each leaf's variance channels go behind all."""
         if self._plain:
             return denoise
@@ -124,14 +132,14 @@ class Packing:
             output = denoise(self.unpack(x), t)
             leaves, tree = jax.tree.flatten(output)
             if tree != self._tree:
-                raise wrong("network output's structure", tree, f"that of x_T, {self._tree}")
+                raise wrong(f"{name}'s structure", tree, f"that of x_T, {self._tree}")
             found = [one_array(leaf).shape for leaf in leaves]
             expected = [
                 (len(x), *shape[:-1], *(times * size for size in shape[-1:]))
                 for shape in self._shapes
             ]
             if found != expected:
-                raise wrong("network output's shapes", found, str(expected))
+                raise wrong(f"{name}'s shapes", found, str(expected))
             halves = zip(*(jnp.split(leaf, times, axis=-1) for leaf in leaves), strict=True)
             trees = [jax.tree.unflatten(self._tree, half) for half in halves]
             return jnp.concatenate([self.pack(each, "output") for each in trees], axis=-1)

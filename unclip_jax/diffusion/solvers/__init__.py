@@ -35,6 +35,7 @@ from unclip_jax.diffusion.solvers.multistep import (
 )
 from unclip_jax.diffusion.solvers.one_step import (
     analytic_dpm,
+    consistency,
     ddim,
     ddim_inverse,
     ddpm,
@@ -68,6 +69,7 @@ METHODS = {
     "euler": Method(lambda setting: ddim(setting._replace(eta=0.0)), ddim_inverse),
     "rf_euler": Method(lambda setting: ddim(setting._replace(eta=0.0)), ddim_inverse),
     "euler_ancestral": Method(lambda setting: ddim(setting._replace(eta=1.0))),
+    "consistency": Method(consistency),
     "heun": Method(heun, heun_inverse),
     "dpm2": Method(dpm2, heun_inverse),
     "dpm++_2m_sde": Method(dpm_solver_sde),
@@ -79,7 +81,7 @@ METHODS = {
 
 
 ONE_STEP = ("ddim", "euler", "rf_euler", "heun", "dpm2")  # without noise and without memory
-WITHOUT_MEMORY = (*ONE_STEP, "ddpm", "analytic", "euler_ancestral")
+WITHOUT_MEMORY = (*ONE_STEP, "ddpm", "analytic", "euler_ancestral", "consistency")
 
 
 def check_used(field: str, value: Any, option: str, method: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,12 @@ class Solver(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a solver is made for: a walk, and the options of `Sampling` and `samplers.sample`."""
+    """What a solver is made for: a walk, and the options of `Sampling` and `samplers.sample`.
+
+    Steps look up `process`, whose tables may be traced; all else is computed before, of `exact`.
+    Of a grid whose values are traced `given` has what was computed, in the order of `table`; where
+    it is computed, `taken` collects it.
+    """
 
     diffusion: Diffusion
     process: Process
@@ -33,15 +38,29 @@ class Setting(NamedTuple):
     last_noise: float = 0.0
     eta: float | jax.Array = 0.0
     analytic: jax.Array | None = None
+    given: Iterator[jax.Array] | None = None
+    taken: list[np.ndarray] | None = None
+
+    @property
+    def host(self) -> Process:
+        """The process in the type of the walk, never traced."""
+        return self.diffusion.process(self.spacing, self.process.alpha.dtype)
 
     @property
     def exact(self) -> Process:
         """The process in float64."""
         return self.diffusion.process(self.spacing, np.float64)
 
-    def table(self, values: Any) -> np.ndarray:
-        """Coefficients in the type of the walk."""
-        return np.asarray(values).astype(self.process.alpha.dtype)
+    def table(self, values: Any) -> np.ndarray | jax.Array:
+        """Coefficients in the type of the walk; whole numbers stay."""
+        if self.given is not None:
+            return next(self.given)
+        found = np.asarray(values)
+        if np.issubdtype(found.dtype, np.floating):
+            found = found.astype(self.process.alpha.dtype)
+        if self.taken is not None:
+            self.taken.append(found)
+        return found
 
 
 class Path(NamedTuple):

@@ -37,7 +37,7 @@ def dpm_solver(setting: Setting) -> Solver:
     should not, and the order is lost: on a Gaussian the error is 1.2e-4 at 160 steps and 1.0e-4 at
     320, where the published w goes from 1.9e-4 to 4.8e-5. Every other grid has the published w.
     """
-    process = setting.process
+    process = setting.host
     h, h_before = _log_steps(process, 1)
     whole = setting.diffusion.noise.family == "betas" and not setting.diffusion.continuous
     most = 1.0 if whole and even_in_time(setting.spacing) else np.inf
@@ -45,7 +45,7 @@ def dpm_solver(setting: Setting) -> Solver:
     weight[1:-1] = np.minimum(h[1:-1] / h_before[1:-1], most) / 2  # first order at both ends
     shrink = process.sigma_prev / process.sigma
     gain = process.alpha_prev * -np.expm1(-h)
-    weight, gain = setting.table(weight), setting.table(gain)
+    shrink, weight, gain = (setting.table(table) for table in (shrink, weight, gain))
 
     def step(x_t, memory, ask, i, noise):
         x_0 = ask(x_t, i).x_0

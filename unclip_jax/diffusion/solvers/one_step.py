@@ -94,6 +94,20 @@ def ddim_inverse(setting: Setting) -> Solver:
     return Solver(step)
 
 
+def consistency(setting: Setting) -> Solver:
+    """x_0, and noise again up to the next level (Song et al. 2023, arXiv 2303.01469, algorithm 1).
+
+    For a network that was distilled to know x_0 in one call; k-diffusion's `sample_lcm`.
+    """
+    process = setting.process
+
+    def step(x_t, memory, ask, i, noise):
+        clean = at(process.alpha_prev, i, x_t) * ask(x_t, i).x_0
+        return clean + at(process.sigma_prev, i, x_t) * noise(), memory
+
+    return Solver(step)
+
+
 # ------------------------------------------------------------ second order, two calls a step
 
 
@@ -111,7 +125,10 @@ def heun(setting: Setting) -> Solver:
         def mend(x):
             return x + at(half, i, x) * (way.slope(ask(x, i - 1)) - way.slope(here))
 
-        return jax.lax.cond(i > 0, mend, lambda x: x, line(process, here, i, x_t)), memory
+        x = line(process, here, i, x_t)
+        if jnp.ndim(i):  # a step of its own for each example: `consistency`
+            return jnp.where(at(np.arange(process.steps) > 0, i, x), mend(x), x), memory
+        return jax.lax.cond(i > 0, mend, lambda x: x, x), memory
 
     return Solver(step)
 
@@ -131,7 +148,8 @@ def dpm2(setting: Setting) -> Solver:
     times = times_of(noise, setting.diffusion.steps, ratio)
     whole = np.issubdtype(process.timesteps.dtype, np.integer)
     if whole:
-        times = np.clip(np.round(times), process.timesteps[:-1], process.timesteps[1:] - 1)
+        kept = exact.timesteps
+        times = np.clip(np.round(times), kept[:-1], kept[1:] - 1)
     middle = setting.diffusion.process(tuple(times.tolist()), np.float64)
     between = path(setting, middle)
     length = way.tau_prev[1:] - way.tau[1:]
@@ -139,6 +157,7 @@ def dpm2(setting: Setting) -> Solver:
     pull = setting.table(np.append(0.0, way.scale_prev[1:] * length * weight))
     alpha, sigma = (setting.table(np.append(0.0, t)) for t in (middle.alpha, middle.sigma))
     middle = setting.diffusion.process(tuple(times.tolist()), process.alpha.dtype)
+    middle = Process(*map(setting.table, middle))
 
     def step(x_t, memory, ask, i, noise):
         here = ask(x_t, i)
