@@ -26,6 +26,8 @@ config.mesh           how many devices lie along each axis (parallel.sharding.Me
                       only "data" crosses ("slices", 0: TPUs say it)
 config.lora           low-rank adapters on what config.init holds (training.lora.Lora); rank 0
                       trains it whole
+config.distillation   what config.init holds teaches a copy of itself to draw in few steps
+                      (training.distillation.Distillation); steps 0 distils nothing
 
 Everything can be set on the command line: --config.train.learning_rate=1e-4.
 """
@@ -37,6 +39,7 @@ from unclip_jax.common import config as settings
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.parallel.sharding import MeshConfig
 from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.distillation import Distillation
 from unclip_jax.training.lora import Lora
 
 FOLLOWS_FROM_STAGE = ("image_size", "context_length", "vocab_size", "labels")
@@ -67,6 +70,7 @@ def from_settings(stage: dict, data: DataConfig, train: TrainConfig, **rest):
         "previews": 16,
         "init": "",
         "lora": settings.to_dict(Lora()),
+        "distillation": settings.to_dict(Distillation()),
         "mesh": settings.to_dict(MeshConfig()),
     }
     return ml_collections.ConfigDict(_with_tuples(parts | rest))

@@ -17,23 +17,28 @@ from unclip_jax.stages.canvas import CanvasStage
 from unclip_jax.stages.classifier import ClassifierStage
 from unclip_jax.stages.clip import ClipStage
 from unclip_jax.stages.decoder import DecoderStage
+from unclip_jax.stages.eclipse_prior import EclipsePriorStage
 from unclip_jax.stages.prior import PriorStage
 from unclip_jax.stages.upsampler import UpsamplerStage
 
 KINDS = {
     stage.kind: stage
     for stage in (
-        ClipStage, PriorStage, ARPriorStage, CanvasStage, DecoderStage, UpsamplerStage,
-        ClassifierStage,
+        ClipStage, PriorStage, ARPriorStage, EclipsePriorStage, CanvasStage, DecoderStage,
+        UpsamplerStage, ClassifierStage,
     )
 }  # fmt: skip
 
+PRIORS = ("prior", "ar_prior", "eclipse_prior")  # kinds that draw z_i for captions
+
 __all__ = [
+    "PRIORS",
     "ARPriorStage",
     "CanvasStage",
     "ClassifierStage",
     "ClipStage",
     "DecoderStage",
+    "EclipsePriorStage",
     "PriorStage",
     "Stage",
     "UpsamplerStage",

@@ -153,7 +153,7 @@ class ARPriorStage(OfCaptions, Stage):
         """Random params, with a quantiser of [-1, 1] along the axes until it is replaced."""
         m = self.model
         codes = jnp.zeros((1, m.code_dims), jnp.int32)
-        network = self.fresh(key, codes, *_text(blank(self.conditions)))
+        network = self.fresh(key, codes, *self.text(blank(self.conditions)))
         quantiser = {
             "mean": jnp.zeros(m.embed_dim),
             "components": jnp.eye(m.code_dims, m.embed_dim),
@@ -175,7 +175,7 @@ class ARPriorStage(OfCaptions, Stage):
             cond: as `condition` makes it.
         """
         latents = jnp.concatenate([self.model.buckets + dot[:, None], codes[:, :-1]], axis=1)
-        return self.apply(params, latents, *_text(cond))
+        return self.apply(params, latents, *self.text(cond))
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Cross-entropy, in nats per code, of {"tokens": int32 [b,l], "z_i": [b,e], "z_t": [b,e]}.
@@ -229,7 +229,7 @@ class ARPriorStage(OfCaptions, Stage):
             null = self.null(params, cond) if null is None else null
             # Each example and its null lie side by side, so that a batch spread over devices stays.
             asked, times = jax.tree.map(guidance.interleave, cond, null), 2
-        cache = self.apply(params, *_text(asked), method="prefill")
+        cache = self.apply(params, *self.text(asked), method="prefill")
         extra = jnp.reshape(jnp.asarray(guidance_scale, jnp.float32), (-1, 1)) - 1.0
 
         def step(i, carry):
@@ -263,11 +263,6 @@ class ARPriorStage(OfCaptions, Stage):
         if self.top_p < 1.0:
             logits = nucleus(logits, self.top_p)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _text(cond: Condition) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The condition as the network takes it."""
-    return cond["z_t"], cond["tokens"], cond["text_mask"]
 
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:

@@ -16,7 +16,6 @@ import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.diffusion import gaussian, guidance, samplers
-from unclip_jax.diffusion.losses import training_losses
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models import low_rank
@@ -31,12 +30,13 @@ from unclip_jax.stages.conditioning import (
     empty_caption,
     image_field,
     initial_noise,
-    random_timesteps,
     text_mask,
 )
+from unclip_jax.stages.denoising import dropout
 
 Batch = Mapping[str, jax.Array]
 Loss = tuple[jax.Array, dict[str, jax.Array]]  # and what else is measured, by name
+Denoising = tuple[jax.Array, Callable[[Params, float], gaussian.Denoise]]
 Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 
@@ -337,6 +337,29 @@ class GuidedDiffusion(Stage):
         encoded = self.encode(params, cond)
         return lambda x_t, t: self.denoise(params, x_t, t, encoded, dropout_key)
 
+    def guided(
+        self,
+        params: Params,
+        cond: Condition,
+        scale: float | jax.Array,
+        null: Condition | None = None,
+        loop: Loop = whole,
+    ) -> gaussian.Denoise:
+        """`denoise(x_t, t)` under a condition, guided; the arguments are those of `draw`."""
+        return guidance.classifier_free(
+            lambda x_t, t, encoded: self.denoise(params, x_t, t, encoded),
+            cond,
+            self.null(params, cond) if null is None else null,
+            scale,
+            learned_variance=self.diffusion.learned_variance,
+            encode=lambda condition: loop.once(self.encode, params, condition),
+        )
+
+    def denoising(self, params: Params, batch: Batch, key: jax.Array) -> Denoising:
+        """x_0 [b, ...] of a batch, and what makes `denoise(x_t, t)` of params and a scale."""
+        x_0, cond = self.data(params, batch)
+        return x_0, lambda params, scale: self.guided(params, cond, scale)
+
     def draw(
         self,
         params: Params,
@@ -364,14 +387,7 @@ class GuidedDiffusion(Stage):
             guide: guidance on top, such as `guidance.classifier_guided` with all but its network.
             loop: what does the steps, see `samplers.sample`.
         """
-        denoise = guidance.classifier_free(
-            lambda x_t, t, encoded: self.denoise(params, x_t, t, encoded),
-            cond,
-            self.null(params, cond) if null is None else null,
-            guidance_scale,
-            learned_variance=self.diffusion.learned_variance,
-            encode=lambda condition: loop.once(self.encode, params, condition),
-        )
+        denoise = self.guided(params, cond, guidance_scale, null, loop)
         x_T, step_keys, step_noise = initial_noise(keys, self.x_shape, noise)
         return samplers.sample(
             denoise if guide is None else guide(denoise),
@@ -384,27 +400,3 @@ class GuidedDiffusion(Stage):
             analytic=params.get("analytic"),
             loop=loop,
         )
-
-
-def denoising_loss(
-    diffusion: gaussian.Diffusion,
-    denoise: gaussian.Denoise,
-    x_0: jax.Array,
-    t_key: jax.Array,
-    noise_key: jax.Array,
-) -> Loss:
-    """The loss of x_0 [b, ...] noised to random timesteps, and the means of its other terms."""
-    terms = training_losses(
-        diffusion,
-        denoise,
-        x_0,
-        random_timesteps(t_key, len(x_0), diffusion),
-        jax.random.normal(noise_key, x_0.shape),
-    )
-    means = {name: jnp.mean(value) for name, value in terms.items()}
-    return means.pop("loss"), means
-
-
-def dropout(key: jax.Array | None) -> dict[str, Any]:
-    """How a network with dropout is applied: without a key, as when sampling."""
-    return {"deterministic": key is None, "rngs": {} if key is None else {"dropout": key}}

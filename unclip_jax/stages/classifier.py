@@ -16,8 +16,9 @@ from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import wrong
 from unclip_jax.models.classifier import Classifier, check_classifier
 from unclip_jax.models.unet import UNetConfig
-from unclip_jax.stages.base import Batch, Loss, Stage, dropout
+from unclip_jax.stages.base import Batch, Loss, Stage
 from unclip_jax.stages.conditioning import Field, Params, image_field, random_timesteps
+from unclip_jax.stages.denoising import dropout
 from unclip_jax.stages.pixels import to_float
 
 

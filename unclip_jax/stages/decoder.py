@@ -28,7 +28,7 @@ from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.models.movq import MoVQConfig
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import Batch, Loss, denoising_loss
+from unclip_jax.stages.base import Batch, Denoising, Loss
 from unclip_jax.stages.canvas import CanvasStage, enlarge, noised
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -41,6 +41,7 @@ from unclip_jax.stages.conditioning import (
     z_i_field,
     z_t_field,
 )
+from unclip_jax.stages.denoising import denoising_loss
 from unclip_jax.stages.latents import OfPictures
 from unclip_jax.stages.pixels import to_float
 
@@ -315,6 +316,14 @@ class DecoderStage(OfPictures):
         """x_0 [b, h, w, c] and the whole condition of a batch, see `loss`."""
         images = self.x_0_of(params, to_float(batch["image"]))
         return jax.lax.stop_gradient(images), self.condition_of(batch)
+
+    def denoising(self, params: Params, batch: Batch, key: jax.Array) -> Denoising:
+        """See the base; captions are dropped as often as in training, pictures alone never are."""
+        x_0, cond = self.data(params, batch)
+        if "caption" in self.drops:
+            kept = keep(key, len(x_0), self.caption_drop)
+            cond = drop_caption(cond, kept, params.get("null_caption"))
+        return x_0, lambda params, scale: self.guided(params, cond, scale)
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Loss of {"image": uint8 [b,h,w,3], "tokens": int32 [b,l], "z_i": [b,e]}.

@@ -18,7 +18,7 @@ from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.errors import UserError
 from unclip_jax.models.prior import Prior, PriorConfig
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss, denoising_loss
+from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss
 from unclip_jax.stages.conditioning import (
     Condition,
     Field,
@@ -30,6 +30,7 @@ from unclip_jax.stages.conditioning import (
     z_i_field,
     z_t_field,
 )
+from unclip_jax.stages.denoising import denoising_loss
 
 
 class OfCaptions:
@@ -39,6 +40,11 @@ class OfCaptions:
     preview: ClassVar[str] = "nearest"
     makes: ClassVar[tuple[str, str]] = ("z_i", "CLIP's image embedding, in CLIP's coordinates")
     drops: ClassVar[tuple[str, ...]] = ("caption",)
+
+    @property
+    def text_encoder(self) -> str:
+        """CLIP, where the prior does not embed tokens itself."""
+        return "" if self.model.vocab_size else "clip"
 
     @property
     def learns(self) -> dict[str, Field]:
@@ -63,6 +69,10 @@ class OfCaptions:
         """
         name = "text_states" if self.reads_states else "tokens"
         return self.condition_of({name: text, "z_t": z_t}, mask)
+
+    def text(self, cond: Condition) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The condition as the network takes it."""
+        return cond["z_t"], cond[next(iter(self.conditions))], cond["text_mask"]
 
     def null(self, params: Params, cond: Condition, kept: jax.Array | None = None) -> Condition:
         """The condition without its caption: no token and a z_t of zero, or the empty caption.
@@ -118,11 +128,6 @@ class PriorStage(OfCaptions, GuidedDiffusion):
         self.check_drops("caption")
 
     @property
-    def text_encoder(self) -> str:
-        """CLIP, where the prior does not embed tokens itself."""
-        return "" if self.model.vocab_size else "clip"
-
-    @property
     def x_shape(self) -> tuple[int, ...]:
         """The shape of one x_t."""
         return (self.model.embed_dim,)
@@ -139,16 +144,12 @@ class PriorStage(OfCaptions, GuidedDiffusion):
     def init(self, key: jax.Array) -> Params:
         """Random params, with the identity as normalisation of z_i until it is replaced."""
         x_t, t = jnp.zeros((1, self.model.embed_dim)), jnp.zeros((1,), jnp.int32)
-        text = self._text(blank(self.conditions))
+        text = self.text(blank(self.conditions))
         return {"network": self.fresh(key, x_t, t, *text)} | self.constants()
-
-    def _text(self, cond: Condition) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The condition as the network takes it."""
-        return cond["z_t"], cond[next(iter(self.conditions))], cond["text_mask"]
 
     def encode(self, params: Params, cond: Condition) -> dict[str, Any]:
         """All of the conditioning that depends on neither x_t nor t, computed once."""
-        return self.apply(params, *self._text(cond), method="encode")
+        return self.apply(params, *self.text(cond), method="encode")
 
     def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:
         """x_0 [b, e] and the whole condition of a batch, see `loss`."""
@@ -164,7 +165,7 @@ class PriorStage(OfCaptions, GuidedDiffusion):
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         x_0, cond = self.data(params, batch)
         kept = keep(drop_key, len(x_0), self.caption_drop)
-        text = self._text(drop_caption(cond, kept, params.get("null_caption")))
+        text = self.text(drop_caption(cond, kept, params.get("null_caption")))
 
         def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:  # all tokens at once
             return self.apply(params, x_t, t, *text)

@@ -28,13 +28,13 @@ from unclip_jax.models.unet import UNet, UNetConfig
 from unclip_jax.stages import degrade
 from unclip_jax.stages.base import (
     Batch,
+    Denoising,
     Loss,
     Setting,
     Stage,
-    denoising_loss,
-    dropout,
 )
 from unclip_jax.stages.conditioning import Field, Params, initial_noise
+from unclip_jax.stages.denoising import denoising_loss, dropout
 from unclip_jax.stages.pixels import check_channels, resize, to_float
 
 CORRUPTIONS = ("none", "gaussian", "bsr")
@@ -214,6 +214,11 @@ class UpsamplerStage(Stage):
 
     def _noised(self, low: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         return gaussian.q_sample(self.diffusion.process(), low, t, noise)
+
+    def denoising(self, params: Params, batch: Batch, key: jax.Array) -> Denoising:
+        """x_0 [b, ...] of a batch, and what makes `denoise(x_t, t)` of params; see the base."""
+        x_0, low, level = self.pairs(*jax.random.split(key), to_float(batch["image"]))
+        return x_0, lambda params, scale: lambda x_t, t: self.denoise(params, x_t, t, low, level)
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """Loss of a batch {"image": uint8 [b, h, w, 3]} of full-size images, on random crops."""

@@ -137,7 +137,7 @@ def load_prior(folder: str, stage: stages.Stage, clip: Part | None) -> Part:
             f"config.prior: got {folder!r}, but a {stage.kind} is not drawn of z_i; leave it out"
         )
     prior = load_part(folder)
-    if prior.stage.kind not in ("prior", "ar_prior"):
+    if prior.stage.kind not in stages.PRIORS:
         raise UserError(f"config.prior: {folder!r} holds a {prior.stage.kind}, expected a prior")
     check_same_clip(prior, f"config.prior: {folder!r}", clip)
     return prior

@@ -23,13 +23,14 @@ from unclip_jax.data import batches, datasets
 from unclip_jax.data.batches import Batches, TextEncoder
 from unclip_jax.data.records import Source, fingerprints, summary
 from unclip_jax.data.tokenizer import Encoder, FileTokenizer
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import JointLoss
-from unclip_jax.training import lora
+from unclip_jax.training import distillation, lora
 from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.distillation import Distillation
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.training.heldout import Arrays, Evaluate, Held, Params, Preview, figures
 from unclip_jax.training.inputs import (
@@ -74,6 +75,7 @@ class Settings:
     previews: int = 16
     init: str = ""
     lora: Lora = dataclasses.field(default_factory=Lora)
+    distillation: Distillation = dataclasses.field(default_factory=Distillation)
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class Settings:
         checks.count("config.previews", self.previews)
         checks.number("config.prior_share", self.prior_share, least=0, most=1)
         checks.count("config.prior_samples", self.prior_samples)
+        if self.lora.rank and self.distillation.steps:
+            raise wrong("config.lora.rank", self.lora.rank, "0 with config.distillation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,8 @@ def prepare(config: Mapping[str, Any]) -> Run:
     given = settings.build(Settings, config, "config")
     origin = Origin.read(given.init, given.stage) if given.init else None
     stage = with_canvas(given, origin.stage if origin else stages.build(given.stage), origin)
+    if given.distillation.steps:
+        distillation.check(stage, given.distillation, has_origin=origin is not None)
     if origin is None:
         check_from_the_beginning(given, stage)
     else:
@@ -219,7 +225,9 @@ def prepare(config: Mapping[str, Any]) -> Run:
         description=description,
         encoder=encoder,
     )
-    return with_adapters(run, origin, given.lora) if given.lora.rank else run
+    if given.lora.rank:
+        return with_adapters(run, origin, given.lora)
+    return with_teacher(run, given.distillation) if given.distillation.steps else run
 
 
 def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
@@ -253,7 +261,11 @@ def describe(
     }
     if origin is not None:
         description["init"] = {"fingerprint": origin.fingerprint}
-        description |= {"lora": settings.to_dict(given.lora)} if given.lora.rank else {}
+        for name, part, on in (
+            ("lora", given.lora, given.lora.rank),
+            ("distillation", given.distillation, given.distillation.steps),
+        ):
+            description |= {name: settings.to_dict(part)} if on else {}
     elif "z_i" in stage.reads:
         description["normalisation"] = given.normalisation
     if "label" in stage.reads:
@@ -272,6 +284,9 @@ def complete(description: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "lora" in description:
         built["lora"] = settings.build(Lora, description["lora"], "checkpoint: lora")
+    if "distillation" in description:
+        found = description["distillation"]
+        built["distillation"] = settings.build(Distillation, found, "checkpoint: distillation")
     parts = {name: settings.to_dict(part) for name, part in built.items()}
     for name in MACHINE_FIELDS:
         parts["data"].pop(name, None)
@@ -331,6 +346,19 @@ def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
         preview=lambda params, step: run.preview(whole(params), step),
         export=functools.partial(origin.merged, config),
         save_adapters=lambda path, params, about: origin.save_adapters(path, config, params, about),
+    )
+
+
+def with_teacher(run: Run, config: Distillation) -> Run:
+    """The run that distils its stage from the one it starts from."""
+    begun, own = run.init_params, distillation.detach
+    return dataclasses.replace(
+        run,
+        init_params=lambda: distillation.attach(begun()),
+        loss=distillation.loss(run.stage, config),
+        evaluate=lambda params, step: run.evaluate(own(params), step),
+        preview=lambda params, step: run.preview(own(params), step),
+        export=own,
     )
 
 

@@ -12,6 +12,7 @@ name that ends in .safetensors holds those alone, and --lora of other commands t
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import jax

@@ -173,7 +173,7 @@ def load_parts(folder: Path, dtype: str = "", mesh: Mesh | None = None) -> dict[
         UserError: no decoder, more than one of a kind that there is one of, or a damaged part.
     """
     found = find_parts(folder)
-    priors = found.get("prior", []) + found.get("ar_prior", [])
+    priors = [path for kind in stages.PRIORS for path in found.get(kind, [])]
     counts = {"clip": found.get("clip", []), "prior": priors, "decoder": found.get("decoder", [])}
     for kind, paths in counts.items():
         if len(paths) > 1 or (kind == "decoder" and not paths):

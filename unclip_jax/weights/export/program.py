@@ -50,6 +50,7 @@ KINDS = {
     "decoder": "decoder",
     "prior": "prior",
     "ar_prior": "ar_prior",
+    "eclipse_prior": "eclipse_prior",
     "upsampler": "upsampler",
     "clip_text": "clip",
     "clip_image": "clip",
