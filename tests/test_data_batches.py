@@ -435,3 +435,28 @@ def test_a_plain_script_reads_batches_and_ends(tmp_path):
     )
     expected = next(batches(Pictures(50), CACHED, seed=0, batch_size=4))["index"].tolist()
     assert run.stdout.strip() == str(expected)
+
+
+def test_more_bad_records_than_are_told_apart_are_counted_and_skipped(monkeypatch):
+    monkeypatch.setattr("unclip_jax.data.batches.TOLD_APART", 3)
+    source = Pictures(20, bad=range(0, 20, 2))
+    stream = batches(source, CACHED, seed=0, batch_size=5)
+    seen = take(stream, 4)  # two epochs
+    assert all((batch["index"] % 2).all() for batch in seen)
+    assert 10 <= stream.skipped <= 20 and len(stream._examples.bad._known) == 3
+
+
+def test_a_remote_source_is_read_by_threads_though_it_fits_into_memory():
+    readers = set()
+
+    class Remote(Pictures):
+        remote = True
+
+        def __getitem__(self, index):
+            readers.add(threading.get_ident())
+            return super().__getitem__(index)
+
+    options = {"seed": 0, "batch_size": 4}
+    found = take(batches(Remote(40), CACHED, **options), 3)
+    same(found, take(batches(Pictures(40), CACHED, **options), 3))
+    assert readers and threading.get_ident() not in readers

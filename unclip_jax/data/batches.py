@@ -32,6 +32,8 @@ from unclip_jax.data.shards.storage import is_remote
 from unclip_jax.data.tokenizer import Encoder, Tokenizer
 from unclip_jax.errors import UserError, wrong
 
+TOLD_APART = 2**18  # bad records, and cut captions: some 20 MB
+
 
 class TextEncoder(Protocol):
     """A frozen network that reads captions: Karlo's CLIP, Imagen's T5."""
@@ -111,8 +113,10 @@ def batches(
     if shuffle:
         stream = stream.shuffle()
     order = stream.repeat(epochs)
-    in_memory = examples.cached and not config.augment
-    iterator = InMemory if in_memory else functools.partial(_reading, config)
+    remote = is_remote(config.name) or getattr(source, "remote", False)
+    in_memory = examples.cached and not config.augment and not remote
+    threads = 0 if examples.cached and not remote else threads_for(config, remote)
+    iterator = InMemory if in_memory else functools.partial(_reading, config.augment, threads)
     batched = iterator(order, share, examples, length, drop_remainder)
     settings = {
         "seed": seed,
@@ -126,17 +130,20 @@ def batches(
 
 
 def _reading(
-    config: DataConfig, order: Any, share: Share, examples: _Examples, length: int, full: bool
+    augment: float,
+    threads: int,
+    order: Any,
+    share: Share,
+    examples: _Examples,
+    length: int,
+    full: bool,
 ) -> Any:
     """Grain's iterator of batches whose examples are read and augmented ahead."""
     grain = extras.load("grain", "train", "batches of a data set")
     stream = order.map_with_index(examples)
-    if config.augment:
-        stream = stream.random_map(
-            lambda x, rng: {**x, "image": jitter(x["image"], config.augment, rng)}
-        )
+    if augment:
+        stream = stream.random_map(lambda x, rng: {**x, "image": jitter(x["image"], augment, rng)})
     mine = grain.MapDataset.range(length).map(lambda j: stream[share.position(j)])
-    threads = 0 if examples.cached else threads_for(config)
     options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * share.block, threads))
     return iter(mine.to_iter_dataset(options).batch(share.block, drop_remainder=full))
 
@@ -170,12 +177,15 @@ class Batches:
 
     @property
     def skipped(self) -> int:
-        """How many different records were skipped so far, those the source left out included."""
+        """How many different records were skipped so far, those the source left out included.
+
+        Beyond `TOLD_APART` one counts each time it is met.
+        """
         return len(self._examples.bad) + len(self._examples.source.skipped)
 
     @property
     def truncated(self) -> int:
-        """How many different captions were cut to the context length so far."""
+        """How many different captions were cut to the context length so far, as `skipped`."""
         return len(self._examples.captions.cut)
 
     def get_state(self) -> dict[str, Any]:
@@ -252,12 +262,39 @@ def _together(
     return Positions(earlier), last
 
 
+class Met:
+    """Numbers that were met. `TOLD_APART` of them are remembered; further ones count each time."""
+
+    def __init__(self):
+        """None yet."""
+        self._known: set[int] = set()
+        self._more = 0
+
+    def __contains__(self, number: int) -> bool:
+        """Whether a number is remembered."""
+        return number in self._known
+
+    def __len__(self) -> int:
+        """How many there were."""
+        return len(self._known) + self._more
+
+    def add(self, number: int) -> bool:
+        """Count a number; returns whether it is not remembered from before."""
+        if number in self._known:
+            return False
+        if len(self._known) < TOLD_APART:
+            self._known.add(number)
+        else:
+            self._more += 1
+        return True
+
+
 class Captions:
     """Captions to tokens; those that are cut are counted, and the first of them named."""
 
     def __init__(self, name: str, tokenizer: Encoder):
         """Name the data set, for messages, and what makes tokens."""
-        self.cut: set[int] = set()  # indices of the captions cut so far
+        self.cut = Met()  # indices of the captions cut so far
         self._name, self._tokenizer, self._lock = name, tokenizer, threading.Lock()
 
     def tokens(self, index: int, name: str, caption: str) -> np.ndarray:
@@ -265,9 +302,7 @@ class Captions:
         (tokens,), cut = self._tokenizer.encode_and_report([caption])
         if cut:
             with self._lock:
-                is_new = index not in self.cut
-                self.cut.add(index)
-                if is_new and len(self.cut) <= NAMED:
+                if self.cut.add(index) and len(self.cut) <= NAMED:
                     more = "; no further ones are named" if len(self.cut) == NAMED else ""
                     logging.warning(
                         "%s: cut the caption of %s: %s%s", self._name, name, cut[0], more
@@ -287,7 +322,7 @@ class _Examples:
     ):
         self.source = source
         self.earlier = Positions()  # that other numbers of processes had read: None there as well
-        self.bad: set[int] = set()  # indices of bad records met so far
+        self.bad = Met()  # indices of bad records met so far
         # Whether examples are kept in memory once made.
         self.cached = source.image_count * config.image_size**2 * 3 <= config.cache_bytes
         ours = Tokenizer(config.context_length, config.vocab_size)
@@ -342,13 +377,12 @@ class _Examples:
 
     def _skip(self, index: int, why: str) -> None:
         with self._lock:
-            if index not in self.bad:
+            if self.bad.add(index):
                 logging.warning("%s: skipped %s", self.source.name, why)
-            self.bad.add(index)
         self.raise_if_all_bad()
 
     def raise_if_all_bad(self, at_end: bool = False) -> None:
-        all_met = len(self.bad) >= self._reachable or (at_end and self.bad)
+        all_met = len(self.bad) >= self._reachable or (at_end and len(self.bad))
         if all_met and not self._good:
             raise UserError(
                 f"name: {self.source.name}: every one of the {len(self.bad)} records read is bad; "
@@ -359,12 +393,14 @@ class _Examples:
 _NOT_MORE = frozenset({"image", "caption", "index", "name", "tokens"})
 
 
-def threads_for(config: DataConfig) -> int:
+def threads_for(config: DataConfig, remote: bool = False) -> int:
     """Threads that read and decode ahead: Pillow lets go of the interpreter lock meanwhile.
+
+    `remote` says that some of a record comes over a network, whatever the config's name.
 
     No worker processes: those need a guarded main module and parsed absl flags, and would each
     hold the data set.
     """
     if config.read_threads:
         return config.read_threads
-    return 64 if is_remote(config.name) else min(os.cpu_count() or 1, 16)
+    return 64 if remote or is_remote(config.name) else min(os.cpu_count() or 1, 16)

@@ -17,6 +17,7 @@ from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from unclip_jax.errors import UserError, wrong
 
 KEYS = ("image_key", "caption_key", "label_key")
+DISK_CACHE_BYTES = 2**35
 
 
 class Kind(NamedTuple):
@@ -88,6 +89,8 @@ class DataConfig:
         vocab_size: token ids; below 49408 only the first merges of CLIP's BPE are used.
         augment: strength of random scaling and shifting, from 0 to below 1.
         cache_bytes: decoded images are kept in memory where all of them fit in this.
+        disk_cache_bytes: what is read of remote stored embeddings is kept in `cache_dir` up to
+            this, of all stores together; 0 keeps nothing.
         read_threads: how many records are read and decoded at a time; 0 for as many as there are
             cores, at most 16, or 64 where records come over a network.
     """
@@ -107,6 +110,7 @@ class DataConfig:
     vocab_size: int = VOCAB_SIZE
     augment: float = 0.0
     cache_bytes: int = 2**30
+    disk_cache_bytes: int = DISK_CACHE_BYTES
     read_threads: int = 0
     fit: Fit = CENTRE
 
@@ -124,6 +128,7 @@ class DataConfig:
         if not 0.0 <= self.augment < 1.0:
             raise wrong("augment", self.augment, "0 (none) to below 1")
         checks.number("cache_bytes", self.cache_bytes, least=0)
+        checks.count("disk_cache_bytes", self.disk_cache_bytes, least=0)
         if checks.count("read_threads", self.read_threads, least=0) > 1024:
             raise wrong("read_threads", self.read_threads, "0 (automatic) to 1024")
 

@@ -35,6 +35,7 @@ from unclip_jax.data.embeddings.writer import (
     Encode,
     compute,
     default_shards,
+    finish,
     missing_shards,
 )
 from unclip_jax.data.records import summary
@@ -148,4 +149,6 @@ def main(argv: list[str]) -> None:
     # JAX takes a process that leaves minutes before the others for a failure of the run.
     while missing_shards(args.out, meta):
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    if distributed.is_lead():  # where the last two ended at once
+        finish(args.out, meta)
     print(f"{args.out}: complete, {meta.count} pairs; {title} wrote {written} of them")

@@ -51,7 +51,7 @@ from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import Part, clip_fingerprint, read_stage, stage_folder
 
 # Of the data's settings, those that change no batch or follow from the stage.
-MACHINE_FIELDS = ("cache_dir", "cache_bytes", "read_threads", "bare")
+MACHINE_FIELDS = ("cache_dir", "cache_bytes", "disk_cache_bytes", "read_threads", "bare")
 STATE_COPIES = 4  # of the params: themselves, their average, two moments
 
 

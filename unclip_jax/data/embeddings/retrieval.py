@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unclip_jax.common import extras
-from unclip_jax.data import contents, texts
+from unclip_jax.data import contents as digests
+from unclip_jax.data import texts
+from unclip_jax.data.embeddings import entries
 from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import FIRST, HELDOUT, VALID, Meta, Pair
 from unclip_jax.data.records import BadRecord, is_heldout
+from unclip_jax.data.shards import pages
 from unclip_jax.errors import UserError, one_line, wrong
 
 FOLDERS = ("img_emb", "text_emb", "metadata")
@@ -74,6 +77,11 @@ class RetrievalStore:
         self._ends = np.cumsum([len(part.names) for part in self._parts])
         self.meta = self._meta()
         self.flags = np.array([*self._flags()], np.uint8)
+        self.remote = False  # what it reads are copies
+        content = entries.of_flags(self.flags)
+        _, told, whole = pages.read_end(lambda a, b: content[a:b], len(content))
+        self.images = entries.images([told])
+        self.table = pages.Table(whole[None], lambda file, at, size, crc: content[at : at + size])
 
     def __len__(self) -> int:
         """The number of pairs."""
@@ -96,10 +104,19 @@ class RetrievalStore:
             raise BadRecord(f"{name}: its embeddings are not finite")
         return Pair(index, int(self.flags[index]), name, caption, np.zeros(0, np.int32), z_i, z_t)
 
-    def chunks(self, among: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All valid (z_i, z_t), float32 `[n, e]`, in order; of those `among`, bool `[N]`."""
+    def at(self, shard: int, page: int, row: int) -> Pair:
+        """The pair that has a place, as an `EmbeddingStore` of one shard says it."""
+        return self.valid(entries.PAIRS * page + row)
+
+    def flags_of(self, shard: int, page: int) -> np.ndarray:
+        """The flags of a page."""
+        return self.flags[entries.PAIRS * page :][: entries.PAIRS]
+
+    def chunks(self, among: entries.Among | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All valid (z_i, z_t), float32 `[n, e]`, in order; of those `among`."""
         counts = self.flags & VALID > 0
-        counts = counts if among is None else counts & among
+        if among is not None:
+            counts &= among(self.flags) if callable(among) else among
         for end, part in zip(self._ends, self._parts, strict=True):
             for start in range(0, len(part.names), _READ_TOGETHER):
                 rows = slice(start, min(start + _READ_TOGETHER, len(part.names)))
@@ -166,7 +183,7 @@ class RetrievalStore:
             for texts_of in (part.names, part.captions):
                 digest.update("\0".join(texts_of).encode("utf-8", "surrogatepass"))
             files = [str(z.filename) for z in (part.z_i, part.z_t)]
-            digest.update(contents.of_files(self.where, files, self._cache).tobytes())
+            digest.update(digests.of_files(self.where, files, self._cache).tobytes())
         return Meta(
             clip_fingerprint="",
             data_fingerprint=digest.hexdigest()[:16],

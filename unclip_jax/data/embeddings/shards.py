@@ -3,7 +3,7 @@
 A store of N pairs is `meta.json` and S shards, `embeddings-00003-of-00016.array_record`. Shard s
 holds the pairs s N // S to (s + 1) N // S - 1 in order, each pair, good or bad, one record: where a
 pair lies follows from its number. The last record has a byte for every pair of the shard: whether
-it is valid, held out, and the first of its image. So a split is known without reading the pairs.
+it is valid, held out, and the first of its image. `embeddings.entries` has that beside the shards.
 
 A record is, little-endian and without padding:
 
@@ -35,6 +35,7 @@ import numpy as np
 from array_record.python import array_record_module as array_record
 
 from unclip_jax.common import checks
+from unclip_jax.data.shards.ranges import Damaged
 from unclip_jax.errors import UserError, one_line, wrong
 
 FORMAT = 2  # raised when the layout changes
@@ -52,8 +53,6 @@ FIRST = 4  # no earlier pair shares its image
 _HEADER = struct.Struct("<QBIII")
 _CONTENTS = b"contents"  # begins a shard's last record
 _WRITE = "group_size:1,uncompressed"  # floats hardly compress, and are read twice as fast so
-_READ = "readahead_buffer_size:0,max_parallelism:0"  # random access
-_READ_BUFFER = 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +158,6 @@ class Pair(NamedTuple):
     z_t: np.ndarray | None
 
 
-class Damaged(Exception):
-    """A shard or a record isn't what was written; the message says in what."""
-
-
 def pack(pair: Pair, meta: Meta) -> bytes:
     """The bytes of a pair; its embeddings are rounded to the store's dtype."""
     name, caption = (text.encode("utf-8", "surrogatepass") for text in (pair.name, pair.caption))
@@ -245,43 +240,17 @@ class ShardWriter:
             ) from error
 
 
-class ShardReader:
-    """Random access to the pairs of one shard; safe to share among threads.
-
-    What isn't as it was written is `Damaged`, whatever is asked for.
-    """
-
-    def __init__(self, path: str | os.PathLike, meta: Meta, shard: int):
-        """Open the file."""
-        self._meta, self._pairs = meta, meta.shard_pairs(shard)
-        with _damage():
-            self._reader = array_record.ArrayRecordReader(
-                os.fspath(path), _READ, file_reader_buffer_size=_READ_BUFFER
-            )
-            count = self._reader.num_records() if self._reader.ok() else 0
-        if count != len(self._pairs) + 1:
-            raise Damaged(f"{count} records, expected {len(self._pairs) + 1}")
-
-    def read(self, start: int, stop: int) -> list[Pair]:
-        """The pairs `start` to `stop - 1`, all of this shard."""
-        first = self._pairs.start
-        with _damage():
-            records = self._reader.read(start - first, stop - first)
-        return [unpack(r, self._meta, start + i) for i, r in enumerate(records)]
-
-    def flags(self) -> np.ndarray:
-        """Of all pairs of the shard, uint8 `[n]`."""
-        count = len(self._pairs)
-        with _damage():
-            (record,) = self._reader.read([count])
-        if not record.startswith(_CONTENTS) or len(record) != len(_CONTENTS) + count:
-            raise Damaged("its last record is not its contents")
-        return np.frombuffer(record, np.uint8, offset=len(_CONTENTS))
+def flags_of(record: bytes, count: int) -> np.ndarray:
+    """The flags of a shard's pairs, uint8 [count], of its last record."""
+    if not record.startswith(_CONTENTS) or len(record) != len(_CONTENTS) + count:
+        raise Damaged("its last record is not its contents")
+    return np.frombuffer(record, np.uint8, offset=len(_CONTENTS))
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
+def damage() -> Iterator[None]:
+    """What ArrayRecord says of a damaged file, as `Damaged`."""
     try:
         yield
-    except RuntimeError as error:  # ArrayRecord's
+    except RuntimeError as error:
         raise Damaged(one_line(error)) from error

@@ -7,29 +7,19 @@ pictures it was computed from, and `EmbeddingSource` is a data set of its own, w
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import threading
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.embeddings import retrieval
+from unclip_jax.data.datasets import DISK_CACHE_BYTES, DataConfig
+from unclip_jax.data.embeddings import entries, retrieval
 from unclip_jax.data.embeddings.folders import Folder
-from unclip_jax.data.embeddings.shards import (
-    FIRST,
-    HELDOUT,
-    META,
-    VALID,
-    Damaged,
-    Meta,
-    Pair,
-    ShardReader,
-)
+from unclip_jax.data.embeddings.shards import FIRST, META, VALID, Meta, Pair, unpack
+from unclip_jax.data.embeddings.sides import Sides
 from unclip_jax.data.records import (
     SPLITS,
     BadRecord,
@@ -38,9 +28,13 @@ from unclip_jax.data.records import (
     fingerprints,
     nothing_in,
 )
+from unclip_jax.data.shards import pages
+from unclip_jax.data.shards.ranges import Damaged, Ranges
+from unclip_jax.data.shards.storage import StorageError, is_remote
 from unclip_jax.errors import UserError
 
 _READ_TOGETHER = 8192  # pairs of a chunk
+_SPAN = 2**25  # bytes of a chunk that are read in one go
 
 
 def open_source(config: DataConfig, where: str) -> EmbeddingSource:
@@ -49,58 +43,67 @@ def open_source(config: DataConfig, where: str) -> EmbeddingSource:
 
 
 class EmbeddingStore:
-    """Stored embeddings of N pairs, whose shards are opened when first read; for any threads.
+    """Stored embeddings of N pairs, of which nothing is read before it is asked for.
+
+    Any thread may use it. What it holds does not grow with N.
 
     Attributes:
         where: its path or URL.
         meta: what it says of itself.
+        table: where its pairs are; see `shards.pages`.
+        images: how many images each split has.
+        remote: whether reading takes a network.
     """
 
-    def __init__(self, folder: Folder, meta: Meta):
+    def __init__(self, folder: Folder, meta: Meta, sides: Sides, ranges: Ranges):
         """Use `open`."""
-        self.where, self.meta = str(folder), meta
-        self._folder = folder
-        self._shards: dict[int, ShardReader] = {}
-        self._opening = threading.Lock()
+        self.where, self.meta, self.remote = str(folder), meta, is_remote(str(folder))
+        self.table, self.images = pages.Table(sides.rows, sides.read), sides.images
+        self._ranges, self._cut = ranges, sides.cut
 
     @classmethod
     def open(
-        cls, where: str | os.PathLike, *, cache_dir: str | os.PathLike, **expected: Any
+        cls,
+        where: str | os.PathLike,
+        *,
+        cache_dir: str | os.PathLike,
+        disk_cache_bytes: int = DISK_CACHE_BYTES,
+        **expected: Any,
     ) -> EmbeddingStore:
         """Open a store for reading.
 
         Args:
             where: its folder, a path or a URL of fsspec's.
-            cache_dir: where copies of a remote store's shards are kept.
+            cache_dir: where what was read of a remote store is kept.
+            disk_cache_bytes: that this may take.
             **expected: what fields of its `meta` must be.
 
         Raises:
             UserError: there is none, it is damaged or not complete, or a field is another.
         """
         folder = Folder(where, cache_dir)
-        names = folder.names()
-        if META not in names:
+        sizes = folder.sizes()
+        if META not in sizes:
             what = "no stored embeddings; compute them with unclip embed"
-            if names & set(retrieval.FOLDERS):
+            if sizes.keys() & set(retrieval.FOLDERS):
                 what = (
                     "clip-retrieval's layout, which doesn't say of which pictures it is; only"
                     f" --config.data.name=embeddings:{folder} reads it; for others use unclip embed"
                 )
             raise UserError(f"embeddings: {folder}: {what}")
         meta = Meta.from_json(folder.read_text(META), str(folder))
-        store = cls(folder, meta)
-        store.check(**expected)
-        if missing := meta.missing(names):
+        check(meta, str(folder), **expected)
+        if missing := meta.missing(sizes):
             raise UserError(
                 f"embeddings: {folder}: {len(missing)} of {meta.shards} shards are missing; run the"
                 " same unclip embed again, which goes on where it stopped"
             )
-        return store
+        ranges = Ranges(folder, folder.cache, disk_cache_bytes)
+        return cls(folder, meta, Sides(folder, meta, sizes, ranges), ranges)
 
     def check(self, **expected: Any) -> None:
         """Compare fields of `meta`; `UserError` names the first that is another."""
-        advice = "compute them again, into another folder, or give the CLIP and data they are of"
-        self.meta.check(self.where, advice, **expected)
+        check(self.meta, self.where, **expected)
 
     def __len__(self) -> int:
         """The number of pairs."""
@@ -109,73 +112,105 @@ class EmbeddingStore:
     def __getitem__(self, index: int) -> Pair:
         """The pair at `index`, valid or not; `records.BadRecord` if its record is damaged."""
         shard = self.meta.shard_of(index)
+        page, row = divmod(index - self.meta.shard_pairs(shard).start, entries.PAIRS)
+        return self.at(shard, page, row)
+
+    def at(self, shard: int, page: int, row: int) -> Pair:
+        """The pair that has a place, as `__getitem__`."""
+        index = self.meta.shard_pairs(shard).start + entries.PAIRS * page + row
         try:
-            (pair,) = self._shard(shard).read(index, index + 1)
+            self._check_length(shard)
+            entry = self._entries(shard, page)[row]
+            place = int(entry["offset"]), int(entry["size"])
+            raw = self._ranges.read(self.meta.shard_name(shard), *place, int(entry["crc"]))
+            return unpack(entries.record_of(raw, place[0]), self.meta, index)
         except Damaged as error:
             raise BadRecord(f"pair {index} of {self._name(shard)}: damaged ({error})") from error
-        return pair
+        except StorageError as error:
+            raise BadRecord(f"pair {index} of {error}") from error
 
     def valid(self, index: int) -> Pair:
         """The pair at `index`; `records.BadRecord` if it has no embeddings, too."""
-        pair = self[index]
-        if not pair.flags & VALID:
-            raise BadRecord(f"{pair.name}: no embeddings, as it was bad when they were made")
-        return pair
+        return with_embeddings(self[index])
 
-    @functools.cached_property
+    def flags_of(self, shard: int, page: int) -> np.ndarray:
+        """What `embeddings.shards` says of each pair of a page in a byte, uint8 `[n]`."""
+        return self._entries(shard, page)["flags"]
+
+    @property
     def flags(self) -> np.ndarray:
-        """What `embeddings.shards` says of each pair in a byte, uint8 `[N]`; opens every shard.
+        """The flags of all pairs, uint8 `[N]`, read anew.
 
         Raises:
-            UserError: a shard is damaged or can't be read.
+            UserError: a shard's contents are damaged or can't be read.
         """
-        parts = []
-        for shard in range(self.meta.shards):
-            with self._use_of(shard):
-                parts.append(self._shard(shard).flags())
-        return np.concatenate(parts)
+        shards = range(self.meta.shards)
+        return np.concatenate([self._entries_of(shard)["flags"] for shard in shards])
 
-    def chunks(self, among: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def chunks(self, among: entries.Among | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All valid (z_i, z_t), each float32 `[n, e]`, some thousands at a time, in order.
 
         Args:
-            among: bool `[N]`, which pairs count; None for all.
+            among: which pairs count: bool `[N]`, or what makes that of flags; None for all.
 
         Raises:
             UserError: a shard is damaged or can't be read.
         """
         for shard in range(self.meta.shards):
-            pairs = self.meta.shard_pairs(shard)
-            for start in range(pairs.start, pairs.stop, _READ_TOGETHER):
-                stop = min(start + _READ_TOGETHER, pairs.stop)
-                with self._use_of(shard):
-                    read = self._shard(shard).read(start, stop)
-                counts = [p for p in read if p.flags & VALID and (among is None or among[p.index])]
-                if counts:
-                    yield np.stack([p.z_i for p in counts]), np.stack([p.z_t for p in counts])
+            every, first = self._entries_of(shard), self.meta.shard_pairs(shard).start
+            counts = every["flags"] & VALID > 0
+            if callable(among):
+                counts &= among(every["flags"])
+            elif among is not None:
+                counts &= among[first : first + len(every)]
+            for start in range(0, len(every), _READ_TOGETHER):
+                rows = start + np.flatnonzero(counts[start : start + _READ_TOGETHER])
+                with entries.told_of_damage(self.where, self.meta.shard_name(shard)):
+                    read = [*self._together(shard, every[rows], rows + first)]
+                if read:
+                    yield np.stack([p.z_i for p in read]), np.stack([p.z_t for p in read])
 
-    def _shard(self, shard: int) -> ShardReader:
-        if shard not in self._shards:
-            with self._opening:
-                if shard not in self._shards:
-                    path = self._folder.file(self.meta.shard_name(shard))
-                    with self._use_of(shard):
-                        self._shards[shard] = ShardReader(path, self.meta, shard)
-        return self._shards[shard]
+    def _together(self, shard: int, chosen: np.ndarray, indices: np.ndarray) -> Iterator[Pair]:
+        """The pairs of some entries of a shard, in rising order, read in a few long ranges."""
+        self._check_length(shard)
+        for part in entries.spans(chosen, _SPAN):
+            start, last = int(chosen[part][0]["offset"]), chosen[part][-1]
+            stop = int(last["offset"]) + int(last["size"])
+            content = self._ranges.folder.read(self.meta.shard_name(shard), start, stop)
+            for entry, index in zip(chosen[part], indices[part].tolist(), strict=True):
+                offset = int(entry["offset"])
+                raw = content[offset - start : offset - start + int(entry["size"])]
+                if zlib.crc32(raw) != entry["crc"]:
+                    raise Damaged(f"pair {index} has another checksum")
+                yield unpack(entries.record_of(raw, offset), self.meta, index)
+
+    def _entries(self, shard: int, page: int) -> np.ndarray:
+        return entries.entries_in(self.table.page(shard, page))
+
+    def _entries_of(self, shard: int) -> np.ndarray:
+        with entries.told_of_damage(self.where, entries.name_of(self.meta, shard)):
+            count = len(self.table.directory(shard))
+            return np.concatenate([self._entries(shard, page) for page in range(count)])
+
+    def _check_length(self, shard: int) -> None:
+        if shard in self._cut:
+            raise Damaged(self._cut[shard])
 
     def _name(self, shard: int) -> str:
         return f"{self.where}/{self.meta.shard_name(shard)}"
 
-    @contextlib.contextmanager
-    def _use_of(self, shard: int) -> Iterator[None]:
-        """Whatever is damaged, in a `UserError`."""
-        try:
-            yield
-        except Damaged as error:
-            raise UserError(
-                f"embeddings: {self._name(shard)}: damaged ({error}); delete that file and run the"
-                " same unclip embed again (or delete the folder, if it is a cache)"
-            ) from error
+
+def check(meta: Meta, where: str, **expected: Any) -> None:
+    """Compare fields of a store's `meta`; `UserError` names the first that is another."""
+    advice = "compute them again, into another folder, or give the CLIP and data they are of"
+    meta.check(where, advice, **expected)
+
+
+def with_embeddings(pair: Pair) -> Pair:
+    """The pair; `records.BadRecord` if it has no embeddings."""
+    if not pair.flags & VALID:
+        raise BadRecord(f"{pair.name}: no embeddings, as it was bad when they were made")
+    return pair
 
 
 class WithEmbeddings:
@@ -197,7 +232,7 @@ class WithEmbeddings:
         self.name, (self.fingerprint, self.former) = source.name, fingerprints(source)
         self.image_count, self.skipped = source.image_count, source.skipped
         self.image_of = source.image_of
-        self._source, self.store = source, store
+        self._source, self.store, self.remote = source, store, store.remote
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -213,7 +248,7 @@ class WithEmbeddings:
         pair = self.store.valid(index)
         return {**self._source[index], "z_i": pair.z_i, "z_t": pair.z_t}
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def chunks(self) -> entries.Chunks:
         """All valid (z_i, z_t), each float32 `[n, e]`, a part at a time."""
         return self.store.chunks()
 
@@ -230,11 +265,11 @@ class EmbeddingSource:
     classes: tuple[str, ...] = ()
 
     def __init__(self, config: DataConfig, where: str):
-        """Open a store and read which of its pairs are in the config's split, but no pair.
+        """Open a store and see how many of its pairs are in the config's split, but read no pair.
 
         Args:
             config: gives split, captions, the context of the tokens that are wanted, and the cache
-                where copies of a remote store's shards are kept.
+                where what was read of a remote store is kept.
             where: the store's path or URL.
 
         Raises:
@@ -248,19 +283,15 @@ class EmbeddingSource:
             self.store = retrieval.RetrievalStore(where, config.cache, key)
         else:
             config.refuse(f"{self.name}, which `unclip embed` made,", "caption_key")
-            self.store = EmbeddingStore.open(where, cache_dir=config.cache)
+            self.store = EmbeddingStore.open(
+                where, cache_dir=config.cache, disk_cache_bytes=config.disk_cache_bytes
+            )
         self.skipped: dict[str, str] = {}
-        meta, flags = self.store.meta, self.store.flags
-        self._among = np.ones(len(flags), bool)
-        if split != "all":
-            self._among &= (flags & HELDOUT > 0) == (split == "heldout")
-        if captions == "first":
-            self._among &= flags & FIRST > 0
-        self._pairs = np.flatnonzero(self._among)
-        if not len(self._pairs):
-            raise nothing_in(split, f"{len(flags)} pairs of {self.name}")
-        self._images = np.cumsum(flags & FIRST > 0)
-        self.image_count = len(np.unique(self._images[self._pairs]))
+        meta, self.remote = self.store.meta, self.store.remote
+        self._choice = pages.Choice(self.store.table, split, captions)
+        if not len(self._choice):
+            raise nothing_in(split, f"{meta.count} pairs of {self.name}")
+        self.image_count = len(self) if captions == "first" else self.store.images[split]
         wanted = (config.context_length, config.vocab_size)
         self._has_tokens = (meta.context_length, meta.vocab_size) == wanted
         known = [meta.clip_fingerprint, meta.data_fingerprint, split, captions]
@@ -268,19 +299,36 @@ class EmbeddingSource:
 
     def __len__(self) -> int:
         """The number of pairs in the split."""
-        return len(self._pairs)
+        return len(self._choice)
 
     def image_of(self, index: int) -> int:
         """A number that the pairs of one image share."""
-        return int(self._images[self._pairs[index]])
+        shard, page, row = self._place(index)
+        table, flags = self.store.table, self.store.flags_of(shard, page)
+        before = table.rows["images"][:shard], table.directory(shard)["images"][:page]
+        return sum(int(of.sum()) for of in before) + int(np.sum(flags[: row + 1] & FIRST > 0))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The pair at `index`; `records.BadRecord` if it has no embeddings."""
-        pair = self.store.valid(int(self._pairs[index]))
+        try:
+            pair = with_embeddings(self.store.at(*self._place(index)))
+        except (Damaged, StorageError) as error:  # of what says where it is
+            raise BadRecord(f"pair {index} of {self.name}: {error}") from error
         record = {"caption": pair.caption, "index": index, "name": pair.name}
         tokens = {"tokens": pair.tokens} if self._has_tokens else {}
         return record | tokens | {"z_i": pair.z_i, "z_t": pair.z_t}
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def chunks(self) -> entries.Chunks:
         """All valid (z_i, z_t) of the split, each float32 `[n, e]`, a part at a time."""
-        return self.store.chunks(self._among)
+        return self.store.chunks(self._chosen)
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Shard, page and row of the pair at `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: pair {index} of {len(self)}")
+        shard, page, rank = self._choice.find(index)
+        among = np.flatnonzero(self._chosen(self.store.flags_of(shard, page)))
+        return shard, page, int(among[rank])
+
+    def _chosen(self, flags: np.ndarray) -> np.ndarray:
+        return entries.chosen(flags, self._choice.split, self._choice.captions)

@@ -22,6 +22,7 @@ from absl import logging
 
 from unclip_jax.common.files import making_folder
 from unclip_jax.data.batches import Captions
+from unclip_jax.data.embeddings import entries
 from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import FIRST, HELDOUT, META, VALID, Meta, Pair, ShardWriter
 from unclip_jax.data.images import CENTRE, Fit, square
@@ -78,7 +79,9 @@ def compute(
     """
     folder = Folder(out, cache_dir="")  # nothing is read, so nothing is kept in a cache
     _agree(folder, meta)
-    mine = [s for s in meta.missing(folder.names()) if s % process_count == process_index]
+    names = folder.names()
+    made = _complete(folder, meta, names, range(process_index, meta.shards, process_count))
+    mine = [s for s in meta.missing(names) if s % process_count == process_index]
     total = sum(len(meta.shard_pairs(s)) for s in mine)
     examples = _Examples(source, meta, image_size, fit, tokenizer)
     numbers = itertools.chain.from_iterable(map(meta.shard_pairs, mine))
@@ -101,6 +104,36 @@ def compute(
                         " warnings above say why"
                     )
                 writer.finish()
+                # First its contents: where a shard is, they are.
+                side = entries.of_shard(path, meta, shard, verify=False)
+                folder.write(entries.name_of(meta, shard), side)
+    finish(out, meta, anew=bool(mine) or made)
+
+
+def _complete(folder: Folder, meta: Meta, names: set[str], shards: Iterable[int]) -> bool:
+    """Write the contents of those shards that lack them, as all do that older versions wrote.
+
+    Returns whether there were any.
+    """
+    any_made = False
+    for shard in shards:
+        name = meta.shard_name(shard)
+        if name in names and entries.name_of(meta, shard) not in names:
+            with entries.told_of_damage(folder, name), folder.copied(name) as path:
+                side = entries.of_shard(path, meta, shard, verify=True)
+            folder.write(entries.name_of(meta, shard), side)
+            any_made = True
+    return any_made
+
+
+def finish(out: str | os.PathLike, meta: Meta, *, anew: bool = False) -> None:
+    """Write the directory of a store if all of its shards are there; `anew` if it is there, too."""
+    folder = Folder(out, cache_dir="")
+    sizes = folder.sizes()
+    sides = [entries.name_of(meta, shard) for shard in range(meta.shards)]
+    complete = not meta.missing(sizes) and sizes.keys() >= {*sides}
+    if complete and (anew or entries.NAME not in sizes):
+        folder.write(entries.NAME, entries.joined(entries.read_ends(folder, sides, sizes)))
 
 
 def missing_shards(out: str | os.PathLike, meta: Meta) -> int:

@@ -69,7 +69,7 @@ class StoredFile:
             raise StorageError(f"{self.url}: no bytes {start}..{stop} in its {self.size}")
         if start == stop:
             return b""
-        found = _patiently(lambda: self._filesystem.cat_file(self._path, start, stop), self.url)
+        found = patiently(lambda: self._filesystem.cat_file(self._path, start, stop), self.url)
         if len(found) != stop - start:
             raise StorageError(
                 f"{self.url}: {len(found)} bytes came for {stop - start}: it has changed, or its "
@@ -215,12 +215,12 @@ def is_local(files: Any) -> bool:
 def ask(question: Callable[[], T], url: str, field: str) -> T:
     """What `question` returns, asked several times if need be; `UserError` if it fails for good."""
     try:
-        return _patiently(question, url)
+        return patiently(question, url)
     except StorageError as error:
         raise UserError(f"{field}: can't reach {error}; check the address") from error
 
 
-def _patiently(attempt: Callable[[], T], url: str) -> T:
+def patiently(attempt: Callable[[], T], url: str) -> T:
     """What `attempt` returns; `StorageError` if it fails for good, or five times in a row."""
     for wait in (*WAITS, None):
         try:
