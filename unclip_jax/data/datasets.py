@@ -85,6 +85,9 @@ class DataConfig:
             no captions.
         cache_dir: where prepared data and the indices of shards are; "" for `$UNCLIP_JAX_CACHE`,
             else `~/.cache/unclip_jax`; for "tfds:NAME" "" is TFDS's own default.
+        shared_dir: a folder or URL that all hosts of a run share, where what is found out about
+            the data once is kept: indices of shards, and what is measured on embeddings; "" for
+            the cache.
         context_length: tokens per caption, start and end included.
         vocab_size: token ids; below 49408 only the first merges of CLIP's BPE are used.
         augment: strength of random scaling and shifting, from 0 to below 1.
@@ -106,6 +109,7 @@ class DataConfig:
     label_key: str = "label"
     bare: bool = False
     cache_dir: str = ""
+    shared_dir: str = ""
     context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCAB_SIZE
     augment: float = 0.0
@@ -120,7 +124,7 @@ class DataConfig:
         Raises:
             UserError: a field has no meaning.
         """
-        for field in ("name", "split"):
+        for field in ("name", "split", "shared_dir"):
             if not isinstance(getattr(self, field), str):
                 raise wrong(field, getattr(self, field), "a string")
         checks.choice("captions", self.captions, ("all", "first"))
@@ -149,6 +153,11 @@ class DataConfig:
     def cache(self) -> pathlib.Path:
         """Where prepared data and indices are."""
         return pathlib.Path(self.cache_dir) if self.cache_dir else default_cache_dir()
+
+    @property
+    def shared(self) -> str:
+        """Where what all hosts may share is."""
+        return self.shared_dir or str(self.cache)
 
 
 def load(config: DataConfig, *, needs_images: bool = True, split_field: str = "split") -> Source:

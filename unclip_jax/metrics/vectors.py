@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -12,10 +13,18 @@ from unclip_jax.errors import UserError, wrong
 
 Array = TypeVar("Array")
 
+# What every process gives, arrays by name, to all: a list in order of processes.
+Gather = Callable[[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]
+
 # What two float32 embeddings that are the same may differ by, as a fraction of their length.
 ROUNDING = 1e-7
 
 _CHUNK = 4096  # rows that are in float64 at a time
+
+
+def alone(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The `Gather` of a process that is the only one."""
+    return [dict(arrays)]
 
 
 def unit(z: Array) -> Array:
@@ -64,6 +73,14 @@ class Moments:
         z = np.asarray(z, np.float64)
         return cls(len(z), z.mean(axis=0), len(z) * z.var(axis=0))
 
+    @classmethod
+    def together(cls, parts: Iterable[Moments], gather: Gather) -> Moments:
+        """The moments of all parts that all processes have, each some."""
+        none = cls(0, np.zeros(()), np.zeros(()))
+        own = functools.reduce(cls.merge, parts, none)
+        told = gather(dataclasses.asdict(own))
+        return functools.reduce(cls.merge, (cls(int(t.pop("count")), **t) for t in told), none)
+
     @property
     def varies(self) -> bool:
         """Whether the vectors differ by more than the rounding of float32."""
@@ -72,6 +89,8 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets together."""
+        if not self.count or not other.count:
+            return self if self.count else other
         count = self.count + other.count
         apart = other.mean - self.mean
         square = np.outer(apart, apart) if self.scatter.ndim == 2 else apart**2

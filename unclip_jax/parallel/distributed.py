@@ -7,6 +7,7 @@ array goes from process to process here.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -187,12 +188,29 @@ def gather(value: Any) -> list[Any]:
     """What every process gives, JSON-able, in order of processes. All must call it."""
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = text
+    return [json.loads(text) for text in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+    """What every process gives, in order of processes. All must call it."""
+    if jax.process_count() == 1:
+        return [content]
+    sizes = multihost_utils.process_allgather(np.int32(len(content)))
+    padded = np.zeros(max(1, int(sizes.max())), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
     rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes, strict=True)]
+    return [bytes(row[:n]) for row, n in zip(rows, sizes, strict=True)]
+
+
+def gather_arrays(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The arrays by name that every process gives, of any dtypes and shapes, as `gather`."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    found = []
+    for each in gather_bytes(content.getvalue()):
+        with np.load(io.BytesIO(each), allow_pickle=False) as file:
+            found.append({name: file[name] for name in file.files})
+    return found
 
 
 def whole(x: Any) -> np.ndarray:

@@ -25,6 +25,7 @@ from unclip_jax.diffusion import guidance
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.metrics import pca
+from unclip_jax.metrics.vectors import Gather, alone
 from unclip_jax.models.ar_prior import ARPrior, ARPriorConfig
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import Batch, Chunks, Loss, Stage
@@ -37,8 +38,10 @@ Quantiser = dict[str, jax.Array]
 # than this is rounding of the float32 embeddings.
 NARROWEST = 1e-12
 
+DOTS = 2**22  # dot products that quantiles are taken of: 1 in 4000 of a fraction off, at most
 
-def fit_quantiser(model: ARPriorConfig, chunks: Chunks) -> Quantiser:
+
+def fit_quantiser(model: ARPriorConfig, chunks: Chunks, gather: Gather = alone) -> Quantiser:
     """Measure the quantiser on a data set that is read twice, in chunks.
 
     The first pass finds the principal components. The second finds the least and the greatest
@@ -46,11 +49,13 @@ def fit_quantiser(model: ARPriorConfig, chunks: Chunks) -> Quantiser:
     clipped, the error is half a bucket at most, and two numbers per dimension say it all.
     Quantiles would even out how often the codes occur, at the price of coarse tails, which is
     where the embeddings differ most. The dot product's buckets, though, are quantiles: its top
-    half is to be the top half of the distribution, and each of its tokens must be learned.
+    half is to be the top half of the distribution, and each of its tokens must be learned. Of more
+    than `DOTS` pairs they are those of evenly spaced ones, so many at most.
 
     Args:
         model: gives the numbers of dimensions and buckets.
         chunks: begins a pass over (z_i [n, e], z_t [n, e]) in CLIP's coordinates.
+        gather: where each of several processes has some of the chunks, what brings them together.
 
     Returns:
         `mean` [e], `components` [k, e], `low` [k] (the lower edge of each first bucket), `step`
@@ -59,7 +64,7 @@ def fit_quantiser(model: ARPriorConfig, chunks: Chunks) -> Quantiser:
     Raises:
         UserError: fewer than two embeddings, or embeddings of fewer dimensions than `code_dims`.
     """
-    moments = functools.reduce(pca.Moments.merge, (pca.Moments.of(z_i) for z_i, _ in chunks()))
+    moments = pca.Moments.together((pca.Moments.of(z_i) for z_i, _ in chunks()), gather)
     components = pca.fit(moments)
     widest = components.eigenvalues[0]
     varying = int(np.sum(components.eigenvalues > NARROWEST * widest))
@@ -70,21 +75,46 @@ def fit_quantiser(model: ARPriorConfig, chunks: Chunks) -> Quantiser:
             f" only {varying} dimensions; lower it, or use a larger data set"
         )
     low, high = np.full(dims, np.inf), np.full(dims, -np.inf)
-    dots = []
+    dots = _Dots()
     for z_i, z_t in chunks():
         coordinates = components.project(z_i, dims)
         low = np.minimum(low, coordinates.min(axis=0))
         high = np.maximum(high, coordinates.max(axis=0))
-        dots.append(np.einsum("be,be->b", z_i, z_t))
+        dots.add(np.einsum("be,be->b", z_i, z_t))
+    told = gather({"low": low, "high": high, "dots": dots.kept, "every": np.array(dots.every)})
+    low = functools.reduce(np.minimum, (t["low"] for t in told))
+    high = functools.reduce(np.maximum, (t["high"] for t in told))
+    every = max(int(t["every"]) for t in told)
+    alike = [t["dots"][:: every // int(t["every"])] for t in told]
     fractions = np.arange(1, model.dot_buckets) / model.dot_buckets
     measured = {
         "mean": components.mean,
         "components": components.components[:dims],
         "low": low,
         "step": (high - low) / model.buckets,
-        "dot_edges": np.quantile(np.concatenate(dots), fractions),
+        "dot_edges": np.quantile(np.concatenate(alike), fractions),
     }
     return {name: jnp.asarray(value, jnp.float32) for name, value in measured.items()}
+
+
+class _Dots:
+    """Every k-th of numbers that come in parts, with the least power of two k that `DOTS` allow."""
+
+    def __init__(self) -> None:
+        self._parts, self.every, self._next = [np.zeros(0, np.float32)], 1, 0
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Those taken so far."""
+        return np.concatenate(self._parts)
+
+    def add(self, numbers: np.ndarray) -> None:
+        """Take the next part."""
+        self._parts.append(numbers[self._next :: self.every])
+        self._next = (self._next - len(numbers)) % self.every
+        while (count := sum(map(len, self._parts))) > DOTS:
+            self._next += self.every * (count % 2)
+            self._parts, self.every = [self.kept[::2]], 2 * self.every
 
 
 def quantise(quantiser: Quantiser, z_i: jax.Array, buckets: int) -> jax.Array:
@@ -145,9 +175,14 @@ class ARPriorStage(OfCaptions, Stage):
         """Each code among the buckets."""
         return self.model.buckets, "a code"
 
-    def fit_constants(self, name: str, chunks: Chunks) -> Params:
+    def fit_constants(self, name: str, chunks: Chunks, gather: Gather = alone) -> Params:
         """The quantiser of the data set, see `fit_quantiser`."""
-        return {"normalisation": fit_quantiser(self.model, chunks)}
+        return {"normalisation": fit_quantiser(self.model, chunks, gather)}
+
+    def measures(self, name: str) -> list[Any] | None:
+        """The sizes of the codes."""
+        m = self.model
+        return [name, m.embed_dim, m.code_dims, m.buckets, m.dot_buckets]
 
     def init(self, key: jax.Array) -> Params:
         """Random params, with a quantiser of [-1, 1] along the axes until it is replaced."""

@@ -18,6 +18,7 @@ from unclip_jax.common import checks
 from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion.progress import Loop, whole
 from unclip_jax.errors import UserError, wrong
+from unclip_jax.metrics.vectors import Gather, alone
 from unclip_jax.models import low_rank
 from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.unet import UNetConfig
@@ -249,13 +250,18 @@ class Stage:
         """
         return 1.0
 
-    def fit_constants(self, name: str, chunks: Chunks) -> Params:
+    def fit_constants(self, name: str, chunks: Chunks, gather: Gather = alone) -> Params:
         """The constants measured on embeddings: here z_i's normalisation of that name.
 
-        `chunks` begins a pass over z_i [n, e] and z_t [n, e].
+        `chunks` begins a pass over z_i [n, e] and z_t [n, e]; where each of several processes
+        passes over its own, `gather` brings together what they found.
         """
         e = self.model.embed_dim
-        return {"normalisation": normalisation.fit(name, e, (z_i for z_i, _ in chunks()))}
+        return {"normalisation": normalisation.fit(name, e, (z_i for z_i, _ in chunks()), gather)}
+
+    def measures(self, name: str) -> list[Any] | None:
+        """What `fit_constants` depends on beside the data; None where it reads no data."""
+        return [name, self.model.embed_dim] if name == "whiten" else None
 
     def with_canvas(self, canvas: CanvasConfig) -> Stage:
         """The stage with a canvas of that size; UserError unless it can have it."""

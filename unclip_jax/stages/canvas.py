@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from unclip_jax.common import checks
 from unclip_jax.errors import wrong
+from unclip_jax.metrics.vectors import Gather, alone
 from unclip_jax.models.canvas import Canvas, CanvasConfig
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import Batch, Chunks, Loss, Stage
@@ -82,11 +83,11 @@ class CanvasStage(Stage):
         constants = {name: normalisation.identity(e) for name in INPUTS.values()}
         return {"network": self.fresh(key, jnp.zeros((1, 2 * e)))} | constants
 
-    def fit_constants(self, name: str, chunks: Chunks) -> Params:
+    def fit_constants(self, name: str, chunks: Chunks, gather: Gather = alone) -> Params:
         """Both normalisations of that name."""
         e = self.model.embed_dim
         return {
-            stats: normalisation.fit(name, e, (pair[i] for pair in chunks()))
+            stats: normalisation.fit(name, e, (pair[i] for pair in chunks()), gather)
             for i, stats in enumerate(INPUTS.values())
         }
 

@@ -8,7 +8,6 @@ Both are `(z - mean) / std`. The two vectors live in a stage's params under the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.errors import UserError
-from unclip_jax.metrics.vectors import Moments, unit
+from unclip_jax.metrics.vectors import Gather, Moments, alone, unit
 
 Normalisation = dict[str, jax.Array]
 
@@ -34,7 +33,9 @@ def scaling(embed_dim: int, scale: float = PAPER_SCALE) -> Normalisation:
     return {"mean": jnp.zeros(embed_dim), "std": jnp.full(embed_dim, 1.0 / scale)}
 
 
-def whitening(chunks: Iterable[np.ndarray], floor: float = 1e-6) -> Normalisation:
+def whitening(
+    chunks: Iterable[np.ndarray], floor: float = 1e-6, gather: Gather = alone
+) -> Normalisation:
     """Mean and standard deviation of every coordinate of all embeddings (Karlo's normalisation).
 
     One pass over any number of them, in float64, see `metrics.vectors.Moments`.
@@ -42,12 +43,12 @@ def whitening(chunks: Iterable[np.ndarray], floor: float = 1e-6) -> Normalisatio
     Args:
         chunks: the embeddings in parts, each [n, e] with n >= 1.
         floor: what varies less counts as constant.
+        gather: where each of several processes has some of the chunks, what brings them together.
 
     Raises:
         UserError: fewer than two embeddings, or a coordinate that never varies.
     """
-    none = Moments(0, np.zeros(()), np.zeros(()))
-    moments = functools.reduce(Moments.merge, map(Moments.each, chunks), none)
+    moments = Moments.together(map(Moments.each, chunks), gather)
     count, mean = moments.count, moments.mean
     if count < 2:
         raise UserError(
@@ -63,10 +64,12 @@ def whitening(chunks: Iterable[np.ndarray], floor: float = 1e-6) -> Normalisatio
     return {"mean": jnp.asarray(mean, jnp.float32), "std": jnp.asarray(std, jnp.float32)}
 
 
-def fit(name: str, embed_dim: int, chunks: Iterable[np.ndarray]) -> Normalisation:
+def fit(
+    name: str, embed_dim: int, chunks: Iterable[np.ndarray], gather: Gather = alone
+) -> Normalisation:
     """The normalisation of that name, one of `NAMES`; only "whiten" reads the embeddings."""
     if name == "whiten":
-        return whitening(chunks)
+        return whitening(chunks, gather=gather)
     return scaling(embed_dim) if name == "scale" else identity(embed_dim)
 
 

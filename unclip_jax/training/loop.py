@@ -253,7 +253,8 @@ def train(
         init_params: makes the nested dict of initial params; its "network" is trained, all else
             in it stays as it is. Networks among that (other names that end in "network") are not
             in the checkpoints: it must make them the same again, which `description` makes sure
-            of.
+            of. A run that goes on calls it for those and for shapes alone, not at all if it has
+            `shapes()` and no such networks.
         batches: the data; an interrupted run restores its position.
         config: settings of the loop.
         workdir: a folder of this run alone, created if missing; or gs://BUCKET/FOLDER.

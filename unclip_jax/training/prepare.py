@@ -28,7 +28,7 @@ from unclip_jax.parallel import sharding
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import JointLoss
-from unclip_jax.training import distillation, lora
+from unclip_jax.training import beginning, distillation, lora
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.distillation import Distillation
 from unclip_jax.training.fine_tuning import Origin
@@ -45,13 +45,15 @@ from unclip_jax.training.inputs import (
 )
 from unclip_jax.training.lora import Lora
 from unclip_jax.training.prior_samples import Mixed, with_samples
-from unclip_jax.training.step import LossFn, random_params
+from unclip_jax.training.step import LossFn
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import Part, clip_fingerprint, read_stage, stage_folder
 
 # Of the data's settings, those that change no batch or follow from the stage.
-MACHINE_FIELDS = ("cache_dir", "cache_bytes", "disk_cache_bytes", "read_threads", "bare")
+MACHINE_FIELDS = (
+    "cache_dir", "shared_dir", "cache_bytes", "disk_cache_bytes", "read_threads", "bare",
+)  # fmt: skip
 STATE_COPIES = 4  # of the params: themselves, their average, two moments
 
 
@@ -324,11 +326,16 @@ def first_params(
         lora = given.lora
         begun = functools.partial(origin.adapted, lora, key) if lora.rank else origin.params
         return lambda: begun() | beside
-    if "z_i" in stage.reads:
-        beside |= stage.fit_constants(given.normalisation, source.chunks)
-    if isinstance(encoder, ClipText) and stage.empty_null:
-        beside["null_caption"] = encoder.empty_caption()
-    return lambda: random_params(stage.init, key) | beside
+
+    def measured() -> Params:
+        found: Params = {}
+        if "z_i" in stage.reads:
+            found |= beginning.measured(stage, given.normalisation, source, given.data.shared)
+        if isinstance(encoder, ClipText) and stage.empty_null:
+            found["null_caption"] = encoder.empty_caption()
+        return found
+
+    return beginning.FromRandom(stage, key, beside, measured)
 
 
 def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from unclip_jax.common.params import TRAINED, is_weights
 from unclip_jax.errors import wrong
 from unclip_jax.parallel import sharding
+from unclip_jax.training import beginning
 from unclip_jax.training import step as steps
 from unclip_jax.training.changes import Change, check_description
 from unclip_jax.training.checkpoints import Checkpoints
@@ -65,20 +66,25 @@ def begin(
     newest = checkpoints.newest(
         lambda step: (step, changed(step, checkpoints.item(step, "description")))
     )
-    with jax.default_device(sharding.host_device()):  # one device may be too small for them
-        params = init_params()
-    optimizer = make_optimizer(config)
+    optimizer, host = make_optimizer(config), sharding.host_device()
+
+    def anew() -> Begun:
+        with jax.default_device(host):  # one device may be too small for them
+            params = init_params()
+        return Begun(0, steps.sharded_state(params, optimizer, config, mesh), [])
+
     local = [] if copies is None else copies.usable(newest[0] if newest else 0)
     if newest is None and not local:
-        return Begun(0, steps.sharded_state(params, optimizer, config, mesh), [])
-    like = steps.state_shapes(params, optimizer, config, mesh)
+        return anew()
+    with jax.default_device(host):
+        shapes, networks = beginning.shapes_and_frozen(init_params)
+    like = steps.state_shapes(shapes, optimizer, config, mesh)
 
     def whole(state: TrainState) -> TrainState:
         """With the frozen networks, which no checkpoint has."""
         frozen = {
             name: sharding.place(part, jax.tree.map(lambda leaf: leaf.sharding, like.params[name]))
-            for name, part in params.items()
-            if name not in state.params
+            for name, part in networks.items()
         }
         return state._replace(params=frozen | state.params)
 
@@ -89,7 +95,7 @@ def begin(
             feed.restore(index["positions"])
             return Begun(step, whole(state), changes)
     if newest is None:
-        return Begun(0, steps.sharded_state(params, optimizer, config, mesh), [])
+        return anew()
 
     def read(step: int) -> Begun:
         changes = changed(step, checkpoints.item(step, "description"))

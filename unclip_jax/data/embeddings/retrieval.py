@@ -112,12 +112,14 @@ class RetrievalStore:
         """The flags of a page."""
         return self.flags[entries.PAIRS * page :][: entries.PAIRS]
 
-    def chunks(self, among: entries.Among | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All valid (z_i, z_t), float32 `[n, e]`, in order; of those `among`."""
+    def chunks(
+        self, among: entries.Among | None = None, parted: tuple[int, int] = (0, 1)
+    ) -> entries.Chunks:
+        """All valid (z_i, z_t), float32 `[n, e]`, of those `among`, in order; of one part of n."""
         counts = self.flags & VALID > 0
         if among is not None:
             counts &= among(self.flags) if callable(among) else among
-        for end, part in zip(self._ends, self._parts, strict=True):
+        for end, part in [*zip(self._ends, self._parts, strict=True)][parted[0] :: parted[1]]:
             for start in range(0, len(part.names), _READ_TOGETHER):
                 rows = slice(start, min(start + _READ_TOGETHER, len(part.names)))
                 first = int(end) - len(part.names)

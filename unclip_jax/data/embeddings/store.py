@@ -147,16 +147,19 @@ class EmbeddingStore:
         shards = range(self.meta.shards)
         return np.concatenate([self._entries_of(shard)["flags"] for shard in shards])
 
-    def chunks(self, among: entries.Among | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def chunks(
+        self, among: entries.Among | None = None, part: tuple[int, int] = (0, 1)
+    ) -> entries.Chunks:
         """All valid (z_i, z_t), each float32 `[n, e]`, some thousands at a time, in order.
 
         Args:
             among: which pairs count: bool `[N]`, or what makes that of flags; None for all.
+            part: (i, n) for the shards i, i + n, i + 2 n ... alone.
 
         Raises:
             UserError: a shard is damaged or can't be read.
         """
-        for shard in range(self.meta.shards):
+        for shard in range(part[0], self.meta.shards, part[1]):
             every, first = self._entries_of(shard), self.meta.shard_pairs(shard).start
             counts = every["flags"] & VALID > 0
             if callable(among):
@@ -248,9 +251,9 @@ class WithEmbeddings:
         pair = self.store.valid(index)
         return {**self._source[index], "z_i": pair.z_i, "z_t": pair.z_t}
 
-    def chunks(self) -> entries.Chunks:
-        """All valid (z_i, z_t), each float32 `[n, e]`, a part at a time."""
-        return self.store.chunks()
+    def chunks(self, part: tuple[int, int] = (0, 1)) -> entries.Chunks:
+        """All valid (z_i, z_t), each float32 `[n, e]`, some at a time; or one part of n."""
+        return self.store.chunks(part=part)
 
 
 class EmbeddingSource:
@@ -318,9 +321,9 @@ class EmbeddingSource:
         tokens = {"tokens": pair.tokens} if self._has_tokens else {}
         return record | tokens | {"z_i": pair.z_i, "z_t": pair.z_t}
 
-    def chunks(self) -> entries.Chunks:
-        """All valid (z_i, z_t) of the split, each float32 `[n, e]`, a part at a time."""
-        return self.store.chunks(self._chosen)
+    def chunks(self, part: tuple[int, int] = (0, 1)) -> entries.Chunks:
+        """All valid (z_i, z_t) of the split, float32 `[n, e]`, some at a time; or one part of n."""
+        return self.store.chunks(self._chosen, part)
 
     def _place(self, index: int) -> tuple[int, int, int]:
         """Shard, page and row of the pair at `index`."""
