@@ -4,8 +4,9 @@
 
 SETTINGS is JSON: "mesh" (fields of MeshConfig), "slow" (seconds that every batch takes), "bad"
 (the pictures that cannot be read), "pause" (seconds that an evaluation takes), "place" (the run's
-workdir, where it is not WORKDIR), and fields of TrainConfig. Every process appends {"step",
-"index"} to WORKDIR/seen-PROCESS.jsonl for every batch it takes, and the lead saves the final state.
+workdir, where it is not WORKDIR), "cache" (whether WORKDIR keeps compiled programs), and fields of
+TrainConfig. Every process appends {"step", "index"} to WORKDIR/seen-PROCESS.jsonl for every batch
+it takes, and the lead saves the final state.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests import object_store
 from unclip_jax.data import batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import run_command
-from unclip_jax.parallel import distributed, sharding
+from unclip_jax.parallel import compile_cache, distributed, sharding
 from unclip_jax.training import loop
 
 PICTURES, SIDE = 50, 4
@@ -94,6 +95,11 @@ def loss_fn(params, batch, key):
     return jnp.mean(error**2), {}
 
 
+def tally(found, event):
+    for name in found:
+        found[name] += event == f"/jax/compilation_cache/cache_{name}"
+
+
 def main(arguments: list[str]) -> None:
     object_store.use()
     workdir, settings, *processes = arguments
@@ -101,6 +107,12 @@ def main(arguments: list[str]) -> None:
         address, count, index = processes
         distributed.initialize("auto", address, int(count), int(index))
     settings = json.loads(settings)
+    found = {"hits": 0, "misses": 0}
+    if settings.pop("cache", False):
+        jax.monitoring.register_event_listener(lambda event, **_: tally(found, event))
+        compile_cache.use(shared=workdir)
+        own = jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))  # on this process's device alone
+        own.block_until_ready()
     mesh = sharding.make_mesh(sharding.MeshConfig(**settings.pop("mesh", {})))
     place = settings.pop("place", workdir)
     slow, bad = settings.pop("slow", 0.0), settings.pop("bad", ())
@@ -139,6 +151,7 @@ def main(arguments: list[str]) -> None:
         export=export,
     )
     whole = state if jax.process_count() == 1 else distributed.fetch(state)
+    (folder / f"compiled-{jax.process_index()}.json").write_text(json.dumps(found))
     if distributed.is_lead():
         np.savez(folder / "final.npz", *(np.asarray(leaf) for leaf in jax.tree.leaves(whole)))
 

@@ -5,6 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from unclip_jax.parallel import compile_cache
+
 SAMPLE = """
 import json, sys
 import jax, jax.monitoring
@@ -70,3 +74,12 @@ def test_a_program_that_a_killed_process_half_wrote_is_written_anew(tmp_path):
 
 def size(path):
     return path.stat().st_size
+
+
+@pytest.mark.parametrize("pack", ["zlib", "zstandard"])
+def test_what_was_written_in_part_is_dropped(tmp_path, pack):
+    packed = pytest.importorskip(pack).compress(os.urandom(9_000_000))
+    for name, content in {"whole": packed, "torn": packed[:-1], "none": b""}.items():
+        (tmp_path / f"{name}-cache").write_bytes(content)
+    compile_cache._drop_torn(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole-cache"]

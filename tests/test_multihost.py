@@ -123,6 +123,23 @@ def test_every_example_is_seen_once_an_epoch(whole):
     assert max(Counter(stream[350:]).values()) == 1
 
 
+@pytest.mark.slow
+def test_no_process_of_a_restarted_run_compiles_anything(whole, tmp_path):
+    workdir, settings = tmp_path / "again", SETTINGS | {"eval_every": 0, "cache": True}
+    compiled = []
+    for _ in range(3):  # from the beginning, from step 16, and so again
+        finish(start_pod(workdir, **settings))
+        shutil.rmtree(workdir / "checkpoints" / "24")
+        compiled.append(
+            [json.loads((workdir / f"compiled-{p}.json").read_text()) for p in range(2)]
+        )
+    assert all(found["misses"] > 5 for found in compiled[0])
+    assert [found["misses"] for found in compiled[2]] == [0, 0]
+    assert all(found["hits"] > 5 for found in compiled[2])
+    for ours, theirs in zip(leaves(workdir), leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_killed_process_costs_nothing(whole, tmp_path):
     """One of two killed with no warning, both started again: bit for bit the undisturbed run."""
     workdir = tmp_path / "killed"

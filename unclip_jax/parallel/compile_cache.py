@@ -2,25 +2,51 @@
 
 Commands ask for it; the library itself leaves JAX as it finds it. JAX's own settings go first:
 JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+
+Several processes as one run share a folder. JAX lets the first of them alone write, which would
+leave the others to compile, each time, what runs on their own devices alone (frozen text encoders,
+for instance): the key of a program names its devices. Here each process writes those of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+from absl import logging
 
 from unclip_jax.common.files import default_cache_dir
 
 LIMIT = 2**30  # bytes; the programs used longest ago go first
 LEAST_SECONDS = 0.3  # what compiles sooner is not kept
+_PART = 2**22  # bytes unpacked at a time
 
 
-def use() -> None:
-    """Keep compiled programs in the cache folder from now on, unless JAX was told what to keep."""
+def use(shared: str | Path = "") -> None:
+    """Keep compiled programs in the cache folder from now on, unless JAX was told what to keep.
+
+    Args:
+        shared: where there are several processes, the folder or URL that all of them see and that
+            programs are kept in, without a limit.
+    """
+    if jax.process_count() > 1:
+        _let_all_write()
     if jax.config.jax_compilation_cache_dir is not None:
+        return
+    if shared and jax.process_count() > 1:
+        where = f"{shared}/compiled/{_kind()}"
+        if jax.process_index() == 0 and "://" not in where:
+            _drop_torn(Path(where))
+        jax.config.update("jax_compilation_cache_dir", where)
+        jax.config.update("jax_compilation_cache_max_size", -1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         return
     _drop_half_written(folder())
     jax.config.update("jax_compilation_cache_dir", str(folder()))
@@ -45,8 +71,79 @@ def folder() -> Path:
 
     A home folder may be shared by machines of several kinds.
     """
+    return default_cache_dir() / "compiled" / _kind()
+
+
+def _kind() -> str:
+    """What stands for this kind of processor."""
     kind = f"{platform.machine()} {platform.processor()} {_features()}"
-    return default_cache_dir() / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+    return hashlib.sha256(kind.encode()).hexdigest()[:8]
+
+
+def _drop_torn(folder: Path) -> None:
+    """Remove programs that a killed process wrote in part: JAX would never write them again."""
+    for program in folder.glob("*-cache"):
+        if not _is_whole(program):
+            program.unlink(missing_ok=True)
+
+
+def _is_whole(program: Path) -> bool:
+    """Whether what JAX packed, by zstandard where it is there, comes to its end."""
+    try:
+        content = program.read_bytes()
+        if content[:4] == b"\x28\xb5\x2f\xfd":
+            import zstandard
+
+            unpacking: Any = zstandard.ZstdDecompressor().decompressobj()
+        else:
+            unpacking = zlib.decompressobj()
+        for start in range(0, len(content), _PART):
+            unpacking.decompress(content[start : start + _PART])
+        return unpacking.eof
+    except ImportError:
+        return True
+    except Exception:  # zstandard has errors of its own
+        return False
+
+
+@functools.cache
+def _let_all_write() -> None:
+    """Let this process write the programs of its own devices, though it is not the first one.
+
+    JAX has no setting for it; where its insides are others than expected, it stays as it is.
+    """
+    if jax.process_index() == 0 or jax.default_backend() == "gpu":  # whose keys name no devices
+        return
+    try:
+        from jax._src import compilation_cache, compiler
+
+        compiles, put = compiler._compile_and_write_cache, compilation_cache.put_executable_and_time
+    except (ImportError, AttributeError):
+        logging.warning("jax %s: each process but the first compiles its own programs anew at"
+                        " every start", jax.__version__)  # fmt: skip
+        return
+    compiler._compile_and_write_cache = _writing(compiles, put)
+
+
+def _writing(compiles: Callable[..., Any], put: Callable[..., Any]) -> Callable[..., Any]:
+    """JAX's function that compiles a program, and keeps it if it is of these devices alone."""
+
+    @functools.wraps(compiles)
+    def compile_and_write(
+        backend: Any, module: Any, devices: Any, options: Any, callbacks: Any, name: str, key: str
+    ) -> Any:
+        began = time.monotonic()
+        executable = compiles(backend, module, devices, options, callbacks, name, key)
+        took = time.monotonic() - began
+        own = all(device.process_index == jax.process_index() for device in devices)
+        if own and not callbacks and took >= jax.config.jax_persistent_cache_min_compile_time_secs:
+            try:
+                put(key, name, executable, backend, int(took))
+            except Exception as error:  # the program is right all the same
+                logging.warning("compiled programs: %s is not kept (%s)", name, error)
+        return executable
+
+    return compile_and_write
 
 
 def _features() -> str:

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     from unclip_jax.weights.known import Known
 
     cpu_devices.use()
-    compile_cache.use()
+    compile_cache.use(shared=WORKDIR.value)
     host_memory.keep_freed()
 
     span = Span.parse(PROFILE.value)
