@@ -68,6 +68,18 @@ class Folder:
         found = self._ask(listed)
         return {f["name"].rstrip("/").rsplit("/", 1)[-1]: int(f["size"] or 0) for f in found}
 
+    def size(self, name: str) -> int | None:
+        """Of a file, in bytes; None where there is none."""
+
+        def asked() -> int | None:
+            self._files.invalidate_cache(self._path)
+            try:
+                return int(self._files.size(f"{self._path}/{name}"))
+            except FileNotFoundError:
+                return None
+
+        return self._ask(asked)
+
     def names(self) -> set[str]:
         """Of the files and folders in it."""
         return {*self.sizes()}

@@ -1,35 +1,40 @@
-"""What is in a shard, found out once and kept in a small file.
+"""What is in a shard, found out once and kept in a small file; and what is in all of a data set.
 
-An index holds the key, the captions, the class and the place of each image: opening a data set of
-any size reads no shard, and a record takes one read. The file is mapped into memory, not read: a
-JSON header; `images`, int64 `[n, 5]`; `ends`, int64; and `text`, the keys and captions one after
-another.
+The index of a shard is a paged file (`shards.pages`): a page has the key, the captions, the class
+and the place of each of 64 images, so a record takes one page and one read of its shard. The
+catalogue of a data set is the directory of its indices: opening a data set of any size reads the
+catalogue, and no shard and no index.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from unclip_jax.common.files import replacing
-from unclip_jax.data.records import is_heldout
+from unclip_jax.data.records import SPLITS, fingerprint_of, is_heldout
+from unclip_jax.data.shards import pages
+from unclip_jax.data.shards.folders import Folder
+from unclip_jax.data.shards.ranges import Damaged, Ranges
 from unclip_jax.data.shards.storage import StorageError, StoredFile
 from unclip_jax.errors import UserError
 
-FORMAT = 3  # of the file; raised when its layout or what is put in it changes
-_INDEXED_AT_ONCE = 8
-_HELDOUT, _TEXT = 2, 4  # columns of `images`
+FORMAT = 4  # of the files; raised when their layout or what is put in them changes
+IMAGES = 64  # of a page
+CAPTIONS = ("all", "first")
+FINGERPRINTS = {"shards 2": "content", "shards": "digest"}  # by what they are of; now and before
+IMAGE = np.dtype(
+    [("place", "<i8"), ("size", "<i8"), ("label", "<i4"), ("captions", "<u4"), ("heldout", "u1")]
+)
+_INDEXED_AT_ONCE, _READ_AT_ONCE = 8, 32
 
 
 class Sample(NamedTuple):
@@ -73,100 +78,112 @@ class Format(Protocol):
         """An encoded image; `BadRecord` if it is gone."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardIndex:
-    """An index, open.
+class Page:
+    """The images of a page, opened.
 
     Attributes:
-        header: "counts", split -> [images, pairs]; "classes", the classes met, sorted;
-            "skipped", name -> reason; "content", the digest of keys, images' contents and
-            captions; "digest", that of sizes in place of contents.
-        images: int64 `[n, 5]`: place, size, whether held out, number of the class in "classes",
-            number of the first of its texts, which is its key; its captions follow.
-        ends: int64: where each text ends in `text`, uint8, beginning with a 0.
+        images: IMAGE [n].
     """
 
-    header: dict[str, Any]
-    images: np.ndarray
-    ends: np.ndarray
-    text: np.ndarray
+    def __init__(self, content: bytes, count: int, classes: Sequence[str]):
+        """Take the bytes of a page of `count` images, and the shard's classes."""
+        self.images, self._classes = np.frombuffer(content, IMAGE, count), classes
+        captions = self.images["captions"].astype(np.int64)
+        texts = count + int(captions.sum())
+        start = count * IMAGE.itemsize
+        lengths = np.frombuffer(content, "<u4", texts, start).astype(np.int64)
+        self._ends = start + 4 * texts + np.concatenate([[0], np.cumsum(lengths)])
+        self._first = np.cumsum(captions + 1) - captions - 1  # text of each image: its key
+        self._content = content
 
-    @classmethod
-    def open(cls, path: pathlib.Path) -> ShardIndex:
-        """An index from its file; `OSError` if there is none, `ValueError` if it is damaged."""
-        content = np.memmap(path, np.uint8, "r")
-        length = int(content[:8].view("<i8")[0])
-        if not 0 < length <= len(content):
-            raise ValueError("no index")
-        header = json.loads(content[8 : 8 + length].tobytes())
-        images, ends = header["images"] * 40, header["texts"] * 8 + 8
-        start = 8 + length
-        if len(content) != start + images + ends + header["bytes"]:
-            raise ValueError("an index of another length")
-        return cls(
-            header,
-            content[start : start + images].view("<i8").reshape(-1, 5),
-            content[start + images : start + images + ends].view("<i8"),
-            content[start + images + ends :],
-        )
-
-    @functools.cached_property
-    def captions_of(self) -> np.ndarray:
-        """How many captions each image has, int64 `[n]`."""
-        ends = np.append(self.images[1:, _TEXT], len(self.ends) - 1)
-        return ends - self.images[:, _TEXT] - 1
-
-    @property
-    def heldout(self) -> np.ndarray:
-        """Which images are held out, bool `[n]`."""
-        return self.images[:, _HELDOUT] != 0
+    def in_split(self, split: str) -> np.ndarray:
+        """The images of a split, int64 [m]."""
+        wanted = (self.images["heldout"] != 0) == (split == "heldout")
+        return np.flatnonzero(wanted | (split == "all"))
 
     def sample(self, image: int) -> Sample:
         """An image, as it was put in."""
-        place, size, _, label, first = self.images[image].tolist()
+        place, size, label, captions, _ = self.images[image].tolist()
+        first = int(self._first[image])
         key, *captions = (
-            self.text[self.ends[n] : self.ends[n + 1]].tobytes()
-            for n in range(first, first + 1 + self.captions_of[image])
+            self._content[self._ends[n] : self._ends[n + 1]]
+            for n in range(first, first + 1 + captions)
         )
         return Sample(
             key.decode("utf-8", "surrogateescape"),
             tuple(caption.decode() for caption in captions),
             place,
             size,
-            self.header["classes"][label] if label >= 0 else "",
+            self._classes[label] if label >= 0 else "",
         )
 
 
-def indexed(
-    name: str, files: Sequence[StoredFile], form: Format, cache_dir: str | os.PathLike
-) -> list[pathlib.Path]:
-    """The index of each shard, made where there is none of this shard as it is now.
+class Catalogue:
+    """The indices of a data set's shards.
 
-    Processes that share `cache_dir` share the work: each goes through the shards in an order of its
-    own, and leaves out those that another has done. `UserError` if a shard can't be read or is
-    none, or `cache_dir` can't be written.
+    Attributes:
+        table: of their pages.
+        classes: those met, sorted, which the labels of all images count.
+        skipped: what was left out, "shard: name" -> reason.
+        fingerprints: of its pairs: kind, split and captions, with spaces between -> fingerprint.
     """
-    folder = pathlib.Path(cache_dir).expanduser() / "shards"
-    paths = [folder / _file_name(file, form) for file in files]
-    missing = [number for number, path in enumerate(paths) if not _is_index(path)]
-    if not missing:
-        return paths
-    random.SystemRandom().shuffle(missing)
 
-    def make(number: int) -> None:
-        if not _is_index(paths[number]):
-            _write(paths[number], files[number], form)
+    def __init__(self, ranges: Ranges, names: Sequence[str], content: bytes):
+        """Open its bytes; `Damaged` if they are of no catalogue."""
+        rows, header, _ = pages.read_end(lambda a, b: content[a:b], len(content))
+        if len(rows) != len(names):
+            raise Damaged("it is of another data set")
+        self.table = pages.Table(rows, lambda file, *place: ranges.read(names[file], *place))
+        self.classes, self.skipped = tuple(header["classes"]), header["skipped"]
+        self.fingerprints, self.sizes = header["fingerprints"], header["sizes"]
+        self._of_shard = header["own_classes"]
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(_INDEXED_AT_ONCE) as pool:
-            made = pool.map(make, missing)
-            list(tqdm(made, f"{name}: index", total=len(missing), unit="shard", disable=None))
-    except StorageError as error:
-        raise UserError(f"name: {error}; check it, and run again to go on") from error
-    except OSError as error:
-        raise UserError(f"cache_dir: {folder}: can't be written ({error.strerror})") from error
-    return paths
+    def page(self, shard: int, page: int) -> Page:
+        """A page of a shard's index; `Damaged` or `StorageError` if it can't be read."""
+        count = int(self.table.directory(shard)[page]["images"])
+        classes = [self.classes[n] for n in self._of_shard[shard]] if self._of_shard else ()
+        return Page(self.table.page(shard, page), count, classes)
+
+
+def catalogue(
+    name: str,
+    files: Sequence[StoredFile],
+    form: Format,
+    where: str,
+    cache: pathlib.Path,
+    limit: int,
+) -> Catalogue:
+    """The catalogue of shards, for which they are indexed where they are not, as they are now.
+
+    Processes that share the folder share the work: each goes through the shards in an order of its
+    own, and leaves out those that another has done.
+
+    Args:
+        name: of the data set, for messages.
+        files: its shards.
+        form: their format.
+        where: the folder of indices, a path or a URL.
+        cache: where what was read of a remote one is kept.
+        limit: bytes that this may take.
+
+    Raises:
+        UserError: a shard can't be read or is none, or `where` can't be written.
+    """
+    field = "shared_dir" if "://" in where else "cache_dir"
+    folder, whole = Folder(f"{where}/shards", field), Folder(f"{where}/data_sets", field)
+    names = [_file_name(file, form) for file in files]
+    own = hashlib.sha256(json.dumps([FORMAT, names]).encode()).hexdigest()[:32]
+    ranges = Ranges(folder, cache / "remote_shards" / own[:16], limit)
+    sizes, known = folder.sizes(), whole.sizes()
+    if size := known.get(f"{own}.catalogue"):
+        with contextlib.suppress(Damaged, StorageError):
+            found = Catalogue(ranges, names, whole.read(f"{own}.catalogue", 0, size))
+            if found.sizes == [sizes.get(name) for name in names]:
+                return found
+    ends = _indexed(name, files, names, form, folder, sizes)
+    content = _joined(files, names, ends, folder.sizes())
+    whole.write(f"{own}.catalogue", content)
+    return Catalogue(ranges, names, content)
 
 
 def _file_name(file: StoredFile, form: Format) -> str:
@@ -175,50 +192,112 @@ def _file_name(file: StoredFile, form: Format) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32] + ".index"
 
 
-def _is_index(path: pathlib.Path) -> bool:
+def _indexed(
+    name: str, files: Sequence[StoredFile], names: Sequence[str], form: Format, folder: Folder,
+    sizes: dict[str, int],
+) -> list[pages.End]:  # fmt: skip
+    """The ends of the indices of shards, each made where it lacks or is damaged."""
+    ends: list[pages.End | None] = [None] * len(files)
+
+    def look(number: int, size: int | None) -> bool:
+        if size is not None:
+            with contextlib.suppress(Damaged, StorageError):
+                ends[number] = pages.read_end(_reads(folder, names[number]), size)
+        return ends[number] is not None
+
+    def make(number: int) -> None:
+        if not look(number, folder.size(names[number])):
+            content = packed(files[number], form)
+            folder.write(names[number], content)
+            ends[number] = pages.read_end(lambda a, b: content[a:b], len(content))
+
+    numbers = range(len(files))
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        there = list(pool.map(lambda number: look(number, sizes.get(names[number])), numbers))
+    missing = [number for number in numbers if not there[number]]
+    random.SystemRandom().shuffle(missing)
     try:
-        ShardIndex.open(path)
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
+        with ThreadPoolExecutor(_INDEXED_AT_ONCE) as pool:
+            made = pool.map(make, missing)
+            bar = {"desc": f"{name}: index", "unit": "shard", "disable": None if missing else True}
+            list(tqdm(made, total=len(missing), **bar))
+    except StorageError as error:
+        raise UserError(f"name: {error}; check it, and run again to go on") from error
+    return ends
 
 
-def _write(path: pathlib.Path, file: StoredFile, form: Format) -> None:
-    """Make an index."""
+def _reads(folder: Folder, name: str) -> Any:
+    def read(start: int, stop: int) -> bytes:
+        folder.forget()  # it may be another file by that name now
+        return folder.read(name, start, stop)
+
+    return read
+
+
+def _joined(
+    files: Sequence[StoredFile], names: Sequence[str], ends: Sequence[pages.End],
+    sizes: dict[str, int],
+) -> bytes:  # fmt: skip
+    """The content of the catalogue of indices with these ends."""
+    headers = [header for _, header, _ in ends]
+    classes = sorted({label for header in headers for label in header["classes"]})
+    number = {label: n for n, label in enumerate(classes)}
+    told = {
+        "sizes": [sizes.get(name) for name in names],
+        "classes": classes,
+        "own_classes": [[number[c] for c in h["classes"]] for h in headers] if classes else [],
+        "skipped": {
+            f"{file.url}: {name}": reason
+            for file, header in zip(files, headers, strict=True)
+            for name, reason in header["skipped"].items()
+        },
+        "fingerprints": {
+            f"{kind} {split} {captions}": fingerprint_of(
+                [kind, split, captions, [header[of] for header in headers]]
+            )
+            for kind, of in FINGERPRINTS.items()
+            for split in SPLITS
+            for captions in CAPTIONS
+        },
+    }
+    return pages.directory(np.stack([row for _, _, row in ends]), told)
+
+
+def packed(file: StoredFile, form: Format) -> bytes:
+    """The content of a shard's index."""
     skipped: dict[str, str] = {}
     samples = list(form.samples(file, skipped))
     classes = sorted({sample.label for sample in samples if sample.label})
-    numbers = {label: number for number, label in enumerate(classes)}
-    counts = {"train": [0, 0], "heldout": [0, 0]}
     digest, contents = hashlib.sha256(), hashlib.sha256()
-    images, texts = np.zeros((len(samples), 5), "<i8"), []
-    for row, sample in zip(images, samples, strict=True):
-        heldout = is_heldout(sample.key)
-        label = numbers.get(sample.label, -1)
-        row[:] = sample.place, sample.size, heldout, label, len(texts)
-        captions = [caption.encode("utf-8", "replace") for caption in sample.captions]
-        texts += [sample.key.encode("utf-8", "surrogateescape"), *captions]
-        known = [sample.key, sample.size, *(caption.decode() for caption in captions)]
+    for sample in samples:
+        captions = [caption.encode("utf-8", "replace").decode() for caption in sample.captions]
+        known = [sample.key, sample.size, *captions]
         digest.update(json.dumps(known).encode())
         contents.update(json.dumps([sample.content, *known]).encode())
-        count = counts["heldout" if heldout else "train"]
-        count[0], count[1] = count[0] + 1, count[1] + len(captions)
-    ends = np.cumsum([0, *map(len, texts)]).astype("<i8")
-    counts["all"] = [sum(pair) for pair in zip(*counts.values(), strict=True)]
     header = {
         "shard": file.url,
-        "images": len(samples),
-        "texts": len(texts),
-        "bytes": int(ends[-1]),
-        "counts": counts,
         "classes": classes,
         "skipped": skipped,
         "digest": digest.hexdigest(),
         "content": contents.hexdigest(),
     }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the numbers are aligned
-    parts = [np.int64(len(encoded)).astype("<i8").tobytes(), encoded]
-    parts += [images.tobytes(), ends.tobytes(), *texts]
-    with replacing(path) as temporary, open(temporary, "wb") as opened:
-        opened.writelines(parts)
+    return pages.packed(_pages(samples, {label: n for n, label in enumerate(classes)}), header)
+
+
+def _pages(
+    samples: Sequence[Sample], numbers: dict[str, int]
+) -> Iterator[tuple[bytes, dict[str, int]]]:
+    for start in range(0, len(samples), IMAGES):
+        part = samples[start : start + IMAGES]
+        images, texts = np.zeros(len(part), IMAGE), []
+        for row, sample in enumerate(part):
+            captions = [caption.encode("utf-8", "replace") for caption in sample.captions]
+            label, heldout = numbers.get(sample.label, -1), is_heldout(sample.key)
+            images[row] = sample.place, sample.size, label, len(captions), heldout
+            texts += [sample.key.encode("utf-8", "surrogateescape"), *captions]
+        lengths = np.array([*map(len, texts)], "<u4")
+        heldout = images["heldout"] != 0
+        pairs = images["captions"].astype(np.int64)
+        counts = (pairs.sum(), pairs[heldout].sum(), len(part), heldout.sum())
+        blob = b"".join([images.tobytes(), lengths.tobytes(), *texts])
+        yield blob, {n: int(of) for n, of in zip(pages.COUNTS, counts, strict=True)}
