@@ -144,7 +144,7 @@ class Folder:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._field}: {self}: can't write {name} ({error})") from error
+            raise UserError(f"{self._field}: {self}: can't be written ({error})") from error
 
 
 def _pread(file: BinaryIO, start: int, stop: int) -> bytes:
