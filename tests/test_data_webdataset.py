@@ -7,7 +7,9 @@ import json
 import os
 import tarfile
 import threading
+import tracemalloc
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -284,6 +286,58 @@ def test_a_damaged_index_is_made_anew(folder, damage):
         path.unlink()
     with pytest.raises(UserError, match="gone or damaged"):
         lost[0]
+
+
+def test_hosts_share_an_index_that_lies_in_a_bucket(folder, monkeypatch):
+    files, shared = fsspec.filesystem("memory"), "memory://bucket/known"
+    seen = counted(monkeypatch)
+    expected = source(folder)
+    del seen[:]
+    one = source(folder, shared_dir=shared, cache_dir=str(folder / "one"))
+    assert sorted(seen) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert not (folder / "one").exists()
+    read, asked = files.cat_file, []
+
+    def cat_file(path, *span, **options):
+        asked.append(path)
+        return read(path, *span, **options)
+
+    monkeypatch.setattr(files, "cat_file", cat_file)
+    other = source(folder, shared_dir=shared, cache_dir=str(folder / "other"))
+    assert len(seen) == 3 and [path.rpartition(".")[2] for path in asked] == ["catalogue"]
+    assert one.fingerprint == other.fingerprint == expected.fingerprint
+    assert pairs(one) == pairs(other) == pairs(expected)
+    del asked[:]
+    assert pairs(source(folder, shared_dir=shared, cache_dir=str(folder / "other")))
+    assert len(asked) == 1  # the pages are in the cache
+    files.store.clear()
+
+
+def test_a_page_of_an_index_that_changed_is_seen(folder):
+    expected = source(folder)
+    path = next((folder / "cache" / "shards").iterdir())
+    path.write_bytes(path.read_bytes().replace(b"picture", b"Picture", 1))
+    with pytest.raises(UserError, match="cache_dir: an index of wds:.* is gone or damaged"):
+        pairs(source(folder))
+    path.unlink()
+    assert pairs(source(folder)) == pairs(expected)
+
+
+def test_what_a_source_holds_does_not_grow_with_its_images(tmp_path):
+    def held(count):
+        members = [(f"{n:06d}.{s}", b"a text") for n in range(count) for s in ("jpg", "txt")]
+        (tmp_path / f"{count}.tar").write_bytes(archive(members))
+        source(tmp_path, f"{count}.tar")
+        tracemalloc.start()
+        data = source(tmp_path, f"{count}.tar", split="train")
+        assert {data[i * len(data) // 4]["caption"] for i in range(4)} == {"a text"}
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    held(50)
+    few, many = held(300), held(3000)
+    assert many - few < 10 * 2700  # bytes; they were 124 an image
 
 
 def test_processes_with_one_cache_share_the_work(folder, monkeypatch):
