@@ -317,7 +317,7 @@ def test_a_page_of_an_index_that_changed_is_seen(folder):
     expected = source(folder)
     path = next((folder / "cache" / "shards").iterdir())
     path.write_bytes(path.read_bytes().replace(b"picture", b"Picture", 1))
-    with pytest.raises(UserError, match="cache_dir: an index of wds:.* is gone or damaged"):
+    with pytest.raises(UserError, match=r"cache_dir: an index of wds:.* is gone or damaged"):
         pairs(source(folder))
     path.unlink()
     assert pairs(source(folder)) == pairs(expected)
