@@ -38,7 +38,7 @@ class Stored:
 
     def chunks(self, part=(0, 1)):
         self.passes += 1
-        return ((z_i, z_t) for z_i, z_t in self._parts[part[0] :: part[1]])
+        yield from ((z_i, z_t) for z_i, z_t in self._parts[part[0] :: part[1]])
 
 
 def name_of(kind):

@@ -75,7 +75,7 @@ class Folder:
             self._files.invalidate_cache(self._path)
             try:
                 return int(self._files.size(f"{self._path}/{name}"))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
         return self._ask(asked)
