@@ -3,9 +3,10 @@
 Commands ask for it; the library itself leaves JAX as it finds it. JAX's own settings go first:
 JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 
-Several processes as one run share a folder. JAX lets the first of them alone write, which would
-leave the others to compile, each time, what runs on their own devices alone (frozen text encoders,
-for instance): the key of a program names its devices. Here each process writes those of its own.
+JAX lets the first of several processes alone write. That would leave the others to compile each
+time what runs on their own devices alone (frozen text encoders, for instance), since the key of a
+program names its devices. So here each process writes: into a folder that all share what is of its
+own devices, into one of its own everything.
 """
 
 from __future__ import annotations
@@ -34,16 +35,20 @@ def use(shared: str | Path = "") -> None:
 
     Args:
         shared: where there are several processes, the folder or URL that all of them see and that
-            programs are kept in, without a limit.
+            programs are kept in, without a limit; "" for each host's own cache folder.
     """
-    if jax.process_count() > 1:
-        _let_all_write()
-    if jax.config.jax_compilation_cache_dir is not None:
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    chosen = jax.config.jax_compilation_cache_dir is not None
+    if several:
+        _let_all_write(everything=not (chosen or shared))
+    if chosen:
         return
-    if shared and jax.process_count() > 1:
+    if shared and several:
         where = f"{shared}/compiled/{_kind()}"
-        if jax.process_index() == 0 and "://" not in where:
-            _drop_torn(Path(where))
+        if "://" not in where:
+            where = str(Path(where).expanduser().absolute())
+            if jax.process_index() == 0:
+                _drop_torn(Path(where))
         jax.config.update("jax_compilation_cache_dir", where)
         jax.config.update("jax_compilation_cache_max_size", -1)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -107,12 +112,13 @@ def _is_whole(program: Path) -> bool:
 
 
 @functools.cache
-def _let_all_write() -> None:
-    """Let this process write the programs of its own devices, though it is not the first one.
+def _let_all_write(everything: bool) -> None:
+    """Let this process write, though it is not the first: everything, or what is of its devices.
 
     JAX has no setting for it; where its insides are others than expected, it stays as it is.
     """
-    if jax.process_index() == 0 or jax.default_backend() == "gpu":  # whose keys name no devices
+    keys_name_devices = jax.default_backend() != "gpu"
+    if jax.process_index() == 0 or not (everything or keys_name_devices):
         return
     try:
         from jax._src import compilation_cache, compiler
@@ -122,11 +128,13 @@ def _let_all_write() -> None:
         logging.warning("jax %s: each process but the first compiles its own programs anew at"
                         " every start", jax.__version__)  # fmt: skip
         return
-    compiler._compile_and_write_cache = _writing(compiles, put)
+    compiler._compile_and_write_cache = _writing(compiles, put, everything)
 
 
-def _writing(compiles: Callable[..., Any], put: Callable[..., Any]) -> Callable[..., Any]:
-    """JAX's function that compiles a program, and keeps it if it is of these devices alone."""
+def _writing(
+    compiles: Callable[..., Any], put: Callable[..., Any], everything: bool
+) -> Callable[..., Any]:
+    """JAX's function that compiles a program, and keeps it, as `_let_all_write` says."""
 
     @functools.wraps(compiles)
     def compile_and_write(
@@ -136,7 +144,11 @@ def _writing(compiles: Callable[..., Any], put: Callable[..., Any]) -> Callable[
         executable = compiles(backend, module, devices, options, callbacks, name, key)
         took = time.monotonic() - began
         own = all(device.process_index == jax.process_index() for device in devices)
-        if own and not callbacks and took >= jax.config.jax_persistent_cache_min_compile_time_secs:
+        if (
+            (own or everything)
+            and not callbacks
+            and took >= jax.config.jax_persistent_cache_min_compile_time_secs
+        ):
             try:
                 put(key, name, executable, backend, int(took))
             except Exception as error:  # the program is right all the same

@@ -225,7 +225,9 @@ def with_embeddings(
         return source
     cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
     folder = stored or cached_embeddings(data, clip, meta, cache / "embeddings")
-    store = embeddings.EmbeddingStore.open(folder, cache_dir=cache, **of_clip)
+    store = embeddings.EmbeddingStore.open(
+        folder, cache_dir=cache, disk_cache_bytes=data.disk_cache_bytes, **of_clip
+    )
     joined = embeddings.WithEmbeddings(source, store)
     if store.meta.data_fingerprint != source.fingerprint:
         check_pictures(joined, source, data, clip)

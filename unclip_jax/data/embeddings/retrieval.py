@@ -79,9 +79,9 @@ class RetrievalStore:
         self.flags = np.array([*self._flags()], np.uint8)
         self.remote = False  # what it reads are copies
         content = entries.of_flags(self.flags)
-        _, told, whole = pages.read_end(lambda a, b: content[a:b], len(content))
-        self.images = entries.images([told])
-        self.table = pages.Table(whole[None], lambda file, at, size, crc: content[at : at + size])
+        rows, told, whole = pages.read_end(lambda a, b: content[a:b], len(content))
+        self.images, directory = entries.images([told]), rows.tobytes()
+        self.table = pages.Table(whole[None], lambda *place: directory)  # its pages are `flags`
 
     def __len__(self) -> int:
         """The number of pairs."""
