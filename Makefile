@@ -16,7 +16,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
 
 help:
 	@echo "make demo        draw with the model that comes with the package: one page of pictures"
-	@echo "make demo-train  train every stage small on emoji, draw a captioned grid, measure it"
+	@echo "make demo-train  train every stage small on emoji, in 20 minutes, to a page of pictures"
 	@echo "make test        the test suite, with parity against PyTorch"
 	@echo "make test-all    the slow tests too"
 	@echo "make lint        ruff"
@@ -52,7 +52,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo.py --out $(DEMO)
 
 demo-train: $(VENV)/.installed-train
-	PATH="$(abspath $(BIN)):$$PATH" bash configs/emoji/train.sh $(TRAINED)
+	$(BIN)/python -m unclip_jax train-all --data emoji --out $(TRAINED) --size small --minutes 20
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -201,7 +201,28 @@ def test_a_decoder_that_never_left_its_beginning(home):
         HEALTHY, steps=2, learning_rate=1e-12, warmup_steps=0, log_every=1, ema_decay=0.01
     )
     found = wrong(examine(trained(home, "dead", tiny.DECODER, train)))
-    assert found == {"guidance_dead", "decoder_ignores_conditions", "nothing_learned"}
+    assert found == {
+        "guidance_dead", "decoder_ignores_conditions", "nothing_learned", "too_short",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("steps", "of", "init", "expected", "verdict"),
+    [
+        (40, 40, False, {"warning too_short"}, "1 wrong"),
+        (40, 300, False, {"note too_early"}, "too early to say more"),
+        (40, 40, True, set(), "nothing is wrong"),  # it began with trained weights
+        (300, 300, False, set(), "nothing is wrong"),
+    ],
+)
+def test_a_run_is_judged_by_the_examples_it_has_seen(tmp_path, steps, of, init, expected, verdict):
+    train = dataclasses.replace(HEALTHY, steps=of)
+    records = [{"step": step, "train/loss": 1.0} for step in range(20, steps + 1, 20)]
+    about = {"init": {}} if init else {}
+    run = workdir.Workdir(tmp_path, about, tiny.PRIOR, train, records)
+    found = list(curves.length(run))
+    assert {f"{finding.severity} {finding.name}" for finding in found} == expected
+    assert doctor.as_text(run, found).splitlines()[-1] == verdict
 
 
 # Broken by hand

@@ -34,6 +34,7 @@ FLAGS = {
         "emoji/clip",
         "paper/prior",
     ),
+    "train-all": ("--data", "--out", "--size", "tiny", "--minutes"),
     "sample": ("text2im", "variations", "interpolate", "textdiff", "inpaint", "upscale", "probe"),
     "app": ("--model", "--host", "--port", "--share"),
     "evaluate": ("--model", "--data", "--features", "--sweep", "--out"),

@@ -17,7 +17,7 @@ FLOORS = (
     {"stages"},
     {"weights"},
     {"training", "pipeline"},
-    {"app", "evaluate", "plan"},
+    {"app", "evaluate", "plan", "train_all"},
     {"__main__"},
 )
 

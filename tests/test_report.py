@@ -123,6 +123,18 @@ def test_a_log_gets_plain_lines():
     ]
 
 
+def test_a_log_is_never_silent_for_long(monkeypatch):
+    moment, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(writers.time, "monotonic", lambda: moment[0])
+    progress = writers.Progress(steps=9, start=2, stream=stream)
+    for _ in range(5):
+        moment[0] += 12.0
+        progress.update()
+        if moment[0] == 48.0:
+            progress.line("something else")
+    assert stream.getvalue().splitlines() == ["step 5/9", "something else"]
+
+
 def test_a_terminal_gets_one_live_line():
     stream = Terminal()
     progress = writers.Progress(steps=100, start=40, stream=stream)
@@ -151,6 +163,20 @@ def test_curves_are_drawn(tmp_path):
     writers.plot_metrics(tmp_path)
     with Image.open(tmp_path / writers.CURVES_FILE) as image:
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**20)) > 10
+
+
+def test_what_was_measured_once_is_no_curve(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set", lambda axes, **of: drawn.append(of["title"]))
+    records = [{"step": i, "train/loss": 1 / i} for i in (1, 2)] + [{"step": 2, "eval/psnr": 9.0}]
+    (tmp_path / writers.METRICS_FILE).write_text("\n".join(map(json.dumps, records)) + "\n")
+    writers.plot_metrics(tmp_path)
+    assert drawn == ["loss"]
+    records = records[1:]
+    (tmp_path / writers.METRICS_FILE).write_text("\n".join(map(json.dumps, records)) + "\n")
+    (tmp_path / writers.CURVES_FILE).unlink()
+    writers.plot_metrics(tmp_path)
+    assert not (tmp_path / writers.CURVES_FILE).exists()
 
 
 # Grids

@@ -327,6 +327,34 @@ def test_a_finished_run_trains_no_more_but_exports_again(tmp_path):
     assert exported == [30] and batches.log == []
 
 
+def test_a_run_whose_time_is_over_ends_as_if_that_had_been_its_last_step(tmp_path, capsys):
+    """With a step compiled before: nothing of it depends on how many there are to be."""
+
+    settings = {"schedule": "constant", "eval_every": 10, "preview_every": 10}
+    whole = run(tmp_path / "whole", steps=16, **settings)
+    step_fn = make_train_step(
+        toy_run.noisy_loss_fn,
+        make_optimizer(made := toy_run.toy_config(steps=4, **settings)),
+        made,
+        sharding.make_mesh(),
+    )
+    told, exported = [], []
+    callbacks = {
+        "evaluate": lambda params, step: told.append(step) or {"bias": 0.0},
+        "export": lambda params, step: exported.append(step),
+    }
+    assert capsys.readouterr().out.count("compiling, about") == 1
+    callbacks |= {"ends": lambda step: step == 16, "step_fn": step_fn}
+    cut = run(tmp_path / "cut", **settings, **callbacks)
+    assert capsys.readouterr().out.count("compiling, about") == 0
+    assert_same(cut, whole)
+    assert told == [10, 16] and exported == [16]
+    assert (tmp_path / "cut" / "checkpoints" / "16").is_dir()
+    described = json.loads((tmp_path / "cut" / "description.json").read_text())
+    assert described["train"]["steps"] == 16
+    assert int(run(tmp_path / "cut", **settings).step) == 30  # and goes on
+
+
 def test_a_run_that_goes_on_has_one_state_in_memory(tmp_path, monkeypatch):
     """Where a state just fits on its devices, a run begins, and must be able to go on."""
     restore, alive = resume.Checkpoints.restore, []

@@ -68,10 +68,8 @@ def noisy_loss_fn(params, batch, key):
     return loss, metrics | {"noise": jnp.mean(noise)}
 
 
-def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings):
-    """Train; keyword arguments go to TrainConfig, or to `train` where it knows them."""
-    known = ("complete", "evaluate", "preview", "export", "profile")
-    callbacks = {name: settings.pop(name) for name in known if name in settings}
+def toy_config(**settings):
+    """The settings of the loop."""
     defaults = {
         "batch_size": BATCH,
         "steps": 30,
@@ -83,7 +81,14 @@ def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings)
         "log_every": 4,
         "checkpoint_every": 10,
     }
-    config = loop.TrainConfig(**defaults | settings)
+    return loop.TrainConfig(**defaults | settings)
+
+
+def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings):
+    """Train; keyword arguments go to TrainConfig, or to `train` where it knows them."""
+    known = ("complete", "evaluate", "preview", "export", "profile", "step_fn", "ends")
+    callbacks = {name: settings.pop(name) for name in known if name in settings}
+    config = toy_config(**settings)
     return loop.train(
         loss_fn=loss,
         init_params=init_params,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import unclip_jax
@@ -15,6 +16,7 @@ from unclip_jax.errors import did_you_mean, run_command, wrong
 # Command -> the module whose main(argv) it is, and what it does.
 COMMANDS = {
     "train": ("unclip_jax.training.command", "train one stage, or go on with its training"),
+    "train-all": ("unclip_jax.train_all.command", "train every stage on your own pictures"),
     "sample": ("unclip_jax.pipeline.tasks.command", "draw from captions, and edit pictures"),
     "app": ("unclip_jax.app.command", "the same with a mouse, as a web page"),
     "evaluate": ("unclip_jax.evaluate.command", "measure a model"),
@@ -58,6 +60,8 @@ def dispatch(argv: list[str]) -> None:
     if command not in COMMANDS:
         expected = f"one of {', '.join(COMMANDS)}"
         raise wrong("command", command, expected, did_you_mean(command, COMMANDS))
+    # XLA logs as an error that a program took two minutes to compile; errors are raised as well.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with extras.named(f"unclip {command}"):
         importlib.import_module(COMMANDS[command][0]).main(rest)
 

@@ -13,6 +13,8 @@ docs/pods.md.
 
 from __future__ import annotations
 
+import functools
+
 from absl import flags
 
 from unclip_jax.common import command_line
@@ -60,6 +62,9 @@ def parse(argv: list[str]) -> None:
 def main(argv: list[str]) -> None:
     """Prepare the run, train, and save the stage."""
     parse(argv)
+    if not PROCESS.value:
+        config = command_line.name_of(FLAGS)
+        print(f"train: {config} in {WORKDIR.value}, starting", flush=True)
 
     from unclip_jax.parallel import distributed  # imports JAX: wrong usage is told before
 
@@ -71,8 +76,6 @@ def main(argv: list[str]) -> None:
     from unclip_jax.training import loop, prepare
     from unclip_jax.training.profile import Span
     from unclip_jax.training.workdir import Workdir
-    from unclip_jax.weights import folder as model_folder
-    from unclip_jax.weights.known import Known
 
     cpu_devices.use()
     compile_cache.use(shared=WORKDIR.value)
@@ -81,14 +84,6 @@ def main(argv: list[str]) -> None:
     span = Span.parse(PROFILE.value)
     run = prepare.prepare(CONFIG.value)
     place = Workdir(WORKDIR.value)
-
-    def export(params, step: int) -> None:
-        about = run.description | {"step": step}
-        if run.save_adapters is not None:
-            run.save_adapters(place.local / "lora.safetensors", params, about)
-        model_folder.save_stage(place.local / "model", params=run.export(params), description=about)
-        if run.stage.keeps_fingerprint and (known := Known.read(run.data)):
-            known.save(place.local)
 
     try:
         loop.train(
@@ -102,7 +97,7 @@ def main(argv: list[str]) -> None:
             mesh=run.mesh,
             evaluate=run.evaluate,
             preview=run.preview,
-            export=export,
+            export=functools.partial(run.save, place.local),
             profile=span,
         )
     except loop.NotFinite as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from unclip_jax import stages
 from unclip_jax.common.files import default_cache_dir
@@ -20,7 +20,7 @@ from unclip_jax.data.embeddings import store as embeddings
 from unclip_jax.data.embeddings import writer
 from unclip_jax.data.embeddings.retrieval import RetrievalStore
 from unclip_jax.data.embeddings.shards import Meta
-from unclip_jax.data.records import BadRecord, Source
+from unclip_jax.data.records import BadRecord, Source, progress
 from unclip_jax.errors import UserError
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.normalisation import cosine
@@ -309,7 +309,9 @@ def cached_embeddings(data: datasets.DataConfig, clip: Part, meta: Meta, cache: 
         z_i = encode_image(clip.stage, clip.params, images)
         return z_i, encode_text(clip.stage, clip.params, tokens)
 
-    with tqdm(desc="CLIP embeddings", total=meta.count, disable=None) as bar:
+    print(f"embedding {meta.count} pairs of {data.name}, {data.split}, with CLIP", flush=True)
+    began = time.monotonic()
+    with progress("embedding", " pairs", meta.count) as bar:
         writer.compute_whole(
             datasets.load(seen),
             encode,
@@ -322,4 +324,5 @@ def cached_embeddings(data: datasets.DataConfig, clip: Part, meta: Meta, cache: 
             threads=batches.threads_for(seen),
             on_pairs=lambda done, of: bar.update(done - bar.n),
         )
+    print(f"embedded in {time.monotonic() - began:.0f} s", flush=True)
     return folder

@@ -88,9 +88,14 @@ class _Run:
     profiler: Profiler
     evaluate: Evaluate | None
     preview: Preview | None
+    ends: Callable[[int], bool]
+    compiled: bool
 
-    def due(self, every: int, step: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.config.steps)
+    def due(self, every: int, step: int, last: bool) -> bool:
+        return every > 0 and (step % every == 0 or last)
+
+    def is_last(self, step: int) -> bool:
+        return step == self.config.steps or self.ends(step)
 
     def log(self, step: int, window: Window, saving: bool) -> None:
         """Write the averages since the last log; stop if a step among them was not finite."""
@@ -115,14 +120,14 @@ class _Run:
             rate,
         )
 
-    def show(self, state: TrainState, step: int) -> dict[str, float]:
+    def show(self, state: TrainState, step: int, last: bool) -> dict[str, float]:
         """Evaluate and draw a preview with the averaged weights, as far as they are due.
 
         All processes do it together, on weights that stay split as they are. Returns the figures,
         in every process.
         """
-        evaluating = self.evaluate is not None and self.due(self.config.eval_every, step)
-        previewing = self.preview is not None and self.due(self.config.preview_every, step)
+        evaluating = self.evaluate is not None and self.due(self.config.eval_every, step, last)
+        previewing = self.preview is not None and self.due(self.config.preview_every, step, last)
         if not evaluating and not previewing:
             return {}
         with self.monitor.overhead("evaluate"):
@@ -150,6 +155,13 @@ class _Run:
         with self.monitor.overhead("checkpoint"):
             positions = self.feed.positions(position)
             self.copies.save(step, kept(state), positions, self.description)
+
+    def tell_of_compiling(self, step_fn: StepFn, state: TrainState, batch: Any) -> None:
+        """Say that the step is compiled next, and about how long that takes."""
+        with jax.transfer_guard("disallow"):
+            seconds = steps.about_to_compile(step_fn, state, batch)
+        about = f"{seconds / 60:.0f} minutes" if seconds > 100 else f"{max(1, round(seconds))} s"
+        self.report.progress.line(f"compiling, about {about}, or less if that was done before")
 
     def stop(self, step: int) -> None:
         """End after a signal, once everything is saved."""
@@ -192,6 +204,9 @@ def _train_steps(
         with monitor.input():
             batch, position = feed.take(start + 1)
         monitor.count_flops(loss_fn, state.params, batch)
+        if not run.compiled:
+            run.tell_of_compiling(step_fn, state, batch)
+    began = time.monotonic()
     for step in range(start + 1, config.steps + 1):
         run.profiler.before(step)
         with monitor.step(step) as result, jax.transfer_guard("disallow"):
@@ -200,6 +215,9 @@ def _train_steps(
             opened = steps.open_window(metrics)
             window = opened if window is None else steps.merge_windows(window, opened)
             result.append(metrics["loss"])
+        if step == start + 1 and not run.compiled:
+            metrics["loss"].block_until_ready()
+            run.report.progress.line(f"the first step took {time.monotonic() - began:.0f} s")
         here = position
         if step < config.steps:
             # The devices compute this step while the host reads and sends the next batch.
@@ -212,19 +230,21 @@ def _train_steps(
             run.report.progress.line(said)
         run.report.progress.update()
 
-        stopping = run.preemption.stops_after(step)
-        saving = stopping or step == config.steps or run.due(config.checkpoint_every, step)
-        comparing = bool(config.best) and run.due(config.eval_every, step)
-        if saving or comparing or run.due(config.log_every, step):
+        stopping, last = run.preemption.stops_after(step), run.is_last(step)
+        saving = stopping or last or run.due(config.checkpoint_every, step, last)
+        comparing = bool(config.best) and run.due(config.eval_every, step, last)
+        if saving or comparing or run.due(config.log_every, step, last):
             run.log(step, window, saving)
             window = None
-        figures = run.show(state, step)
+        figures = run.show(state, step, last)
         if saving or (comparing and run.checkpoints.is_best(figures)):
             run.save(step, state, here, figures)
-        elif run.copies is not None and run.due(config.local_every, step):
+        elif run.copies is not None and run.due(config.local_every, step, last):
             run.copy(step, state, here)
-        if stopping and step < config.steps:
+        if stopping and not last:
             run.stop(step)
+        if last:
+            break
         if window is None or step <= start + 2:  # the first two steps compile
             monitor.restart(step)
     return state
@@ -244,6 +264,8 @@ def train(
     preview: Preview | None = None,
     export: Callable[[Params, int], None] | None = None,
     profile: Span | None = None,
+    step_fn: StepFn | None = None,
+    ends: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train from the beginning, or from the last checkpoint in `workdir`, to `config.steps`.
 
@@ -266,6 +288,10 @@ def train(
         preview: (averaged params, step) -> uint8 images [h, w, 3] with captions.
         export: (averaged params, step), called once training is over.
         profile: steps to trace, into `workdir`/profile.
+        step_fn: a step that is compiled already, as `make_train_step` makes it of the same loss,
+            settings and mesh.
+        ends: asked of each step whether it is the last one, to be evaluated, shown and saved as
+            that of `config.steps` is: of the same in every process.
 
     With several processes every one of them calls this, and `evaluate` and `preview` are called in
     all of them, with params that span them; they must compute the same everywhere. `export` is
@@ -321,10 +347,13 @@ def train(
             profiler=profiler,
             evaluate=evaluate,
             preview=preview,
+            ends=ends,
+            compiled=step_fn is not None,
         )
         if distributed.is_lead():
             _introduce(run, state.params, start, changes)
-        step_fn = steps.make_train_step(loss_fn, make_optimizer(config), config, mesh)
+        if step_fn is None:
+            step_fn = steps.make_train_step(loss_fn, make_optimizer(config), config, mesh)
         state = _train_steps(run, loss_fn, step_fn, state, start)
         checkpoints.wait()
         _finish(run, state, export)
@@ -335,21 +364,30 @@ def train(
 
 def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
     """What is done once training is over: export the averaged params, draw the curves."""
+    step = int(state.step)
     if export is not None:
         params = _to_look_at(state.averaged, run.mesh)
         if jax.process_count() > 1:
             params = distributed.fetch(params, lead_only=True)
         if distributed.is_lead():
-            export(params, run.config.steps)
+            export(params, step)
     if distributed.is_lead():
+        if step < run.config.steps:  # its time was over
+            _describe(run, run.description["train"] | {"steps": step})
         writers.plot_metrics(run.place.local)
     distributed.gather(None)  # no process ends before the lead has written everything
 
 
+def _describe(run: _Run, train: Mapping[str, Any]) -> str:
+    """Write description.json, with these settings of the loop; its text."""
+    text = json.dumps(run.description | {"train": train}, indent=2, ensure_ascii=False)
+    write_text(run.place.local / "description.json", text + "\n")
+    return text
+
+
 def _introduce(run: _Run, params: Params, start: int, changes: list[Change]) -> None:
     """Write what the run is: description.json, parameters.txt, changes.jsonl, a line or two."""
-    text = json.dumps(run.description, indent=2, ensure_ascii=False)
-    write_text(run.place.local / "description.json", text + "\n")
+    text = _describe(run, run.description["train"])
     table = parameter_overview.get_parameter_overview(params, include_stats=False)
     write_text(run.place.local / "parameters.txt", table + "\n")
     # TensorBoard renders Markdown, in which four spaces begin code.

@@ -46,7 +46,9 @@ from unclip_jax.training.inputs import (
 from unclip_jax.training.lora import Lora
 from unclip_jax.training.prior_samples import Mixed, with_samples
 from unclip_jax.training.step import LossFn
+from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.clip_text import ClipText
+from unclip_jax.weights.known import Known
 from unclip_jax.weights.t5 import T5
 from unclip_jax.weights.trained import Part, clip_fingerprint, read_stage, stage_folder
 
@@ -140,6 +142,18 @@ class Run:
             )
             found["data_fingerprint"] = now
         return found
+
+    def save(self, workdir: Path, params: Params, step: int) -> None:
+        """Make `workdir`/model, the stage, of what trained; beside CLIP, what it has read.
+
+        Adapters alone go beside it, too, where those trained.
+        """
+        about = self.description | {"step": step}
+        if self.save_adapters is not None:
+            self.save_adapters(workdir / "lora.safetensors", params, about)
+        model_folder.save_stage(workdir / "model", params=self.export(params), description=about)
+        if self.stage.keeps_fingerprint and (known := Known.read(self.data)):
+            known.save(workdir)
 
     def batches(self) -> Batches:
         """The endless training batches: this process's share of each."""

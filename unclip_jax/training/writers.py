@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -20,6 +21,7 @@ from unclip_jax.training.changes import Change
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 CHANGES_FILE = "changes.jsonl"
+SILENT_FOR = 30.0  # seconds without a line, where lines go into a log
 SHOWN = ("run/mfu",)  # on the terminal, of what a run says of its own speed
 
 
@@ -140,18 +142,23 @@ class Progress:
         """Show steps `start` to `steps` on `stream`, by default standard output."""
         self._stream = sys.stdout if stream is None else stream
         self._steps, self._bar = steps, None
+        self._step, self._told = start, time.monotonic()
         if self._stream.isatty():
             self._bar = tqdm(
                 total=steps, initial=start, file=self._stream, unit="step", dynamic_ncols=True
             )
 
     def update(self) -> None:
-        """One more step is done."""
+        """One more step is done. A log that has been silent for a while says which."""
+        self._step += 1
         if self._bar is not None:
             self._bar.update()
+        elif time.monotonic() - self._told > SILENT_FOR:
+            self.line(f"step {self._step}/{self._steps}")
 
     def line(self, text: str) -> None:
         """Print a line (above the live one)."""
+        self._told = time.monotonic()
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
@@ -193,7 +200,8 @@ def _duration(seconds: float) -> str:
 def plot_metrics(workdir: Path) -> None:
     """Plot every metric of `workdir`/metrics.jsonl over the steps, a panel each, to curves.png.
 
-    Training and held-out values of the same metric share a panel.
+    Training and held-out values of the same metric share a panel. What was measured once is no
+    curve, and is left out.
     """
     from matplotlib.figure import Figure
 
@@ -206,6 +214,11 @@ def plot_metrics(workdir: Path) -> None:
             xs, ys = panels.setdefault(metric, {}).setdefault(group, ([], []))
             xs.append(record["step"])
             ys.append(value)
+    panels = {
+        metric: groups
+        for metric, groups in panels.items()
+        if any(len(set(xs)) > 1 for xs, _ in groups.values())
+    }
     if not panels:
         return
     columns = min(3, len(panels))

@@ -57,7 +57,7 @@ def as_text(run: Workdir, findings: list[Finding]) -> str:
     """The findings for people."""
     lines = [
         f"{run.path}: {run.stage.kind}, step {run.step:,} of {run.train.steps:,}",
-        f"{run.step * run.train.batch_size:,} examples seen, {run.train.batch_size:,} a step",
+        f"{run.examples:,} examples seen, {run.train.batch_size:,} a step",
     ]
     for finding in findings:
         lines.append("")
@@ -66,7 +66,8 @@ def as_text(run: Workdir, findings: list[Finding]) -> str:
             f"-> {finding.advice}.", WIDTH, initial_indent="  ", subsequent_indent="     "
         )
     bad = [finding for finding in findings if finding.severity != "note"]
-    lines += ["", f"{len(bad)} wrong" if bad else "nothing is wrong"]
+    well = "too early to say more" if run.short else "nothing is wrong"
+    lines += ["", f"{len(bad)} wrong" if bad else well]
     return "\n".join(lines)
 
 
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
             "kind": run.stage.kind,
             "step": run.step,
             "steps": run.train.steps,
-            "examples": run.step * run.train.batch_size,
+            "examples": run.examples,
             "wrong": wrong,
             "findings": [dataclasses.asdict(finding) for finding in findings],
         }

@@ -9,7 +9,7 @@ import numpy as np
 
 from unclip_jax.training.doctor.findings import TENTH, Finding, error, note, warning
 from unclip_jax.training.doctor.theory import Band, band
-from unclip_jax.training.doctor.workdir import Workdir
+from unclip_jax.training.doctor.workdir import FEWEST_EXAMPLES, Workdir
 
 FEWEST_LINES = 8  # of a curve that is judged by its shape
 SURE = 3.0  # standard errors
@@ -31,6 +31,7 @@ def examine(run: Workdir) -> Iterator[Finding]:
     yield from not_finite(run)
     if not np.all(np.isfinite(losses)):
         return
+    yield from length(run)
     yield from level(run, band(run))
     yield from shape(run)
     yield from warm_up(run)
@@ -38,6 +39,23 @@ def examine(run: Workdir) -> Iterator[Finding]:
     yield from few_heldout(run)
     yield from evaluations(run)
     yield from overfitting(run)
+
+
+def length(run: Workdir) -> Iterator[Finding]:
+    """Whether the run has seen so little that nothing else can be said of it."""
+    if not run.short:
+        return
+    seen = f"{run.examples:,} examples seen, each as often as it came"
+    what = f"from random weights a stage draws nothing to speak of before about {FEWEST_EXAMPLES:,}"
+    if run.done >= 1.0:
+        steps = -(-3 * FEWEST_EXAMPLES // run.train.batch_size)
+        yield warning(
+            "too_short",
+            f"the run is done with {seen}; {what}",
+            f"train on: the same command with --config.train.steps={steps} or more",
+        )
+    else:
+        yield note("too_early", f"{seen}; {what}", "look again later")
 
 
 def not_finite(run: Workdir) -> Iterator[Finding]:
@@ -104,13 +122,18 @@ def level(run: Workdir, expected: Band | None) -> Iterator[Finding]:
             "look at a few examples of the data (unclip evaluate shows pictures), and"
             f" try train.learning_rate ({run.train.learning_rate:g}) three times higher or lower",
         )
-    elif expected.linear is not None and recent > expected.linear and run.done > 0.5:
+    elif expected.linear is not None and recent > expected.linear and _judged(run):
         yield warning(
             "hardly_learned",
             f"{where}; knowing the data's variance and nothing else gives {expected.linear:.4g}",
             "train longer, or with a higher train.learning_rate"
             f" ({run.train.learning_rate:g}) or a larger network",
         )
+
+
+def _judged(run: Workdir) -> bool:
+    """Whether the run should have learned something by now."""
+    return run.done > 0.5 and not run.short
 
 
 def shape(run: Workdir) -> Iterator[Finding]:

@@ -21,6 +21,9 @@ from unclip_jax.training.config import TrainConfig
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights import trained
 
+# A third of what docs/training.md shows the outcome of: colours, and coarse shapes.
+FEWEST_EXAMPLES = 4_800
+
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
@@ -56,6 +59,16 @@ class Workdir:
     def done(self) -> float:
         """The fraction of the run that lies behind."""
         return self.step / self.train.steps
+
+    @property
+    def examples(self) -> int:
+        """How many examples it has learned from, each as often as it came."""
+        return self.step * self.train.batch_size
+
+    @property
+    def short(self) -> bool:
+        """Whether it began with random weights, and has not seen enough to draw anything."""
+        return self.examples < FEWEST_EXAMPLES and "init" not in self.description
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps and values of a metric, float64 [n] each; no step where it is missing."""
