@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import shlex
 from pathlib import Path
 
 import jax
@@ -153,10 +154,11 @@ def _recognised(model: UnCLIP, pictures: np.ndarray, captions: list[str]) -> flo
 
 
 def _next(out: Path, budget: Budget) -> str:
+    model, more = ["--model", str(out)], f"{2 * budget.minutes:g}"
     commands = [
-        f'unclip sample text2im --model {out} --prompt "..."',
-        f"unclip app --model {out}",
-        f"unclip train-all --data {budget.data} --out {out} --minutes {2 * budget.minutes:g}",
+        ["unclip", "sample", "text2im", *model, "--prompt", "a caption"],
+        ["unclip", "app", *model],
+        ["unclip", "train-all", "--data", budget.data, "--out", str(out), "--minutes", more],
     ]
-    lines = "\n".join(_text(line) for line in commands)
+    lines = "\n".join(_text(shlex.join(words)) for words in commands)
     return f"<h2>Go on</h2>\n<p>Draw, in a browser too; train on:</p>\n<pre>{lines}</pre>"

@@ -118,7 +118,7 @@ def _say_plan(budget: Budget, out: Path) -> None:
         "  figures, previews and the page take the rest; every fifth of a stage leaves a preview",
         f"  in {out}/STAGE/previews; stop it whenever you like: the same command goes on",
     )
-    if total > max(spendable, 0.0):
+    if total > max(spendable, 0.0) + 1.0:
         say(
             f"note: {budget.minutes:g} minutes are too few for this size on this machine: every"
             f" stage trains {FEWEST_STEPS} steps all the same, and draws nothing to speak of"
