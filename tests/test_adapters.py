@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from unclip_jax.common import config as settings
 from unclip_jax.common.params import flatten, unflatten
 from unclip_jax.errors import UserError
 from unclip_jax.models import low_rank
 from unclip_jax.pipeline.drawing import sample_stage
 from unclip_jax.pipeline.unclip import UnCLIP
-from unclip_jax.training import lora
+from unclip_jax.training import lora, save
+from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.training.lora import Lora
 from unclip_jax.weights import adapters
-from unclip_jax.weights.trained import in_dtype
+from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import in_dtype, load_part
 
 CONFIG = Lora(rank=2, alpha=4.0)
 
@@ -151,3 +154,23 @@ def test_what_is_no_file_of_adapters_is_named(files, tmp_path):
     refused("damaged, it is not as it was written", model, {tmp_path / "bit.safetensors": 1})
     with pytest.raises(UserError, match="name that ends in"):
         adapters.save_adapters(tmp_path / "a.bin", model.prior, trained(model.prior, 1), 1.0)
+
+
+def test_a_run_of_adapters_writes_them_for_the_folder_it_began_from(tmp_path):
+    """What training makes beside frozen weights in bfloat16, on the same weights in float32."""
+    part = tiny.model().prior
+    model_folder.save_stage(tmp_path / "prior", params=part.params, description=part.description)
+    origin = Origin.read(str(tmp_path / "prior"), {"kind": "prior"})
+    params = origin.adapted(CONFIG, jax.random.key(0)) | {"network": trained(part, 4)}
+    about = {"lora": settings.to_dict(CONFIG), "step": 3, "train": {}}
+    path = tmp_path / "run" / "lora.safetensors"
+    save.save_adapters(path, params, about, origin)
+    found = adapters.read_adapters(path)
+    assert (found.kind, found.about) == ("prior", {"lora": about["lora"], "step": 3})
+    loaded = load_part(tmp_path / "prior")
+    whole = flatten(origin.merged(CONFIG, params)["network"])
+    blended = flatten(adapters.blended(loaded, [(found, 1.0)]).params["network"])
+    for name, value in whole.items():
+        np.testing.assert_allclose(blended[name], value, atol=1e-5, err_msg=name)
+    with pytest.raises(UserError, match="this run trains no adapters"):
+        save.save_adapters(path, params, {"step": 3}, origin)

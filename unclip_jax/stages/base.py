@@ -33,17 +33,16 @@ from unclip_jax.stages.conditioning import (
     initial_noise,
     text_mask,
 )
-from unclip_jax.stages.denoising import dropout
+from unclip_jax.stages.denoising import Denoising, dropout
 
 Batch = Mapping[str, jax.Array]
 Loss = tuple[jax.Array, dict[str, jax.Array]]  # and what else is measured, by name
-Denoising = tuple[jax.Array, Callable[[Params, float], gaussian.Denoise]]
 Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class JointLoss:
-    """A loss for which all rows of a batch matter to each, in two parts. It has no noise.
+    """A loss, without noise, for which all rows of a batch matter to each, in two parts.
 
     So a batch can be read in parts and compared as a whole, see `training.step`.
 
@@ -315,9 +314,8 @@ class GuidedDiffusion(Stage):
 
     def constants(self) -> Params:
         """What stands beside the network in its params, until it is measured."""
-        e, found = self.model.embed_dim, {}
-        if e:
-            found["normalisation"] = normalisation.identity(e)
+        e = self.model.embed_dim
+        found = {"normalisation": normalisation.identity(e)} if e else {}
         if self.empty_null:
             found["null_caption"] = empty_caption(self.context[0], self.model.text_width, e)
         if self.analytic:

@@ -28,7 +28,7 @@ from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.models.decoder import Decoder, DecoderConfig
 from unclip_jax.models.movq import MoVQConfig
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import Batch, Denoising, Loss
+from unclip_jax.stages.base import Batch, Loss
 from unclip_jax.stages.canvas import CanvasStage, enlarge, noised
 from unclip_jax.stages.conditioning import (
     Condition,
@@ -41,7 +41,7 @@ from unclip_jax.stages.conditioning import (
     z_i_field,
     z_t_field,
 )
-from unclip_jax.stages.denoising import denoising_loss
+from unclip_jax.stages.denoising import Denoising, denoising_loss
 from unclip_jax.stages.latents import OfPictures
 from unclip_jax.stages.pixels import to_float
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 
 from unclip_jax.diffusion import gaussian
 from unclip_jax.diffusion.losses import training_losses
-from unclip_jax.stages.conditioning import random_timesteps
+from unclip_jax.stages.conditioning import Params, random_timesteps
+
+# x_0 [b, ...], and what makes `denoise(x_t, t)` of params and a guidance scale.
+Denoising = tuple[jax.Array, Callable[[Params, float], gaussian.Denoise]]
 
 
 def denoising_loss(

@@ -28,13 +28,12 @@ from unclip_jax.models.unet import UNet, UNetConfig
 from unclip_jax.stages import degrade
 from unclip_jax.stages.base import (
     Batch,
-    Denoising,
     Loss,
     Setting,
     Stage,
 )
 from unclip_jax.stages.conditioning import Field, Params, initial_noise
-from unclip_jax.stages.denoising import denoising_loss, dropout
+from unclip_jax.stages.denoising import Denoising, denoising_loss, dropout
 from unclip_jax.stages.pixels import check_channels, resize, to_float
 
 CORRUPTIONS = ("none", "gaussian", "bsr")

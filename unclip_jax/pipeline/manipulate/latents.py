@@ -232,8 +232,14 @@ def renoise(
     model: UnCLIP, keys: jax.Array, small: np.ndarray, walk: Walk, first: int
 ) -> np.ndarray:
     """Pictures [b, s, s, 3] in [-1, 1] with as much noise as `decode` begins with, from b keys."""
-    diffusion, sampling = model.decoder.stage.diffusion, walk.sampling(model)
-    return np.asarray(_noised(keys, jnp.asarray(small), _traced(first), diffusion, sampling))
+    stage, sampling = model.decoder.stage, walk.sampling(model)
+
+    def make(rows: np.ndarray) -> jax.Array:
+        given = keys[rows], jnp.asarray(small[rows]), _traced(first)
+        params, given, mesh = model.lay(model.decoder, given, len(rows))
+        return _noised(stage, params, *given, sampling, mesh)
+
+    return in_batches(len(small), walk.batch_size, make)
 
 
 def _traced(first: int | None) -> jax.Array | None:
@@ -256,10 +262,12 @@ def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return initial_noise(stage_keys(keys, DECODER), shape)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "sampling"))
-def _noised(keys, x_0, first, diffusion, sampling):
-    drawn = initial_noise(stage_keys(keys, DECODER), x_0.shape[1:])[0]
-    return samplers.noised(x_0, drawn, diffusion, sampling, first=first)
+@functools.partial(jax.jit, static_argnames=("stage", "sampling", "mesh"))
+def _noised(stage, params, keys, images, left_out, sampling, mesh):
+    with axes.on(mesh):
+        x_0 = stage.x_0_of(params, images)
+        drawn = initial_noise(stage_keys(keys, DECODER), x_0.shape[1:])[0]
+        return samplers.noised(x_0, drawn, stage.diffusion, sampling, first=left_out)
 
 
 @functools.partial(Watchable, static=("stage", "sampling", "mesh"))
