@@ -28,9 +28,8 @@ from unclip_jax.common.files import check_place
 from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
-from unclip_jax.pipeline.drawing import DECODER, in_batches, stage_keys
+from unclip_jax.pipeline.drawing import DECODER, in_batches, numbered, stage_keys
 from unclip_jax.pipeline.unclip import UnCLIP
-from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.stages.pixels import to_uint8
 from unclip_jax.weights.trained import Part, load_part
 
@@ -69,7 +68,8 @@ def generate(
     *,
     classifier: Part | None = None,
     upsamplers: Sequence[Part] = (),
-    num: int = 1,
+    num: int | Sequence[int] = 1,
+    first: int | Sequence[int] = 0,
     guidance_scale: float | None = None,
     classifier_scale: float = 1.0,
     batch_size: int = 16,
@@ -83,14 +83,15 @@ def generate(
         labels: names of classes, at least one; see `number`.
         classifier: of the decoder's images, noised as it noises them; None for no such guidance.
         upsamplers: from small to large.
-        num: pictures per class.
+        num: pictures per class, or one number for each.
+        first: the number i of a class's first picture, likewise, see `UnCLIP.generate`.
         guidance_scale: classifier-free, away from no class; None takes the decoder's own.
         classifier_scale: of the classifier's gradient; 1 is Bayes' rule, more is more typical, and
             0 asks no classifier.
         batch_size: pictures computed together, see `UnCLIP.generate`.
 
     Returns:
-        uint8 [len(labels) * num, size, size, 3], the pictures of one class side by side.
+        uint8 [n, size, size, 3], the pictures of one class side by side.
 
     Raises:
         UserError: no class, or no such class, parts that do not belong together, a scale that is
@@ -99,15 +100,14 @@ def generate(
     known = check(decoder, classifier)
     if not labels:
         raise UserError(f"label: none given; expected one of: {', '.join(known)}")
-    numbers = np.repeat([number(name, known) for name in labels], checks.count("num", num))
+    keys, whose, _ = numbered(key, len(labels), num, first)
+    numbers = np.asarray([number(name, known) for name in labels])[whose]
     cascade = UnCLIP(clip=None, prior=None, decoder=decoder, upsamplers=tuple(upsamplers))
     cascade.check()
     away = decoder.stage.guided_by(guidance_scale).get("guidance_scale")
     away = away if decoder.stage.num_classes else None
     strength = checks.number("classifier_scale", classifier_scale)
     guiding = classifier[:2] if classifier is not None and strength else (None, None)
-
-    keys = jnp.tile(example_keys(key, num), len(labels))
 
     def make(rows: np.ndarray) -> jax.Array:
         own = stage_keys(keys[rows], DECODER)
@@ -198,6 +198,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", default="out.png", metavar="PNG", help="the grid (default out.png)")
     add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     add("--num", type=int, default=4, help="pictures per class (default 4)")
+    add("--first", type=int, default=0, metavar="I", help="number of the first (default 0)")
     add("--classifier_scale", type=float, default=1.0, help="1 is Bayes' rule (default 1)")
     add("--guidance_scale", type=float, help="classifier-free; 1 = none (default: the decoder's)")
     add("--steps", metavar="N", help="the decoder's sampling steps (default: its own)")
@@ -225,6 +226,7 @@ def main(argv: list[str]) -> None:
         classifier=classifier,
         upsamplers=sorted(upsamplers, key=lambda part: part.stage.low_size),
         num=args.num,
+        first=args.first,
         guidance_scale=args.guidance_scale,
         classifier_scale=args.classifier_scale,
         batch_size=args.batch_size,

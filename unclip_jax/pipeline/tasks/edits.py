@@ -63,6 +63,7 @@ def img2img(args: Settings, images: Images, load: Load, progress: Progress) -> D
     key, strength = seed_key(args), checks.number("--strength", args.strength, 0, 1)
     num = checks.count("--num", args.num)
     model = load()
+    warn_of_unfamiliar(model, [args.prompt])
     walk, told = walk_of(args, model, caption=args.prompt), how(args, progress)
     told |= {"num": num, "strength": strength, "inverted": args.invert}
     made = manipulate.img2img(model, key, images, walk, **told)
@@ -85,6 +86,7 @@ def mix(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn
         expected = f"one for each of {len(images)} pictures and {len(args.prompt)} captions"
         raise wrong("--weight", weights, expected, "give those of pictures first")
     model = load()
+    warn_of_unfamiliar(model, args.prompt)
     told = how(args, progress) | {"num": num, "how": args.how, "batch_size": args.batch_size}
     told |= {"negative": args.negative, "guidance_scale": args.guidance_scale}
     made = manipulate.mix(model, key, things, weights, **told)
