@@ -32,7 +32,8 @@ class Distillation:
     Attributes:
         steps: of the grid on which neighbouring x_0 are drawn together; 0 distils nothing. More
             steps are nearer to the teacher's flow and learn more slowly; 20 to 50 are usual.
-        method: the teacher's solver: "ddim", or "heun", which asks it twice and errs less.
+        method: the teacher's solver: "ddim", or "heun", which asks it twice and errs less where the
+            noisiest level is not far above the data (scaled_linear, EDM); cosine's wants "ddim".
         guidance_scale: at which the teacher is guided, for good: the student has no guidance left.
         huber: see `consistency.distillation_loss`; 0 takes its usual value.
     """

@@ -220,9 +220,11 @@ def prepare(config: Mapping[str, Any]) -> Run:
         source = with_embeddings(source, data, clip, given.embeddings)
         heldout = with_embeddings(heldout, heldout_data, clip)
     loss: LossFn = stage.loss
+    if given.distillation.steps:
+        loss = distillation.loss(stage, given.distillation)
     if prior is not None:
         source = with_samples(source, prior, clip, given.prior_samples, given.data.cache)
-        loss = Mixed(stage.loss, given.prior_share)
+        loss = Mixed(loss, given.prior_share)
         how = {"share": given.prior_share, "samples": given.prior_samples}
         description["prior"] = {"fingerprint": fingerprint(prior.params)} | how
     held = Held(heldout, data, given.previews, encoder)
@@ -243,7 +245,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     )
     if given.lora.rank:
         return with_adapters(run, origin, given.lora)
-    return with_teacher(run, given.distillation) if given.distillation.steps else run
+    return with_teacher(run) if given.distillation.steps else run
 
 
 def mesh_for(given: Settings, stage: stages.Stage) -> Mesh:
@@ -370,13 +372,12 @@ def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
     )
 
 
-def with_teacher(run: Run, config: Distillation) -> Run:
-    """The run that distils its stage from the one it starts from."""
+def with_teacher(run: Run) -> Run:
+    """The run that distils its stage from the one it starts from, which stays beside it."""
     begun, own = run.init_params, distillation.detach
     return dataclasses.replace(
         run,
         init_params=lambda: distillation.attach(begun()),
-        loss=distillation.loss(run.stage, config),
         evaluate=lambda params, step: run.evaluate(own(params), step),
         preview=lambda params, step: run.preview(own(params), step),
         export=own,
