@@ -143,13 +143,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": "the box model"} | set_ones
 
 
-def write(args: argparse.Namespace, drawn: Drawn, seconds: float) -> None:
+def write(args: argparse.Namespace, drawn: Drawn, seconds: float | None = None) -> None:
     """The grid `args.out`, and every picture alone in the folder of the same name.
 
     The settings go into the metadata of all; the grid's says the captions, too. It shows the first
-    `IN_GRID`. Pictures that an
-    earlier run left in the folder are removed. A line says where they are and how many `seconds`
-    they took.
+    `IN_GRID`. Pictures that an earlier run left in the folder are removed. A line says where they
+    are and how many `seconds` they took; the page, which gives none, needs no line.
     """
     common = {"task": task_name(args), "settings": json.dumps(settings_of(args))}
     prompts = getattr(args, "prompt", None)
@@ -165,6 +164,8 @@ def write(args: argparse.Namespace, drawn: Drawn, seconds: float) -> None:
         metadata = {"label": caption} if drawn.each is None else drawn.each[i]
         path = out.with_suffix("") / f"{i:04d}.png"
         save_png(Image.fromarray(image), path, common | dict(metadata))
+    if seconds is None:
+        return
     took = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     print(f"{out}: {len(drawn.cells)} pictures in {took}; each alone in {out.with_suffix('')}/")
 
