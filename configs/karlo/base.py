@@ -46,7 +46,7 @@ COMMON = {
 }
 
 
-def make(stage, variant, *, microbatch, convolutions=False):
+def make(stage, variant, *, microbatch, convolutions=False, folder="runs/karlo"):
     """The config that fine-tunes a stage.
 
     Args:
@@ -54,6 +54,7 @@ def make(stage, variant, *, microbatch, convolutions=False):
         variant: see above.
         microbatch: examples that a chip computes at once.
         convolutions: whether adapters go on convolutions as well.
+        folder: where the conversion has put all stages.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: expected lora, whole or smoke, as in :lora")
@@ -66,7 +67,7 @@ def make(stage, variant, *, microbatch, convolutions=False):
             ema_decay=0.9999,
             **COMMON,
         )
-        return _config(stage, "YOUR_DATA", train)
+        return _config(stage, "YOUR_DATA", train, folder)
     train = TrainConfig(
         batch_size=32,
         grad_accum=32 // microbatch,
@@ -78,14 +79,14 @@ def make(stage, variant, *, microbatch, convolutions=False):
     smoke = variant == "smoke"
     if smoke:
         stage = stage | {"sampling": {"spacing": "4"}}
-    config = _config(stage, "emoji" if smoke else "YOUR_DATA", train)
+    config = _config(stage, "emoji" if smoke else "YOUR_DATA", train, folder)
     config.lora.update(rank=4 if smoke else 16, alpha=16.0, convolutions=convolutions)
     return base.smoke(config) if smoke else config
 
 
-def _config(stage, data, train):
+def _config(stage, data, train, folder):
     kind = stage["kind"]
-    folders = {"init": f"runs/karlo/{'upsampler_256' if kind == 'upsampler' else kind}"}
+    folders = {"init": f"{folder}/{'upsampler_256' if kind == 'upsampler' else kind}"}
     if kind != "upsampler":
-        folders["clip"] = "runs/karlo/clip"
+        folders["clip"] = f"{folder}/clip"
     return base.from_settings(stage, DataConfig(name=data), train, previews=4, **folders)

@@ -68,9 +68,10 @@ button.quiet { align-self: end; height: 2.6rem; margin-bottom: .7rem; font-weigh
 """
 
 
-def head(model: str | None, size: int) -> str:
+def head(model: str | list[str] | None, size: int) -> str:
     """What the page is."""
-    name = f"<code>{escape(model)}</code>" if model else "the box model"
+    names = [model] if isinstance(model, str) else model or []
+    name = " and ".join(f"<code>{escape(each)}</code>" for each in names) or "the box model"
     return f"<h1>unclip_jax</h1><p>DALL·E 2 in JAX, drawing {size} × {size} pixels with {name}.</p>"
 
 

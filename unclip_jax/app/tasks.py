@@ -33,7 +33,7 @@ class Served:
     """The model that the page draws with, and how it was named on the command line."""
 
     model: UnCLIP
-    name: str | None = None
+    name: str | list[str] | None = None
     dtype: str = ""
     t5: str | None = None
     batch_size: int = 4

@@ -79,11 +79,27 @@ def parser(command: str, about: str | None) -> Parser:
     )
 
 
+class OneOrMore(argparse.Action):
+    """A flag that takes one value, kept as it is, or several, kept as a list; None without it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Set it."""
+        held = getattr(namespace, self.dest)
+        values = [*(held if isinstance(held, list) else [held] if held else []), *values]
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 def add_model(to: argparse.ArgumentParser) -> None:
     """Add the flags that name a model, for `UnCLIP.load`."""
-    named = "model folder, Karlo's folder or hub name (default: the box model)"
+    named = "model folder; Karlo or Kandinsky, folders or hub names (default: the box model)"
     add = to.add_argument
-    add("--model", metavar="DIR", help=named)
+    add("--model", nargs="+", action=OneOrMore, metavar="DIR", help=named)
     add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")
     add("--t5", metavar="DIR", help="the T5 that the decoder was trained with, if with any")
 

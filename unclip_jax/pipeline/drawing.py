@@ -33,6 +33,7 @@ BATCH: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("batch",
 
 # One key per example and purpose: each stage folds its own number into the example's key.
 PRIOR, DECODER, UPSAMPLER = 0, 1, 2
+NEGATIVE = 2**20  # folded in before the prior draws of a negative prompt; no upsampler's
 
 
 @functools.partial(Watchable, static=("stage", "mesh"))
@@ -40,8 +41,24 @@ def sample_stage(stage, params, keys, cond, mesh=None, negative=None, *, loop, *
     """One compiled program per stage, batch size, mesh, with and without negative prompts."""
     if negative is not None:
         settings["null"] = stage.null(params, *negative)
+    # What an autoencoder makes of latents takes long, and would be computed after every stretch.
+    sample = stage.sample if stage.autoencoder is None else stage.draw
     with axes.on(mesh):
-        return stage.sample(params, keys, cond, loop=loop, **settings)
+        return sample(params, keys, cond, loop=loop, **settings)
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "mesh"))
+def x_0_of(stage, params, images, mesh=None):
+    """The latents of pictures: one compiled program per stage, shape and mesh."""
+    with axes.on(mesh):
+        return stage.x_0_of(params, images)
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "mesh"))
+def images_of(stage, params, x_0, mesh=None):
+    """The pictures of latents, likewise."""
+    with axes.on(mesh):
+        return stage.images_of(params, x_0)
 
 
 def named(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:

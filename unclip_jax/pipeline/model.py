@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,12 +19,14 @@ from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import sharding, shares
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
+from unclip_jax.pipeline import drawing
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import text_mask
+from unclip_jax.stages.pixels import squared
 from unclip_jax.weights import adapters, box, hub
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.clip_text import ClipText
-from unclip_jax.weights.convert import karlo
+from unclip_jax.weights.convert import kandinsky, karlo
 from unclip_jax.weights.known import Known
 from unclip_jax.weights.t5 import T5, load_described
 from unclip_jax.weights.trained import Part, clip_fingerprint, in_dtype, load_parts, tokenizer
@@ -33,6 +35,19 @@ from unclip_jax.weights.trained import Part, clip_fingerprint, in_dtype, load_pa
 def _each(change: Callable[[Part], Part], parts: Any) -> Any:
     """Parts in a tree, changed."""
     return jax.tree.map(change, parts, is_leaf=lambda part: isinstance(part, Part))
+
+
+def _read(
+    folders: list[Path], dtype: str, mesh: Mesh | None
+) -> tuple[dict[str, Any], Known | None]:
+    """The parts in some folders by the fields of `Model`, and what they were trained to draw."""
+    for known, load in (kandinsky.is_kandinsky, kandinsky.load), (karlo.is_karlo, karlo.load):
+        if any(map(known, folders)):
+            return load(folders, dtype, mesh), None
+    if len(folders) > 1:
+        expected = "one model folder, or the repositories of a public model"
+        raise wrong("model", [str(folder) for folder in folders], expected)
+    return load_parts(folders[0], dtype, mesh), Known.find(folders[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Model:
         t5: the frozen text encoder of a decoder that reads T5's states (Imagen); else None.
         mesh: the devices it lies on, see `on`; None for the default device.
         known: what it was trained to draw, where its folder says so.
+        hint: the picture that a decoder with hints follows, see `hinted`.
     """
 
     clip: Part | None
@@ -57,11 +73,12 @@ class Model:
     t5: T5 | None = None
     mesh: Mesh | None = None
     known: Known | None = None
+    hint: np.ndarray | None = None
 
     @classmethod
     def load(
         cls,
-        model: str | Path | None = None,
+        model: str | Path | Iterable[str | Path] | None = None,
         dtype: str = "",
         t5: str | Path | None = None,
         mesh: Mesh | str | None = None,
@@ -69,13 +86,14 @@ class Model:
         """Load a model.
 
         Args:
-            model: a model folder with one sub-folder per stage, as training writes them; or Karlo,
-                as the folder of its files (diffusers' layout or the original one) or as the name
-                of its repository on the Hugging Face hub. None is the box model, which comes
-                with this package.
+            model: a model folder with one sub-folder per stage, as training writes them; or Karlo
+                or Kandinsky 2.2, as the folder of its files (diffusers' layout, or Karlo's
+                original one) or as the name of its repository on the Hugging Face hub. Of several
+                repositories, such as Kandinsky's prior and decoder, a list. None is the box model,
+                which comes with this package.
             dtype: "bfloat16" or "float32" keeps the weights in that dtype and computes in it; ""
                 computes as each stage's config says, with the weights of a model folder in
-                float32 and Karlo's as they are in its files.
+                float32 and public ones as they are in their files.
             t5: folder of the T5 that the decoder was trained with, where it reads T5's states.
             mesh: devices to lie on, as for `on`. Each weight goes from its file to where it
                 belongs, so no device need hold the whole model. "all" is every device of this
@@ -89,14 +107,13 @@ class Model:
             checks.choice("dtype", dtype, ("float32", "bfloat16"))
         if mesh == "all":
             mesh = shares.local_mesh()
-        folder = box.folder() if model is None else hub.local_folder(model)
-        is_karlo = karlo.is_karlo(folder)
-        parts = karlo.load([folder], dtype, mesh) if is_karlo else load_parts(folder, dtype, mesh)
+        named = [model] if isinstance(model, str | Path) else list(model or ())
+        folders = [hub.local_folder(name) for name in named] or [box.folder()]
+        parts, known = _read(folders, dtype, mesh)
         if dtype:
             parts = _each(lambda part: part._replace(stage=in_dtype(part.stage, dtype)), parts)
         decoder = parts["decoder"]
         about, length = decoder.description.get("t5"), decoder.stage.context[0]
-        known = None if is_karlo else Known.find(folder)
         loaded = cls(**parts, t5=load_described(t5, about, length), mesh=mesh, known=known)
         loaded.check()
         return loaded
@@ -203,7 +220,7 @@ class Model:
         return [
             [name, fingerprint(part.params), stages.describe(part.stage)]
             for name, part in self.parts().items()
-        ]
+        ] + ([] if self.hint is None else [["hint", fingerprint({"hint": self.hint})]])
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write a model folder that `load` reads; `dtype` is that of the weights in it."""
@@ -220,8 +237,70 @@ class Model:
 
     @property
     def image_size(self) -> int:
-        """Side, in pixels, of the pictures `generate` makes."""
-        return (self.upsamplers[-1] if self.upsamplers else self.decoder).stage.image_size
+        """Side, in pixels, of the pictures `generate` makes; the longer one."""
+        return max(self.picture_size)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures `generate` makes."""
+        return (self.upsamplers[-1] if self.upsamplers else self.decoder).stage.picture_size
+
+    def sized(self, size: int | Sequence[int]) -> Self:
+        """This model drawing pictures of another size: a side, or height and width, in pixels.
+
+        Everything that draws or edits then works at that size; each has its own compiled programs.
+
+        Raises:
+            UserError: the decoder has one size alone, the sides are no multiples of what its levels
+                divide (64 for Kandinsky), or upsamplers stand behind it.
+        """
+        if self.upsamplers:
+            side = self.decoder.stage.image_size
+            raise wrong("size", size, f"none: the upsamplers start from the decoder's {side} px")
+        stage = self.decoder.stage.of_size(size)
+        return dataclasses.replace(self, decoder=self.decoder._replace(stage=stage))
+
+    def hinted(self, image: np.ndarray) -> Self:
+        """This model drawing what a picture says, such as a depth map: uint8 [h, w, 3].
+
+        UserError if the decoder takes no hints.
+        """
+        if "hint" not in self.decoder.stage.conditions:
+            do = "use one such as Kandinsky's controlnet-depth"
+            raise wrong("hint", f"a picture of {image.shape}", "none: this decoder takes none", do)
+        return dataclasses.replace(self, hint=image)
+
+    def beside(self, rows: int) -> dict[str, jax.Array]:
+        """What the decoder is told of besides z_i and captions: the hint, for so many rows."""
+        stage = self.decoder.stage
+        if "hint" not in stage.conditions:
+            return {}
+        if self.hint is None:
+            raise wrong("hint", None, "a picture, which this decoder follows", "give --hint FILE")
+        seen = jnp.asarray(squared([self.hint], stage.picture_size), jnp.float32) / 255.0
+        return {"hint": jnp.repeat(seen, rows, axis=0)}
+
+    def x_0_of(self, images: np.ndarray) -> np.ndarray:
+        """What the decoder denoises of pictures [b, h, w, 3] in [-1, 1]: them, or their latents."""
+        return self._through(drawing.x_0_of, images)
+
+    def images_of(self, x_0: Any) -> Any:
+        """The pictures [b, h, w, 3], about in [-1, 1], of what the decoder drew."""
+        return self._through(drawing.images_of, x_0)
+
+    def _through(self, program: Callable[..., jax.Array], x: Any) -> Any:
+        """Arrays [b, ...] through the autoencoder, one a device at a time; as they are without."""
+        part = self.decoder
+        if part.stage.autoencoder is None:
+            return x
+        x = np.asarray(x)
+
+        def make(rows: np.ndarray) -> jax.Array:
+            params, given, mesh = self.lay(part, jnp.asarray(x[rows]), len(rows))
+            return program(part.stage, params, given, mesh)
+
+        batches = drawing.batches(len(x), self.mesh.size if self.mesh else 1)
+        return np.concatenate([np.asarray(make(rows)) for rows, _ in batches])[: len(x)]
 
     def lay(self, part: Part, given: Any, rows: int) -> tuple[Any, Any, Mesh | None]:
         """A part's params and a batch where they are to be computed.
@@ -272,7 +351,8 @@ class Model:
             named = name.replace("clip", "CLIP")
             raise UserError(
                 f"this model has no {named}, which is needed to {purpose}; use a model that has"
-                " one (of Karlo's repositories, text-to-image has the prior)"
+                " one (of Karlo's repositories, text-to-image has the prior; of Kandinsky's, give"
+                " the prior's too)"
             )
         return part
 

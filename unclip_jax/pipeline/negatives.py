@@ -2,6 +2,9 @@
 
 Everything else of the null stays as it is: the decoder's has no z_i, so that guidance leads away
 from any picture of the negative caption, and towards the z_i and the caption that are asked for.
+
+A decoder that reads z_i and no captions (Kandinsky) is led away from the z_i that the prior draws
+for the negative caption.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.stages.base import Stage
 from unclip_jax.stages.conditioning import Condition
+from unclip_jax.weights.trained import Part
 
 # The condition of negative prompts, and where there is one [b]: what a stage's `null` takes.
 Away = tuple[Condition, jax.Array]
@@ -44,9 +48,17 @@ def one_each(negative: str | Sequence[str], rows: int) -> list[str]:
     return [text if text.strip() else "" for text in found]
 
 
-def check_decoder(stage: Stage, guidance_scale: float | None = None) -> None:
+def by_prior(stage: Stage, prior: Part | None) -> bool:
+    """Whether the decoder is led away from what the prior draws for a negative prompt."""
+    reads = stage.conditions
+    return prior is not None and "z_i" in reads and "text_mask" not in reads
+
+
+def check_decoder(
+    stage: Stage, guidance_scale: float | None = None, prior: Part | None = None
+) -> None:
     """Raise `UserError` unless the decoder can be guided away from a caption at this scale."""
-    if "text_mask" not in stage.conditions:
+    if "text_mask" not in stage.conditions and not by_prior(stage, prior):
         raise UserError(
             "negative: given, but this decoder reads no captions; leave it out, or guide the prior"
             " (prior_guidance_scale above 1)"

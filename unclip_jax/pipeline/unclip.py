@@ -22,6 +22,7 @@ from unclip_jax.errors import UserError, wrong
 from unclip_jax.pipeline import negatives
 from unclip_jax.pipeline.drawing import (
     DECODER,
+    NEGATIVE,
     PRIOR,
     UPSAMPLER,
     Progress,
@@ -72,7 +73,7 @@ class UnCLIP(Model):
             text, mask, z_t = self.read(self.decoder, prompts, "z_t" in stage.conditions)
             if not stage.empty_null:
                 mask &= jnp.asarray([bool(prompt) for prompt in prompts])[:, None]
-        return stage.condition(text, z_i, z_t, mask)
+        return stage.condition(text, z_i, z_t, mask, **self.beside(len(prompts)))
 
     def decode(
         self,
@@ -83,20 +84,36 @@ class UnCLIP(Model):
         negative: Sequence[str] | None = None,
         guidance_scale: float | None = None,
         noise: np.ndarray | None = None,
+        negative_noise: np.ndarray | None = None,
         progress: Progress | None = None,
     ) -> jax.Array:
-        """Small images [b, s, s, 3] in [-1, 1] from p(x | z_i, y); prompt "" is no caption.
+        """Small images [b, h, w, 3] in [-1, 1] from p(x | z_i, y); prompt "" is no caption.
 
         A decoder that reads captions alone takes None for z_i. Guidance leads away from no z_i and
-        no caption, or from no z_i and the caption of `negative` [b]; "" is none.
+        no caption, or from no z_i and the caption of `negative` [b]; "" is none. A decoder without
+        captions is led away from the z_i that the prior draws for it, of `negative_noise`.
         """
-        conds = self.condition(z_i, prompts), self.away(z_i, negative)
-        return self._run(
-            self.decoder, "decoder", keys, DECODER, conds, guidance_scale, noise, progress
-        )
+        away = None
+        if self.decoder.stage.guided_by(guidance_scale):
+            away = self.away(keys, z_i, negative, negative_noise, progress)
+        conds, told = (self.condition(z_i, prompts), away), (guidance_scale, noise, progress)
+        return self.images_of(self._run(self.decoder, "decoder", keys, DECODER, conds, *told))
 
-    def away(self, z_i: jax.Array | None, negative: Sequence[str] | None) -> negatives.Away | None:
-        """What the decoder's `null` takes of negative prompts [b]; None where there are none."""
+    def away(
+        self,
+        keys: jax.Array,
+        z_i: jax.Array | None,
+        negative: Sequence[str] | None,
+        noise: np.ndarray | None = None,
+        progress: Progress | None = None,
+    ) -> negatives.Away | None:
+        """What the decoder's `null` takes of negative prompts [b]; None where there are none.
+
+        Where the prior draws them, it is led away from the same prompt: that is, from nothing.
+        """
+        if negative is not None and negatives.by_prior(self.decoder.stage, self.prior):
+            told = {"guidance_scale": 1, "noise": noise, "progress": progress}
+            z_i = self.sample_prior(stage_keys(keys, NEGATIVE), negative, **told)
         return negatives.null(negative, functools.partial(self.condition, z_i))
 
     def upsample(
@@ -171,9 +188,10 @@ class UnCLIP(Model):
                 at most 1 of 255 in float32 and, in bfloat16, by as much as its own rounding does,
                 0.5 of 255 in the mean and over 100 at some edges (docs/samplers.md).
             noise: to use instead of what the key draws, for comparisons with other programs. For
-                n pictures, any of "prior" [n, draws, steps, e], "decoder" [n, steps, s, s, 3] and
-                "upsampler_SIZE" [n, steps, size, size, 3]: x_T, then what each step but the last
-                adds.
+                n pictures, any of "prior" [n, draws, steps, e], "decoder" [n, steps, h, w, c], of
+                x_0's shape, "upsampler_SIZE" [n, steps, size, size, 3] and, as for "prior",
+                "negative", where the prior draws negative prompts for the decoder: x_T, then what
+                each step but the last adds.
             progress: called as progress(stage, done, steps); what it raises ends the sampling.
 
         Returns:
@@ -191,7 +209,7 @@ class UnCLIP(Model):
         reads_z_i = "z_i" in self.decoder.stage.conditions
         guided = reads_z_i and self.prior and self.prior.stage.guided_by(prior_guidance_scale)
         if any(avoided) and not guided:
-            negatives.check_decoder(self.decoder.stage, guidance_scale)
+            negatives.check_decoder(self.decoder.stage, guidance_scale, self.prior)
         keys, whose, _ = numbered(key, len(prompts), num, first)
         texts, avoided = ([each[i] for i in whose] for each in (prompts, avoided))
 
@@ -251,7 +269,7 @@ class UnCLIP(Model):
     def check_away(self, negative: str, guidance_scale: float | None) -> None:
         """Raise UserError where the decoder cannot be guided away from a caption, or it is none."""
         if negatives.one_each(negative, 1) != [""]:
-            negatives.check_decoder(self.decoder.stage, guidance_scale)
+            negatives.check_decoder(self.decoder.stage, guidance_scale, self.prior)
 
     def draw(
         self,
@@ -292,6 +310,7 @@ class UnCLIP(Model):
             negative=negative,
             guidance_scale=guidance_scale,
             noise=noise.get("decoder"),
+            negative_noise=noise.get("negative"),
             progress=progress,
         )
         return self.upsample(keys, images, noise=noise, progress=progress) if upsample else images
@@ -299,7 +318,8 @@ class UnCLIP(Model):
     def _pictures(self, make, keys, batch_size, noise) -> np.ndarray:
         """uint8 pictures of `make(keys, rows, noise)`, in batches of rows."""
         noise = {name: np.asarray(array) for name, array in (noise or {}).items()}
-        sampled = sorted(set(self.parts()) - {"clip"})
+        drawn = {"negative"} if negatives.by_prior(self.decoder.stage, self.prior) else set()
+        sampled = sorted({*self.parts(), *drawn} - {"clip"})
         for name, array in noise.items():
             if name not in sampled:
                 raise wrong("noise", name, f"some of {', '.join(sampled)}")

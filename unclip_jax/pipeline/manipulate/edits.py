@@ -59,7 +59,7 @@ def reconstruct(
     latents = encode(model, images, walk, progress)
     keys = jnp.tile(example_keys(key, 1), len(images))
     small = decode(model, keys, latents, walk, progress=progress)
-    truth = squared(images, model.decoder.stage.image_size)
+    truth = squared(images, model.decoder.stage.picture_size)
     decoded = np.asarray(to_uint8(small))
     ratios = [psnr(decoded[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
     return render(model, keys, small, upsample, walk.batch_size, progress), np.asarray(ratios)
@@ -90,7 +90,7 @@ def interpolate(latents: Latents, frames: int, x_T: np.ndarray | None = None) ->
     """The latents between the first of two and the second: figure 4 of the paper.
 
     z_i is slerped. So is x_T, and the ends then decode to the two pictures themselves; or one x_T
-    [s, s, 3] is kept throughout, and the ends are variations of the two pictures.
+    [h, w, c] is kept throughout, and the ends are variations of the two pictures.
 
     Raises:
         UserError: other than two latents, or fewer than two frames, which include both ends.
@@ -157,24 +157,27 @@ def inpaint(
 ) -> np.ndarray:
     """A picture with a hole painted anew, uint8 [num, size, size, 3].
 
-    At each step the decoder knows the picture outside of the hole (see `latents.knowing`). With a
-    caption, z_i comes from the prior, and from CLIP without one, of the picture with its hole in
-    the mean colour of the rest. Outside of the hole the result is the given picture, at full size,
-    without a trace of what was in the hole.
+    At each step the decoder knows the picture outside of the hole (see `latents.knowing`); one that
+    was trained to fill in is shown it as well (`latents.noised_around`). With a caption, z_i comes
+    from the prior, and from CLIP without one, of the picture with its hole in the mean colour of
+    the rest. Outside of the hole the result is the given picture, at full size, without a trace of
+    what was in the hole.
 
     Args:
         model: with a prior if the walk has a caption.
         key: see above.
         image: uint8 [h, w, 3].
         hole: bool [h, w], True where to paint; in the proportions of the image. A pixel of which
-            any part is in it is painted, at every size, and one around it by the decoder.
+            any part is in it is painted, at every size, and one around it by the decoder; a latent
+            likewise.
         walk: eta 1 harmonises best; its caption says what to paint.
 
     Raises:
         UserError: nothing to paint, or a hole of another kind or other proportions.
     """
     hole = masks.check_hole(hole, image)
-    size = model.decoder.stage.image_size
+    stage = model.decoder.stage
+    size = stage.picture_size
     if not masks.cover(hole, image, size).any():
         raise UserError(
             "mask: nothing to paint in the picture's centre square; paint white, or erase, what is"
@@ -186,12 +189,16 @@ def inpaint(
     else:
         z_i = np.repeat(embed(model, [masks.filled(image, hole)]), num, axis=0)
     start = Latents(z_i, noise(model, keys))
-    holes = np.repeat(masks.cover(hole, image, size, wider=1)[None], num, axis=0)
-    known = np.repeat(decoder_size(model, [masks.kept(image, hole, size)]), num, axis=0)
-    small = decode(model, keys, start, walk, known=(known, holes), progress=progress)
-    small = np.where(holes, small, known)
+    known = decoder_size(model, [masks.kept(image, hole, size)])
+    if stage.autoencoder:  # latents are told of what is around them
+        plain = decoder_size(model, [masks.filled(image, hole)])
+        known = np.where(masks.cover(hole, image, size), plain, known)
+    holes = masks.cover(hole, image, stage.x_shape[:2], wider=1)
+    told = tuple(np.repeat(each, num, axis=0) for each in (known, holes[None]))
+    small = decode(model, keys, start, walk, known=told, progress=progress)
+    small = np.where(masks.cover(hole, image, size, wider=1), small, known)
     painted = render(model, keys, small, upsample, walk.batch_size, progress)
-    size = painted.shape[1]
+    size = painted.shape[1:3]
     return np.where(masks.cover(hole, image, size)[None], painted, masks.kept(image, hole, size))
 
 

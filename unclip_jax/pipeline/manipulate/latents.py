@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.common import checks
-from unclip_jax.diffusion import gaussian, guidance, samplers
+from unclip_jax.diffusion import gaussian, grids, guidance, samplers
 from unclip_jax.diffusion.progress import Watchable
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import axes
@@ -41,7 +41,8 @@ class Latents(NamedTuple):
 
     Attributes:
         z_i: CLIP image embeddings, float32 [b, e], in CLIP's coordinates.
-        x_T: what the decoder starts from, float32 [b, s, s, 3].
+        x_T: what the decoder starts from, float32 [b, h, w, c]: pixels, or an autoencoder's
+            latents.
     """
 
     z_i: jax.Array
@@ -54,7 +55,8 @@ class Walk:
 
     Attributes:
         steps: of DDIM, from 2. For a network that predicts eps, a number that some whole stride
-            gives exactly: 25, 50, 100 and 250 do for 1000 timesteps.
+            gives exactly: 25, 50, 100 and 250 do for 1000 timesteps; any number for a decoder
+            whose own spacing is "leading".
         eta: DDIM's noise on the way to the picture, 0 (none) to 1 (as much as DDPM's).
         guidance_scale: classifier-free guidance on the way to the picture. None is the
             conditional model alone, without clipping, as inversion went, at half the cost, and so
@@ -96,8 +98,10 @@ class Walk:
         stage = model.decoder.stage
         if not 2 <= self.steps <= stage.diffusion.steps:
             raise wrong("steps", self.steps, f"2 to the diffusion's {stage.diffusion.steps}")
-        leading = stage.diffusion.prediction == "eps"
-        spacing = f"ddim{self.steps}" if leading else ",".join(["1"] * self.steps)
+        spacing = grids.respaced(stage.sampling.spacing, str(self.steps))
+        if spacing == str(self.steps):  # no grid that the network is always asked on
+            leading = stage.diffusion.prediction == "eps"
+            spacing = f"ddim{self.steps}" if leading else ",".join(["1"] * self.steps)
         stage.diffusion.process(spacing)  # a wrong number of steps is an error here, not later
         if self.guidance_scale is None:
             return samplers.Sampling(method="ddim", spacing=spacing)
@@ -127,17 +131,18 @@ def encode(
         UserError: no images, one that is none, or a model that lacks what is needed.
     """
     sampling = samplers.Sampling(method="ddim", spacing=walk.sampling(model).spacing)
-    z_i, x_0 = embed(model, images, walk.batch_size), decoder_size(model, images)
+    z_i = embed(model, images, walk.batch_size)
+    small = decoder_size(model, images)
     stage = model.decoder.stage
 
     def make(rows: np.ndarray) -> jax.Array:
         cond = model.condition(z_i[rows], [walk.caption] * len(rows))
-        given = (jnp.asarray(x_0[rows]), cond)
+        given = (jnp.asarray(model.x_0_of(small[rows])), cond)
         params, given, mesh = model.lay(model.decoder, given, len(rows))
         report = named(progress, "inversion")
         return _invert(stage, params, *given, _traced(first), sampling, mesh, progress=report)
 
-    return Latents(z_i, in_batches(len(x_0), walk.batch_size, make))
+    return Latents(z_i, in_batches(len(small), walk.batch_size, make))
 
 
 def decode(
@@ -152,7 +157,7 @@ def decode(
     first: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Small pictures, float32 [b, s, s, 3] in about [-1, 1], from b latents.
+    """Small pictures, float32 [b, h, w, 3] in about [-1, 1], from b latents.
 
     Args:
         model: as for `encode`.
@@ -161,8 +166,8 @@ def decode(
         walk: how to get there.
         captions: one for each, instead of the walk's.
         keep_z_i: False drops z_i, as training does for guidance.
-        known: for inpainting, pictures [b, s, s, 3] in [-1, 1] and where they are *not* known,
-            bool [b, s, s, 1].
+        known: for inpainting, pictures [b, h, w, 3] in [-1, 1] and where they are *not* known,
+            bool, as large as x_T and with one channel.
         first: how many of the noisiest steps to leave out; x_T is the state where the next begins.
         progress: called as progress("decoder", done, steps).
     """
@@ -171,19 +176,20 @@ def decode(
     texts = [walk.caption] * len(latents.z_i) if captions is None else list(captions)
     sampling = walk.sampling(model)
     if walk.negative:
-        negatives.check_decoder(stage, walk.guidance_scale)
+        negatives.check_decoder(stage, walk.guidance_scale, model.prior)
     scale = stage.guided_by(1 if walk.guidance_scale is None else walk.guidance_scale)
 
     def make(rows: np.ndarray) -> jax.Array:
         cond = model.condition(latents.z_i[rows], [texts[i] for i in rows])
         cond["z_i_mask"] &= jnp.full(len(rows), keep_z_i)
         avoided = [walk.negative] * len(rows) if walk.negative else None
-        away = model.away(latents.z_i[rows], avoided)
-        around = known and (jnp.asarray(known[0][rows]), jnp.asarray(known[1][rows]))
+        away = model.away(keys[rows], latents.z_i[rows], avoided, progress=progress)
+        around = known and tuple(map(jnp.asarray, (model.x_0_of(known[0][rows]), known[1][rows])))
         how = jnp.float32(walk.eta), _traced(first), scale
         given = (keys[rows], latents.x_T[rows], cond, away, *how, around)
         params, given, mesh = model.lay(model.decoder, given, len(rows))
-        return _decode(stage, params, *given, sampling, mesh, progress=named(progress, "decoder"))
+        report = named(progress, "decoder")
+        return model.images_of(_decode(stage, params, *given, sampling, mesh, progress=report))
 
     return in_batches(len(texts), walk.batch_size, make)
 
@@ -218,24 +224,26 @@ def embed(model: UnCLIP, images: Sequence[np.ndarray], batch_size: int = 16) -> 
 
 
 def decoder_size(model: UnCLIP, images: Sequence[np.ndarray]) -> np.ndarray:
-    """The centre squares of pictures at the decoder's size, float32 [b, s, s, 3] in [-1, 1]."""
-    return np.asarray(pixels.to_float(squared(images, model.decoder.stage.image_size)))
+    """The centres of pictures at the decoder's size, float32 [b, h, w, 3] in [-1, 1]."""
+    return np.asarray(pixels.to_float(squared(images, model.decoder.stage.picture_size)))
 
 
 def noise(model: UnCLIP, keys: jax.Array) -> np.ndarray:
-    """Standard normal x_T, float32 [b, s, s, 3], as `UnCLIP.decode` draws them from b keys."""
-    size = model.decoder.stage.image_size
-    return np.asarray(_noise(keys, (size, size, 3)))
+    """Standard normal x_T, float32 [b, h, w, c], as `UnCLIP.decode` draws them from b keys."""
+    return np.asarray(_noise(keys, model.decoder.stage.x_shape))
 
 
 def renoise(
     model: UnCLIP, keys: jax.Array, small: np.ndarray, walk: Walk, first: int
 ) -> np.ndarray:
-    """Pictures [b, s, s, 3] in [-1, 1] with as much noise as `decode` begins with, from b keys."""
+    """Pictures [b, h, w, 3] in [-1, 1] with as much noise as `decode` begins with, from b keys.
+
+    They are as the decoder's x_T: of an autoencoder's latents, where it has one.
+    """
     stage, sampling = model.decoder.stage, walk.sampling(model)
 
     def make(rows: np.ndarray) -> jax.Array:
-        given = keys[rows], jnp.asarray(small[rows]), _traced(first)
+        given = keys[rows], jnp.asarray(model.x_0_of(small[rows])), _traced(first)
         params, given, mesh = model.lay(model.decoder, given, len(rows))
         return _noised(stage, params, *given, sampling, mesh)
 
@@ -290,21 +298,60 @@ def _decode(
 
     Eta, `left_out`, the scale, captions and pictures are traced.
     """
+    null, fills = stage.null(params, *((cond,) if away is None else away)), stage.model.inpaint
+    if known is not None and fills:
+        picture, hole = known
+        shown = jnp.concatenate([jnp.where(hole, 0.0, picture), 1.0 - hole], axis=-1)
+        cond, null = (each | {"known": shown} for each in (cond, null))
     denoise = guidance.classifier_free(
         lambda x_t, t, encoded: stage.denoise(params, x_t, t, encoded),
         cond,
-        stage.null(params, *((cond,) if away is None else away)),
+        null,
         scale.get("guidance_scale", 1),
         learned_variance=stage.diffusion.learned_variance,
         encode=lambda condition: loop.once(stage.encode, params, condition),
     )
-    if known is not None:
+    if known is not None and fills:
+        first_t = stage.diffusion.process(sampling.spacing).timesteps[-1]
+        denoise = noised_around(denoise, picture, hole, x_T, stage.diffusion, first_t)
+    elif known is not None:
         denoise = knowing(denoise, *known, stage.diffusion)
     _, step_keys, _ = initial_noise(stage_keys(keys, DECODER), x_T.shape[1:])
     with axes.on(mesh):
-        return samplers.sample(
+        x_0 = samplers.sample(
             denoise, x_T, step_keys, stage.diffusion, sampling, eta=eta, first=left_out, loop=loop
         )
+    return jnp.where(hole, x_0, picture) if known is not None and fills else x_0
+
+
+def noised_around(
+    denoise: gaussian.Denoise,
+    picture: jax.Array,
+    hole: jax.Array,
+    noise: jax.Array,
+    diffusion: gaussian.Diffusion,
+    first_t: int,
+) -> gaussian.Denoise:
+    """A network that sees, outside of the hole, the picture under the noise that the walk began in.
+
+    So a decoder that was trained to fill in is asked in diffusers, which puts x_t back there after
+    each step. What the sampler makes of x_t there has no effect.
+
+    Args:
+        denoise: the network, perhaps wrapped in guidance.
+        picture: x_0 [b, h, w, c].
+        hole: True where the picture is not known, bool [b, h, w, 1].
+        noise: x_T [b, h, w, c].
+        diffusion: what the network predicts.
+        first_t: the timestep of x_T, which is seen as it is everywhere.
+    """
+
+    def sees(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        alpha, sigma = diffusion.levels(t, x_t)
+        began = (t == first_t).reshape(-1, *(1,) * (x_t.ndim - 1))
+        return denoise(jnp.where(hole | began, x_t, alpha * picture + sigma * noise), t)
+
+    return sees
 
 
 def knowing(

@@ -67,6 +67,10 @@ def _task(tasks, name: str, help: str) -> command_line.Parser:
         add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     add("--batch_size", type=int, default=16, help="pictures computed together (default 16)")
     add("--upsampler_steps", metavar="N", help="every upsampler's (default: the model's own)")
+    px = "of the pictures, in px, where the model draws any size (default: the model's own)"
+    add("--height", type=int, help=px)
+    add("--width", type=int, help="likewise")
+    add("--hint", metavar="FILE", help="the depth map, where the decoder follows one")
     return task
 
 

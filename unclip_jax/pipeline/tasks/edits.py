@@ -68,7 +68,7 @@ def img2img(args: Settings, images: Images, load: Load, progress: Progress) -> D
     told |= {"num": num, "strength": strength, "inverted": args.invert}
     made = manipulate.img2img(model, key, images, walk, **told)
     cells = []
-    for i, source in enumerate(sources(args, images, made.shape[1])):
+    for i, source in enumerate(sources(args, images, made.shape[1:3])):
         cells.append(source)
         cells += [(made[i * num + j], f"drawn {j + 1}") for j in range(num)]
     asked = f': "{args.prompt}"' if args.prompt else ""
@@ -90,7 +90,7 @@ def mix(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn
     told = how(args, progress) | {"num": num, "how": args.how, "batch_size": args.batch_size}
     told |= {"negative": args.negative, "guidance_scale": args.guidance_scale}
     made = manipulate.mix(model, key, things, weights, **told)
-    given = sources(args, images, made.shape[1])
+    given = sources(args, images, made.shape[1:3])
     cells = [(p, f"{w:g} × {name}") for (p, name), w in zip(given, weights, strict=False)]
     words = [f'{w:g} × "{c}"' for c, w in zip(args.prompt, weights[len(images) :], strict=True)]
     cells += [(picture, f"mix {j + 1}") for j, picture in enumerate(made)]
@@ -119,7 +119,7 @@ def variations(args: Settings, images: Images, load: Load, progress: Progress) -
     latents = manipulate.encode(model, images, walk, progress)
     made = manipulate.pictures(model, key, latents, walk, num=num, **how(args, progress))
     cells = []
-    for i, source in enumerate(sources(args, images, made.shape[1])):
+    for i, source in enumerate(sources(args, images, made.shape[1:3])):
         cells.append(source)
         cells += [(made[i * num + j], f"variation {j + 1}") for j in range(num)]
     return Drawn(cells, num + 1, f"Variations, eta = {args.eta:g}")
@@ -139,7 +139,7 @@ def interpolate(args: Settings, images: Images, load: Load, progress: Progress) 
         ways.append((f"random x_T {i + 1}", manipulate.interpolate(ends, frames, x_T)))
     latents = Latents(*map(np.concatenate, zip(*(way for _, way in ways), strict=True)))
     made = manipulate.pictures(model, key, latents, walk, **how(args, progress))
-    first, last = sources(args, images, made.shape[1])
+    first, last = sources(args, images, made.shape[1:3])
     cells = []
     for row, (name, _) in enumerate(ways):
         labels = [f"θ = {theta:.2f}, {name}" for theta in np.linspace(0, 1, frames)]
@@ -161,7 +161,7 @@ def textdiff(args: Settings, images: Images, load: Load, progress: Progress) -> 
     made = manipulate.pictures(model, key, turned, walk, **how(args, progress))
     labels = [f"θ = {theta:.2f}" for theta in thetas]
     cells = []
-    for i, source in enumerate(sources(args, images, made.shape[1])):
+    for i, source in enumerate(sources(args, images, made.shape[1:3])):
         row = made[i * len(thetas) : (i + 1) * len(thetas)]
         cells += [source, *zip(row, labels, strict=True)]
     title = f'From "{args.source}" to "{args.to}"'
@@ -179,7 +179,7 @@ def inpaint(args: Settings, images: Images, load: Load, progress: Progress) -> D
     cells = []
     for image, source in zip(images, sources(args, images, grid_size(args, model)), strict=True):
         made = manipulate.inpaint(model, key, image, hole, walk, num=args.num, **told)
-        kept = np.where(masks.cover(hole, image, len(source[0])), np.uint8(160), source[0])
+        kept = np.where(masks.cover(hole, image, source[0].shape[:2]), np.uint8(160), source[0])
         cells += [source, (kept, "to paint: grey")]
         cells += [(picture, f"painted {i + 1}") for i, picture in enumerate(made)]
     title = f'Inpainting: "{args.prompt}"' if args.prompt else "Inpainting"

@@ -81,10 +81,10 @@ def read_mask(path: str) -> np.ndarray:
 
 
 def load(args: argparse.Namespace) -> UnCLIP:
-    """The model, on all devices, with the numbers of sampling steps that are asked for.
+    """The model, on all devices, with the sampling steps, the size and the hint asked for.
 
     Raises:
-        UserError: no such model or adapters, or a number of steps that it cannot do.
+        UserError: no such model or adapters, or steps, a size or a hint that it cannot do.
     """
     files, weights = getattr(args, "lora", None) or [], getattr(args, "lora_weight", None)
     weights = [1.0] * len(files) if weights is None else weights
@@ -100,11 +100,21 @@ def load(args: argparse.Namespace) -> UnCLIP:
         return part if steps is None or part is None else part.respaced(f"--{name}", steps)
 
     return dataclasses.replace(
-        model,
+        told_of(args, model),
         prior=respace(model.prior, "prior_steps"),
         decoder=respace(model.decoder, "decoder_steps"),
         upsamplers=tuple(respace(part, "upsampler_steps") for part in model.upsamplers),
     )
+
+
+def told_of(args: argparse.Namespace, model: UnCLIP) -> UnCLIP:
+    """The model with the size and the hint that are asked for, if any."""
+    asked, hint = [getattr(args, name, None) for name in ("height", "width")], "hint" in args
+    if any(side is not None for side in asked):
+        own = model.decoder.stage.picture_size
+        sides = (o if a is None else a for a, o in zip(asked, own, strict=True))
+        model = model.sized(tuple(sides))
+    return model.hinted(read_image(args.hint, "--hint")) if hint and args.hint else model
 
 
 def warn_of_unfamiliar(model: UnCLIP, captions: Sequence[str]) -> None:

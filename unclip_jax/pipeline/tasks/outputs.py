@@ -18,7 +18,7 @@ from tqdm import tqdm
 from unclip_jax.common.command_line import HOST_FLAGS
 from unclip_jax.common.files import check_place
 from unclip_jax.common.grids import captioned_grid, save_png
-from unclip_jax.data.images import square
+from unclip_jax.data.images import Size, square
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline.drawing import BATCH
 from unclip_jax.pipeline.unclip import UnCLIP
@@ -170,17 +170,17 @@ def write(args: argparse.Namespace, drawn: Drawn, seconds: float | None = None) 
     print(f"{out}: {len(drawn.cells)} pictures in {took}; each alone in {out.with_suffix('')}/")
 
 
-def sources(args: argparse.Namespace, images: Images, size: int) -> list[Picture]:
-    """The given pictures, their centre squares, as the grid shows them."""
+def sources(args: argparse.Namespace, images: Images, size: Size) -> list[Picture]:
+    """The given pictures, their centres, as the grid shows them."""
     return [
         (square(image, size), Path(path).name)
         for image, path in zip(images, args.image, strict=True)
     ]
 
 
-def grid_size(args: argparse.Namespace, model: UnCLIP) -> int:
-    """Side of the pictures that a task makes."""
-    return model.decoder.stage.image_size if args.no_upsample else model.image_size
+def grid_size(args: argparse.Namespace, model: UnCLIP) -> tuple[int, int]:
+    """Height and width of the pictures that a task makes."""
+    return model.decoder.stage.picture_size if args.no_upsample else model.picture_size
 
 
 def shares(labels: Sequence[str], probabilities: np.ndarray) -> str:

@@ -31,7 +31,7 @@ def pca(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn
     made = manipulate.pictures(model, key, Latents(left, x_T), walk, **how(args, progress))
     labels = [f"{k} dims, {100 * components.kept(k):.1f}% of variance" for k in dims]
     cells = []
-    for i, source in enumerate(sources(args, images, made.shape[1])):
+    for i, source in enumerate(sources(args, images, made.shape[1:3])):
         cells += [*zip(made[i * len(dims) : (i + 1) * len(dims)], labels, strict=True), source]
     title = f"The first principal components of CLIP's {z_i.shape[1]} dimensions"
     return Drawn(cells, len(dims) + 1, title)
@@ -111,7 +111,7 @@ def _decoded(
         latents, walk = Latents(np.repeat(z_i, num, axis=0), x_T), walk_of(args, model)
         made = manipulate.pictures(model, key, latents, walk, **how(args, progress))
         seen = manipulate.zero_shot(model, manipulate.embed(model, made, args.batch_size), labels)
-        size = made.shape[1]
+        size = made.shape[1:3]
     cells = []
     for i, image in enumerate(images):
         cells.append((square(image, size), f"picture: {shares(names, chances[i])}"))

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if "distributed" in args:
         shares.join(args)
-    mask = [args.mask] if "mask" in args else []
-    check_out(args.out, [*getattr(args, "image", ()), *mask])
+    more = [getattr(args, name, None) for name in ("mask", "hint")]
+    check_out(args.out, [*getattr(args, "image", ()), *filter(None, more)])
     cpu_devices.use()
     compile_cache.use()
     if "prompts" in args and (args.task != "mix" or args.prompt or args.prompts):
