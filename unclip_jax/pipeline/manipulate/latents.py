@@ -244,8 +244,8 @@ def renoise(
 
     def make(rows: np.ndarray) -> jax.Array:
         given = keys[rows], jnp.asarray(model.x_0_of(small[rows])), _traced(first)
-        params, given, mesh = model.lay(model.decoder, given, len(rows))
-        return _noised(stage, params, *given, sampling, mesh)
+        _, given, mesh = model.lay(model.decoder, given, len(rows))
+        return _noised(stage, *given, sampling, mesh)
 
     return in_batches(len(small), walk.batch_size, make)
 
@@ -271,9 +271,8 @@ def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "sampling", "mesh"))
-def _noised(stage, params, keys, images, left_out, sampling, mesh):
+def _noised(stage, keys, x_0, left_out, sampling, mesh):
     with axes.on(mesh):
-        x_0 = stage.x_0_of(params, images)
         drawn = initial_noise(stage_keys(keys, DECODER), x_0.shape[1:])[0]
         return samplers.noised(x_0, drawn, stage.diffusion, sampling, first=left_out)
 
