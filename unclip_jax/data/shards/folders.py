@@ -12,7 +12,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 from unclip_jax.common.files import replacing
 from unclip_jax.data.shards.storage import ask, filesystem, is_local, patiently
@@ -21,6 +21,24 @@ from unclip_jax.errors import UserError, wrong
 T = TypeVar("T")
 
 _OPEN_FILES = 256
+
+
+class Descriptor:
+    """A file of this machine that any thread may use at any place, closed once nobody does.
+
+    Attributes:
+        number: its file descriptor.
+    """
+
+    def __init__(self, path: pathlib.Path, flags: int = os.O_RDONLY):
+        """Open it; OSError if that can't be done."""
+        self.number = -1
+        self.number = os.open(path, flags, 0o666)
+
+    def __del__(self) -> None:
+        """Close it."""
+        if self.number >= 0:
+            os.close(self.number)
 
 
 class Folder:
@@ -107,8 +125,8 @@ class Folder:
         """Close the files that are open."""
         self._opened.cache_clear()
 
-    def _open(self, name: str) -> BinaryIO:
-        return open(self.local / name, "rb")  # closed when nobody reads it any more
+    def _open(self, name: str) -> Descriptor:
+        return Descriptor(self.local / name)
 
     def fetch(self, name: str, path: pathlib.Path) -> None:
         """Copy a file to a path of this machine."""
@@ -147,5 +165,5 @@ class Folder:
             raise UserError(f"{self._field}: {self}: can't be written ({error})") from error
 
 
-def _pread(file: BinaryIO, start: int, stop: int) -> bytes:
-    return os.pread(file.fileno(), stop - start, start)
+def _pread(file: Descriptor, start: int, stop: int) -> bytes:
+    return os.pread(file.number, stop - start, start)

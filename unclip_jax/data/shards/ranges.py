@@ -21,7 +21,7 @@ import zlib
 
 from absl import logging
 
-from unclip_jax.data.shards.folders import Folder
+from unclip_jax.data.shards.folders import Descriptor, Folder
 
 _BLOCK = 4096  # bytes that a disk gives at a time
 _MEASURED_EACH = 60.0  # seconds after which all is measured again
@@ -68,7 +68,7 @@ class Ranges:
 
     def _kept(self, name: str, start: int, size: int) -> bytes:
         with contextlib.suppress(OSError):
-            return os.pread(self._twin(name).fileno(), size, start)
+            return os.pread(self._twin(name).number, size, start)
         return b""
 
     def _keep(self, name: str, start: int, found: bytes) -> None:
@@ -80,17 +80,16 @@ class Ranges:
                 return
             self._left -= taken
         try:
-            os.pwrite(self._twin(name, True).fileno(), found, start)
+            os.pwrite(self._twin(name, True).number, found, start)
         except OSError as error:
             logging.warning("cache_dir: %s: no more is kept there (%s)", self._cache, error)
             self._left = self._limit = 0
 
-    def _open_twin(self, name: str, writable: bool = False):
+    def _open_twin(self, name: str, writable: bool = False) -> Descriptor:
         path = self._cache / name
         if writable:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        return open(path, "rb")
+        return Descriptor(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
 
     def _measure(self) -> None:
         """See how much room is left, and make some where other folders' caches are idle."""
