@@ -82,22 +82,35 @@ def _without_headers(raw: bytes, offset: int) -> bytes:
 
 def _found(path: str, count: int) -> np.ndarray:
     """Where the first `count` records of a shard lie, ENTRY [count] without flags."""
-    entries = np.zeros(count, ENTRY)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = _end(0, _CHUNK.size)  # behind the chunk of 0 records that every file begins with
+    entries, ends, sums = np.zeros(count, ENTRY), [], []
+    first = start = _end(0, _CHUNK.size)  # a chunk of no records begins every file
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as content,
+    ):
         for n in range(count):
-            header = content[start : start + _CHUNK.size + _BLOCK_HEADER]
-            header = _without_headers(header, start)[: _CHUNK.size]
-            if len(header) < _CHUNK.size:
-                raise Damaged(f"it ends before record {n}")
-            length, kind = _CHUNK.unpack(header)
-            stop = _end(start, _CHUNK.size + length)
-            raw = content[start:stop]
-            if kind != _ONE_RECORD or len(raw) != stop - start:
+            length, kind = _chunk(content, start)
+            stop = start + _CHUNK.size + length
+            if start // _BLOCK != (stop - 1) // _BLOCK or not start % _BLOCK:
+                stop = _end(start, _CHUNK.size + length)
+            if kind != _ONE_RECORD or stop > len(content):
                 raise Damaged(f"record {n} is no chunk of its own")
-            entries[n] = start, stop - start, zlib.crc32(raw), 0
+            sums.append(zlib.crc32(content[start:stop]))
+            ends.append(stop)
             start = stop
+    entries["offset"] = [first, *ends[:-1]]
+    entries["size"], entries["crc"] = np.array(ends, np.uint64) - entries["offset"], sums
     return entries
+
+
+def _chunk(content: memoryview, start: int) -> tuple[int, int]:
+    """The bytes of a chunk's data, its type and number of records; (0, 0) behind the end."""
+    if start % _BLOCK and start % _BLOCK + _CHUNK.size <= _BLOCK:
+        return _CHUNK.unpack_from(content, start) if start + _CHUNK.size <= len(content) else (0, 0)
+    header = bytes(content[start : start + _CHUNK.size + _BLOCK_HEADER])
+    header = _without_headers(header, start)[: _CHUNK.size]
+    return _CHUNK.unpack(header) if len(header) == _CHUNK.size else (0, 0)
 
 
 def _end(start: int, length: int) -> int:
