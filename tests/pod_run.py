@@ -110,6 +110,7 @@ def main(arguments: list[str]) -> None:
     found = {"hits": 0, "misses": 0}
     if settings.pop("cache", False):
         jax.monitoring.register_event_listener(lambda event, **_: tally(found, event))
+        jax.config.update("jax_compilation_cache_dir", None)  # whatever the tests' own is
         compile_cache.use(shared=workdir)
         own = jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))  # on this process's device alone
         own.block_until_ready()
