@@ -63,6 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="pictures without captions too, for decoders that read none")  # fmt: skip
     add("--skin_tones", action="store_true", help="as config.data.skin_tones")
     add("--cache_dir", default="", metavar="DIR", help="as config.data.cache_dir")
+    add("--shared_dir", default="", metavar="FOLDER", help="as config.data.shared_dir")
     add("--out", required=True, metavar="FOLDER", help="a path, or a URL such as gs://bucket/name")
     add("--shards", type=int, metavar="N",
         help=f"files (default: one for every {PAIRS_PER_SHARD} pairs)")  # fmt: skip
@@ -122,8 +123,8 @@ def main(argv: list[str]) -> None:
             f"--batch_size: got {args.batch_size}, expected a multiple of {len(devices)}, the"
             " devices of this host"
         )
-    fields = ("split", "captions", "skin_tones", "image_key", "caption_key", "cache_dir")
-    given = {name: getattr(args, name) for name in fields}
+    fields = "split captions skin_tones image_key caption_key cache_dir shared_dir"
+    given = {name: getattr(args, name) for name in fields.split()}
     data = data_for(clip.stage, datasets.DataConfig(name=args.data, **given))
     data = dataclasses.replace(data, bare=args.bare)
     source = datasets.load(data)
