@@ -47,22 +47,22 @@ class Ranges:
         self._twin = functools.lru_cache(_OPEN_FILES)(self._open_twin)
         self._left, self._measured = 0, -_MEASURED_EACH
 
-    def read(self, name: str, start: int, size: int, crc: int, *, keep: bool = True) -> bytes:
+    def read(self, name: str, start: int, size: int, crc: int) -> bytes:
         """The bytes of a file from `start` on, whose checksum this is.
 
         Raises:
             Damaged: they have another, or end early.
             StorageError: they can't be had.
         """
-        keep = keep and self._cache is not None
-        if keep and (kept := self._kept(name, start, size)) and zlib.crc32(kept) == crc:
+        keeps = self._cache is not None
+        if keeps and (kept := self._kept(name, start, size)) and zlib.crc32(kept) == crc:
             return kept
         found = self.folder.read(name, start, start + size)
         if len(found) != size:
             raise Damaged(f"{len(found)} bytes at {start}, expected {size}")
         if zlib.crc32(found) != crc:
             raise Damaged(f"the {size} bytes at {start} have another checksum")
-        if keep:
+        if keeps:
             self._keep(name, start, found)
         return found
 
