@@ -623,16 +623,16 @@ def test_what_is_kept_of_remote_stores_has_a_limit(tmp_path, bucket, limit):
 
 def test_a_cache_that_lies_idle_makes_room(tmp_path, bucket):
     for name in ("one", "two"):
-        in_bucket(f"{bucket}/{name}", Pictures(40))
+        in_bucket(f"{bucket}-{name}", Pictures(40))
     caches = tmp_path / "remote_embeddings"
-    EmbeddingStore.open(f"{bucket}/one", cache_dir=tmp_path)[0]
+    EmbeddingStore.open(f"{bucket}-one", cache_dir=tmp_path)[0]
     (one,) = caches.iterdir()
     (one / "more").write_bytes(bytes(200_000))
     limit = {"cache_dir": tmp_path, "disk_cache_bytes": 150_000}
-    EmbeddingStore.open(f"{bucket}/two", **limit)[0]
+    EmbeddingStore.open(f"{bucket}-two", **limit)[0]
     assert [*caches.iterdir()] == [one]  # it was in use lately, and there is no room beside it
     os.utime(one, (0, 0))
-    EmbeddingStore.open(f"{bucket}/two", **limit)[0]
+    EmbeddingStore.open(f"{bucket}-two", **limit)[0]
     assert one not in caches.iterdir() and len([*caches.iterdir()]) == 1
 
 
