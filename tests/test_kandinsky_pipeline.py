@@ -271,6 +271,17 @@ def test_configs_build(name, variant):
         assert stage.image_size == (512 if name == "decoder" else 0)
 
 
+def test_what_cannot_be_trained_is_one_line(model):
+    stage = model.decoder.stage
+    with pytest.raises(UserError, match=r"config.stage.autoencoder: .* expected none without"):
+        stage.check_untrained()
+    filling = dataclasses.replace(stage, model=folders.tiny(9).decoder)
+    with pytest.raises(UserError, match=r"stage.model.inpaint: got True, expected False"):
+        assert filling.reads
+    with pytest.raises(UserError, match=r"stage.sides: .* expected a square, to be trained"):
+        assert stage.of_size((20, SIDE)).reads
+
+
 def test_the_decoder_learns_from_pictures_alone(model):
     """Its gradient is the network's alone, and a z_i that is dropped is the zero picture's."""
     stage = dataclasses.replace(model.decoder.stage, z_i_drop=0.5)

@@ -190,9 +190,10 @@ class DecoderStage(OfPictures):
         """Pictures, squares; UserError for a stage that cannot be trained here."""
         if len(set(self.picture_size)) > 1:
             raise wrong("stage.sides", self.sides, "a square, to be trained")
-        if self.model.inpaint:
-            expected = "False: a decoder that fills in is drawn with here, not trained"
-            raise wrong("stage.model.inpaint", True, expected)
+        for name in ("inpaint", "hint"):
+            if getattr(self.model, name):
+                expected = "False: a decoder with it is drawn with here, not trained"
+                raise wrong(f"stage.model.{name}", True, expected)
         return super().learns
 
     def constants(self) -> Params:

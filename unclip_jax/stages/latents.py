@@ -103,6 +103,13 @@ class OfPictures(GuidedDiffusion):
             raise wrong(field, f"{height} x {width}", f"multiples of {multiple} px", do)
         return size
 
+    def check_untrained(self) -> None:
+        """Raise UserError unless it can be trained from random params."""
+        super().check_untrained()
+        if self.autoencoder:
+            expected = "none without config.init: it is never trained here, only taken over"
+            raise wrong("config.stage.autoencoder", self.autoencoder, expected)
+
     def data_power(self, normalised: str | None) -> float | None:
         """1 for pixels, which lie in [-1, 1]; None for latents."""
         return None if self.autoencoder else super().data_power(normalised)
