@@ -85,6 +85,11 @@ def trained(pictures, tmp_path_factory):
         )  # fmt: skip
         assert "broken.png" in done.stderr, "the bad image is named"
         assert "step 4/4" in done.stdout + done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[0] == f"train: configs/emoji/{stage}.py:smoke in {out / stage}, starting"
+        assert any(line.startswith("data: ") and " images" in line for line in lines)
+        assert "compiling, about " in done.stdout and "the first step took " in done.stdout
+        assert ("embedding " in done.stdout) == (stage == "prior"), "they are kept"
     return out
 
 

@@ -163,6 +163,16 @@ def test_a_flag_or_field_of_a_config_that_is_not_there_is_guessed(typed, said):
         dispatch(shlex.split(typed))
 
 
+def test_xla_s_own_log_is_off_in_commands_unless_it_is_asked_for(monkeypatch):
+    for given, expected in ((None, "3"), ("1", "1")):
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+        if given:
+            monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", given)
+        with pytest.raises(UserError, match="no such folder"):
+            dispatch(["doctor", "--workdir", "nowhere"])
+        assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == expected
+
+
 def test_evaluate_alone_says_what_there_is_to_measure(capsys):
     with pytest.raises(SystemExit):
         dispatch(["evaluate"])

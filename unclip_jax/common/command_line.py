@@ -271,7 +271,8 @@ def _telling(argv: Sequence[str]) -> Iterator[None]:
         # A config that raises comes with its whole traceback: the last line says what it is.
         last = str(error).strip().splitlines()[-1]
         text = f"--config: {last}" if "Traceback" in str(error) else one_line(error, 10_000)
-        raise UserError(f"{text}; see the config file for its fields") from error
+        where = "the config file for its fields" if "config" in text else "--help for what there is"
+        raise UserError(f"{text}; see {where}") from error
     except (AttributeError, ValueError, TypeError, OSError) as error:
         inner = error.args[0] if error.args else error  # of a field that is not there, a KeyError
         said = inner.args[0] if isinstance(inner, KeyError) and inner.args else error
