@@ -20,6 +20,7 @@ CLASSES_OF = 50_000  # images of which classes are asked for, which takes a seco
 GLANCE = 256  # pairs that are looked at, evenly spread
 FEW = 100  # pictures below which a model learns them by heart and nothing else
 CONTEXTS = (24, 48, 77)  # tokens that captions may have, start and end included
+FEWEST_HELD = 4  # pictures that figures may be of
 UNCUT = 0.99  # of the captions are to fit
 VOCAB_SIZE = 4096  # of the models of every size
 
@@ -33,7 +34,7 @@ class Found:
         said: pairs, images and what was left out, a line for each split.
         pairs: to train on.
         images: to train on.
-        heldout_split: that figures are measured on: "heldout", or "train" where none is held out.
+        heldout_split: that figures are measured on: "heldout", or "train" where that is too few.
         fingerprint: of the training set.
         sides: the shorter sides of the pictures looked at, in pixels, sorted.
         captions: of the pairs looked at, each once, in their order.
@@ -81,7 +82,9 @@ class Found:
                 f"{self.images} pictures are few: they will be learned by heart, and nothing else"
             )
         if self.heldout_split == "train":
-            lines.append("so few pictures that none is held out: figures are of those trained on")
+            lines.append(
+                "too few pictures are held out to measure by: figures are of those trained on"
+            )
         if len(self.captions) == 1:
             lines.append("all captions are the same: pictures will not follow what is asked for")
         if self.side < draws:
@@ -102,12 +105,13 @@ def look(data: DataConfig) -> Found:
     split = "heldout"
     try:
         held = datasets.load(dataclasses.replace(data, split=split, captions="first"))
+        said.append(f"held out, never trained on: {held.image_count} images")
     except UserError as error:
         if "split" not in str(error):
             raise
-        held, split = source, "train"
-    else:
-        said.append(f"held out, never trained on: {held.image_count} images")
+        held = source
+    if held is source or held.image_count < FEWEST_HELD:
+        split = "train"
     sides, captions, lengths = _glance(source)
     fits = [length for length in CONTEXTS if np.mean(lengths <= length) >= UNCUT]
     return Found(
