@@ -63,7 +63,7 @@ def test_a_handful_of_pictures_holds_none_out(tmp_path):
     folder = train_all_run.make(tmp_path / "few", 3)
     found = found_in(folder, tmp_path)
     assert found.heldout_split == "train" and found.heldout_captions == ()
-    assert any("too few pictures are held out" in line for line in found.warnings(16))
+    assert any("too few are held out" in line for line in found.warnings(16))
     config = sizes.config("clip", "small", found, tmp_path)
     assert config.heldout_split == "train" and config.train.batch_size == 8
 

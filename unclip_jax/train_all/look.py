@@ -82,9 +82,7 @@ class Found:
                 f"{self.images} pictures are few: they will be learned by heart, and nothing else"
             )
         if self.heldout_split == "train":
-            lines.append(
-                "too few pictures are held out to measure by: figures are of those trained on"
-            )
+            lines.append("too few are held out to measure by: figures are of pictures trained on")
         if len(self.captions) == 1:
             lines.append("all captions are the same: pictures will not follow what is asked for")
         if self.side < draws:

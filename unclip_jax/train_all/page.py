@@ -14,6 +14,7 @@ from PIL import Image
 
 from unclip_jax.common.files import write_text
 from unclip_jax.common.grids import captioned_grid, save_png
+from unclip_jax.pipeline.tasks.outputs import StageBars
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.clip import encode_text
 from unclip_jax.train_all import words
@@ -25,7 +26,7 @@ PAGE = "index.html"
 SAMPLES = "samples.png"
 CAPTIONS = 6  # that are drawn, of those trained on and of those held out
 EACH = 2  # pictures of a caption
-BATCH = 8
+BATCH = 4  # drawn together, as unclip sample does by default: its programs are these
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
@@ -121,7 +122,9 @@ def _drawn(out: Path, found: Found) -> str:
     unseen = chosen(others)
     captions = [*trained, *unseen]
     print(f"drawing {EACH} pictures of each of {len(captions)} captions", flush=True)
-    pictures = model.generate(jax.random.key(0), captions, num=EACH, batch_size=BATCH)
+    with StageBars() as bars:
+        key, told = jax.random.key(0), {"batch_size": BATCH, "progress": bars.update}
+        pictures = model.generate(key, captions, num=EACH, **told)
     each = [caption for caption in captions for _ in range(EACH)]
     save_png(captioned_grid(list(pictures), each, columns=2 * EACH), out / SAMPLES)
     own = _recognised(model, pictures, captions)
