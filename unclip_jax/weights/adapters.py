@@ -107,14 +107,16 @@ def read_adapters(path: str | Path) -> Adapters:
             )
         tensors = {n: file.get_tensor(n) for n in shapes(file, path)}
     damaged = UserError(f"{name}: damaged, it is not as it was written; copy it again")
-    if fingerprint(unflatten(dict(sorted(tensors.items())))) != metadata.get("fingerprint"):
-        raise damaged
     try:
+        if fingerprint(unflatten(dict(sorted(tensors.items())))) != metadata["fingerprint"]:
+            raise damaged
         told = json.loads(metadata["stage"])
         kind, size, about = told["kind"], told["image_size"], told["about"]
         places = [n.removesuffix(low_rank.A) for n in tensors if n.endswith(low_rank.A)]
         kernels = {p: tuple(tensors[p + n] for n in (low_rank.A, low_rank.B, MARK)) for p in places}
-    except (KeyError, ValueError, TypeError) as error:
+        if not all(np.isfinite(x).all() for x in tensors.values()):
+            raise damaged
+    except (KeyError, ValueError, TypeError, IndexError) as error:  # as only a made-up file does
         raise damaged from error
     return Adapters(str(path), kind, size, about, kernels)
 
@@ -177,7 +179,8 @@ def check(adapters: Adapters, part: Part) -> None:
         shape = (
             None if kernel is None else low_rank.matrix_shape(where + "kernel", kernel.shape, True)
         )
-        fits = shape is not None and (*a.shape[:-1], b.shape[-1]) == shape
+        fits = shape is not None and a.ndim == b.ndim == len(shape)
+        fits = fits and (*a.shape[:-1], b.shape[-1]) == shape
         if not (fits and b.shape == (*shape[:-2], a.shape[-1], shape[-1]) and mark.shape == (3,)):
             wrong.append(where + "kernel")
     if wrong or not adapters.kernels:
