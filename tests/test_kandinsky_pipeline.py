@@ -217,6 +217,7 @@ def test_the_plain_decoder_fills_in_by_masking(model):
     np.testing.assert_array_equal(manipulate.inpaint(wide, KEY, scratched, hole, WALK), made)
 
 
+@pytest.mark.slow
 def test_everything_else_of_the_pipeline_draws_latents_too(model):
     """Inversion, interpolation, text diff, variations: of pictures that are no squares."""
     rng, walk, size = np.random.default_rng(6), Walk(steps=STEPS), (20, SIDE)
@@ -282,6 +283,7 @@ def test_what_cannot_be_trained_is_one_line(model):
         assert stage.of_size((20, SIDE)).reads
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_from_pictures_alone(model):
     """Its gradient is the network's alone, and a z_i that is dropped is the zero picture's."""
     stage = dataclasses.replace(model.decoder.stage, z_i_drop=0.5)
