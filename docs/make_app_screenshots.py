@@ -30,7 +30,7 @@ from unclip_jax.data.emoji.catalogue import catalogue, rasterise
 from unclip_jax.errors import UserError, run_command
 from unclip_jax.pipeline.tasks.inputs import load
 
-WIDE, NARROW = (1160, 900), (400, 900)
+WIDE, NARROW = (1160, 900), (390, 900)
 PATIENCE = 600  # seconds for one drawing, with its compilation
 
 
@@ -80,7 +80,8 @@ class Tab:
         """Load the page anew and choose the tab."""
         self.browser = browser
         browser.get(address)
-        tab = self.wait_until(lambda: self._named("[role=tab]", name))
+        tabs = "[role=tab], .overflow-dropdown button"  # the latter on a phone
+        tab = self.wait_until(lambda: self._named(tabs, name))
         if tab.get_attribute("aria-selected") != "true":
             tab.click()
         self.wait_until(lambda: self._shown(".draw"))
@@ -99,6 +100,16 @@ class Tab:
                 str(file)
             )
             self.wait_until(lambda i=i: self._fields("upload")[i].find_elements(By.TAG_NAME, "img"))
+
+    def example(self, number: int) -> None:
+        """Click one of the tab's examples."""
+        found = self.browser.find_elements(By.CSS_SELECTOR, "button.example")
+        [element for element in found if element.is_displayed()][number].click()
+
+    def value(self, label: str) -> str:
+        """What a field holds."""
+        block = self.wait_until(lambda: self._block(label, "textarea, input"))
+        return block.find_element(By.CSS_SELECTOR, "textarea, input").get_attribute("value")
 
     def upload_wrong(self, file: Path) -> None:
         """Give the first field for a picture something that it will not keep."""
@@ -165,7 +176,8 @@ class Tab:
 
     def _named(self, selector: str, name: str) -> WebElement | None:
         found = self.browser.find_elements(By.CSS_SELECTOR, selector)
-        return next((element for element in found if element.text.strip() == name), None)
+        shown = (element for element in found if element.is_displayed())
+        return next((element for element in shown if element.text.strip() == name), None)
 
     def _block(self, label: str, inputs: str) -> WebElement | None:
         """The part of a form that has a label, and inputs of a kind."""

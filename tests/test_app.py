@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 import zlib
+from html import unescape
 from pathlib import Path
 
 import jax
@@ -38,6 +39,7 @@ from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline.tasks import command as sample
 from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.weights.known import Known
 from unclip_jax.weights.trained import Part
 
 compiled = []
@@ -321,6 +323,49 @@ def test_a_caption_that_is_cut_is_noted(worker):
     job = run(worker, lambda progress: model().embed_text(["apple " * 99] * 2))
     (note,) = job.notes
     assert not job.error and "apple" in note
+
+
+def test_the_pictures_are_seen_while_they_are_drawn(served, worker):
+    seen = {}
+
+    def draw(progress):
+        request = tasks.text_to_image(served, "a dog", 4, 1, None, None, False)
+
+        def watched(stage, step, steps):
+            progress(stage, step, steps)
+            seen.setdefault(stage, []).append((job.draft, look.waiting(job, 0)))
+
+        watched.look = progress.look
+        return request.draw(watched)
+
+    job = worker.submit("someone", draw)
+    assert job.over.wait(120) and not job.error
+    draft, html = seen["prior"][0]
+    assert draft is None and "<img" not in html
+    for stage in ("decoder", "upsampler 32"):
+        (name, images), html = seen[stage][-1]
+        assert name == stage and images.dtype == np.uint8 and images.shape[-1] == 3
+        assert re.search(
+            rf'<img class="draft" src="data:image/jpeg;[^"]+" alt="being.*{stage}', html
+        )
+    last, drawn = seen["upsampler 32"][-1][0][1], job.result.cells[-1][0]
+    np.testing.assert_array_equal(last[-1], drawn)  # after all steps, what was drawn
+
+
+def test_a_hint_names_what_the_model_does_not_know():
+    known = Known.of(["red apple, noto style"], ["a red apple"])
+    html = look.unfamiliar(known, "<b>red</b> aple", "Prompt")
+    assert "“b”, “aple”" in html and "<b>" not in html
+    fill = re.search(r'data-fill="([^"]*)"', html)[1]
+    assert json.loads(unescape(fill)) == {"Prompt": "red apple"}
+    assert look.unfamiliar(known, "a red apple", "Prompt") == ""
+    assert look.unfamiliar(None, "a quantum", "Prompt") == ""
+    assert "1 names" in look.head(None, 64, known)
+
+
+def test_a_form_whose_settings_were_never_opened_is_taken(served):
+    request = tasks.text_to_image(served, "a dog", 4, 1, None, None, False, None)
+    assert request.args.negative == ""
 
 
 def test_closing_ends_what_runs_and_what_waits():

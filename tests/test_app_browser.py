@@ -12,11 +12,14 @@ import pytest
 from PIL import Image
 
 from tests.test_app import model
+from unclip_jax.weights.known import Known
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "make_app_screenshots.py"
 LACKING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
 LACKING += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
+
+KNOWN = Known.of(["cat face, noto style", "red apple, twemoji style"], ["a red apple", "cat face"])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def address():
     slow = model()
     sampling = dataclasses.replace(slow.decoder.stage.sampling, spacing="250")
     stage = dataclasses.replace(slow.decoder.stage, sampling=sampling)
-    slow = dataclasses.replace(slow, decoder=slow.decoder._replace(stage=stage))
+    slow = dataclasses.replace(slow, decoder=slow.decoder._replace(stage=stage), known=KNOWN)
     with serving(Served(slow, batch_size=1)) as found:
         yield found
 
@@ -88,7 +91,61 @@ def test_a_prompt_is_drawn_and_drawn_again_and_cancelled(screenshots, browser, a
 
     tab.fill("Seed", "-5")
     tab.press("draw")
-    tab.wait_for("Seed: got -5, expected a whole number")
+    tab.wait_for("Seed: got -5, expected a")
+
+
+def test_examples_fill_and_enter_draws_and_the_picture_is_seen_on_the_way(
+    screenshots, browser, address
+):
+    tab = screenshots.Tab(browser, address, "Text to image")
+    tab.choose("Pictures", "1")
+    tab.example(1)
+    assert tab.value("Prompt") == "cat face, noto style"
+    tab.fill("Prompt", "a quantum aple" + screenshots.Keys.ENTER)
+    draft = tab.wait_until(lambda: browser.find_elements("css selector", ".draft"))[0]
+    assert draft.get_attribute("src").startswith("data:image/jpeg;base64,")
+    tab.wait_for("Done")
+    assert "no caption with “quantum”, “aple”" in tab.text(".status")
+    [image] = browser.find_elements("css selector", ".pictures img")
+    assert image.get_attribute("alt") == "a quantum aple"
+    browser.find_element("css selector", ".status button.example").click()
+    assert tab.value("Prompt") == "red apple"
+    browser.execute_script(
+        "window.copied = null;"
+        "navigator.clipboard.writeText = async (text) => { window.copied = text; }"
+    )
+    browser.find_element("css selector", "button.copy").click()
+    copied = tab.wait_until(lambda: browser.execute_script("return window.copied"))
+    assert copied.startswith("unclip sample text2im") and "'a quantum aple'" in copied
+
+
+TABS = {"Variations": 1, "Interpolation": 2, "Text diff": 1, "What CLIP sees": 1}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_tab_is_there_and_fits_and_has_pictures_to_try(screenshots, browser, address, width):
+    screenshots.resize(browser, width, 900)
+    for name, fields in TABS.items():
+        tab = screenshots.Tab(browser, address, name)
+        for number in (0, 1):  # the second takes the place of the first
+            tab.example(number)
+            chosen = browser.execute_script(
+                "return [...document.querySelectorAll('button.example')]"
+                ".filter((button) => button.offsetParent)[arguments[0]].querySelectorAll('img')",
+                number,
+            )
+            expected = [image.get_attribute("data-name") for image in chosen]
+            assert len(expected) == fields
+
+            def uploaded(tab=tab, expected=expected):
+                return [s.split("/")[-1] for s in tab.sources(".upload img")] == expected
+
+            tab.wait_until(uploaded)
+        assert all(image.get_attribute("alt") for image in chosen)
+        across = browser.execute_script("return document.documentElement.scrollWidth")
+        assert across <= width
+    assert tab.value("A word to write on it") == ""
+    screenshots.resize(browser, *screenshots.WIDE)
 
 
 def test_uploads_that_are_no_pictures_are_answered_in_words(

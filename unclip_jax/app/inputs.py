@@ -28,6 +28,8 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
     Raises:
         UserError: it is empty and must not be, too long, or no text.
     """
+    if value is None and empty:  # a field that was never opened
+        return ""
     if not isinstance(value, str):
         raise UserError(f"{name}: expected some words")
     if not value.strip() and not empty:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+from PIL import Image
+
+from unclip_jax.app import examples
+from unclip_jax.app.examples import ATTRIBUTION
 from unclip_jax.app.inputs import FORMATS, MAX_BYTES, MAX_PIXELS
 from unclip_jax.app.results import Result
 from unclip_jax.app.worker import Job
+from unclip_jax.weights.known import Known
 
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
@@ -60,7 +68,30 @@ button.quiet { align-self: end; height: 2.6rem; margin-bottom: .7rem; font-weigh
 .chances .bar { width: min(9rem, 16vw); display: inline-block; margin-right: .6rem;
          vertical-align: middle; }
 
+.examples { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; font-size: .88rem; }
+.examples > span { color: var(--neutral-500); }
+.dark .examples > span { color: var(--neutral-300); }
+.examples * { margin: 0 !important; }
+button.example, button.copy { border: 1px solid var(--border-color-primary); border-radius: 6px;
+         background: var(--background-fill-secondary); color: var(--body-text-color);
+         padding: .25rem .6rem; min-height: 2rem; cursor: pointer; display: inline-flex;
+         align-items: center; gap: .3rem; font-size: .88rem; font-weight: 400; }
+:is(button.example, button.copy):is(:hover, :focus-visible) {
+         border-color: var(--color-accent); }
+button.example img { width: 2.4rem; height: 2.4rem; border-radius: 4px; background: #fff; }
+.details header { display: flex; justify-content: space-between; align-items: center;
+         margin: .4rem 0; }
+.draft { display: block; width: 100%; max-height: 30rem; object-fit: contain; margin: .4rem 0;
+         object-position: left; }
+.alike .caption-label { display: none; }
+
 @media (max-width: 640px) {
+  /* All tabs in rows, where gradio would hide them behind three dots. */
+  .tab-wrapper { flex-wrap: wrap; justify-content: start; height: auto !important; }
+  .tab-wrapper > .tab-container[role=tablist], .overflow-menu, .overflow-dropdown {
+         display: contents !important; }
+  .overflow-menu > button { display: none !important; }
+  .tab-wrapper button { width: auto !important; padding: .45rem .7rem !important; }
   .stage { grid-template-columns: 6.8rem 1fr 4.2rem; gap: .5rem; }
   .pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .strip .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)); }
@@ -68,11 +99,15 @@ button.quiet { align-self: end; height: 2.6rem; margin-bottom: .7rem; font-weigh
 """
 
 
-def head(model: str | list[str] | None, size: int) -> str:
-    """What the page is."""
+def head(model: str | list[str] | None, size: int, known: Known | None = None) -> str:
+    """What the page is, and what the model knows."""
     names = [model] if isinstance(model, str) else model or []
     name = " and ".join(f"<code>{escape(each)}</code>" for each in names) or "the box model"
-    return f"<h1>unclip_jax</h1><p>DALL·E 2 in JAX, drawing {size} × {size} pixels with {name}.</p>"
+    said = f" {escape(known.sentence())}" if known else ""
+    return (
+        f"<h1>unclip_jax</h1><p>DALL·E 2 in JAX, drawing {size} × {size} pixels with {name}.{said}"
+        "</p>"
+    )
 
 
 def foot(waiting: int) -> str:
@@ -80,7 +115,8 @@ def foot(waiting: int) -> str:
     return (
         f"<p>One request is drawn at a time, and up to {waiting} wait. Uploads: {FORMATS}, up to"
         f" {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} million pixels; the centre square is"
-        " used, of an animation the first frame. Files are deleted after an hour.</p>"
+        " used, of an animation the first frame. Files are deleted after an hour."
+        f" {ATTRIBUTION}</p>"
     )
 
 
@@ -95,15 +131,48 @@ def _status(inside: str) -> str:
     return f'<div class="status" role="status">{inside}</div>'
 
 
+def unfamiliar(known: Known | None, caption: str, label: str) -> str:
+    """What a caption has that the model doesn't know, and names to take instead; "" for nothing.
+
+    With the label of a field, a click on a name puts it there.
+    """
+    unknown = known.unknown(caption) if known else []
+    if not unknown:
+        return ""
+    near, words = known.near(caption), ", ".join(f"“{escape(word)}”" for word in unknown)
+    title = "near" if near else "it knows"
+    said = f"The model was trained on no caption with {words}."
+    names = near or known.examples()
+    if not label:
+        return f'<p class="wrong">{said} {title.capitalize()}: {escape(", ".join(names))}.</p>'
+    return f'<p class="wrong">{said}</p>{examples.row([examples.near(names, label)], title)}'
+
+
 def waiting(job: Job, ahead: int) -> str:
-    """A job that is in the queue, or being drawn: a bar for each stage."""
+    """A job in the queue, or being drawn: a bar for each stage, and what there is so far."""
     if job.cancelled:
         return _status("<p>Cancelling; the step at hand, or compiling, is finished first.</p>")
     if ahead:
         others = "one other" if ahead == 1 else f"{ahead} others"
-        return _status(f"<p>Waiting for {others}.</p>")
-    stages = list(job.stages.items())
-    return _status("".join(_bar(name, *done) for name, done in stages) or f"<p>{_COMPILING}</p>")
+        return _status(f"{job.hint}<p>Waiting for {others}.</p>")
+    bars = "".join(_bar(name, *done) for name, done in job.stages.items())
+    return _status(job.hint + (bars or f"<p>{_COMPILING}</p>") + _draft(job))
+
+
+def _draft(job: Job) -> str:
+    """The pictures as the samplers have them."""
+    if job.draft is None:
+        return ""
+    stage, images = job.draft
+    columns = min(len(images), 4)
+    rows = [np.concatenate(images[i : i + columns], axis=1) for i in range(0, len(images), columns)]
+    whole = [row for row in rows if row.shape == rows[0].shape]
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate(whole)).save(file, format="JPEG", quality=80)
+    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    step, steps = job.stages[stage]
+    alt = f"being drawn: {escape(stage)}, step {step} of {steps}"
+    return f'<img class="draft" src="{source}" alt="{alt}">'
 
 
 def _bar(name: str, step: int, steps: int) -> str:
@@ -120,10 +189,10 @@ def wrong(words: str) -> str:
     return f'<div class="status" role="alert"><p class="wrong">{said}.</p></div>'
 
 
-def done(notes: Sequence[str], seconds: float) -> str:
+def done(notes: Sequence[str], seconds: float, hint: str = "") -> str:
     """A job that is over."""
     noted = "".join(f'<p class="wrong">{escape(note[:1].upper() + note[1:])}</p>' for note in notes)
-    return _status(f"<p>Done in {seconds:.0f} s.</p>{noted}")
+    return _status(f"<p>Done in {seconds:.0f} s.</p>{noted}{hint}")
 
 
 def details(result: Result) -> str:
@@ -134,7 +203,9 @@ def details(result: Result) -> str:
     )
     said = ""
     if result.command:
-        said = f"<p>The same pictures by command:</p><pre>{escape(result.command)}</pre>"
+        copy = '<button type="button" class="copy">Copy</button>'
+        title = f"<header><span>The same pictures by command:</span>{copy}</header>"
+        said = f"<section>{title}<pre>{escape(result.command)}</pre></section>"
     return f'<div class="details"><dl>{rows}</dl>{said}</div>'
 
 

@@ -11,11 +11,21 @@ from typing import Any
 
 import gradio as gr
 
-from unclip_jax.app import inputs, look, tasks
+from unclip_jax.app import examples, inputs, look, tasks
 from unclip_jax.app.results import Result, keep
 from unclip_jax.app.store import Store
 from unclip_jax.app.tasks import Request, Served
-from unclip_jax.app.widgets import Buttons, Output, guidance, seed, small, steps, upload
+from unclip_jax.app.widgets import (
+    Buttons,
+    Output,
+    guidance,
+    line,
+    seed,
+    shown,
+    small,
+    steps,
+    upload,
+)
 from unclip_jax.app.worker import Job, Worker
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline.drawing import Progress
@@ -39,7 +49,7 @@ class Page:
         model = self.served.model
         reads_z_i = "z_i" in model.decoder.stage.conditions
         with gr.Blocks(title="unclip_jax", analytics_enabled=False) as blocks:
-            gr.HTML(look.head(self.served.name, model.image_size), elem_classes="head")
+            gr.HTML(look.head(self.served.name, model.image_size, model.known), elem_classes="head")
             with gr.Tabs():
                 if model.prior is not None or not reads_z_i:
                     self._text_to_image()
@@ -75,11 +85,9 @@ class Page:
 
     def _text_to_image(self) -> None:
         with self._tab("Text to image", tasks.text_to_image) as form:
-            form += [
-                gr.Textbox(label="Prompt", placeholder="a red apple", lines=2),
-                gr.Radio(tasks.NUMS, value=4, label="Pictures"),
-                seed(),
-            ]
+            form.append(line("Prompt", placeholder="a red apple"))
+            shown(examples.captions(self.served.model.known, "Prompt"))
+            form += [gr.Radio(tasks.NUMS, value=4, label="Pictures"), seed()]
             with gr.Accordion("More settings", open=False):
                 form.append(guidance("empty: the model's own"))
                 form.append(guidance("empty: the model's own", "Prior's guidance scale"))
@@ -91,7 +99,10 @@ class Page:
         with self._tab("From a picture", tasks.img2img) as form:
             form += [
                 upload("Picture"),
-                gr.Textbox(label="Prompt", info="may be empty", lines=2, visible=has_prior),
+                line("Prompt", info="may be empty", visible=has_prior),
+            ]
+            shown(examples.turns(None, "Prompt" if has_prior else None))
+            form += [
                 gr.Slider(0, 1, value=0.6, step=0.05, label="Strength", info=info),
                 gr.Checkbox(False, label="Start from inversion", info="keeps more of the picture"),
                 gr.Radio(tasks.NUMS, value=4, label="Pictures"),
@@ -105,10 +116,11 @@ class Page:
         with self._tab("Mix", tasks.mix) as form:
             with gr.Row():
                 form += [upload("First picture"), upload("Second picture")]
+            shown(examples.pairs())
             weights = "pictures' first, apart by spaces; empty: equal ones"
             form += [
                 gr.Textbox(label="Prompts, one a line", info=info, lines=3, visible=has_prior),
-                gr.Textbox(label="Weights", info=weights),
+                line("Weights", info=weights),
                 gr.Radio(MIXES, value=MIXES[0], label="How"),
                 gr.Radio(tasks.NUMS, value=4, label="Pictures"),
                 seed(),
@@ -119,8 +131,9 @@ class Page:
     def _variations(self) -> None:
         info = "0: the picture itself; 1: freest"
         with self._tab("Variations", tasks.variations) as form:
+            form.append(upload("Picture"))
+            shown(examples.single())
             form += [
-                upload("Picture"),
                 gr.Radio(tasks.NUMS, value=4, label="Pictures"),
                 gr.Slider(0, 1, value=1, step=0.05, label="η", info=info),
                 seed(),
@@ -131,6 +144,7 @@ class Page:
         with self._tab("Interpolation", tasks.interpolation, walks=True) as form:
             with gr.Row():
                 form += [upload("First picture"), upload("Second picture")]
+            shown(examples.pairs())
             form.append(gr.Radio(tasks.FRAMES, value=9, label="Frames"))
             form += [seed(), *self._walk("empty: none")]
 
@@ -138,8 +152,11 @@ class Page:
         with self._tab("Text diff", tasks.text_diff, walks=True) as form:
             form += [
                 upload("Picture"),
-                gr.Textbox(label="From", placeholder="a red thing", info="may be empty"),
-                gr.Textbox(label="To", placeholder="a blue thing"),
+                line("From", placeholder="a red thing", info="may be empty"),
+                line("To", placeholder="a blue thing"),
+            ]
+            shown(examples.turns("From", "To"))
+            form += [
                 gr.Slider(0, 1, value=0.5, step=0.05, label="θ at the end"),
                 gr.Radio(tasks.FRAMES, value=5, label="Frames"),
                 seed(),
@@ -149,10 +166,11 @@ class Page:
     def _labels(self) -> None:
         words, info = "red apple\ndog face\nflag of France", "does it change what CLIP sees?"
         with self._tab("What CLIP sees", tasks.labels, chances=True) as form:
+            form.append(upload("Picture"))
+            shown(examples.single())
             form += [
-                upload("Picture"),
                 gr.Textbox(words, label="Labels, one a line", lines=4),
-                gr.Textbox(label="A word to write on it", info=f"{info} may be empty"),
+                line("A word to write on it", info=f"{info} may be empty"),
                 gr.Radio(tasks.DECODED, value=0, label="Pictures decoded of what it sees"),
                 seed(),
                 *self._walk("empty: the model's own"),
@@ -177,7 +195,7 @@ class Page:
         if "text_mask" not in self.served.model.decoder.stage.conditions:
             return []
         info = "what not to draw, where there is guidance; may be empty"
-        return [gr.Textbox(label="Negative prompt", info=info)]
+        return [line("Negative prompt", info=info)]
 
     def _small(self) -> gr.Checkbox:
         model = self.served.model
@@ -212,13 +230,14 @@ class Page:
             if job.error:
                 yield [look.wrong(job.error), *unchanged, *buttons.updates(busy=False)]
             else:
-                said = look.done(job.notes, time.monotonic() - began)
+                said = look.done(job.notes, time.monotonic() - began, job.hint)
                 shown = output.updates(job.result)
                 yield [said, *shown, *buttons.updates(busy=False)]
 
         outputs = [output.status, *output.results, buttons.draw, buttons.cancel]
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        buttons.draw.click(click, list(form), outputs, **hidden)
+        lines = [field.submit for field in form if isinstance(field, gr.Textbox)]  # Enter
+        gr.on([buttons.draw.click, *lines], click, list(form), outputs, **hidden)
         buttons.cancel.click(self._leave, **hidden)
 
     def submit(self, owner: str, prepare: Callable[..., Request], values: Sequence[Any]) -> Job:
@@ -234,7 +253,18 @@ class Page:
             drawn = request.draw(progress)
             return keep(request, drawn, self.store.new())
 
-        return self.worker.submit(owner, task)
+        return self.worker.submit(owner, task, hint=self._hint(request))
+
+    def _hint(self, request: Request) -> str:
+        """What is to be said of the captions of a request."""
+        args, prompt = request.args, getattr(request.args, "prompt", [])
+        asked = {"Prompt": [prompt], "": []} if isinstance(prompt, str) else {"": prompt}
+        if args.task == "text2im":
+            asked = {"Prompt": prompt}
+        asked["To"] = [getattr(args, "to", "")]
+        known = self.served.model.known
+        said = (look.unfamiliar(known, text, to) for to, texts in asked.items() for text in texts)
+        return "".join(dict.fromkeys(said))
 
     def _leave(self, request: gr.Request) -> None:
         self.worker.cancel(_owner(request))

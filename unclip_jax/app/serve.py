@@ -12,7 +12,7 @@ import gradio as gr
 from gradio.themes.utils.fonts import Font
 from starlette.middleware import Middleware
 
-from unclip_jax.app import look
+from unclip_jax.app import examples, look
 from unclip_jax.app.gate import Gate
 from unclip_jax.app.inputs import MAX_BYTES
 from unclip_jax.app.page import Page
@@ -62,6 +62,7 @@ def serving(
                 quiet=True,
                 theme=_theme(),
                 css=look.CSS,
+                head=examples.HEAD,
                 footer_links=[],
                 run_history=False,
                 ssr_mode=False,

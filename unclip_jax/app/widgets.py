@@ -35,6 +35,19 @@ def upload(label: str) -> gr.Image:
     return field
 
 
+def line(
+    label: str, *, placeholder: str = "", info: str | None = None, visible: bool = True
+) -> gr.Textbox:
+    """A field for one line, which may wrap: Enter draws."""
+    wraps = {"lines": 1, "max_lines": 4}
+    return gr.Textbox(label=label, placeholder=placeholder, info=info, visible=visible, **wraps)
+
+
+def shown(html: str) -> gr.HTML:
+    """Bits of HTML between the fields."""
+    return gr.HTML(html, elem_classes="shown")
+
+
 def seed() -> gr.Number:
     """A field for the seed, and a button for another one."""
     with gr.Row():
@@ -151,8 +164,14 @@ class Output:
             values += [shown[0][0], gr.update(value=0, maximum=largest or 1, step=step or 1)]
         elif result.drawn.seen:
             values.append(gr.update(value=look.chances(result), visible=True))
+        alike = {text for _, text in shown} == {""}
+        if (
+            alike
+        ):  # the caption stands beside the pictures, and says to screen readers what they are
+            shown = [(file, result.drawn.cells[0][1]) for file, _ in shown]
         columns = 9 if self.walks else _columns(len(shown), result.drawn.columns)
-        values.append(gr.update(value=shown, columns=columns))
+        kinds = ["cells", "strip" if self.walks else "pictures", *["alike"] * alike]
+        values.append(gr.update(value=shown, columns=columns, elem_classes=kinds))
         values.append(gr.update(value=result.grid, visible=True))
         if self.walks:
             values.append(gr.update(value=result.gif, visible=True))

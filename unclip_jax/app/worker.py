@@ -15,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unclip_jax.errors import UserError, one_line
 from unclip_jax.pipeline.drawing import Progress
+from unclip_jax.weights.known import Unfamiliar
 
 Task = Callable[[Progress], Any]
 
@@ -35,6 +38,8 @@ class Job:
         owner: whose it is; an owner has at most one at a time.
         task: what to do, called as task(progress).
         stages: what has been sampled, {stage: (step, steps)}, in the order of beginning.
+        hint: HTML that the page shows while it is drawn, and after; "" for none.
+        draft: a stage and its pictures so far, uint8 [b, s, s, 3]; None before there are any.
         notes: warnings of this package meanwhile, such as of a caption that was cut.
         result: what the task returned; None until it has, and when it failed.
         error: in words, what went wrong, or that it was cancelled; "" when nothing did.
@@ -42,10 +47,11 @@ class Job:
         over: set when nothing more happens.
     """
 
-    def __init__(self, owner: str, task: Task) -> None:
+    def __init__(self, owner: str, task: Task, hint: str = "") -> None:
         """Wait for a worker."""
-        self.owner, self.task = owner, task
+        self.owner, self.task, self.hint = owner, task, hint
         self.stages: dict[str, tuple[int, int]] = {}
+        self.draft: tuple[str, np.ndarray] | None = None
         self.notes: list[str] = []
         self.result: Any = None
         self.error = ""
@@ -62,6 +68,24 @@ class Job:
             raise Cancelled(f"{stage}: cancelled at step {step} of {steps}")
         self.stages[stage] = (step, steps)
 
+    def look(self, stage: str, made: Any) -> None:
+        """Keep what a sampler has so far, if these are pictures; `progress` comes after it."""
+        if getattr(made, "ndim", 0) == 4 and made.shape[-1] == 3:
+            self.stages.setdefault(stage, (0, 1))
+            self.draft = stage, np.rint((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+class Watch:
+    """What a task reports to: called with how far it is, and shown what there is so far."""
+
+    def __init__(self, job: Job) -> None:
+        """Report to a job."""
+        self._job, self.look = job, job.look
+
+    def __call__(self, stage: str, step: int, steps: int) -> None:
+        """See `Job.progress`."""
+        self._job.progress(stage, step, steps)
+
 
 class Worker:
     """Runs jobs in their order, in a thread of its own."""
@@ -76,7 +100,7 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
 
-    def submit(self, owner: str, task: Task) -> Job:
+    def submit(self, owner: str, task: Task, *, hint: str = "") -> Job:
         """Put a task at the end of the queue.
 
         Raises:
@@ -91,7 +115,7 @@ class Worker:
                 raise UserError(
                     f"the queue is full: {self.limit} others are waiting; try again in a minute"
                 )
-            job = Job(owner, task)
+            job = Job(owner, task, hint)
             self._queue.append(job)
             self._changed.notify_all()
         return job
@@ -152,7 +176,8 @@ def _run(job: Job) -> str:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
-            result = job.task(job.progress)
+            warnings.simplefilter("ignore", Unfamiliar)  # which the page says by itself
+            result = job.task(Watch(job))
     except Exception as error:
         if isinstance(error, Cancelled):
             return "cancelled"

@@ -103,7 +103,12 @@ class Watchable:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Any:
-        """What the function returns."""
+        """What the function returns.
+
+        A progress with an attribute `look` is shown what the function would return after the
+        steps that are done: `progress.look(result)`, before each report.
+        """
+        look = getattr(progress, "look", None)
         given = self._signature.bind_partial(*args).arguments | kwargs
         if progress is None:
             return self._whole(**given)
@@ -118,6 +123,8 @@ class Watchable:
             each = (time.monotonic() - began) / (last - done)
             # The first stretch compiles; later ones are as long as the one before tells.
             stretch, done = (max(1, int(SECONDS / max(each, 1e-6))) if done else 1), last
+            if look is not None:
+                look(result)
             progress(done, steps)
         return result
 

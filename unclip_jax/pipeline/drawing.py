@@ -62,8 +62,11 @@ def images_of(stage, params, x_0, mesh=None):
 
 
 def named(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
-    """Progress of one stage as that of the whole."""
-    return progress and functools.partial(progress, stage)
+    """Progress of one stage as that of the whole; `look`, where it has one, likewise."""
+    report = progress and functools.partial(progress, stage)
+    if look := getattr(progress, "look", None):
+        report.look = functools.partial(look, stage)
+    return report
 
 
 def stage_keys(keys: jax.Array, purpose: int) -> jax.Array:
