@@ -3,10 +3,16 @@
     python colab/run.py --write            # all of them; what they print and draw is saved
     python colab/run.py --smoke            # every cell, in seconds, on tiny models; saves nothing
     python colab/run.py --smoke sample     # one notebook
+    python colab/run.py --stamp            # runs nothing; see below
+    python colab/run.py --colab sample     # as in Colab: a new venv, an empty folder, the wheel
 
 A notebook's cell tagged "parameters" holds its settings, as a reader gets them. What this run needs
 otherwise goes into a cell behind it, which is not saved. A saved notebook carries the digest of the
 code that ran, so that a later change of the code shows (tests/test_notebooks.py).
+
+The badge, the first cell (install.py) and the kind of runtime are the same in all: `stamp` writes
+them. Where the repository is stands in one place, [project.urls] of pyproject.toml; while it has no
+address there, the badge leads to Colab, and the first cell takes the wheel.
 
 Needs `pip install -e ".[notebooks]"`; finetune_karlo makes its stand-in for Karlo with PyTorch and
 diffusers, `.[parity]`, and is left out where those are missing.
@@ -17,11 +23,15 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import shutil
+import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +45,17 @@ ROOT = COLAB.parent
 NAMES = ("sample", "edit", "train_your_own", "jitted_sampler", "finetune_karlo")
 WIDEST = 720  # of a saved picture, in pixels
 COLOURS = 64  # of a saved picture
+
+# What each needs beside the core: extras of pyproject.toml, and a package that each brings.
+EXTRAS = {
+    "sample": "",
+    "edit": "train,emoji",
+    "train_your_own": "train",
+    "jitted_sampler": "train",  # its plots
+    "finetune_karlo": "train,emoji",
+}
+NEEDS = {"train": "grain", "emoji": "resvg_py"}
+RUNTIME = {"accelerator": "GPU", "gpuType": "T4"}  # what Colab offers first
 
 # Settings with which a notebook takes seconds; a tiny model goes into MODEL.
 SMOKE: dict[str, dict[str, Any]] = {
@@ -62,18 +83,74 @@ def path_of(name: str) -> Path:
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
-    """SHA-256 of the code of all cells, in order."""
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """SHA-256 of the code of all cells but the one that installs, in order."""
+    code = [
+        cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code" and cell.metadata.get("tags") != ["install"]
+    ]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
-def execute(name: str, parameters: Mapping[str, Any], timeout: int = 3600) -> nbformat.NotebookNode:
+def repository() -> str:
+    """Where the project is, as pyproject.toml says; "" while it says nothing."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return about.get("urls", {}).get("Repository", "").removesuffix(".git").rstrip("/")
+
+
+def badge(name: str, address: str) -> str:
+    """The line that opens a notebook in Colab."""
+    image = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    github = "https://github.com/"
+    if address.startswith(github):
+        path = f"{address.removeprefix(github)}/blob/main/colab/{name}.ipynb"
+        return f"{image}(https://colab.research.google.com/github/{path})"
+    how = "Upload this notebook there (*File, Upload notebook*); its first cell asks for the wheel."
+    return f"{image}(https://colab.research.google.com/) {how}"
+
+
+def install_cell(name: str, address: str) -> str:
+    """The code of the first cell."""
+    extras = EXTRAS[name]
+    needs = [NEEDS[extra] for extra in filter(None, extras.split(","))]
+    code = (COLAB / "install.py").read_text(encoding="utf-8").rstrip("\n")
+    for field, value in (("REPOSITORY", address), ("EXTRAS", extras), ("NEEDS", needs)):
+        empty = "[]" if isinstance(value, list) else '""'
+        code = code.replace(f"{field} = {empty}", f"{field} = {json.dumps(value)}", 1)
+    return code
+
+
+def stamp(name: str, notebook: nbformat.NotebookNode, address: str) -> None:
+    """Write what all notebooks share into one: badge, first cell, kind of runtime."""
+    title, *rest = notebook.cells[0].source.split("\n")
+    while rest and (not rest[0] or rest[0].startswith("[![")):
+        rest.pop(0)
+    notebook.cells[0].source = "\n".join([title, "", badge(name, address), "", *rest])
+    first = next(cell for cell in notebook.cells if cell.metadata.get("tags") == ["install"])
+    first.source = install_cell(name, address)
+    notebook.metadata["accelerator"] = RUNTIME["accelerator"]
+    notebook.metadata["colab"] = {"name": f"{name}.ipynb", "provenance": []} | {
+        "gpuType": RUNTIME["gpuType"]
+    }
+
+
+def execute(
+    name: str,
+    parameters: Mapping[str, Any],
+    timeout: int = 3600,
+    folder: Path = COLAB,
+    kernel: str = "python3",
+    environment: Mapping[str, str] | None = None,
+) -> nbformat.NotebookNode:
     """A notebook, run from top to bottom.
 
     Args:
         name: which.
         parameters: to set after the cell tagged "parameters".
         timeout: seconds for one cell.
+        folder: where it runs.
+        kernel: what runs it.
+        environment: of the kernel; by default this process's, with this clone before all else.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -85,20 +162,53 @@ def execute(name: str, parameters: Mapping[str, Any], timeout: int = 3600) -> nb
     notebook.cells.insert(place, nbformat.v4.new_code_cell(setting))
 
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
+    environment = environment or {
         "UNCLIP_JAX_CACHE": str(ROOT / ".cache" / "unclip_jax"),
+        "JAX_PLATFORMS": "cpu",  # unless who runs this says another
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
     }
     client = NotebookClient(
         notebook,
         timeout=timeout,
-        resources={"metadata": {"path": str(COLAB)}},
+        kernel_name=kernel,
+        resources={"metadata": {"path": str(folder)}},
         extra_arguments=["--log-level=40"],  # errors alone
     )
-    client.execute(env=environment)
+    client.execute(env=dict(environment))
     del notebook.cells[place]
     return notebook
+
+
+def execute_as_in_colab(name: str, work: Path) -> nbformat.NotebookNode:
+    """A notebook, on tiny models, in a new venv that has nothing but jax and a kernel.
+
+    It runs in an empty folder but for the wheel; the wheel is built, and what it needs is installed
+    by the notebook's own first cell, so this takes minutes and asks package indices.
+    """
+    folder, venv = work / "content", work / "venv"
+    folder.mkdir(parents=True)
+
+    def call(*command: str | Path) -> None:
+        subprocess.run([*map(str, command)], check=True)
+
+    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT)
+    call(sys.executable, "-m", "venv", venv)
+    jax = importlib.metadata.version("jax")
+    python = venv / "bin" / "python"
+    call(python, "-m", "pip", "install", "--quiet", f"jax=={jax}", "ipykernel")
+    spec = work / "jupyter" / "kernels" / "colab" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}))
+    given = smoke_parameters(name, work)
+    kept = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    kept |= {"JAX_PLATFORMS": "cpu", "PATH": f"{python.parent}{os.pathsep}{kept['PATH']}"}
+    os.environ["JUPYTER_PATH"] = str(work / "jupyter")
+    try:
+        return execute(name, given, folder=folder, kernel="colab", environment=kept)
+    finally:
+        del os.environ["JUPYTER_PATH"]
 
 
 # --------------------------------------------------------------------------- what runs are given
@@ -151,6 +261,7 @@ def has_karlo() -> bool:
 def write(name: str, notebook: nbformat.NotebookNode) -> None:
     """Save a notebook that ran, with small pictures and nothing that differs from run to run."""
     count = 0
+    stamp(name, notebook, repository())
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
@@ -199,14 +310,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--smoke", action="store_true", help="in seconds, on tiny models")
     parser.add_argument("--write", action="store_true", help="save what the notebooks show")
+    parser.add_argument("--stamp", action="store_true", help="badge and first cell alone")
+    parser.add_argument("--colab", action="store_true", help="as in Colab, on tiny models")
     parser.add_argument("--model", metavar="DIR", help="instead of the model in the package")
     args = parser.parse_args(argv)
-    if args.smoke and args.write:
-        parser.error("--smoke with --write: expected one of them; tiny models draw nothing to show")
+    if (args.smoke or args.colab) and args.write:
+        parser.error("--write: expected alone; the tiny models of --smoke and --colab draw nothing")
     if unknown := sorted(set(args.names) - set(NAMES)):
         parser.error(f"names: got {', '.join(unknown)}, expected some of {', '.join(NAMES)}")
 
     for name in args.names or NAMES:
+        if args.stamp:
+            notebook = nbformat.read(path_of(name), as_version=4)
+            stamp(name, notebook, repository())
+            nbformat.write(notebook, path_of(name))
+            continue
         if name == "finetune_karlo" and not has_karlo():
             print(f"{name}: left out, for PyTorch and diffusers are missing")
             continue
@@ -214,7 +332,9 @@ def main(argv: list[str]) -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         print(f"{name} ...", flush=True)
-        if args.smoke:
+        if args.colab:
+            notebook = execute_as_in_colab(name, work)
+        elif args.smoke:
             notebook = execute(name, smoke_parameters(name, work))
         else:
             notebook = execute(name, parameters(name, work, args.model))

@@ -154,9 +154,9 @@ def waiting(job: Job, ahead: int) -> str:
         return _status("<p>Cancelling; the step at hand, or compiling, is finished first.</p>")
     if ahead:
         others = "one other" if ahead == 1 else f"{ahead} others"
-        return _status(f"{job.hint}<p>Waiting for {others}.</p>")
+        return _status(f"<p>Waiting for {others}.</p>{job.hint}")
     bars = "".join(_bar(name, *done) for name, done in job.stages.items())
-    return _status(job.hint + (bars or f"<p>{_COMPILING}</p>") + _draft(job))
+    return _status((bars or f"<p>{_COMPILING}</p>") + _draft(job) + job.hint)
 
 
 def _draft(job: Job) -> str:
