@@ -55,7 +55,7 @@ def start_pod(
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
     """What they print; they must end well."""
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    said = [process.communicate(timeout=1800)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
     return said
 

@@ -138,16 +138,10 @@ def evaluate(
     key, stage = jax.random.key(settings.seed), model.decoder.stage
     scale = stage.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     size = model.image_size if settings.upsample else stage.image_size
-    real_data = dataclasses.replace(data, image_size=size)
     heldout_data = dataclasses.replace(
         data, split=heldout_split, labels=settings.class_pictures > 0, **_seen_by(measurer.judge)
     )
-    datasets.load(real_data)  # a split that is not there is told before anything is measured
-    by_clip = dataclasses.replace(measurer, network=measurer.clip)
-    heldout = by_clip.read(heldout_data, "heldout_split")
-    if settings.class_pictures:
-        _check_classes(heldout.source)
-    real = measurer.read(real_data)
+    heldout, real = _read(measurer, heldout_data, dataclasses.replace(data, image_size=size))
     kept = Kept(keep, keep and [model.identity(), measurer.about(), settings, real.about()])
     measurer = dataclasses.replace(measurer, kept=kept)
     chosen, reference, disjoint = choose(len(real.index), settings.num, settings.seed)
@@ -184,11 +178,30 @@ def evaluate(
     if settings.class_pictures:
         figures["classes"], subsets, grid = _classes(measurer, heldout, settings, key, scale)
         grids.append(grid)
-    about = {
+    own_clip, sets = judge is None, (chosen, reference, disjoint)
+    about = _about(data, heldout_split, own_clip, scale, sets, settings, measurer, real)
+    if distributed.is_lead():
+        kept.forget()
+    return Report(about, figures, sweep if settings.sweep else [], subsets, grids)
+
+
+def _about(
+    data: datasets.DataConfig,
+    heldout_split: str,
+    own_clip: bool,
+    scale: float,
+    sets: tuple[np.ndarray, np.ndarray, bool],
+    settings: Settings,
+    measurer: Measurer,
+    real: Real,
+) -> dict[str, Any]:
+    """How it was measured."""
+    chosen, reference, disjoint = sets
+    return {
         "data": data.name,
         "split": data.split,
         "heldout_split": heldout_split,
-        "clip": "own" if judge is None else "another",
+        "clip": "own" if own_clip else "another",
         "guidance_scale": scale,
         "pictures": len(chosen),
         "reference_pictures": len(reference),
@@ -199,9 +212,18 @@ def evaluate(
         "feature_dims": real.vectors.features.shape[1],
         "pixels": real.image_size,
     }
-    if distributed.is_lead():
-        kept.forget()
-    return Report(about, figures, sweep if settings.sweep else [], subsets, grids)
+
+
+def _read(
+    measurer: Measurer, heldout: datasets.DataConfig, real: datasets.DataConfig
+) -> tuple[Real, Real]:
+    """The held-out pictures, seen by CLIP alone, and those that generated ones are beside."""
+    datasets.load(real)  # a split that is not there is told before anything is measured
+    by_clip = dataclasses.replace(measurer, network=measurer.clip)
+    found = by_clip.read(heldout, "heldout_split")
+    if heldout.labels:
+        _check_classes(found.source)
+    return found, measurer.read(real)
 
 
 def _check_classes(source: Source) -> None:

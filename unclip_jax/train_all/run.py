@@ -15,6 +15,7 @@ from unclip_jax.train_all.budget import FEWEST_STEPS, Budget, Entry
 from unclip_jax.train_all.look import Found, look
 from unclip_jax.train_all.pace import measure
 from unclip_jax.training import lock, loop, prepare
+from unclip_jax.training.run import NotFinite
 from unclip_jax.training.step import StepFn
 
 # A stage that takes so much longer than was measured ends there: others want time, too.
@@ -156,7 +157,7 @@ def _train(name: str, budget: Budget, found: Found, out: Path, step_fn: StepFn |
             step_fn=step_fn,
             ends=lambda step: step >= entry.base + FEWEST_STEPS and time.monotonic() > deadline,
         )
-    except loop.NotFinite as error:
+    except NotFinite as error:
         raise UserError(
             f"{name}: the loss or its gradient is not finite, so training stopped; look at"
             f" {workdir / 'previews'}, and for odd pictures in {found.data.name}; another --out"

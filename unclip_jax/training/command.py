@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     from unclip_jax.parallel.cpu import memory as host_memory
     from unclip_jax.training import loop, prepare
     from unclip_jax.training.profile import Span
+    from unclip_jax.training.run import NotFinite
     from unclip_jax.training.workdir import Workdir
 
     cpu_devices.use()
@@ -100,6 +101,6 @@ def main(argv: list[str]) -> None:
             export=functools.partial(run.save, place.local),
             profile=span,
         )
-    except loop.NotFinite as error:
+    except NotFinite as error:
         again = command_line.with_field(argv, "config.train.learning_rate", f"{error.rate:g}")
         raise UserError(f"{error}: {command_line.called('train', again)}") from error

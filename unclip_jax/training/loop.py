@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
+import functools
 import json
 import math
 import time
@@ -21,174 +21,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
 from unclip_jax.common import config as settings
-from unclip_jax.common import grids
 from unclip_jax.common.files import write_text
-from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed, sharding
-from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.training import step as steps
 from unclip_jax.training import writers
 from unclip_jax.training.changes import Change
-from unclip_jax.training.checkpoints import Checkpoints, disk_in_words
 from unclip_jax.training.config import TrainConfig
-from unclip_jax.training.copies import Copies
 from unclip_jax.training.feed import BatchIterator, Feed
-from unclip_jax.training.monitor import Monitor
 from unclip_jax.training.optimizers import Params, make_optimizer, trained
-from unclip_jax.training.preemption import Preemption
-from unclip_jax.training.profile import Profiler, Span
-from unclip_jax.training.resume import Complete, begin, kept
+from unclip_jax.training.profile import Span
+from unclip_jax.training.resume import Complete, begin
+from unclip_jax.training.run import Evaluate, Preview, Run, open_run, to_look_at
 from unclip_jax.training.step import LossFn, StepFn, TrainState, Window
 from unclip_jax.training.workdir import Workdir
-
-Evaluate = Callable[[Params, int], Mapping[str, float]]
-Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
 
 # How many steps the host may be ahead of the devices. Enough that they never wait for it; few
 # enough that queued batches take little memory and a SIGTERM is answered soon.
 _IN_FLIGHT = 4
 
-# What a run is told to go on with that stopped at a higher learning rate: a step of Adam's moves
-# every weight by about the rate.
-HIGHEST_RATE = 1e-3
-
-
-class NotFinite(UserError):
-    """A loss or gradient was not finite.
-
-    Attributes:
-        rate: a learning rate to go on with, in the same workdir.
-    """
-
-    def __init__(self, message: str, rate: float) -> None:
-        """Say what happened."""
-        super().__init__(message)
-        self.rate = rate
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What the loop works with; `_train_steps` is the loop."""
-
-    config: TrainConfig
-    place: Workdir
-    description: dict[str, Any]
-    checkpoints: Checkpoints
-    copies: Copies | None
-    report: writers.Report
-    preemption: Preemption
-    feed: Feed
-    mesh: Mesh
-    monitor: Monitor
-    profiler: Profiler
-    evaluate: Evaluate | None
-    preview: Preview | None
-    ends: Callable[[int], bool]
-    compiled: bool
-
-    def due(self, every: int, step: int, last: bool) -> bool:
-        return every > 0 and (step % every == 0 or last)
-
-    def is_last(self, step: int) -> bool:
-        return step == self.config.steps or self.ends(step)
-
-    def log(self, step: int, window: Window, saving: bool) -> None:
-        """Write the averages since the last log; stop if a step among them was not finite."""
-        self.place.check()
-        averages, bad_step = steps.read_window(window)
-        if bad_step is not None:
-            raise self._not_finite(bad_step)
-        self.report.write_scalars(step, averages | self.monitor.read(step, saving))
-
-    def _not_finite(self, step: int) -> NotFinite:
-        self.checkpoints.wait()
-        good = self.checkpoints.latest()
-        where = self.checkpoints.folder
-        last = f"the last good checkpoint is step {good} in {where}" if good else "none was saved"
-        goes = f"go on from step {good}" if good else "begin anew, as in a new workdir"
-        rate = min(self.config.learning_rate / 10, HIGHEST_RATE)
-        return NotFinite(
-            f"step {step}: the loss or its gradient is not finite, so training stopped ({last});"
-            f" check the data; lower train.learning_rate ({self.config.learning_rate:g}) or set"
-            f" train.grad_clip ({self.config.grad_clip:g}) to {goes}, such as with"
-            f" --config.train.learning_rate={rate:g}",
-            rate,
-        )
-
-    def show(self, state: TrainState, step: int, last: bool) -> dict[str, float]:
-        """Evaluate and draw a preview with the averaged weights, as far as they are due.
-
-        All processes do it together, on weights that stay split as they are. Returns the figures,
-        in every process.
-        """
-        evaluating = self.evaluate is not None and self.due(self.config.eval_every, step, last)
-        previewing = self.preview is not None and self.due(self.config.preview_every, step, last)
-        if not evaluating and not previewing:
-            return {}
-        with self.monitor.overhead("evaluate"):
-            params = _to_look_at(state.averaged, self.mesh)
-            figures: dict[str, float] = {}
-            if evaluating:
-                figures = {name: float(v) for name, v in self.evaluate(params, step).items()}
-                self.report.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
-            if previewing and (pictures := self.preview(params, step)) and distributed.is_lead():
-                self._draw(pictures, step)
-            return distributed.gather(figures)[0]
-
-    def save(
-        self, step: int, state: TrainState, position: Any, figures: Mapping[str, float]
-    ) -> None:
-        """Begin to write a checkpoint."""
-        with self.monitor.overhead("checkpoint"):
-            self.report.flush()
-            self.place.check()
-            positions = self.feed.positions(position)
-            self.checkpoints.save(step, kept(state), positions, self.description, figures)
-
-    def copy(self, step: int, state: TrainState, position: Any) -> None:
-        """Begin to write a copy on this host's disk."""
-        with self.monitor.overhead("checkpoint"):
-            positions = self.feed.positions(position)
-            self.copies.save(step, kept(state), positions, self.description)
-
-    def tell_of_compiling(self, step_fn: StepFn, state: TrainState, batch: Any) -> None:
-        """Say that the step is compiled next, and about how long that takes."""
-        with jax.transfer_guard("disallow"):
-            seconds = steps.about_to_compile(step_fn, state, batch)
-        about = f"{seconds / 60:.0f} minutes" if seconds > 100 else f"{max(1, round(seconds))} s"
-        self.report.progress.line(f"compiling, about {about}, or less if that was done before")
-
-    def stop(self, step: int) -> None:
-        """End after a signal, once everything is saved."""
-        self.checkpoints.wait()
-        self.report.progress.line(
-            f"stopped by SIGTERM; step {step} is saved, the same command goes on"
-        )
-        raise SystemExit(0)
-
-    def _draw(self, pictures: list[tuple[np.ndarray, str]], step: int) -> None:
-        images, captions = zip(*pictures, strict=True)
-        grid = grids.captioned_grid(images, captions, title=f"step {step}")
-        path = self.place.local / "previews" / f"step_{step:08d}.png"
-        grids.save_png(grid, path, {"step": str(step)})
-        self.report.write_image(step, "preview", np.asarray(grid))
-
-
-def _to_look_at(params: Params, mesh: Mesh) -> Params:
-    """Params where figures are computed: of a CPU's devices on the first, else where they are.
-
-    Figures are of whole batches, which a CPU's devices do not share.
-    """
-    return params if jax.process_count() > 1 else cpu_devices.for_rows(params, 1, mesh)[0]
-
 
 def _train_steps(
-    run: _Run, loss_fn: LossFn, step_fn: StepFn, state: TrainState, start: int
+    run: Run, loss_fn: LossFn, step_fn: StepFn, state: TrainState, start: int
 ) -> TrainState:
     """Steps start + 1 to config.steps.
 
@@ -312,61 +169,32 @@ def train(
     sharding.check_batch_size(config.batch_size, mesh, config.grad_accum)
     if profile is not None:
         profile.check(config)
-    place = Workdir(workdir)
     described = dict(description) | {"train": settings.to_dict(config)}
     described = json.loads(json.dumps(described, allow_nan=False))
-    preemption, feed = Preemption(), Feed(batches, config, mesh)
+    feed = Feed(batches, config, mesh)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_in_words(place.name))
-        stack.enter_context(place.owned())
-        stack.enter_context(preemption.in_force())
-        checkpoints = stack.enter_context(Checkpoints(place.checkpoints, config))
-        copies = Copies(place.run()) if config.local_every else None
-        start, state, changes = begin(
-            place, checkpoints, copies, feed, described, complete, init_params, config, mesh
-        )
-        silent = not distributed.is_lead()
-        report = writers.Report(place.local, config.steps, start, silent=silent)
-        stack.enter_context(contextlib.closing(report))
-        monitor = Monitor(place.local, start, began, config, mesh.size, report.progress.line)
-        stack.enter_context(monitor)
-        profiler = Profiler(profile, place.local / "profile", start)
-        stack.enter_context(contextlib.closing(profiler))
-        run = _Run(
-            config=config,
-            place=place,
-            description=described,
-            checkpoints=checkpoints,
-            copies=copies,
-            report=report,
-            preemption=preemption,
-            feed=feed,
-            mesh=mesh,
-            monitor=monitor,
-            profiler=profiler,
-            evaluate=evaluate,
-            preview=preview,
-            ends=ends,
-            compiled=step_fn is not None,
-        )
+        begins = functools.partial(begin, feed, described, complete, init_params, config, mesh)
+        given = {"description": described, "config": config, "feed": feed, "mesh": mesh}
+        given |= {"evaluate": evaluate, "preview": preview, "ends": ends}
+        given["compiled"] = step_fn is not None
+        run, begun = open_run(stack, Workdir(workdir), began, profile, begins, given)
+        start, state, changes = begun
         if distributed.is_lead():
             _introduce(run, state.params, start, changes)
         if step_fn is None:
             step_fn = steps.make_train_step(loss_fn, make_optimizer(config), config, mesh)
         state = _train_steps(run, loss_fn, step_fn, state, start)
-        checkpoints.wait()
+        run.checkpoints.wait()
         _finish(run, state, export)
-        if copies is not None:
-            copies.forget()
     return state
 
 
-def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
+def _finish(run: Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
     """What is done once training is over: export the averaged params, draw the curves."""
     step = int(state.step)
     if export is not None:
-        params = _to_look_at(state.averaged, run.mesh)
+        params = to_look_at(state.averaged, run.mesh)
         if jax.process_count() > 1:
             params = distributed.fetch(params, lead_only=True)
         if distributed.is_lead():
@@ -375,17 +203,19 @@ def _finish(run: _Run, state: TrainState, export: Callable[[Params, int], None] 
         if step < run.config.steps:  # its time was over
             _describe(run, run.description["train"] | {"steps": step})
         writers.plot_metrics(run.place.local)
+    if run.copies is not None:
+        run.copies.forget()
     distributed.gather(None)  # no process ends before the lead has written everything
 
 
-def _describe(run: _Run, train: Mapping[str, Any]) -> str:
+def _describe(run: Run, train: Mapping[str, Any]) -> str:
     """Write description.json, with these settings of the loop; its text."""
     text = json.dumps(run.description | {"train": train}, indent=2, ensure_ascii=False)
     write_text(run.place.local / "description.json", text + "\n")
     return text
 
 
-def _introduce(run: _Run, params: Params, start: int, changes: list[Change]) -> None:
+def _introduce(run: Run, params: Params, start: int, changes: list[Change]) -> None:
     """Write what the run is: description.json, parameters.txt, changes.jsonl, a line or two."""
     text = _describe(run, run.description["train"])
     table = parameter_overview.get_parameter_overview(params, include_stats=False)

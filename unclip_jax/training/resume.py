@@ -41,15 +41,15 @@ def kept(state: TrainState) -> TrainState:
 
 
 def begin(
-    place: Workdir,
-    checkpoints: Checkpoints,
-    copies: Copies | None,
     feed: Feed,
     described: dict[str, Any],
     complete: Complete,
     init_params: Callable[[], Params],
     config: TrainConfig,
     mesh: Mesh,
+    place: Workdir,
+    checkpoints: Checkpoints,
+    copies: Copies | None,
 ) -> Begun:
     """The state to go on from, with the data at the place that matches.
 
