@@ -11,6 +11,7 @@ it takes, and the lead saves the final state.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -105,6 +106,7 @@ def main(arguments: list[str]) -> None:
     workdir, settings, *processes = arguments
     if processes:
         address, count, index = processes
+        importlib.import_module("tensorboardX")  # the lead's: gloo waits no more than 30 s for it
         distributed.initialize("auto", address, int(count), int(index))
     settings = json.loads(settings)
     found = {"hits": 0, "misses": 0}

@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 
-from tests import object_store, test_multihost
+from tests import object_store, test_multihost, toy_run
 from tests.object_store import BucketFileSystem
 from tests.test_multihost import finish, leaves, seen, start_pod
-from tests.toy_run import Batches, assert_same, run
+from tests.toy_run import Batches, assert_same, environment, run
 from unclip_jax.errors import UserError
 from unclip_jax.training import lock, sums, workdir, writers
 from unclip_jax.training.saved import Saved
@@ -40,6 +43,8 @@ def bucket(tmp_path, monkeypatch):
         monkeypatch.setattr(lock, "PATIENCE", 1.0)
         monkeypatch.setattr(workdir, "WAITS", (0.01, 0.01))
         yield server
+    for name in BucketFileSystem.protocol:
+        fsspec.registry._registry.pop(name, None)
 
 
 def objects(server):
@@ -246,6 +251,28 @@ def test_a_sum_is_that_of_its_parts_and_any_changed_bit_changes_it(shape, dtype)
 
 
 # kill -9 while an object store is written to
+
+
+@pytest.mark.slow
+def test_killed_while_writing_to_the_store(bucket, tmp_path):
+    """kill -9 in the midst of checkpoint 20: the run goes on from 10, and nothing is different."""
+    settings = {"steps": 30, **SETTINGS}
+    command = [sys.executable, toy_run.__file__, RUN, json.dumps(settings)]
+    marks = {step: content(bucket, f"checkpoints/{step}/commit_success.txt") for step in (10, 20)}
+    with subprocess.Popen(command, env=environment()) as process:
+        deadline = time.monotonic() + 600
+        while not any(name.startswith("checkpoints/20/state/") for name in objects(bucket)):
+            assert time.monotonic() < deadline and process.poll() is None
+            bucket.slow = 0.2 if marks[10].exists() else 0.0
+            time.sleep(0.005)
+        process.kill()
+    bucket.slow = 0.0
+    assert marks[10].exists() and not marks[20].exists() and "lock" in objects(bucket)
+    batches = Batches()
+    final = run(RUN, batches, **settings)
+    assert batches.log == list(range(10, 30))
+    assert_same(final, run(tmp_path / "disk", **settings))
+    assert logged(content(bucket, "metrics.jsonl")) == logged(tmp_path / "disk" / "metrics.jsonl")
 
 
 @pytest.mark.slow

@@ -543,7 +543,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path):
 
 def test_workdirs_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
-    for workdir in (tmp_path / "file", tmp_path / "file" / "run", "gs://bucket/run", ""):
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run", "s3://bucket/run", ""):
         with pytest.raises(UserError, match="workdir"):
             run(workdir, steps=4)
 
