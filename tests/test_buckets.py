@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-import fsspec
 import jax
 import numpy as np
 import pytest
+from fsspec.registry import _registry as registered
 
 from tests import object_store, test_multihost, toy_run
 from tests.object_store import BucketFileSystem
@@ -44,7 +44,7 @@ def bucket(tmp_path, monkeypatch):
         monkeypatch.setattr(workdir, "WAITS", (0.01, 0.01))
         yield server
     for name in BucketFileSystem.protocol:
-        fsspec.registry._registry.pop(name, None)
+        registered.pop(name, None)
 
 
 def objects(server):

@@ -27,7 +27,7 @@ from unclip_jax.training.preemption import Preemption
 from unclip_jax.training.profile import Profiler, Span
 from unclip_jax.training.resume import Begun, kept
 from unclip_jax.training.step import StepFn, TrainState, Window
-from unclip_jax.training.workdir import Workdir
+from unclip_jax.training.workdir import Workdir, sent
 
 Evaluate = Callable[[Params, int], Mapping[str, float]]
 Preview = Callable[[Params, int], list[tuple[np.ndarray, str]]]
@@ -128,6 +128,7 @@ class Run:
         with self.monitor.overhead("checkpoint"):
             self.report.flush()
             self.place.check()
+            sent(self.place)  # the metrics up to a checkpoint are there before it is
             positions = self.feed.positions(position)
             self.checkpoints.save(step, kept(state), positions, self.description, figures)
 

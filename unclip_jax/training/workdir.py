@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -216,10 +216,10 @@ class Bucket:
             thread.join()
             self.send(local)
 
-    def send(self, local: Path) -> None:
-        """Send the files of a folder here that are new or have changed."""
+    def send(self, local: Path, names: Sequence[str] = ()) -> None:
+        """Send the files of a folder here that are new or have changed; or of these names alone."""
         with self._sending:
-            for path in sorted(local.rglob("*")):
+            for path in [local / name for name in names] or sorted(local.rglob("*")):
                 name = path.relative_to(local).as_posix()
                 if not path.is_file() or name in _STAYS or path.name.endswith(".tmp"):
                     continue
@@ -231,6 +231,6 @@ class Bucket:
 
 
 def sent(workdir: Workdir) -> None:
-    """Send what is new to the bucket now, if the workdir is in one; the lead does."""
+    """Send what a run that goes on needs to the bucket, if the workdir is in one; the lead does."""
     if workdir.bucket is not None and distributed.is_lead():
-        workdir.bucket.send(workdir.local)
+        workdir.bucket.send(workdir.local, _NEEDED)
