@@ -95,6 +95,7 @@ def text_to_image(
         small,
         prompt=[inputs.text("prompt", prompt)],
         num=inputs.choice("pictures", num, NUMS),
+        first=0,
         guidance_scale=inputs.scale("guidance scale", guidance),
         prior_guidance_scale=inputs.scale("prior's guidance scale", prior_guidance),
         negative=inputs.text("negative prompt", negative, empty=True),
