@@ -91,6 +91,7 @@ def compute(
         for shard in mine:
             name = meta.shard_name(shard)
             folder.tidy(name)
+            folder.tidy(entries.name_of(meta, shard))
             with folder.writing(name) as path:
                 writer = ShardWriter(path, meta, shard)
                 for pair in itertools.islice(pairs, len(meta.shard_pairs(shard))):
