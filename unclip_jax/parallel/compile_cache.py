@@ -5,8 +5,8 @@ JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=fal
 
 JAX lets the first of several processes alone write. That would leave the others to compile each
 time what runs on their own devices alone (frozen text encoders, for instance), since the key of a
-program names its devices. So here each process writes: into a folder that all share what is of its
-own devices, into one of its own everything.
+program names its devices, and on CPUs its process. So here each process writes: into a folder that
+all share what no other would write, into one of its own everything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def use(shared: str | Path = "") -> None:
     several = jax.distributed.is_initialized() and jax.process_count() > 1
     chosen = jax.config.jax_compilation_cache_dir is not None
     if several:
-        _let_all_write(everything=not (chosen or shared))
+        # CPUs' keys name the process, so that no two write the same.
+        _let_all_write(everything=not (chosen or shared) or jax.default_backend() == "cpu")
     if chosen:
         return
     if shared and several:
