@@ -89,13 +89,15 @@ class Budget:
         """The stages that are still to train."""
         return [name for name, entry in self.entries.items() if not entry.done]
 
-    def training_seconds(self) -> float:
-        """What is left for steps, of all stages still to train, if nothing else has been spent."""
-        left = self.left()
+    def aside(self) -> float:
+        """Seconds that are still needed for all but steps: figures, previews, the page."""
         compiling = {name: entry.pace.compiling for name, entry in self.entries.items()}
         page = PAGE * sum(compiling[name] for name in STAGES if name != "clip")
-        aside = page + OVERHEAD * sum(compiling[name] for name in left)
-        return 60 * self.minutes - self.spent - aside
+        return page + OVERHEAD * sum(compiling[name] for name in self.left())
+
+    def training_seconds(self) -> float:
+        """What is left for steps, of all stages still to train."""
+        return 60 * self.minutes - self.spent - self.aside()
 
     def settle(self, name: str, trained: int) -> Entry:
         """Decide how many steps a stage trains, of which so many lie behind it."""

@@ -114,15 +114,16 @@ def _say_plan(budget: Budget, out: Path) -> None:
             f"  {name:<9} about {seconds / 60:5.1f} min, {steps:,} steps,"
             f" {steps * entry.pace.batch_size:,} examples"
         )
-    say("", f"to do, in about {budget.minutes - budget.spent / 60:.1f} more minutes:", *lines)
+    minutes = (total + budget.aside()) / 60
+    say("", f"to do, in about {minutes:.1f} more minutes:", *lines)
     say(
         "  figures, previews and the page take the rest; every fifth of a stage leaves a preview",
         f"  in {out}/STAGE/previews; stop it whenever you like: the same command goes on",
     )
     if total > max(spendable, 0.0) + 1.0:
         say(
-            f"note: {budget.minutes:g} minutes are too few for this size on this machine: every"
-            f" stage trains {FEWEST_STEPS} steps all the same, and draws nothing to speak of"
+            f"note: {budget.minutes:g} minutes are too few for size {budget.size} on this machine:"
+            f" a stage trains {FEWEST_STEPS} steps all the same, and draws nothing to speak of"
         )
 
 
