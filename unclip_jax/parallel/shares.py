@@ -30,7 +30,11 @@ def own(batches: Iterable[T]) -> Iterator[T]:
 
 
 def local_mesh() -> Mesh | None:
-    """A mesh of this process's own devices; None where it has one."""
+    """A mesh of this process's own devices; None where it has one.
+
+    UserError where there are devices of processes that were not joined.
+    """
+    distributed.check_initialized()
     if jax.local_device_count() == 1:
         return None
     if jax.process_count() == 1:
@@ -67,8 +71,7 @@ def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 def join(args: argparse.Namespace) -> None:
     """Join the other processes, if there are any, by the flags of `command_line.add_hosts`.
 
-    UserError if they are not found.
+    Nothing may have asked for devices before, nor does this. UserError if they are not found.
     """
     given = (args.coordinator_address, args.num_processes, args.process_id)
     distributed.initialize(args.distributed, *given)
-    distributed.check_initialized()
