@@ -36,8 +36,8 @@ OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "finite", "st
 _EMA = np.iinfo(np.uint32).max  # folded into a step's key, for the rounding of the average
 _NEVER = np.iinfo(np.int32).max
 
-# Compiling took 7 to 14 times as long as tracing: stages of configs/emoji on two CPU cores.
-COMPILING_PER_TRACING = 10.0
+# Compiling took 12 times as long as tracing for configs/emoji/clip, on two CPU cores.
+COMPILING_PER_TRACING = 12.0
 
 # Drawing takes 80 ns a param where the compiler did not optimise, 23 ns where it did for 10 s more.
 _FEW = 200_000_000
