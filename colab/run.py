@@ -31,6 +31,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,7 +185,8 @@ def execute_as_in_colab(name: str, work: Path) -> nbformat.NotebookNode:
     """A notebook, on tiny models, in a new venv that has nothing but jax and a kernel.
 
     It runs in an empty folder but for the wheel; the wheel is built, and what it needs is installed
-    by the notebook's own first cell, so this takes minutes and asks package indices.
+    by the notebook's own first cell, so this takes minutes and asks package indices. `work` is a
+    folder outside of any clone.
     """
     folder, venv = work / "content", work / "venv"
     folder.mkdir(parents=True)
@@ -333,7 +335,8 @@ def main(argv: list[str]) -> None:
         work.mkdir(parents=True)
         print(f"{name} ...", flush=True)
         if args.colab:
-            notebook = execute_as_in_colab(name, work)
+            with tempfile.TemporaryDirectory() as empty:  # with no clone around it
+                notebook = execute_as_in_colab(name, Path(empty))
         elif args.smoke:
             notebook = execute(name, smoke_parameters(name, work))
         else:

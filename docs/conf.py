@@ -11,7 +11,9 @@ from pathlib import Path
 from sphinx.domains.python import PyObject
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import gallery  # noqa: E402  docs/gallery.py
 
 project = "unclip_jax"
 html_title = "unclip_jax"
@@ -63,6 +65,8 @@ MARKUP = re.compile(
 def read_page(app, page: str, source: list[str]) -> None:
     """Make of a page as it stands on GitHub one of the site."""
     folder = (ROOT / "docs" / page).parent
+    if page == "gallery":
+        source[0] = gallery.page(gallery.read())
     source[0] = LINK.sub(lambda link: _link(link, folder), source[0])
     if page in OUTSIDE:
         text = (ROOT / OUTSIDE[page]).read_text(encoding="utf-8")
