@@ -169,6 +169,15 @@ def read_fingerprint(folder: str | Path) -> str:
     return _read_config(Path(folder))["params_fingerprint"]
 
 
+def read_dtype(folder: str | Path) -> str:
+    """The dtype that a model folder's weights are stored in; "" for whatever they were.
+
+    Raises:
+        UserError: as for `read_description`.
+    """
+    return _read_config(Path(folder))["storage_dtype"] or ""
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():

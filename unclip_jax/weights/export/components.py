@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
+from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.convert import clip_names, huggingface, karlo_configs, karlo_names
 from unclip_jax.weights.convert.tables import Tensors, to_theirs
 from unclip_jax.weights.export.folders import (
@@ -14,13 +17,18 @@ from unclip_jax.weights.export.folders import (
     write_json,
     write_tensors,
 )
-from unclip_jax.weights.trained import Part, tokenizer
+from unclip_jax.weights.trained import Part, load_part, tokenizer
 
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
 CLIP_FILE = "model.safetensors"
 SCHEDULER_FILE = "scheduler_config.json"
 
 Component = tuple[str, str, str]  # its name, the library and the class that read it
+
+
+def stored(path: Path) -> Part:
+    """The stage in a folder, its weights in the dtype that they are stored in."""
+    return load_part(path, dtype=model_folder.read_dtype(path))
 
 
 def network(
@@ -47,6 +55,10 @@ def unclip_scheduler(out: Path, name: str, part: Part) -> Component:
 def prior(out: Path, part: Part) -> Component:
     """Write a prior that reads CLIP's states, without its scheduler."""
     tree = {name: part.params[name] for name in ("network", "normalisation")}
+    dtype = tree["network"]["query"].dtype
+    narrow = {name: x.astype(dtype) for name, x in tree["normalisation"].items()}
+    if all(map(jnp.array_equal, narrow.values(), tree["normalisation"].values())):
+        tree["normalisation"] = narrow  # as it came; else it stays in float32
     settings = karlo_configs.prior_settings(part.stage.model)
     tensors = to_theirs(karlo_names.diffusers_prior(), tree)
     return network(out, "prior", "PriorTransformer", settings, tensors)

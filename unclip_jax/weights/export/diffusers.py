@@ -1,6 +1,7 @@
 """A Karlo or Kandinsky of ours back to diffusers' layout, so that what is fine-tuned can go home.
 
-The key maps are those of the way in, read the other way; the weights keep their values exactly.
+The key maps are those of the way in, read the other way; the weights keep their values exactly,
+and the dtype that they are stored in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from unclip_jax.weights.convert.tables import to_theirs
 from unclip_jax.weights.export import components, kandinsky
 from unclip_jax.weights.export.components import Component
 from unclip_jax.weights.export.folders import check_out, new_folder, write_json
-from unclip_jax.weights.trained import Part, find_parts, load_part, read_stage
+from unclip_jax.weights.trained import Part, find_parts, read_stage
 
 
 def write(model: str | Path, out: str | Path) -> Iterator[str]:
@@ -62,7 +63,7 @@ def write(model: str | Path, out: str | Path) -> Iterator[str]:
     with new_folder(out) as folder:
         for kind, write_kind in kinds.items():
             for path in found.get(kind, []):
-                for name, library, class_name in write_kind(load_part(path), folder):
+                for name, library, class_name in write_kind(components.stored(path), folder):
                     written[name] = [library, class_name]
                     yield name
         has_prior = "prior" in written

@@ -13,7 +13,7 @@ from unclip_jax.weights.convert.tables import to_theirs
 from unclip_jax.weights.export import components
 from unclip_jax.weights.export.components import Component
 from unclip_jax.weights.export.folders import write_json
-from unclip_jax.weights.trained import Part, load_part
+from unclip_jax.weights.trained import Part
 
 
 def write(found: dict[str, list[Path]], out: Path) -> Iterator[str]:
@@ -35,7 +35,7 @@ def write(found: dict[str, list[Path]], out: Path) -> Iterator[str]:
             raise UserError(f"model: {number}, for diffusers' folders hold a whole Kandinsky")
     if found.get("upsampler"):
         raise UserError("model: it has an upsampler, which Kandinsky in diffusers' layout has not")
-    parts = (load_part(found[kind][0]) for kind in ("clip", "prior", "decoder"))
+    parts = (components.stored(found[kind][0]) for kind in ("clip", "prior", "decoder"))
     clip = next(parts)
     if clip.stage.model.towers != "both":
         has = clip.stage.model.towers
