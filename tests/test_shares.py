@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -14,8 +15,9 @@ from tests import heldout_run, shares_run
 from tests.shares_run import BATCH, PICTURES
 from tests.test_multihost import ENVIRONMENT
 from tests.xla_flags import xla_flags
-from unclip_jax.metrics.vectors import moments
-from unclip_jax.parallel import shares
+from unclip_jax.evaluate.pictures import with_moments
+from unclip_jax.metrics.vectors import Vectors, moments
+from unclip_jax.parallel import distributed, shares
 from unclip_jax.pipeline.drawing import Kept, in_batches, keeping
 
 
@@ -66,6 +68,54 @@ def test_what_was_drawn_is_not_drawn_again(tmp_path):
             assert in_batches(10, 3, numbered([]))[:, 0].tolist() == list(range(10))
         kept.forget()
     assert not any(tmp_path.iterdir())
+
+
+def in_threads(count, work, monkeypatch):
+    """`work()` in threads that take themselves for processes; what each returns."""
+    me, board, barrier = threading.local(), [None] * count, threading.Barrier(count, timeout=300)
+    found = [None] * count
+
+    def exchange(value):
+        board[me.index] = value
+        barrier.wait()
+        every = list(board)
+        barrier.wait()
+        return every
+
+    def run(index):
+        me.index = index
+        found[index] = work()
+
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: me.index)
+    gather = lambda value: json.loads(json.dumps(exchange(value)))  # noqa: E731
+    monkeypatch.setattr(distributed, "gather", gather)
+    allgather = lambda x: np.stack(exchange(np.asarray(x)))  # noqa: E731
+    monkeypatch.setattr(shares.multihost_utils, "process_allgather", allgather)
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize(("total", "count"), [(30_000, 8), (100, 3), (5, 4)])
+def test_shares_are_joined_in_order(total, count, monkeypatch):
+    """Pictures and moments are those of one process; some processes may have nothing to draw."""
+    alone = in_batches(total, BATCH, shares_run.draw([]))
+
+    def work():
+        made = in_batches(total, BATCH, shares_run.draw([]))
+        features = made.reshape(total, -1).astype(np.float32) / 255
+        return made, with_moments(Vectors(features[:, :2], features)).moments
+
+    expected = moments(alone.reshape(total, -1).astype(np.float32) / 255)
+    for made, found in in_threads(count, work, monkeypatch):
+        np.testing.assert_array_equal(made, alone)
+        assert found.count == total
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+        np.testing.assert_allclose(found.scatter, expected.scatter, rtol=1e-9, atol=1e-9)
 
 
 def run_on(count, devices, script, *arguments):
