@@ -175,7 +175,7 @@ def test_the_loss_is_a_projection_and_a_contrast_with_equal_captions_as_one():
     noise = jax.random.normal(key, (4, tiny.DIM))
     cond = ECLIPSE.condition_of(batch)
     found = np.asarray(tiny.call(ECLIPSE, "predict", params, noise, cond), np.float64)
-    projection = np.mean((found - batch["z_i"]) ** 2)
+    projection = np.mean((found - np.float64(batch["z_i"])) ** 2)
     unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)  # noqa: E731
     logits = unit(found) @ unit(np.asarray(batch["z_t"], np.float64)).T / 0.07
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
