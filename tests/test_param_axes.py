@@ -20,7 +20,7 @@ from unclip_jax.parallel import axes, sharding
 from unclip_jax.training import lora, optimizers
 from unclip_jax.training.optimizers import MatrixAxes
 
-AT_PIXELS = ("conv_in", "conv_out", "patches", "pixels")
+AT_PIXELS = ("conv_in", "conv_out", "patches", "pixels", "narrow", "from_pixels", "to_pixels")
 
 
 def stage_of(name: str) -> stages.Stage:
