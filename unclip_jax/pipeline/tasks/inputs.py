@@ -99,8 +99,9 @@ def load(args: argparse.Namespace) -> UnCLIP:
         steps = getattr(args, name, None)
         return part if steps is None or part is None else part.respaced(f"--{name}", steps)
 
+    model = told_of(args, model)
     return dataclasses.replace(
-        told_of(args, model),
+        model,
         prior=respace(model.prior, "prior_steps"),
         decoder=respace(model.decoder, "decoder_steps"),
         upsamplers=tuple(respace(part, "upsampler_steps") for part in model.upsamplers),
