@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import shlex
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def _drawn(out: Path, found: Found) -> str:
         key, told = jax.random.key(0), {"batch_size": BATCH, "progress": bars.update}
         pictures = model.generate(key, captions, num=EACH, **told)
     each = [caption for caption in captions for _ in range(EACH)]
-    save_png(captioned_grid(list(pictures), each, columns=2 * EACH), out / SAMPLES)
+    grid = captioned_grid(list(pictures), each, columns=2 * EACH)
+    save_png(grid, out / SAMPLES, {"prompt": json.dumps(captions)})
     own = _recognised(model, pictures, captions)
     parts = ["<h2>What it draws</h2>"]
     for title, some in (("for captions it was trained on", trained), ("for captions it never saw",
