@@ -1,6 +1,6 @@
 """What the configs of the box model share: sizes that its stages agree on, variants.
 
-All stages together have 29.4 M parameters, 59 MB in bf16: the canvas is part of the decoder.
+All stages together have 29.5 M parameters, 59 MB in bf16: the canvas is part of the decoder.
 configs/box/train.sh trains them in order and resumes. The variants, the text after the colon
 (clip.py:gpu):
 
@@ -27,7 +27,7 @@ IMAGE_SIZE = 64  # of what the decoder draws
 
 CANVAS = CanvasConfig(embed_dim=EMBED_DIM, width=1536, layers=2, size=32)
 
-DATA = DataConfig(name="emoji_styles")
+DATA = DataConfig(name="emoji_art")
 
 
 def make(stage, train, variant, *, gpu, data=DATA):

@@ -1,6 +1,6 @@
 """The canvas of the box model: z_i and z_t to 32 px, for its decoder. 10.0 M parameters.
 
-    unclip styles build --size 48 64
+    unclip styles build --data emoji_art --size 48 64
     unclip train --config=box/canvas --workdir=runs/box/canvas \
         --config.clip=runs/box/clip --config.prior=runs/box/prior
 
@@ -14,7 +14,9 @@ from unclip_jax.training.config import TrainConfig
 
 def get_config(variant=""):
     """The config; `:gpu` for an accelerator, `:smoke` runs in seconds."""
-    stage = CanvasStage(model=base.CANVAS, image_size=base.IMAGE_SIZE)
+    stage = CanvasStage(
+        model=base.CANVAS, image_size=base.IMAGE_SIZE, penalty="charbonnier", z_t_drop=0.1
+    )
     train = TrainConfig(
         batch_size=256,
         steps=9000,

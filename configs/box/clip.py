@@ -1,10 +1,10 @@
-"""CLIP of the box model: emoji in three styles, captions that name the style. 3.5 M parameters.
+"""CLIP of the box model: emoji in eight styles, captions that name the style. 3.5 M parameters.
 
-    unclip styles build --size 48
+    unclip styles build --data emoji_art --size 48
     unclip train --config=box/clip --workdir=runs/box/clip
 
-After 1000 steps of 256, 69 minutes on two shared CPU cores, the own caption is nearest for 37 % of
-the 469 held-out pictures among their captions (chance 0.2 %).
+After 1500 steps of 256 by Muon, 36 minutes on two shared CPU cores, the own caption is nearest for
+64 % of 512 held-out pictures among their captions (chance 0.2 %).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def get_config(variant=""):
     stage = ClipStage(
         model=ClipConfig(
             image_size=48,
-            patch=8,
+            patch=12,
             vision_width=192,
             vision_layers=4,
             vision_heads=6,
@@ -35,9 +35,10 @@ def get_config(variant=""):
     )
     train = TrainConfig(
         batch_size=256,
-        steps=1000,
-        learning_rate=1e-3,
+        steps=1500,
+        learning_rate=1.2e-3,
         warmup_steps=50,
+        optimizer="muon",
         schedule="cosine",
         b2=0.98,
         weight_decay=0.1,

@@ -1,6 +1,6 @@
 """The decoder of the box model: z_i and caption to a 64 px picture. 10.0 M parameters.
 
-    unclip styles build --size 48 64
+    unclip styles build --data emoji_art --size 48 64
     unclip train --config=box/decoder --workdir=runs/box/decoder \
         --config.clip=runs/box/clip --config.prior=runs/box/prior \
         --config.canvas=runs/box/canvas

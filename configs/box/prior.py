@@ -1,6 +1,6 @@
 """The prior of the box model: caption to CLIP image embedding. 2.8 M parameters.
 
-    unclip styles build --size 48
+    unclip styles build --data emoji_art --size 48
     unclip train --config=box/prior --workdir=runs/box/prior \
         --config.clip=runs/box/clip
 """
@@ -24,13 +24,14 @@ def get_config(variant=""):
             vocab_size=base.VOCAB_SIZE,
             text_width=0,
         ),
-        sampling=Sampling(method="ddpm", spacing="64"),
+        sampling=Sampling(method="dpm++", spacing="6"),
     )
     train = TrainConfig(
         batch_size=128,
-        steps=3000,
+        steps=900,
         learning_rate=1e-3,
         warmup_steps=100,
+        optimizer="muon",
         schedule="cosine",
         b2=0.96,
         eps=1e-6,

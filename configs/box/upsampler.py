@@ -1,6 +1,6 @@
 """The upsampler of the box model: 64 px to 256 px, trained on 64 px crops. 3.1 M parameters.
 
-unclip styles build --size 256
+unclip styles build --data emoji_art --size 256
 unclip train --config=box/upsampler --workdir=runs/box/upsampler
 """
 
