@@ -247,10 +247,11 @@ def run(folder, stage, name, **settings):
     config = config_of(folder, stage, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "parse", lambda argv: None)
+        patch.setattr(command.command_line, "name_of", lambda values: "a config of this test")
         for flag, value in (("CONFIG", config), ("WORKDIR", str(folder / name))):
             patch.setattr(command, flag, type("Flag", (), {"value": value}))
-        for flag in ("DISTRIBUTED", "COORDINATOR", "PROCESSES", "PROCESS"):
-            value = "off" if flag == "DISTRIBUTED" else None
+        for flag in ("DISTRIBUTED", "COORDINATOR", "PROCESSES", "PROCESS", "PROFILE"):
+            value = {"DISTRIBUTED": "off", "PROFILE": ""}.get(flag)
             patch.setattr(command, flag, type("Flag", (), {"value": value}))
         command.main([])
     return load_part(folder / name)

@@ -254,7 +254,7 @@ def test_what_is_imported_is_in_the_core_or_in_the_table_of_extras():
     distributions = importlib.metadata.packages_distributions()
     core = declared(PROJECT["dependencies"])
     late = {package for packages in extras.EXTRAS.values() for package in packages}
-    welcome = {"pillow_heif"}  # read with where it happens to be installed
+    welcome = {"pillow_heif", "zstandard"}  # read with where they happen to be installed
     for package in imported() - late - welcome:
         assert package in extras.CORE or package in brought, f"{package}: not in extras.CORE"
         known = {name.lower().replace("_", "-") for name in distributions.get(package, ())}
