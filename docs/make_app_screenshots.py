@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -102,9 +103,17 @@ class Tab:
             self.wait_until(lambda i=i: self._fields("upload")[i].find_elements(By.TAG_NAME, "img"))
 
     def example(self, number: int) -> None:
-        """Click one of the tab's examples."""
-        found = self.browser.find_elements(By.CSS_SELECTOR, "button.example")
-        [element for element in found if element.is_displayed()][number].click()
+        """Click one of the tab's examples, once they are there."""
+
+        def click() -> bool:
+            found = self.browser.find_elements(By.CSS_SELECTOR, "button.example")
+            shown = [element for element in found if element.is_displayed()]
+            if len(shown) <= number:
+                return False
+            shown[number].click()
+            return True
+
+        self.wait_until(click)
 
     def value(self, label: str) -> str:
         """What a field holds."""
@@ -167,8 +176,9 @@ class Tab:
         print(path)
 
     def wait_until(self, condition: Callable[[], Any]) -> Any:
-        """What the condition gives, as soon as it gives something."""
-        return WebDriverWait(self.browser, PATIENCE, 0.2).until(lambda _: condition())
+        """What the condition gives, once it gives something; the page may change meanwhile."""
+        stale = (StaleElementReferenceException,)
+        return WebDriverWait(self.browser, PATIENCE, 0.2, stale).until(lambda _: condition())
 
     def _shown(self, selector: str) -> WebElement | None:
         found = self.browser.find_elements(By.CSS_SELECTOR, selector)
