@@ -195,7 +195,12 @@ MOVQS = {
 
 
 @pytest.mark.parametrize(
-    ("size", "side"), [("two levels", (5, 3)), ("three levels", (2, 7)), ("no attention", (3, 4))]
+    ("size", "side"),
+    [
+        ("two levels", (5, 3)),
+        pytest.param("three levels", (2, 7), marks=pytest.mark.slow),
+        ("no attention", (3, 4)),
+    ],
 )
 def test_movq_agrees_with_diffusers(size, side):
     """Encoder, decoder, codebook, and all of them; the decoder in bands of rows, too."""

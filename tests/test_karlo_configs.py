@@ -41,7 +41,7 @@ KINDS = {
     ),
     "decoder": (
         diffusers.UNet2DConditionModel,
-        configs._DECODER,
+        configs.CONDITIONED,
         configs.decoder_settings(DECODER.unet),
         read_decoder,
     ),

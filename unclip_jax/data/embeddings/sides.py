@@ -32,7 +32,8 @@ class Sides:
         """
         self._ranges, self._names = ranges, [entries.name_of(meta, s) for s in range(meta.shards)]
         if lacking := sum(name not in sizes for name in self._names):
-            logging.warning(
+            say = logging.info if folder.local else logging.warning  # a disk is read fast
+            say(
                 "embeddings: %s: %d of %d shards lack what lets single records be read: an older"
                 " version wrote them. Each is read through once, and what is found is kept in"
                 " cache_dir; the same unclip embed as then adds it to the store",
