@@ -1,6 +1,6 @@
 """What a host holds of a data set, and its time to the first batch, by the number of pairs.
 
-    python -m benchmarks.pairs --folder /tmp/pairs --pairs 1000000 4000000 16000000 \\
+    python -m benchmarks.pairs --folder pairs --pairs 1000000 4000000 16000000 \\
         --images 1000000 4000000 --out docs/images/pairs.png
 
 makes stores of embeddings of so many pairs (4 wide: what is measured does not depend on that) and

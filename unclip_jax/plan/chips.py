@@ -16,6 +16,7 @@ from jax.experimental import topologies
 
 from unclip_jax.common import extras
 from unclip_jax.errors import UserError, one_line, wrong
+from unclip_jax.parallel.flops import PEAKS
 from unclip_jax.plan import cuda
 
 GIB = 2**30
@@ -51,11 +52,11 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(31.25 * GIB, 3, 275e12, 1228e9, 300e9, 6.25e9),
-    "v5e": Chip(15.75 * GIB, 2, 197e12, 819e9, 200e9, 3.125e9),
-    "v5p": Chip(95.74 * GIB, 3, 459e12, 2765e9, 600e9, 6.25e9),
-    "v6e": Chip(31.25 * GIB, 2, 918e12, 1600e9, 400e9, 12.5e9),
-    "tpu7x": Chip(94.75 * GIB, 3, 2307e12 / 2, 7380e9 / 2, 300e9, 6.25e9, devices=2),
+    "v4": Chip(31.25 * GIB, 3, PEAKS["TPU v4"], 1228e9, 300e9, 6.25e9),
+    "v5e": Chip(15.75 * GIB, 2, PEAKS["TPU v5e"], 819e9, 200e9, 3.125e9),
+    "v5p": Chip(95.74 * GIB, 3, PEAKS["TPU v5"], 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(31.25 * GIB, 2, PEAKS["TPU v6"], 1600e9, 400e9, 12.5e9),
+    "tpu7x": Chip(94.75 * GIB, 3, PEAKS["TPU7x"], 7380e9 / 2, 300e9, 6.25e9, devices=2),
     "h100": Chip(0.75 * cuda.MEMORY, 2, gpu=True),
 }
 EXAMPLES = "v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h100:8x8, 2xv5p:4x4x8"
