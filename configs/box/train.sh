@@ -4,8 +4,9 @@
 #
 #   bash configs/box/train.sh [FOLDER [VARIANT]]    runs/box on a CPU; variants: configs/box/base.py
 #
-# On two CPU cores that other work used as well: CLIP 36 minutes, prior 15, its samples for the
-# others 3 or more, canvas 21, and what the decoder and the upsampler are given.
+# On two CPU cores that other work used as well: CLIP 36 minutes, prior 15, canvas 21, and what the
+# decoder and the upsampler are given. One sample of the prior a caption, in 4 steps, took 3; the
+# configs ask for 6 times that.
 set -euo pipefail
 out=${1:-runs/box}
 variant=${2:+:$2}

@@ -129,13 +129,22 @@ def sample(
     if not return_trajectory:
         return packing.unpack(loop(step, carry, process.steps)[0])
 
+    x_0, states = _with_states(step, carry, process.steps, loop)
+    return packing.unpack(x_0), packing.unpack(states, axes=2)
+
+
+def _with_states(
+    step: Callable[[jax.Array, Any], Any], carry: tuple[jax.Array, Any], steps: int, loop: Loop
+) -> tuple[jax.Array, jax.Array]:
+    """Where so many steps lead from a carry, and every state on the way `[steps + 1, b, ...]`."""
+
     def kept(n: jax.Array, carry: tuple[tuple[jax.Array, Any], jax.Array]) -> tuple[Any, jax.Array]:
         states, carry = carry[1], step(n, carry[0])
         return carry, states.at[n + 1].set(carry[0])
 
-    states = jnp.broadcast_to(start[None], (process.steps + 1, *start.shape))
-    (x_0, _), states = loop(kept, (carry, states), process.steps)
-    return packing.unpack(x_0), packing.unpack(states, axes=2)
+    states = jnp.broadcast_to(carry[0][None], (steps + 1, *carry[0].shape))
+    (x_0, _), states = loop(kept, (carry, states), steps)
+    return x_0, states
 
 
 def invert(
