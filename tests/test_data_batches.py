@@ -438,7 +438,7 @@ def test_a_plain_script_reads_batches_and_ends(tmp_path):
 
 
 def test_more_bad_records_than_are_told_apart_are_counted_and_skipped(monkeypatch):
-    monkeypatch.setattr("unclip_jax.data.batches.TOLD_APART", 3)
+    monkeypatch.setattr("unclip_jax.data.examples.TOLD_APART", 3)
     source = Pictures(20, bad=range(0, 20, 2))
     stream = batches(source, CACHED, seed=0, batch_size=5)
     seen = take(stream, 4)  # two epochs

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from unclip_jax.common import command_line
 from unclip_jax.data import datasets
-from unclip_jax.data.batches import threads_for
 from unclip_jax.data.embeddings.shards import DTYPES
 from unclip_jax.data.embeddings.writer import (
     PAIRS_PER_SHARD,
@@ -38,6 +37,7 @@ from unclip_jax.data.embeddings.writer import (
     finish,
     missing_shards,
 )
+from unclip_jax.data.examples import threads_for
 from unclip_jax.data.records import summary
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unclip_jax import stages
-from unclip_jax.data.batches import TextEncoder, batches
+from unclip_jax.data.batches import batches
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.examples import TextEncoder
 from unclip_jax.data.records import Source
 from unclip_jax.data.tokenizer import Encoder
 from unclip_jax.metrics import pca

@@ -15,7 +15,7 @@ from absl import logging
 
 from unclip_jax import stages
 from unclip_jax.common.files import default_cache_dir
-from unclip_jax.data import batches, datasets
+from unclip_jax.data import batches, datasets, examples
 from unclip_jax.data.embeddings import store as embeddings
 from unclip_jax.data.embeddings import writer
 from unclip_jax.data.embeddings.retrieval import RetrievalStore
@@ -321,7 +321,7 @@ def cached_embeddings(data: datasets.DataConfig, clip: Part, meta: Meta, cache: 
             fit=seen.fit,
             tokenizer=tokenizer(clip),
             batch_size=EMBED_BATCH,
-            threads=batches.threads_for(seen),
+            threads=examples.threads_for(seen),
             on_pairs=lambda done, of: bar.update(done - bar.n),
         )
     print(f"embedded in {time.monotonic() - began:.0f} s", flush=True)

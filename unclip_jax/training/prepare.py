@@ -20,7 +20,8 @@ from unclip_jax.common import checks
 from unclip_jax.common import config as settings
 from unclip_jax.common.params import fingerprint
 from unclip_jax.data import batches, datasets
-from unclip_jax.data.batches import Batches, TextEncoder
+from unclip_jax.data.batches import Batches
+from unclip_jax.data.examples import TextEncoder
 from unclip_jax.data.records import Source, fingerprints, summary
 from unclip_jax.data.tokenizer import Encoder, FileTokenizer
 from unclip_jax.errors import UserError, wrong

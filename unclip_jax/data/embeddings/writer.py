@@ -21,10 +21,10 @@ import numpy as np
 from absl import logging
 
 from unclip_jax.common.files import making_folder
-from unclip_jax.data.batches import Captions
 from unclip_jax.data.embeddings import entries
 from unclip_jax.data.embeddings.folders import Folder
 from unclip_jax.data.embeddings.shards import FIRST, HELDOUT, META, VALID, Meta, Pair, ShardWriter
+from unclip_jax.data.examples import Captions
 from unclip_jax.data.images import CENTRE, Fit, square
 from unclip_jax.data.records import BadRecord, Source, is_heldout
 from unclip_jax.data.tokenizer import Encoder, Tokenizer
@@ -68,7 +68,7 @@ def compute(
         fit: CLIP's.
         batch_size: pairs encoded at once.
         tokenizer: makes the tokens of captions; None for this package's, of meta's sizes.
-        threads: that read and decode ahead, such as `batches.threads_for` gives.
+        threads: that read and decode ahead, such as `examples.threads_for` gives.
         process_index: this process.
         process_count: how many there are.
         on_pairs: told how many pairs are done, and of how many.
