@@ -14,8 +14,8 @@ The badge, the first cell (install.py) and the kind of runtime are the same in a
 them. Where the repository is stands in one place, [project.urls] of pyproject.toml; while it has no
 address there, the badge leads to Colab, and the first cell takes the wheel.
 
-Needs `pip install -e ".[notebooks]"`; finetune_karlo makes its stand-in for Karlo with PyTorch and
-diffusers, `.[parity]`, and is left out where those are missing.
+Needs `pip install -e ".[notebooks]"`; finetune_karlo and kandinsky make stand-ins for public
+weights with PyTorch and diffusers, `.[parity]`, and are left out where those are missing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from PIL import Image
 
 COLAB = Path(__file__).resolve().parent
 ROOT = COLAB.parent
-NAMES = ("sample", "edit", "train_your_own", "jitted_sampler", "finetune_karlo")
+NAMES = ("sample", "edit", "train_your_own", "jitted_sampler", "finetune_karlo", "kandinsky")
+PUBLIC = ("finetune_karlo", "kandinsky")  # whose weights stand-ins are made for
 WIDEST = 720  # of a saved picture, in pixels
 COLOURS = 64  # of a saved picture
 
@@ -54,6 +55,7 @@ EXTRAS = {
     "train_your_own": "train",
     "jitted_sampler": "train",  # its plots
     "finetune_karlo": "train,emoji",
+    "kandinsky": "",
 }
 NEEDS = {"train": "grain", "emoji": "resvg_py"}
 RUNTIME = {"accelerator": "GPU", "gpuType": "T4"}  # what Colab offers first
@@ -67,6 +69,7 @@ SMOKE: dict[str, dict[str, Any]] = {
         "STEPS": {"clip": 22, "prior": 32, "decoder": 52, "upsampler": 32}
     },
     "finetune_karlo": {"STEPS": 2, "WHOLE_STEPS": 2},
+    "kandinsky": {"STEPS": 2},
 }
 # For finetune_karlo's stand-in, see karlo_parameters.
 STAND_IN = {
@@ -221,6 +224,8 @@ def smoke_parameters(name: str, work: Path) -> dict[str, Any]:
     parameters = dict(SMOKE[name])
     if name == "finetune_karlo":
         return karlo_parameters(work, image_size=6, levels=1) | parameters
+    if name == "kandinsky":
+        return kandinsky_parameters(work) | parameters
     if name == "train_your_own":
         return {"WORK": _from_root(work / "work")} | parameters
     sys.path.insert(0, str(ROOT))
@@ -247,13 +252,23 @@ def karlo_parameters(work: Path, image_size: int, levels: int) -> dict[str, Any]
     }
 
 
+def kandinsky_parameters(work: Path) -> dict[str, Any]:
+    """Likewise a Kandinsky, of pictures of 32 x 48 px."""
+    sys.path.insert(0, str(ROOT))
+    from tests import kandinsky_folders
+
+    kandinsky_folders.pipelines(work)
+    folders = [_from_root(work / name) for name in ("prior", "decoder")]
+    return {"KANDINSKY": folders, "DTYPE": "float32", "SIZE": (32, 48), "STEPS": 10}
+
+
 def _from_root(path: Path) -> str:
     """As a notebook names it, so that no path of this machine is printed in one that is saved."""
     return os.path.relpath(path, ROOT)
 
 
-def has_karlo() -> bool:
-    """Whether a stand-in for Karlo can be made."""
+def has_public() -> bool:
+    """Whether stand-ins for public weights can be made."""
     return all(map(importlib.util.find_spec, ("torch", "diffusers", "transformers")))
 
 
@@ -278,9 +293,11 @@ def write(name: str, notebook: nbformat.NotebookNode) -> None:
 
 
 def _merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Outputs in which text that was printed piece by piece is one."""
+    """Outputs without warnings, in which text that was printed piece by piece is one."""
     merged: list[nbformat.NotebookNode] = []
     for output in outputs:
+        if output.get("name") == "stderr":  # of the machine that ran it; what fails is no stream
+            continue
         if merged and "text" in output and merged[-1].get("name") == output.name:
             merged[-1].text += output.text
         else:
@@ -327,7 +344,7 @@ def main(argv: list[str]) -> None:
             stamp(name, notebook, repository())
             nbformat.write(notebook, path_of(name))
             continue
-        if name == "finetune_karlo" and not has_karlo():
+        if name in PUBLIC and not has_public():
             print(f"{name}: left out, for PyTorch and diffusers are missing")
             continue
         work = ROOT / "build" / "colab" / name
@@ -349,6 +366,8 @@ def parameters(name: str, work: Path, model: str | None) -> dict[str, Any]:
     """Settings of the whole form: as in the notebook, but for what it stands on and writes."""
     if name == "finetune_karlo":
         return karlo_parameters(work, image_size=16, levels=2) | STAND_IN
+    if name == "kandinsky":
+        return kandinsky_parameters(work)
     if name == "train_your_own":
         return {"WORK": _from_root(work / "work")}
     return {"MODEL": str(Path(model).resolve())} if model else {}

@@ -189,7 +189,7 @@ def test_a_notebook_runs_from_an_empty_folder_in_a_new_venv_with_the_wheel(run, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_runs(name, run, tmp_path):
-    if name == "finetune_karlo" and not run.has_karlo():
+    if name in run.PUBLIC and not run.has_public():
         pytest.skip("PyTorch and diffusers, of which its stand-in for Karlo is made, are missing")
     notebook = run.execute(name, run.smoke_parameters(name, tmp_path))
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
