@@ -29,7 +29,9 @@ MESHES = {
     "slice": MeshConfig(fsdp=8),
     "too wide": MeshConfig(data=1, fsdp=-1),
 }
-WIDTH, HIDDEN, ROWS = 256, 1024, 16  # rows of one device
+# Rows of one device. Where all rows of a group are fewer than a matrix has, the partitioner gathers
+# them, and leaves the matrix in its parts; a real step has more.
+WIDTH, HIDDEN, ROWS = 256, 1024, 64
 
 
 def meshes() -> dict:
