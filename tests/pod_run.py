@@ -5,8 +5,8 @@
 SETTINGS is JSON: "mesh" (fields of MeshConfig), "slow" (seconds that every batch takes), "bad"
 (the pictures that cannot be read), "pause" (seconds that an evaluation takes), "place" (the run's
 workdir, where it is not WORKDIR), "cache" (whether WORKDIR keeps compiled programs), and fields of
-TrainConfig. Every process appends {"step", "index"} to WORKDIR/seen-PROCESS.jsonl for every batch
-it takes, and the lead saves the final state.
+TrainConfig. Every process appends {"step", "index", "of"} to WORKDIR/seen-PROCESS.jsonl for every
+batch it takes, "of" so many processes, and the lead saves the final state.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Watched:
         self._step += 1
         time.sleep(self._slow)
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": self._step, "index": batch["index"].tolist()}) + "\n")
+            record = {"step": self._step, "index": batch["index"].tolist()}
+            file.write(json.dumps(record | {"of": jax.process_count()}) + "\n")
         return {"image": batch["image"], "index": batch["index"]}
 
     def get_state(self):

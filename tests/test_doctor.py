@@ -10,15 +10,17 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from fsspec.registry import _registry as registered
 from PIL import Image
 
 from configs import base
-from tests import tiny
+from tests import object_store, tiny
 from unclip_jax import stages
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.diffusion import gaussian
@@ -26,12 +28,14 @@ from unclip_jax.errors import UserError
 from unclip_jax.metrics.retrieval import image_text_retrieval
 from unclip_jax.stages.conditioning import random_timesteps
 from unclip_jax.training import lock, loop, prepare, writers
+from unclip_jax.training import workdir as training_workdir
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.doctor import command as doctor
 from unclip_jax.training.doctor import curves, theory, weights, workdir
 from unclip_jax.training.doctor import settings as asked
 from unclip_jax.training.doctor.command import main
 from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.trained import load_part
 
 COLOURS = {
     "red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "white": (250, 250, 250),
@@ -416,6 +420,127 @@ def test_a_run_that_lives(patient):
         assert "running" in names and "unfinished" not in names
         holder.kill()
     assert lock.holder(patient) is None
+
+
+# A run in a bucket
+
+THERE = "gs://bucket/runs"
+
+
+@pytest.fixture
+def bucket(home, healthy, tmp_path, monkeypatch):
+    """A bucket with the healthy run and its CLIP; the function that puts a file or folder there."""
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE", 3.0)
+    monkeypatch.setenv("UNCLIP_JAX_CACHE", str(tmp_path / "cache"))
+    with object_store.serving(tmp_path / "objects") as (variables, _):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        object_store.use()
+        files = object_store.BucketFileSystem()
+
+        def put(path, name):
+            for file in (path, *path.rglob("*")):
+                if file.is_file() and file.name != "lock":
+                    whole = f"{name}/{file.relative_to(path)}".removesuffix("/.")
+                    files.pipe_file(f"{THERE}/{whole}", file.read_bytes())
+
+        put(home / "clip", "clip")
+        put(healthy, "healthy")
+        for step in (150, 300):  # there is no renaming: this is how Orbax says that one is whole
+            files.pipe_file(f"{THERE}/healthy/checkpoints/{step}/commit_success.txt", b"")
+        yield files, put
+    for name in files.protocol:
+        registered.pop(name, None)
+
+
+@pytest.mark.parametrize("files_only", [True, pytest.param(False, marks=SLOW)])
+def test_a_run_in_a_bucket_is_judged_as_one_on_a_disk(healthy, bucket, files_only):
+    """Its weights, too, with the embeddings of the CLIP that lies beside it in the bucket."""
+    here, there = (examine(at, files_only=files_only) for at in (healthy, f"{THERE}/healthy"))
+    assert [f.name for f in here] == [f.name for f in there] and not wrong(there)
+
+
+def test_a_run_in_a_bucket_that_was_killed(bucket, capsys):
+    """What was being written is no checkpoint, and a lock that nobody writes anew is nobody's."""
+    files, _ = bucket
+    run = workdir.read(f"{THERE}/healthy")
+    assert [path.name for path in run.checkpoints] == ["150", "300"]
+    files.rm_file(f"{THERE}/healthy/checkpoints/300/commit_success.txt")
+    lines = files.cat_file(f"{THERE}/healthy/metrics.jsonl").splitlines(keepends=True)
+    files.pipe_file(f"{THERE}/healthy/metrics.jsonl", b"".join(lines[:5]))
+    files.pipe_file(f"{THERE}/healthy/lock", b'{"holder": "it", "token": "x", "beat": 7}')
+    main(["--workdir", f"{THERE}/healthy", "--clip", f"{THERE}/clip", "--files_only"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"{THERE}/healthy: prior, step 150 of 300\n")
+    assert "note unfinished: nothing trains here" in told
+    with pytest.raises(UserError, match=r"--workdir: 'gs://bucket/runs/clip' is no workdir"):
+        workdir.read(f"{THERE}/clip")
+
+
+def test_a_run_in_a_bucket_that_lives(bucket):
+    store, over = training_workdir.Bucket(f"{THERE}/healthy"), threading.Event()
+
+    def beat():
+        held = {"holder": "it", "token": "x", "beat": 0}
+        while not over.wait(0.02):
+            held["beat"] += 1
+            store.write("lock", json.dumps(held).encode())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    while store.read("lock") is None:
+        assert thread.is_alive()
+    found = {f.name: f.evidence for f in examine(f"{THERE}/healthy", files_only=True)}
+    over.set()
+    thread.join()
+    assert found["running"] == "it trains here, at step 300 of 300"
+
+
+def test_a_clip_in_a_bucket(home, bucket, tmp_path):
+    """config.clip may be an address; weights are copied once, and again where they are others."""
+    _, put = bucket
+    settings = {"name": str(home / "pictures"), "split": "all", "cache_bytes": 0}
+    data = DataConfig(**settings, cache_dir=str(home / "cache"))
+    for folder in (str(home / "clip"), f"{THERE}/clip"):
+        run = prepare.prepare(
+            base.make(tiny.PRIOR, data, HEALTHY, clip=folder, heldout_split="all")
+        )
+        own = model_folder.read_fingerprint(home / "clip")
+        assert run.description["clip_fingerprint"] == own
+    (copy,) = (tmp_path / "cache" / "models").iterdir()
+    before = copy.stat().st_ino
+    there = load_part(f"{THERE}/clip", "clip")
+    for a, b in zip(
+        *(jax.tree.leaves(p) for p in (there.params, tiny.params(tiny.CLIP))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert copy.stat().st_ino == before
+
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(UserError, match="damaged, the weights have changed"):
+        load_part(f"{THERE}/clip")
+    load_part(f"{THERE}/clip")
+
+    params = jax.tree.map(lambda leaf: leaf + 1, tiny.params(tiny.CLIP))
+    model_folder.save_stage(
+        tmp_path / "run" / "model", params=params, description={"stage": stages.describe(tiny.CLIP)}
+    )
+    put(tmp_path / "run" / "model" / "config.json", "clip/config.json")
+    with pytest.raises(UserError, match=r"gs://.*safetensors: belongs to another config.json"):
+        load_part(f"{THERE}/clip")  # the weights are still being sent
+    put(tmp_path / "run" / "model" / "params.safetensors", "clip/params.safetensors")
+    found = load_part(f"{THERE}/clip").params
+    np.testing.assert_array_equal(jax.tree.leaves(found)[0], jax.tree.leaves(params)[0])
+    put(tmp_path / "run", "again")  # a training workdir
+    assert load_part(f"{THERE}/again/").stage == tiny.CLIP
+
+    with pytest.raises(UserError, match=r"'gs://bucket/runs/none': no such folder"):
+        load_part(f"{THERE}/none")
+    with pytest.raises(UserError, match=r"model: got 'ftp://a/b', expected a path, gs:// or s3://"):
+        load_part("ftp://a/b")
 
 
 # Theory

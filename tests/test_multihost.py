@@ -68,17 +68,19 @@ def leaves(workdir: Path, file: str = "final.npz") -> list[np.ndarray]:
 def seen(workdir: Path) -> dict[int, list[int]]:
     """Step -> the examples that its batch held, over all processes; what was undone is dropped.
 
-    A step that one process did alone, after two had begun it, is that process's.
+    A step that was done again, perhaps by fewer processes, is theirs that did it last: the first
+    process, which is there in every life of a run, says how many they were.
     """
-    steps: dict[int, dict[str, list[int]]] = {}
+    steps: dict[int, dict[int, dict]] = {}
     for path in workdir.glob("seen-*.jsonl"):
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            steps.setdefault(record["step"], {})[path.name] = record["index"]
+            steps.setdefault(record["step"], {})[int(path.stem.split("-")[1])] = record
     batches = {}
     for step, parts in steps.items():
-        whole = [part for part in parts.values() if len(part) == SETTINGS["batch_size"]]
-        batches[step] = whole[0] if whole else [i for name in sorted(parts) for i in parts[name]]
+        last = [parts[process] for process in range(parts[0]["of"])]
+        assert {part["of"] for part in last} == {len(last)}
+        batches[step] = [i for part in last for i in part["index"]]
     return batches
 
 
@@ -142,7 +144,7 @@ def test_a_killed_process_costs_nothing(whole, tmp_path):
     """One of two killed with no warning, both started again: bit for bit the undisturbed run."""
     workdir = tmp_path / "killed"
     processes = start_pod(workdir, **SETTINGS, slow=0.1)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1200
     while not (workdir / "checkpoints" / "8").is_dir():
         assert time.monotonic() < deadline and processes[1].poll() is None
         time.sleep(0.02)
@@ -164,7 +166,7 @@ def test_sigterm_to_one_process_saves_and_ends_both(whole, tmp_path):
     """Both stop after the same step with status 0; what follows on one process is the same run."""
     workdir = tmp_path / "stopped"
     processes = start_pod(workdir, **SETTINGS, slow=0.15)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1200
     while len(list(workdir.glob("seen-1.jsonl"))) == 0:
         assert time.monotonic() < deadline and processes[1].poll() is None
         time.sleep(0.02)
@@ -200,7 +202,7 @@ def test_two_slices_of_two_processes_are_one_run(whole, tmp_path):
     workdir = tmp_path / "slices"
     settings = SETTINGS | {"mesh": {"fsdp": 4, "slices": 2}}
     processes = start_pod(workdir, 4, 2, **settings, slow=0.1)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1200
     while not (workdir / "checkpoints" / "8").is_dir():
         assert time.monotonic() < deadline and processes[3].poll() is None
         time.sleep(0.02)

@@ -25,12 +25,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from unclip_jax.common.params import compare_shapes, flatten
+from unclip_jax.data.shards.storage import is_address
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import distributed
 from unclip_jax.training import sums
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.saved import SUMS, Damaged, Saved
-from unclip_jax.training.workdir import is_bucket
 
 State = TypeVar("State")
 T = TypeVar("T")
@@ -191,7 +191,7 @@ class Checkpoints(Saved):
 
     def _check_space(self, step: int, state: Any) -> None:
         """Raise UserError where a disk has no room: better no checkpoint than a part of one."""
-        if is_bucket(self.folder):
+        if is_address(self.folder):
             return
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
@@ -213,7 +213,7 @@ class Checkpoints(Saved):
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            if not is_bucket(self.folder) or jax.process_count() > 1:
+            if not is_address(self.folder) or jax.process_count() > 1:
                 raise self._failed("the last checkpoint", error) from error
             reason = _reason(error)
             print(

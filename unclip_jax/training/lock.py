@@ -89,17 +89,11 @@ class Lease:
 
     def __enter__(self) -> Self:
         """Take it, from whoever is dead; UserError if another process holds it."""
-        found = self._found()
-        waited = time.monotonic()
-        while found and not _is_dead(found) and time.monotonic() - waited < PATIENCE:
-            time.sleep(BEAT / 10)
-            now = self._found()
-            if now and now != found:
-                raise UserError(
-                    f"workdir {self._name!r}: in use by {now['holder']}; wait for that run, stop"
-                    " it, or choose another workdir"
-                )
-            found = now
+        if (holder := lease_holder(self._store)) is not None:
+            raise UserError(
+                f"workdir {self._name!r}: in use by {holder}; wait for that run, stop it, or choose"
+                " another workdir"
+            )
         self._beat()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
@@ -124,7 +118,7 @@ class Lease:
     def _keep(self) -> None:
         while not self._over.wait(BEAT):
             with contextlib.suppress(UserError, OSError):  # told; the next beat may pass
-                found = self._found()
+                found = _found(self._store)
                 if found and found["token"] != self._token:
                     self._lost = found["holder"]
                     return
@@ -141,12 +135,29 @@ class Lease:
         }
         self._store.write(LOCK, json.dumps(beat).encode())
 
-    def _found(self) -> dict[str, Any] | None:
-        try:
-            found = json.loads(self._store.read(LOCK) or b"null")
-            return found if found is None or {"holder", "token"} <= found.keys() else None
-        except (ValueError, AttributeError):
-            return None
+
+def lease_holder(store: Store) -> str | None:
+    """The process that holds a lease, in words; None if none does.
+
+    A lease is watched until it changes, or has not for `PATIENCE` seconds.
+    """
+    found = _found(store)
+    waited = time.monotonic()
+    while found and not _is_dead(found) and time.monotonic() - waited < PATIENCE:
+        time.sleep(BEAT / 10)
+        now = _found(store)
+        if now and now != found:
+            return now["holder"]
+        found = now
+    return None
+
+
+def _found(store: Store) -> dict[str, Any] | None:
+    try:
+        found = json.loads(store.read(LOCK) or b"null")
+        return found if found is None or {"holder", "token"} <= found.keys() else None
+    except (ValueError, AttributeError):
+        return None
 
 
 def _is_dead(found: dict[str, Any]) -> bool:

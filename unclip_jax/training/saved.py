@@ -18,13 +18,12 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 
 from unclip_jax.common.params import TRAINED
+from unclip_jax.data.shards import storage
 from unclip_jax.errors import UserError, one_line
 from unclip_jax.parallel import distributed, sharding
 from unclip_jax.training import checksums, sums
-from unclip_jax.training.workdir import is_bucket
 
 Params = dict[str, Any]
 T = TypeVar("T")
@@ -69,8 +68,8 @@ class Saved:
 
     def __init__(self, workdir: str | Path) -> None:
         """Open `workdir`/checkpoints; UserError if there is no whole checkpoint."""
-        place = epath.Path(workdir) if is_bucket(workdir) else Path(workdir).absolute()
-        self.folder = place / "checkpoints"
+        place = storage.place(workdir, "--workdir")
+        self.folder = (place if storage.is_address(place) else place.absolute()) / "checkpoints"
         if not self.folder.is_dir():
             raise UserError(
                 f"--workdir: {str(workdir)!r} has no checkpoints; give the --workdir of a train.py"

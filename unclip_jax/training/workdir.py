@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from unclip_jax.common import extras
 from unclip_jax.common.files import default_cache_dir, remove_leftovers, write_text
+from unclip_jax.data.shards.storage import is_address
 from unclip_jax.errors import UserError, one_line, wrong
 from unclip_jax.parallel import distributed
 from unclip_jax.training import lock
@@ -31,11 +32,6 @@ _NEEDED = ("metrics.jsonl", "changes.jsonl", "goodput.json", "run.json")
 _STAYS = ("lock",)
 
 T = TypeVar("T")
-
-
-def is_bucket(workdir: str | Path) -> bool:
-    """Whether a workdir is an address."""
-    return "://" in str(workdir)
 
 
 def patiently(call: Callable[[], T], what: str) -> T:
@@ -60,6 +56,16 @@ def patiently(call: Callable[[], T], what: str) -> T:
     raise AssertionError
 
 
+def holder(workdir: Path) -> str | None:
+    """The process that trains in a workdir, in words; None if none does.
+
+    In a bucket that takes as long as one may be silent.
+    """
+    if is_address(workdir):
+        return lock.lease_holder(Bucket(str(workdir)))
+    return lock.holder(workdir)
+
+
 class Workdir:
     """Where a run writes.
 
@@ -72,7 +78,7 @@ class Workdir:
     def __init__(self, workdir: str | Path) -> None:
         """Make the folder here; UserError if it cannot be, or if no such bucket can be written."""
         self.name, self.bucket = str(workdir), None
-        if is_bucket(workdir):
+        if is_address(workdir):
             self.bucket = Bucket(self.name)
             key = hashlib.sha256(self.name.rstrip("/").encode()).hexdigest()[:16]
             self.local = default_cache_dir() / "workdirs" / key

@@ -25,7 +25,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import unclip_jax
-from unclip_jax.common.files import flush, making_folder, remove_leftovers
+from unclip_jax.common.files import (
+    default_cache_dir,
+    flush,
+    making_folder,
+    remove_leftovers,
+    replacing,
+)
 from unclip_jax.common.params import (
     Fingerprint,
     Params,
@@ -36,6 +42,7 @@ from unclip_jax.common.params import (
     listing,
     unflatten,
 )
+from unclip_jax.data.shards import storage
 from unclip_jax.errors import UserError
 from unclip_jax.weights.mapped import mapped, shapes
 
@@ -157,7 +164,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: not a model folder, a damaged config.json, or another schema version.
     """
-    return _read_config(Path(folder))["description"]
+    return _read_config(storage.place(folder, "model"))["description"]
 
 
 def read_fingerprint(folder: str | Path) -> str:
@@ -166,7 +173,7 @@ def read_fingerprint(folder: str | Path) -> str:
     Raises:
         UserError: as for `read_description`.
     """
-    return _read_config(Path(folder))["params_fingerprint"]
+    return _read_config(storage.place(folder, "model"))["params_fingerprint"]
 
 
 def read_dtype(folder: str | Path) -> str:
@@ -175,7 +182,7 @@ def read_dtype(folder: str | Path) -> str:
     Raises:
         UserError: as for `read_description`.
     """
-    return _read_config(Path(folder))["storage_dtype"] or ""
+    return _read_config(storage.place(folder, "model"))["storage_dtype"] or ""
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -235,8 +242,8 @@ def _what_is(folder: Path) -> str:
     if folder.is_file():
         return "that is a file"
     if not folder.exists():
-        aside = _aside(Path(os.path.abspath(folder)))
-        if aside.exists():
+        here = not storage.is_address(folder)
+        if here and (aside := _aside(Path(os.path.abspath(folder)))).exists():
             return f"a save was cut short (the model before it is whole: rename {aside} back)"
         return "no such folder"
     names = sorted(child.name for child in folder.iterdir())
@@ -255,7 +262,8 @@ def load_stage(
     costs the time of a SHA-256: 0.6 s per GiB where the processor has instructions for it.
 
     Args:
-        folder: what `save_stage` wrote.
+        folder: what `save_stage` wrote; or its address in a bucket, of which weights are copied to
+            the cache folder once.
         expected_shapes: tree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`), to which names,
             shapes and dtypes must conform. Weights stored in a narrower dtype by `save_stage`
             come back in the expected one. With None, whatever is there is taken.
@@ -270,17 +278,15 @@ def load_stage(
         UserError: not a model folder, a damaged file, another schema version, or weights that
             are missing, unexpected, or of another shape or dtype.
     """
-    folder = Path(folder)
+    folder = storage.place(folder, "model")
     config = _read_config(folder)
     path = folder / PARAMS_FILE
     if not path.is_file():
         raise UserError(f"{path}: missing, though {CONFIG_FILE} is there; copy the folder again")
+    if remote := storage.is_address(folder):
+        path = _copied(path, config)
     with mapped(path) as file:
-        if (file.metadata() or {}).get("fingerprint") != config["params_fingerprint"]:
-            raise UserError(
-                f"{path}: belongs to another {CONFIG_FILE} than the one beside it (their"
-                " fingerprints differ); copy the whole folder again"
-            )
+        _check_together(file, config, path)
         found = shapes(file, path)
         if expected_shapes is None:
             dtypes = {name: found[name].dtype for name in flatten(unflatten(found))}
@@ -292,10 +298,32 @@ def load_stage(
             mark.add(name, array)
             flat[name] = place(name, array.astype(in_memory, copy=False))
     if mark.hexdigest() != config["params_fingerprint"]:
+        if remote:  # the next attempt copies it again
+            path.unlink()
         marks = f"fingerprint {mark.hexdigest()}, expected {config['params_fingerprint']}"
         what = f"damaged, the weights have changed since they were written ({marks})"
         raise UserError(f"{path}: {what}; copy or download it again")
     return unflatten(flat), config["description"]
+
+
+def _copied(path: Path, config: Mapping[str, Any]) -> Path:
+    """A bucket's weights in the cache folder, under their fingerprint: copied once."""
+    here = default_cache_dir() / "models" / f"{config['params_fingerprint']}.safetensors"
+    if not here.is_file():
+        with replacing(here) as temporary:
+            storage.copy(str(path), temporary)
+            with mapped(temporary) as file:
+                _check_together(file, config, path)
+    return here
+
+
+def _check_together(file: Any, config: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError unless the weights in an open file, of `path`, are those of a config."""
+    if (file.metadata() or {}).get("fingerprint") != config["params_fingerprint"]:
+        raise UserError(
+            f"{path}: belongs to another {CONFIG_FILE} than the one beside it (their"
+            " fingerprints differ); copy the whole folder again"
+        )
 
 
 def _dtypes(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint, flatten
+from unclip_jax.data.shards import storage
 from unclip_jax.data.tokenizer import MIN_VOCAB_SIZE, VOCAB_SIZE, Encoder, FileTokenizer, Tokenizer
 from unclip_jax.diffusion import grids
 from unclip_jax.errors import UserError
@@ -98,8 +99,8 @@ def find_parts(folder: Path) -> dict[str, list[Path]]:
 
 
 def stage_folder(path: str | Path) -> Path:
-    """The folder itself, or the `model` folder in a training workdir."""
-    path = Path(path)
+    """The folder itself, or the `model` folder in a training workdir; here or in a bucket."""
+    path = storage.place(path, "model")
     if not (path / model_folder.CONFIG_FILE).is_file() and (path / "model").is_dir():
         return path / "model"
     return path
@@ -125,7 +126,7 @@ def load_part(
     """Load one stage folder, or the `model` folder in a training workdir.
 
     Args:
-        path: the folder.
+        path: the folder, or its address in a bucket.
         kind: what it must hold, or None for anything.
         dtype: of the weights in memory; "" stands for float32. Constants stay as they are.
         mesh: devices that the weights go to, see `sharding.tree_shardings`; else the default one.

@@ -6,6 +6,7 @@ may pass (a cut connection, a busy server) is tried again after a while.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -15,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from unclip_jax.common import extras
@@ -23,6 +25,7 @@ from unclip_jax.errors import UserError, one_line, wrong
 MAX_FILES = 1_000_000
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each further attempt
 _ASKED_AT_ONCE = 32  # files whose size and version are asked for at a time
+_BLOCK = 64 << 20  # bytes copied at a time
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -189,6 +192,45 @@ def filesystem(pattern: str, field: str) -> Any:
     except ValueError as error:
         known = "a path, gs://, s3:// or http(s)://"
         raise wrong(field, pattern, known, f"{protocol}:// is an unknown protocol") from error
+
+
+def is_address(place: str | Path) -> bool:
+    """Whether it is an address, and no path."""
+    return "://" in str(place)
+
+
+def place(path: str | Path, field: str) -> Path:
+    """A path, or the address of a folder in a bucket as what can be asked like a path.
+
+    `UserError`, with `field`, if the address is of no bucket, what reads it lacks, or the store
+    can't be reached.
+    """
+    if not is_address(path):
+        return Path(path)
+    if _protocol(str(path)) not in ("gs", "s3"):
+        do = "copy it here, or mount its store as a folder"
+        raise wrong(field, str(path), "a path, gs:// or s3://", do)
+    files = filesystem(str(path), field)
+
+    def reach() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            files.info(str(path))
+
+    ask(reach, str(path), field)
+    from etils import epath
+
+    return epath.Path(str(path))
+
+
+def copy(url: str, path: Path) -> None:
+    """Write what a file holds, here or in a bucket, to `path`; `UserError` if it can't be had."""
+    (found,) = find(url)
+    try:
+        with path.open("wb") as file:
+            for start in range(0, found.size, _BLOCK):
+                file.write(found.read(start, min(start + _BLOCK, found.size)))
+    except StorageError as error:
+        raise UserError(f"can't reach {error}; check the address") from error
 
 
 def _stored(files: Any, path: str, info: dict[str, Any]) -> StoredFile:

@@ -30,7 +30,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser("doctor", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="what train.py was given")
+    add(
+        "--workdir", required=True, metavar="DIR", help="what train.py was given, a folder or gs://"
+    )
     add("--clip", default="", metavar="DIR", help="the run's CLIP, if not beside the workdir")
     add("--json", metavar="FILE", help="write the findings there, too")
     add("--files_only", action="store_true", help="leave the networks alone: seconds, not minutes")
@@ -74,7 +76,7 @@ def as_text(run: Workdir, findings: list[Finding]) -> str:
 def main(argv: list[str]) -> None:
     """Look at the run, print the findings, and exit with 1 if something is wrong."""
     args = parse(argv)
-    run = workdir.read(Path(args.workdir))
+    run = workdir.read(args.workdir)
     findings = examine(run, args.clip, files_only=args.files_only)
     print(as_text(run, findings))
     wrong = any(finding.severity != "note" for finding in findings)

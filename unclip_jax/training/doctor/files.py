@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from unclip_jax.data.shards import storage
 from unclip_jax.errors import UserError
-from unclip_jax.training import lock
+from unclip_jax.training import workdir
 from unclip_jax.training.doctor.findings import Finding, error, note, warning
 from unclip_jax.training.doctor.workdir import Workdir, clip_of_folder, reads_clip
 from unclip_jax.training.saved import damage, has_sums
@@ -25,7 +26,7 @@ def examine(run: Workdir, clip: str) -> Iterator[Finding]:
 
 def state(run: Workdir) -> Iterator[Finding]:
     """Whether the run lives, is done, or stopped on the way."""
-    if (holder := lock.holder(run.path)) is not None:
+    if (holder := workdir.holder(run.path)) is not None:
         yield note(
             "running",
             f"{holder} trains here, at step {run.step:,} of {run.train.steps:,}",
@@ -79,8 +80,8 @@ def checkpoints(run: Workdir) -> Iterator[Finding]:
 
 
 def disk(run: Workdir) -> Iterator[Finding]:
-    """Whether the next checkpoint will fit."""
-    if not run.checkpoints or run.step >= run.train.steps:
+    """Whether the next checkpoint will fit; a bucket has no end."""
+    if run.in_bucket or not run.checkpoints or run.step >= run.train.steps:
         return
     size = sum(p.stat().st_size for p in run.checkpoints[-1].rglob("*") if p.is_file())
     free = shutil.disk_usage(run.path).free
@@ -97,7 +98,8 @@ def disk(run: Workdir) -> Iterator[Finding]:
 def siblings(run: Workdir) -> dict[str, Path]:
     """The CLIPs in the folders beside the workdir, by fingerprint."""
     found = {}
-    for folder in sorted(run.path.absolute().parent.iterdir()):
+    here = run.path if run.in_bucket else run.path.absolute()
+    for folder in sorted(here.parent.iterdir()):
         try:
             fingerprint = clip_of_folder(folder) if folder.is_dir() else None
         except UserError:
@@ -113,7 +115,7 @@ def find_clip(run: Workdir, given: str) -> Path | None:
         return None
     wanted = run.description["clip_fingerprint"]
     if given:
-        return Path(given) if clip_of_folder(Path(given)) == wanted else None
+        return storage.place(given, "--clip") if clip_of_folder(given) == wanted else None
     return siblings(run).get(wanted)
 
 
@@ -122,7 +124,7 @@ def clip_mismatch(run: Workdir, given: str) -> Iterator[Finding]:
     if not reads_clip(run) or find_clip(run, given):
         return
     wanted = run.description["clip_fingerprint"]
-    own = {clip_of_folder(Path(given)) or "no CLIP": Path(given)} if given else None
+    own = {clip_of_folder(given) or "no CLIP": given} if given else None
     found = siblings(run) if own is None else own
     if found:
         fingerprint, folder = next(iter(found.items()))

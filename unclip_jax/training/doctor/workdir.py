@@ -15,6 +15,7 @@ import numpy as np
 from unclip_jax import stages
 from unclip_jax.common import config as settings
 from unclip_jax.common.params import TRAINED
+from unclip_jax.data.shards import storage
 from unclip_jax.errors import UserError
 from unclip_jax.training import writers
 from unclip_jax.training.config import TrainConfig
@@ -30,7 +31,7 @@ class Workdir:
     """A run as its workdir tells of it.
 
     Attributes:
-        path: the folder.
+        path: the folder, here or in a bucket.
         description: what the run is, as train.py wrote it.
         stage: what trains.
         train: the loop's settings.
@@ -44,9 +45,16 @@ class Workdir:
     records: list[dict[str, float]]
 
     @property
+    def in_bucket(self) -> bool:
+        """Whether the folder is one of a bucket."""
+        return storage.is_address(self.path)
+
+    @functools.cached_property
     def checkpoints(self) -> list[Path]:
         """The folders of whole training checkpoints, the oldest first."""
-        found = (path for path in self.path.glob("checkpoints/*") if path.name.isdecimal())
+        found = [path for path in self.path.glob("checkpoints/*") if path.name.isdecimal()]
+        if self.in_bucket:  # on a disk, one gets its name when it is whole
+            found = [path for path in found if (path / "commit_success.txt").is_file()]
         return sorted(found, key=lambda path: int(path.name))
 
     @property
@@ -88,8 +96,9 @@ class Workdir:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 
 
-def read(path: Path) -> Workdir:
+def read(workdir: str | Path) -> Workdir:
     """Read a workdir; UserError if it is none, or what lies there cannot be read."""
+    path = storage.place(workdir, "--workdir")
     file = path / "description.json"
     if not file.is_file():
         what = "no such folder" if not path.exists() else "no description.json in it"
@@ -119,7 +128,7 @@ def reads_clip(run: Workdir) -> bool:
     return "clip_fingerprint" in run.description
 
 
-def clip_of_folder(folder: Path) -> str | None:
+def clip_of_folder(folder: str | Path) -> str | None:
     """The fingerprint of the CLIP in a stage folder or workdir; None if it holds no CLIP."""
     folder = trained.stage_folder(folder)
     if not (folder / model_folder.CONFIG_FILE).is_file():
