@@ -14,7 +14,9 @@ import pytest
 
 from tests import plan_run, tiny
 from unclip_jax import stages
+from unclip_jax.configs.emoji import prior as emoji_prior
 from unclip_jax.errors import UserError
+from unclip_jax.parallel import flops
 from unclip_jax.plan import analysis, chips, command, hlo, kept, measure, report, search
 from unclip_jax.plan.blocks import Split
 from unclip_jax.plan.chips import CHIPS, Topology
@@ -299,11 +301,16 @@ def test_what_a_compiler_refuses_is_read_from_its_words(said, needed):
         (["stray"], "argument 'stray'"),
         (["--config=configs/paper/prior.py", "--topology=v5e:2x2", "--blocks", "--whole"], "both"),
         (["--config=configs/paper/nobody.py", "--topology=v5e:2x2"], "nobody"),
+        (["--config=paper/prior", "--topology=v5e:2x2", "--notrain"], "--notrain: got no --sample"),
+        (
+            ["--config=paper/prior", "--topology=v5e:2x2", "--sample=1", "--dtype=int8"],
+            "--dtype: got 'int8', expected one of float32, bfloat16",
+        ),
     ],
 )
 def test_wrong_command_lines_are_one_line(argv, said):
     command.FLAGS.unparse_flags()
-    for flag in ("config", "topology", "blocks", "whole", "table"):
+    for flag in ("config", "topology", "blocks", "whole", "table", "sample", "train", "dtype"):
         command.FLAGS[flag].unparse()
     with pytest.raises(UserError) as error:
         command.parse(argv)
@@ -325,7 +332,7 @@ def planned(monkeypatch, *argv, remat=None, small=False):
 
     monkeypatch.setattr(Topology, "devices", lambda self: jax.devices()[:1])
     monkeypatch.setattr(command.analysis, "train_figures", figures)
-    for flag in ("config", "topology", "blocks", "whole", "table", "fit", "mesh", "json", "sample"):
+    for flag in (*FLAGS, "topology", "table", "mesh", "json"):
         command.FLAGS[flag].unparse()
     command.parse([*argv, "--topology=v5e:1x1"])
     config = command.CONFIG.value
@@ -334,8 +341,11 @@ def planned(monkeypatch, *argv, remat=None, small=False):
     try:
         return command.plan_of(config, Topology("v5e", (1, 1))), tried
     finally:
-        for flag in ("config", "fit", "blocks", "whole"):
+        for flag in FLAGS:
             command.FLAGS[flag].unparse()
+
+
+FLAGS = ("config", "fit", "blocks", "whole", "sample", "train", "dtype")
 
 
 @pytest.mark.parametrize("policy", ["none", "dots"])
@@ -362,6 +372,43 @@ def test_a_search_by_blocks_recomputes_everything(monkeypatch):
     assert tried == [(1, 1, "full")]
     _, tried = planned(monkeypatch, config, "--fit", "--whole")
     assert tried == [(1, 1, "none")]
+
+
+def test_a_sampler_is_planned_alone_with_its_weights_in_few_bits(monkeypatch, tmp_path):
+    """Its shapes are those that load(dtype) makes: constants stay as they are."""
+    plans = []
+    figures = {"mode": "whole", "rows": 3, "bytes": {"peak": 5}, "fits": True, "moved": 1}
+    figures |= {"flops": {"chip": 1}, "collectives": [], "roofline": {"least": 1, "most": 2}}
+    take = lambda plan, *_, **__: plans.append(plan) or figures  # noqa: E731
+    monkeypatch.setattr(command.analysis, "sample_figures", take)
+    argv = "--config=paper/prior:smoke", "--notrain", "--sample=3", "--dtype=bfloat16"
+    found, trained = planned(monkeypatch, *argv)
+    assert not trained and "train" not in found and found["sample"] == figures
+    assert plans[0].stage.model.dtype == "bfloat16"
+    params = plans[0].sampler_shapes(3)[0]
+    assert {x.dtype for x in jax.tree.leaves(params["network"])} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(params["normalisation"])} == {jnp.dtype("float32")}
+    assert "sampling 3 at once" in report.in_words(found)
+    (tmp_path / "alone.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="no plans there"):  # the table is of training
+        report.table(tmp_path)
+
+
+def test_adapters_are_planned_as_they_train():
+    """Frozen weights in half the bytes; average, moments and gradients of the adapters alone."""
+    whole = emoji_prior.get_config("smoke")
+    adapted = emoji_prior.get_config("smoke")
+    adapted.lora.rank = 4
+    whole, adapted = (Plan.of(c, jax.devices()[:1]) for c in (whole, adapted))
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    params, state = adapted.params(), adapted.state()
+    assert {x.dtype for x in jax.tree.leaves(params["base_network"])} == {jnp.dtype("bfloat16")}
+    assert count(params["base_network"]) == count(whole.params()["network"])
+    small = count(params["network"])
+    assert 0 < small < count(params["base_network"]) / 2
+    assert 2 * small <= count(state.opt_state) < 2 * small + 10
+    steps = [flops.count(p.step(), p.state(), p.batch()) for p in (adapted, whole)]
+    assert steps[0] < 0.9 * steps[1], "frozen kernels have no gradients"
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "model=4", "fsdp=4;tensor=2", ""])

@@ -83,16 +83,17 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
     Raises:
         TooLarge: it does not fit.
     """
-    train, loss = plan.train, plan.stage.loss
+    train, loss = plan.train, plan.loss
     gradients = 2 if train.sam_rho else 1
     passes = train.grad_accum * gradients
     params, state, key = plan.params(), plan.state(), jax.random.key(0)
     micro = plan.batch(plan.micro_size)
     total = flops.count(plan.step(), state, plan.batch())
+    times = 2 if plan.lora.rank else 3  # frozen kernels have no gradients
     if joint := isinstance(loss, JointLoss) and train.grad_accum > 1:
-        model = 3 * flops.count(loss, params, plan.batch(), key) * gradients
+        model = times * flops.count(loss, params, plan.batch(), key) * gradients
     else:
-        model = 3 * flops.count(loss, params, micro, key) * passes
+        model = times * flops.count(loss, params, micro, key) * passes
 
     def in_blocks() -> tuple[Split, LossFn]:
         if not joint:
@@ -114,7 +115,8 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
     return figures | {
         "batch_size": train.batch_size,
         "grad_accum": train.grad_accum,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+        "parameters": _elements(params),
+        "trained": _elements(trained(params)),
         "bytes": kept | {"activations": peak - sum(kept.values()), "peak": peak},
         "flops": {"step": total, "chip": total / topology.device_count, "model": model},
         "steps": train.steps,
@@ -228,6 +230,10 @@ def _part(part: Part) -> Figures:
         "moved": part.measured.moved,
         "sent": sum(c.sent for c in part.measured.collectives),
     }
+
+
+def _elements(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def _elements_held(x: jax.ShapeDtypeStruct) -> int:

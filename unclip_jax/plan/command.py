@@ -21,6 +21,7 @@ import jax
 from absl import flags
 
 from unclip_jax.common import command_line
+from unclip_jax.common.checks import choice
 from unclip_jax.common.files import check_place, write_text
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.parallel import sharding
@@ -28,6 +29,7 @@ from unclip_jax.plan import analysis, report, search
 from unclip_jax.plan.chips import GIB, Topology
 from unclip_jax.plan.measure import TooLarge
 from unclip_jax.plan.programs import Plan
+from unclip_jax.weights.trained import in_dtype
 
 FLAGS = flags.FlagValues()
 _string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
@@ -43,6 +45,10 @@ WHOLE = _boolean("whole", help="Compile the whole program.")
 SAMPLE = flags.DEFINE_integer(
     "sample", 0, "Plan the sampler too, drawing so many pictures at once.", flag_values=FLAGS
 )
+TRAIN = flags.DEFINE_boolean(
+    "train", True, "Plan training; --notrain plans the sampler alone.", flag_values=FLAGS
+)
+DTYPE = _string("dtype", None, "What the sampler keeps its weights in, as unclip sample's.")
 FIT = _boolean("fit", help="Search for the mesh, accumulation and remat that fit; compile those.")
 TABLE = _string("table", None, "Print the plans in this folder as a Markdown table, and stop.")
 
@@ -65,6 +71,12 @@ def parse(argv: list[str]) -> None:
         raise UserError("--fit, --mesh: both given, and --fit looks for the mesh; leave one out")
     if SAMPLE.value < 0:
         raise wrong("--sample", SAMPLE.value, "a number of pictures, 0 for none")
+    if not TRAIN.value and (FIT.value or not SAMPLE.value):
+        raise UserError("--notrain: got no --sample=N or --fit, which looks for a mesh to train on")
+    if DTYPE.value is not None:
+        choice("--dtype", DTYPE.value, ("float32", "bfloat16"))
+        if not SAMPLE.value:
+            raise wrong("--dtype", DTYPE.value, "none without --sample=N")
     if JSON.value is not None:
         check_place("--json", Path(JSON.value))
 
@@ -98,16 +110,21 @@ def plan_of(config: Any, topology: Topology) -> dict[str, Any]:
             " is recomputed; set its remat in config.stage.model, or give --whole"
         )
     try:
-        figures = _header(plan, topology) | {"train": _train(plan, topology, blocks)}
+        figures = _header(plan, topology)
+        if TRAIN.value:
+            figures["train"] = _train(plan, topology, blocks)
         if SAMPLE.value:
             figures["sample"] = _sample(plan, topology, blocks)
     except TooLarge as error:
         limit = topology.chip.hbm_bytes / GIB
         raise UserError(
             f"--topology={topology.name}: the program needs {error} of a chip, expected at most"
-            f" {limit:.2f} GiB; raise mesh.fsdp or train.grad_accum, or let --fit look for them"
+            f" {limit:.2f} GiB; {_MENDS if TRAIN.value else 'name a larger chip'}"
         ) from error
     return figures
+
+
+_MENDS = "raise mesh.fsdp or train.grad_accum, or let --fit look for them; to draw alone, --notrain"
 
 
 def _fitted(config: Any, topology: Topology, devices: list[jax.Device]) -> dict[str, Any]:
@@ -160,6 +177,9 @@ def _train(plan: Plan, topology: Topology, blocks: bool) -> dict[str, Any]:
 
 
 def _sample(plan: Plan, topology: Topology, blocks: bool) -> dict[str, Any]:
+    if DTYPE.value is not None:
+        stage = in_dtype(plan.stage, DTYPE.value)
+        plan = dataclasses.replace(plan, stage=stage, sampled=DTYPE.value)
     return analysis.sample_figures(plan, topology, SAMPLE.value, blocks=blocks, say=_say)
 
 

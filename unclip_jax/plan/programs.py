@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +14,10 @@ from jax.sharding import Mesh
 
 from unclip_jax import stages
 from unclip_jax.common import config as settings
+from unclip_jax.common.params import flatten, in_weights, unflatten
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import axes, sharding
+from unclip_jax.training import lora
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.optimizers import make_optimizer
 from unclip_jax.training.step import LossFn, TrainState, make_train_step, placed, state_shapes
@@ -31,11 +34,15 @@ class Plan:
         stage: what trains.
         train: the loop's settings.
         mesh: of devices that may not be there.
+        lora: the adapters that train in the network's place; those of rank 0 are none.
+        sampled: dtype of the sampler's weights in memory.
     """
 
     stage: stages.Stage
     train: TrainConfig
     mesh: Mesh
+    lora: lora.Lora = dataclasses.field(default_factory=lora.Lora)
+    sampled: str = "float32"
 
     @classmethod
     def of(
@@ -68,7 +75,8 @@ class Plan:
         made = sharding.make_mesh(mesh, devices)
         sharding.check_batch_size(train.batch_size, made, train.grad_accum)
         sharding.check_spatial(made, stage.feature_rows)
-        return cls(stage, train, made)
+        adapters = settings.build(lora.Lora, config.get("lora", {}), "config.lora")
+        return cls(stage, train, made, adapters)
 
     @property
     def micro_size(self) -> int:
@@ -76,8 +84,22 @@ class Plan:
         return self.train.batch_size // self.train.grad_accum
 
     def params(self) -> Shapes:
-        """The stage's params, as they lie on the mesh."""
-        return placed(jax.eval_shape(self.stage.init, jax.random.key(0)), self.mesh)
+        """The params that train, and what lies beside them, as they lie on the mesh."""
+        if not self.lora.rank:
+            return placed(self._own("float32"), self.mesh)
+        begun = functools.partial(lora.attach, self.lora, jax.random.key(0))
+        return placed(jax.eval_shape(begun, self._own(self.lora.dtype)), self.mesh)
+
+    def _own(self, dtype: str) -> Shapes:
+        """The stage's own params, with weights of a dtype."""
+        made = flatten(jax.eval_shape(self.stage.init, jax.random.key(0)))
+        kept = {n: x.update(dtype=dtype) if in_weights(n) else x for n, x in made.items()}
+        return unflatten(kept)
+
+    @property
+    def loss(self) -> LossFn:
+        """The loss of `params`."""
+        return lora.loss(self.lora, self.stage.loss) if self.lora.rank else self.stage.loss
 
     def state(self) -> TrainState:
         """The train state, as it lies on the mesh."""
@@ -90,7 +112,7 @@ class Plan:
     def step(self, loss: LossFn | None = None) -> Callable[..., Any]:
         """The real train step, of the stage's loss or of another."""
         optimizer = make_optimizer(self.train)
-        return make_train_step(loss or self.stage.loss, optimizer, self.train, self.mesh)
+        return make_train_step(loss or self.loss, optimizer, self.train, self.mesh)
 
     def lowered_step(self, loss: LossFn | None = None) -> jax.stages.Lowered:
         """The train step, ready to compile; it consumes its state."""
@@ -122,7 +144,8 @@ class Plan:
         }
         keys, batch = split((keys, batch), self.mesh)
         whole = sharding.replicated(self.mesh)
-        return self.params(), keys, batch, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+        scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+        return placed(self._own(self.sampled), self.mesh), keys, batch, scale
 
 
 def split(tree: Shapes, mesh: Mesh) -> Shapes:

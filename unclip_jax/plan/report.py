@@ -14,7 +14,7 @@ ASSUMPTIONS = (
     "FLOPs are of matrix products and convolutions, recomputation included, spread evenly over"
     " chips; bytes and collectives are the compiled program's; ring algorithms use every link at"
     " once. The least time overlaps computing, memory and network entirely, the most overlaps"
-    " nothing. MFU counts three forward passes' FLOPs at the peak of bfloat16."
+    " nothing. MFU counts three forward passes' FLOPs, of adapters two, at the peak of bfloat16."
 )
 GPUS = (
     "FLOPs are of matrix products and convolutions, recomputation included, spread evenly over"
@@ -61,8 +61,9 @@ def _chip_lines(topology: Topology) -> list[str]:
 
 def _train_lines(train: Mapping[str, Any], remat: str) -> list[str]:
     lines = [
-        f"training, {train['mode']}: {train['parameters'] / 1e6:.0f} M parameters, batch"
-        f" {train['batch_size']} in {train['grad_accum']} microbatches, remat {remat}",
+        f"training, {train['mode']}: {train['parameters'] / 1e6:.0f} M parameters, of which"
+        f" {train['trained'] / 1e6:.0f} M train, batch {train['batch_size']} in"
+        f" {train['grad_accum']} microbatches, remat {remat}",
         "memory of a chip",
         *(f"  {name:<12}{_gib(size)}" for name, size in train["bytes"].items()),
         f"  {'limit':<12}{_gib(train['limit'])}  {'fits' if train['fits'] else 'DOES NOT FIT'}",
@@ -130,7 +131,8 @@ def table(folder: Path) -> str:
     rows = []
     for file in sorted(folder.glob("*.json")):
         try:
-            rows.append(_row(json.loads(file.read_text())))
+            plan = json.loads(file.read_text())
+            rows += [] if "sample" in plan and "train" not in plan else [_row(plan)]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--table={folder}: {file.name} is no plan ({error}); write it again with --json"

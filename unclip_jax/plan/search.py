@@ -82,9 +82,9 @@ def candidates(
     """
     first = with_remat(Plan.of(config, devices, sharding.MeshConfig(), {"grad_accum": 1}), "full")
     shapes = (first.params(), first.batch(), jax.random.key(0))
-    split, _ = by_blocks(first, first.stage.loss, shapes, first.micro_size)
+    split, _ = by_blocks(first, first.loss, shapes, first.micro_size)
     rows = row_bytes(split)
-    joint = isinstance(first.stage.loss, JointLoss)
+    joint = isinstance(first.loss, JointLoss)
     together = COMPARED * first.train.batch_size**2 if joint else 0
     limit, chips = ROOM * topology.chip.hbm_bytes, topology.device_count
     for plan, fsdp in _meshes(first, devices):

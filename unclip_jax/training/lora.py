@@ -8,12 +8,14 @@ the product is added to W in float32, and what is saved is an ordinary stage tha
 ordinary cost. So nothing of the product is rounded away, however few bits W has.
 
     params = lora.attach(config, key, params)     # {"network": adapters, "base_network": W, ...}
-    loss = stage.loss(lora.beside(config, params), batch, key)
+    loss = lora.loss(config, stage.loss)(params, batch, key)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,8 @@ from unclip_jax.common.params import TRAINED, Params, flatten, unflatten
 from unclip_jax.errors import wrong
 from unclip_jax.models import low_rank
 from unclip_jax.models.low_rank import matrix_shape
+from unclip_jax.stages.base import JointLoss
+from unclip_jax.training.step import Batch, LossFn
 
 BASE = "base_network"  # the frozen network's entry beside its adapters; see `params.is_weights`
 DTYPES = ("float32", "bfloat16")
@@ -101,3 +105,15 @@ def beside(config: Lora, params: Params) -> Params:
     adapters = flatten(params[TRAINED])
     scaled = {n: x * config.scale if n.endswith(low_rank.B) else x for n, x in adapters.items()}
     return rest | {TRAINED: unflatten(flatten(params[BASE]) | scaled)}
+
+
+def loss(config: Lora, own: LossFn) -> LossFn:
+    """A stage's loss, of params with adapters."""
+    whole = functools.partial(beside, config)
+    if isinstance(own, JointLoss):
+        return own.of(whole)
+
+    def of_adapters(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        return own(whole(params), batch, key)
+
+    return of_adapters

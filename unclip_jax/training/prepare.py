@@ -33,7 +33,7 @@ from unclip_jax.training import beginning, distillation, lora
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.distillation import Distillation
 from unclip_jax.training.fine_tuning import Origin
-from unclip_jax.training.heldout import Arrays, Evaluate, Held, Params, Preview, figures
+from unclip_jax.training.heldout import Evaluate, Held, Params, Preview, figures
 from unclip_jax.training.inputs import (
     check_classes,
     data_for,
@@ -357,15 +357,10 @@ def first_params(
 
 def with_adapters(run: Run, origin: Origin, config: Lora) -> Run:
     """The run that trains low-rank adapters of its stage, and exports the stage they make."""
-
     whole = functools.partial(lora.beside, config)
-
-    def loss(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        return run.loss(whole(params), batch, key)
-
     return dataclasses.replace(
         run,
-        loss=run.loss.of(whole) if isinstance(run.loss, JointLoss) else loss,
+        loss=lora.loss(config, run.loss),
         evaluate=lambda params, step: run.evaluate(whole(params), step),
         preview=lambda params, step: run.preview(whole(params), step),
         export=functools.partial(origin.merged, config),
