@@ -47,9 +47,8 @@ def write(model: str | Path, out: str | Path) -> Iterator[str]:
     for kind in ("clip", "decoder", "upsampler"):
         if len(found.get(kind, [])) != 1:
             number = f"{len(found.get(kind, []))} of kind {kind}, expected one"
-            raise UserError(
-                f"model {str(model)!r}: {number}, for diffusers' layout holds a whole Karlo"
-            )
+            what = "diffusers' layout holds a whole Karlo or Kandinsky"
+            raise UserError(f"model {str(model)!r}: {number}, for {what}")
     for kind in ("prior", "decoder", "upsampler"):
         for path in found.get(kind, []):
             _check_form(read_stage(path)[0], path)
