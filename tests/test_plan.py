@@ -96,6 +96,38 @@ def test_arrays_in_the_cores_own_memory_cost_nothing():
     assert hlo.array_bytes(text, slow_only=True) == 25
 
 
+# A TPU slices a layer off a stack of kernels in a fusion inside the fusion of its product.
+NESTED = """
+%inner (p: bf16[8,16,32], i: s32[]) -> bf16[16,32] {
+  %p = bf16[8,16,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %s = bf16[1,16,32]{2,1,0} dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,16,32}
+  ROOT %b = bf16[16,32]{1,0} bitcast(%s)
+}
+
+%outer (x: bf16[4,16], w: bf16[8,16,32], j: s32[]) -> f32[4,32] {
+  %x = bf16[4,16]{1,0} parameter(0)
+  %w = bf16[8,16,32]{2,1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %f = bf16[16,32]{1,0} fusion(%w, %j), kind=kLoop, calls=%inner
+  ROOT %c = f32[4,32]{1,0} convolution(%x, %f), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[4,16], w: bf16[8,16,32], j: s32[]) -> f32[4,32] {
+  %x.1 = bf16[4,16]{1,0} parameter(0)
+  %w.1 = bf16[8,16,32]{2,1,0} parameter(1)
+  %j.1 = s32[] parameter(2)
+  ROOT %r = f32[4,32]{1,0} fusion(%x.1, %w.1, %j.1), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_layer_that_an_inner_fusion_slices_is_read_alone():
+    layer, x, index, result = 2 * 16 * 32, 2 * 4 * 16, 4, 4 * 4 * 32
+    assert Program(NESTED, 1).bytes() == layer + x + index + result
+
+
 def test_no_device_holds_a_table_of_tokens_or_its_gradient(on_eight):
     """Copies sum their parts of the gradient; inside one only what was looked up is exchanged."""
     part = 4 * plan_run.TOKENS * WIDTH // 4

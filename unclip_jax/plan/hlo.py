@@ -307,7 +307,7 @@ class Program:
         last = list(inner.values())[-1]
         if carried and last.opcode != "tuple":  # the first of several fusions, or the last one
             return written if "AsyncCollectiveStart" in last.rest else 0
-        sliced, updated = _touched(inner)
+        sliced, updated = self._touched(inner)
         if carried:
             arrays = [found[0] for found in _ARRAY.finditer(instruction.type)]
             pairs = zip(last.operands, arrays, strict=True)
@@ -318,6 +318,45 @@ class Program:
             whole = size(operand)
             read += min(whole, sliced[i]) if i in sliced else whole
         return read + (min(written, updated) if updated is not None else written)
+
+    def _touched(self, inner: dict[str, Instruction]) -> tuple[dict[int, int], int | None]:
+        """Bytes read of those parameters that a fusion only slices, and written if it updates one.
+
+        A fusion inside may be what slices. A parameter that is updated in place is read nowhere.
+        """
+        users: dict[str, list[Instruction]] = collections.defaultdict(list)
+        for instruction in inner.values():
+            for operand in dict.fromkeys(instruction.operands):
+                users[operand].append(instruction)
+
+        def ends(name: str) -> Iterator[int | None]:
+            """Bytes that each use reads of a sliced array; None of one that reads it whole."""
+            for user in users[name]:
+                if user.opcode in ("bitcast", "copy", "convert") and users[user.name]:
+                    yield from ends(user.name)
+                elif user.opcode == "dynamic-slice":
+                    yield array_bytes(user.type)
+                elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                    yield 0
+                elif user.opcode == "fusion":
+                    called = self.computations[_CALLED.search(user.rest)[1]]
+                    sliced, _ = self._touched(called)
+                    places = [i for i, o in enumerate(user.operands) if o == name]
+                    yield from (sliced.get(place) for place in places)
+                else:
+                    yield None
+
+        sliced: dict[int, int] = {}
+        updated = None
+        for instruction in inner.values():
+            if instruction.opcode == "dynamic-update-slice":
+                updated = array_bytes(inner[instruction.operands[1]].type)
+            if instruction.opcode != "parameter":
+                continue
+            reads = list(ends(instruction.name))
+            if reads and None not in reads:
+                sliced[instruction.number] = sum(reads)
+        return sliced, updated
 
 
 def _carried(inner: Mapping[str, Instruction]) -> set[str]:
@@ -356,39 +395,3 @@ def _split_parenthesis(text: str) -> tuple[str, str]:
         if depth == 0:
             return text[:i], text[i + 1 :]
     return text, ""
-
-
-def _touched(inner: dict[str, Instruction]) -> tuple[dict[int, int], int | None]:
-    """Bytes read of those parameters that a fusion only slices, and written if it updates a slice.
-
-    A parameter that is updated in place is read nowhere.
-    """
-    users: dict[str, list[Instruction]] = collections.defaultdict(list)
-    for instruction in inner.values():
-        for operand in instruction.operands:
-            users[operand].append(instruction)
-
-    def ends(name: str) -> Iterator[tuple[str, Instruction]]:
-        for user in users[name]:
-            if user.opcode in ("bitcast", "copy", "convert") and users[user.name]:
-                yield from ends(user.name)
-            else:
-                yield name, user
-
-    sliced: dict[int, int] = {}
-    updated = None
-    for instruction in inner.values():
-        if instruction.opcode == "dynamic-update-slice":
-            updated = array_bytes(inner[instruction.operands[1]].type)
-        if instruction.opcode != "parameter":
-            continue
-        last = list(ends(instruction.name))
-        reads = [
-            array_bytes(user.type) if user.opcode == "dynamic-slice" else 0
-            for name, user in last
-            if user.opcode == "dynamic-slice"
-            or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)
-        ]
-        if last and len(reads) == len(last):
-            sliced[instruction.number] = sum(reads)
-    return sliced, updated
