@@ -174,6 +174,27 @@ def test_guidance_leads_away_from_the_canvas_of_nothing_and_rows_are_apart():
     np.testing.assert_allclose(denoise(x_t, t)[..., :3], expected, atol=1e-4)
 
 
+def test_sampling_begins_with_the_canvas_where_it_is_told_to():
+    """A network that sees no noise gives back what sampling began with: canvas and noise."""
+    sampling = dataclasses.replace(DECODER.sampling, method="ddim", spacing=(500,), clip_x_0=0.0)
+    begun = dataclasses.replace(DECODER, from_canvas=True, sampling=sampling)
+    cond, keys = given(), example_keys(jax.random.key(3), 3)
+    noise = np.random.default_rng(0).normal(size=(3, 1, 16, 16, 3)).astype(np.float32)
+    alpha, sigma = (x.item() for x in DECODER.diffusion.levels(jnp.int32(500), jnp.zeros(())))
+    canvas = tiny.call(DECODER, "draw_canvas", FULL, cond)
+
+    def blind(denoise):
+        return lambda x_t, t: jnp.zeros((*x_t.shape[:-1], 6))
+
+    found = begun.draw(FULL, keys, cond, noise=jnp.asarray(noise), guide=blind)
+    np.testing.assert_allclose(found, canvas + sigma / alpha * noise[:, 0], atol=1e-4)
+    plain = dataclasses.replace(begun, from_canvas=False)
+    found = plain.draw(FULL, keys, cond, noise=jnp.asarray(noise), guide=blind)
+    np.testing.assert_allclose(found, noise[:, 0] / alpha, atol=1e-4)
+    with pytest.raises(UserError, match=r"stage\.from_canvas: got True, expected False"):
+        dataclasses.replace(tiny.DECODER, from_canvas=True)
+
+
 def test_edits_go_on_working():
     """`tests/test_manipulate.py` says what they do; here the decoder has a canvas."""
     plain = tiny.model()

@@ -364,6 +364,10 @@ class GuidedDiffusion(Stage):
         x_0, cond = self.data(params, batch)
         return x_0, lambda params, scale: self.guided(params, cond, scale)
 
+    def begun(self, params: Params, cond: Condition, noise: jax.Array) -> jax.Array:
+        """The state [b, ...] that `draw` begins with, of standard normal noise [b, ...]."""
+        return noise
+
     def draw(
         self,
         params: Params,
@@ -392,10 +396,10 @@ class GuidedDiffusion(Stage):
             loop: what does the steps, see `samplers.sample`.
         """
         denoise = self.guided(params, cond, guidance_scale, null, loop)
-        x_T, step_keys, step_noise = initial_noise(keys, self.x_shape, noise)
+        drawn, step_keys, step_noise = initial_noise(keys, self.x_shape, noise)
         return samplers.sample(
             denoise if guide is None else guide(denoise),
-            x_T,
+            self.begun(params, cond, drawn),
             step_keys,
             self.diffusion,
             self.sampling,

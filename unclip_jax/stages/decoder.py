@@ -70,6 +70,8 @@ class DecoderStage(OfPictures):
         canvas_z_t_drop: likewise without z_t.
         canvas_noise: the most noise that training adds to the canvas's normalised inputs: a
             standard deviation, for each example uniform from 0 to this.
+        from_canvas: whether `draw` begins with the canvas under the noise of its first step, rather
+            than with noise alone. `sampling.spacing` says which step that is: (600, 400, 200, 0).
         z_i_noise: standard deviation of the noise that training adds to the normalised z_i.
         autoencoder: what makes latents of pictures, and pictures of latents, which are x_0; its
             params are constant, under `autoencoder`. None for a decoder of pixels.
@@ -101,6 +103,7 @@ class DecoderStage(OfPictures):
     canvas_z_i_drop: float = 0.25
     canvas_z_t_drop: float = 0.15
     canvas_noise: float = 0.5
+    from_canvas: bool = False
     z_i_noise: float = 0.0
     analytic: bool = False
     autoencoder: MoVQConfig | None = None
@@ -124,6 +127,8 @@ class DecoderStage(OfPictures):
         self._check_canvas()
 
     def _check_canvas(self) -> None:
+        if self.from_canvas and not self.canvas:
+            raise wrong("stage.from_canvas", True, "False, as there is no stage.canvas")
         if self.canvas and self.autoencoder:
             raise wrong("stage.canvas", self.canvas, "none, as there is an autoencoder")
         found, expected = self.model.canvas_channels, 3 if self.canvas else 0
@@ -292,6 +297,13 @@ class DecoderStage(OfPictures):
         if "z_i" in self.conditions:
             cond = cond | {"z_i": normalisation.normalise(params["normalisation"], cond["z_i"])}
         return self.apply(params, cond | canvas, method="encode")
+
+    def begun(self, params: Params, cond: Condition, noise: jax.Array) -> jax.Array:
+        """See the base; with `from_canvas` what the canvas shows is there from the beginning."""
+        if not self.from_canvas:
+            return noise
+        canvas = self.draw_canvas(params, cond)
+        return samplers.noised(canvas, noise, self.diffusion, self.sampling)
 
     def draw_canvas(
         self, params: Params, cond: Condition, worse_key: jax.Array | None = None
