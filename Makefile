@@ -8,6 +8,8 @@ DEMO ?= runs/demo
 TRAINED ?= runs/emoji
 BENCH ?= runs/bench
 
+# What is imported is compiled then, which is a small part of what is installed.
+export PIP_NO_COMPILE ?= 1
 # Compiled programs are kept between processes.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1

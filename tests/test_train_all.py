@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,6 +160,29 @@ def test_more_time_trains_all_but_clip_on(tmp_path):
     assert (entry.base, entry.steps) == (300, 300 + int(600 * 0.5 / 0.8))
     plan.write(tmp_path)
     assert Budget.read(tmp_path) == plan
+
+
+def test_too_short_a_time_says_how_much_is_enough(tmp_path, capsys):
+    plan = planned(3.0, compiling=60.0)
+    plan.spent = 250.0
+    run._say_plan(plan, tmp_path)
+    told = capsys.readouterr().out
+    assert "3 minutes are too few" in told and "--size tiny" not in told  # it is tiny
+    plan.extend(float(re.search(r"give --minutes (\d+) or more", told)[1]))
+    run._say_plan(plan, tmp_path)
+    assert "too few" not in capsys.readouterr().out
+    assert plan.training_seconds() >= plan.minutes * 60 / 2
+
+
+def test_each_stage_is_named_before_it_is_compiled(pictures, tmp_path, capsys, monkeypatch):
+    train_all_run.shrink(monkeypatch.setattr)
+    made = {}
+    plan = run._begin(found_in(pictures, tmp_path), "tiny", 1.0, tmp_path, made)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines[::2]] == list(sizes.STAGES) == list(made)
+    assert all("M parameters, compiling, about " in line for line in lines[::2])
+    assert all("compiled in " in line and "a step of 8 takes" in line for line in lines[1::2])
+    assert all(0 < entry.pace.parameters < 1e6 for entry in plan.entries.values())
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"entries": {}}', "[1]"])

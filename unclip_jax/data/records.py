@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypedDict
 
@@ -17,6 +16,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from unclip_jax.common import bars
 from unclip_jax.errors import UserError, wrong
 
 HELDOUT_FRACTION = 0.1
@@ -26,7 +26,6 @@ _REASONS = 8  # that are told of what is left out
 _NUMBERED = re.compile(r"\b(line|row|entry|annotation|byte) \d+")
 NAMED = 5  # of what is skipped or cut, this many are named in warnings
 SILENT_FOR = 2.0  # seconds before a line says how far it is
-_SECONDS_BETWEEN_LINES = 10.0  # where they go into a log
 
 
 class Record(TypedDict):
@@ -168,7 +167,6 @@ def warn_of_skipped(name: str, skipped: Mapping[str, str]) -> None:
 
 def progress(title: str, unit: str, total: int | None = None) -> tqdm:
     """A bar that shows up after two seconds; a line now and then where it goes into a log."""
-    interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    return tqdm(
-        desc=title, unit=unit, total=total, delay=SILENT_FOR, mininterval=interval, leave=False
+    return bars.bar(
+        desc=title, unit=unit, total=total, delay=SILENT_FOR, mininterval=0.5, leave=False
     )

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from unclip_jax.common import bars
 from unclip_jax.data import batches, datasets
 from unclip_jax.data.images import square
 from unclip_jax.data.records import Source, summary
@@ -235,4 +236,4 @@ def _bar(name: str, total: int) -> tqdm:
     """Of what this process does of all; the lead shows its own."""
     share = -(-total // jax.process_count())
     silent = not distributed.is_lead()
-    return tqdm(total=share, desc=f"{name:<26}", unit="picture", disable=silent)
+    return bars.bar(total=share, desc=f"{name:<26}", unit="picture", disable=silent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,7 +17,13 @@ from unclip_jax.parallel import sharding
 from unclip_jax.training.inputs import data_for
 from unclip_jax.training.optimizers import make_optimizer
 from unclip_jax.training.prepare import Settings, mesh_for
-from unclip_jax.training.step import StepFn, make_train_step, random_params, sharded_state
+from unclip_jax.training.step import (
+    StepFn,
+    about_to_compile,
+    make_train_step,
+    random_params,
+    sharded_state,
+)
 
 LEAST_SECONDS = 1.0  # that are timed, in so many steps at most
 MOST_STEPS = 10
@@ -39,10 +46,11 @@ class Pace:
     step: float
 
 
-def measure(config) -> tuple[Pace, StepFn]:
+def measure(config, tell: Callable[[int, float], None]) -> tuple[Pace, StepFn]:
     """Time a few steps of what a config trains; the compiled step serves its training, too.
 
-    CLIP need not be there: embeddings are drawn at random.
+    CLIP need not be there: embeddings are drawn at random. `tell(parameters, seconds)` is called
+    before the step is compiled, with about how long that takes.
     """
     given = settings.build(Settings, config, "config")
     stage = stages.build(given.stage)
@@ -53,6 +61,8 @@ def measure(config) -> tuple[Pace, StepFn]:
     state = sharded_state(params, optimizer, given.train, mesh)
     step_fn = make_train_step(stage.loss, optimizer, given.train, mesh)
     batch = sharding.shard_batch(_batch(given, stage), mesh)
+    count = sum(x.size for x in jax.tree.leaves(params[TRAINED]))
+    tell(count, about_to_compile(step_fn, state, batch))
     for _ in range(2):  # both compile
         state, metrics = step_fn(state, batch)
         jax.block_until_ready(metrics)
@@ -63,7 +73,6 @@ def measure(config) -> tuple[Pace, StepFn]:
         jax.block_until_ready(metrics)
         steps += 1
     took = (time.monotonic() - compiled) / steps
-    count = sum(x.size for x in jax.tree.leaves(params[TRAINED]))
     pace = Pace(count, given.train.batch_size, max(0.0, compiled - began - 2 * took), took)
     return pace, step_fn
 

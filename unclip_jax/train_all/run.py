@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from unclip_jax.train_all.budget import FEWEST_STEPS, Budget, Entry
 from unclip_jax.train_all.look import Found, look
 from unclip_jax.train_all.pace import measure
 from unclip_jax.training import lock, loop, prepare
-from unclip_jax.training.run import NotFinite
+from unclip_jax.training.run import NotFinite, compiling
 from unclip_jax.training.step import StepFn
 
 # A stage that takes so much longer than was measured ends there: others want time, too.
@@ -82,11 +83,15 @@ def _begin(
     say("", f"timing a few steps of each stage ({size}) on {where}, which compiles them")
     entries = {}
     for name in sizes.STAGES:
-        pace, compiled[name] = measure(sizes.config(name, size, found, out))
+
+        def tell(parameters: int, seconds: float, name: str = name) -> None:
+            say(f"  {name:<9} {parameters / 1e6:5.1f} M parameters, {compiling(seconds)}")
+
+        pace, compiled[name] = measure(sizes.config(name, size, found, out), tell)
         entries[name] = Entry(pace)
         say(
-            f"  {name:<9} {pace.parameters / 1e6:5.1f} M parameters, compiled in"
-            f" {pace.compiling:.0f} s; a step of {pace.batch_size} takes {_seconds(pace.step)}"
+            f"  {'':<9} compiled in {pace.compiling:.0f} s; a step of {pace.batch_size}"
+            f" takes {_seconds(pace.step)}"
         )
     return Budget(size, found.data.name, found.fingerprint, minutes, 0.0, entries)
 
@@ -121,9 +126,12 @@ def _say_plan(budget: Budget, out: Path) -> None:
         f"  in {out}/STAGE/previews; stop it whenever you like: the same command goes on",
     )
     if total > max(spendable, 0.0) + 1.0:
+        enough = math.ceil(2 * (budget.spent + budget.aside()) / 60)  # half of it for steps
+        smaller = "" if budget.size == "tiny" else ", or another --out with --size tiny"
         say(
             f"note: {budget.minutes:g} minutes are too few for size {budget.size} on this machine:"
-            f" a stage trains {FEWEST_STEPS} steps all the same, and draws nothing to speak of"
+            f" stages train {FEWEST_STEPS} steps all the same, and draw nothing to speak of; give"
+            f" --minutes {enough} or more{smaller}"
         )
 
 

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from unclip_jax.common import command_line
+from unclip_jax.common import bars, command_line
 from unclip_jax.data import datasets
 from unclip_jax.data.embeddings.shards import DTYPES
 from unclip_jax.data.embeddings.writer import (
@@ -132,9 +130,8 @@ def main(argv: list[str]) -> None:
     shards = default_shards(len(source)) if args.shards is None else args.shards
     meta = meta_of(clip, source, dtype=args.dtype, shards=shards)
     index, count = jax.process_index(), jax.process_count()
-    interval = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
     title = f"process {index} of {count}"
-    with tqdm(desc=title, unit=" pairs", mininterval=interval, dynamic_ncols=True) as bar:
+    with bars.bar(SECONDS_BETWEEN_LINES, desc=title, unit=" pairs", dynamic_ncols=True) as bar:
 
         def show(done: int, of: int) -> None:
             bar.total = of

@@ -142,8 +142,7 @@ class Run:
         """Say that the step is compiled next, and about how long that takes."""
         with jax.transfer_guard("disallow"):
             seconds = steps.about_to_compile(step_fn, state, batch)
-        about = f"{seconds / 60:.0f} minutes" if seconds > 100 else f"{max(1, round(seconds))} s"
-        self.report.progress.line(f"compiling, about {about}, or less if that was done before")
+        self.report.progress.line(compiling(seconds))
 
     def stop(self, step: int) -> None:
         """End after a signal, once everything is saved."""
@@ -159,6 +158,12 @@ class Run:
         path = self.place.local / "previews" / f"step_{step:08d}.png"
         grids.save_png(grid, path, {"step": str(step)})
         self.report.write_image(step, "preview", np.asarray(grid))
+
+
+def compiling(seconds: float) -> str:
+    """What is said before a program is compiled that takes about so long."""
+    about = f"{seconds / 60:.0f} minutes" if seconds > 100 else f"{max(1, round(seconds))} s"
+    return f"compiling, about {about}, or less if that was done before"
 
 
 def to_look_at(params: Params, mesh: Mesh) -> Params:

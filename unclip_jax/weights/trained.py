@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,12 @@ def read_stage(path: Path, kind: str | None = None) -> tuple[stages.Stage, dict[
     return stage, about
 
 
+@functools.lru_cache(maxsize=64)
+def _shapes(stage: stages.Stage) -> Any:
+    """Shape and dtype of its params: what draws several times traces a network once."""
+    return jax.eval_shape(stage.init, jax.random.key(0))
+
+
 def load_part(
     path: str | Path, kind: str | None = None, dtype: str = "", mesh: Mesh | None = None
 ) -> Part:
@@ -137,7 +144,7 @@ def load_part(
     """
     path = stage_folder(path)
     stage, _ = read_stage(path, kind)
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    shapes = _shapes(stage)
     if mesh is None:
         params, description = model_folder.load_stage(path, shapes, dtype)
     else:

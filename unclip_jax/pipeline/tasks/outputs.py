@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from unclip_jax.common import bars
 from unclip_jax.common.command_line import HOST_FLAGS
 from unclip_jax.common.files import check_place
 from unclip_jax.common.grids import captioned_grid, save_png
@@ -125,7 +126,7 @@ class StageBars:
                 bar.close()
             batch, batches = BATCH.get()
             named = f"{stage:<14}" + (f" batch {batch} of {batches}" if batches > 1 else "")
-            bar = self._bars[stage] = tqdm(total=steps, desc=named, unit="step")
+            bar = self._bars[stage] = bars.bar(total=steps, desc=named, unit="step")
         bar.update(step - bar.n)
         if step == steps:
             bar.close()
