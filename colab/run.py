@@ -11,8 +11,9 @@ otherwise goes into a cell behind it, which is not saved. A saved notebook carri
 code that ran, so that a later change of the code shows (tests/test_notebooks.py).
 
 The badge, the first cell (install.py) and the kind of runtime are the same in all: `stamp` writes
-them. Where the repository is stands in one place, [project.urls] of pyproject.toml; while it has no
-address there, the badge leads to Colab, and the first cell takes the wheel.
+them, and README's badges. Where the repository is stands in one place, [project.urls] of
+pyproject.toml; while it has no address there, badges lead to Colab, and the first cell takes the
+wheel.
 
 Needs `pip install -e ".[notebooks]"`; finetune_karlo and kandinsky make stand-ins for public
 weights with PyTorch and diffusers, `.[parity]`, and are left out where those are missing.
@@ -28,6 +29,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,15 +104,29 @@ def repository() -> str:
     return about.get("urls", {}).get("Repository", "").removesuffix(".git").rstrip("/")
 
 
+def in_colab(name: str, address: str) -> str:
+    """Where a badge leads: to the notebook in Colab, or to Colab while the project is nowhere."""
+    colab, github = "https://colab.research.google.com/", "https://github.com/"
+    if not address.startswith(github):
+        return colab
+    return f"{colab}github/{address.removeprefix(github)}/blob/main/colab/{name}.ipynb"
+
+
 def badge(name: str, address: str) -> str:
     """The line that opens a notebook in Colab."""
     image = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    github = "https://github.com/"
-    if address.startswith(github):
-        path = f"{address.removeprefix(github)}/blob/main/colab/{name}.ipynb"
-        return f"{image}(https://colab.research.google.com/github/{path})"
+    link = f"{image}({in_colab(name, address)})"
     how = "Upload this notebook there (*File, Upload notebook*); its first cell asks for the wheel."
-    return f"{image}(https://colab.research.google.com/) {how}"
+    return link if "/github/" in link else f"{link} {how}"
+
+
+def stamp_readme(text: str, address: str) -> str:
+    """README, whose badges lead where the notebooks' do."""
+    for name in NAMES:
+        image = rf"(\]\(colab/{name}\.ipynb\) \[!\[Open in Colab\]\[colab\]\])\([^)]*\)"
+        text, count = re.subn(image, rf"\1({in_colab(name, address)})", text)
+        assert count == 1, f"README.md: {count} badges of {name}, expected one"
+    return text
 
 
 def install_cell(name: str, address: str) -> str:
@@ -338,6 +354,10 @@ def main(argv: list[str]) -> None:
     if unknown := sorted(set(args.names) - set(NAMES)):
         parser.error(f"names: got {', '.join(unknown)}, expected some of {', '.join(NAMES)}")
 
+    if args.stamp:
+        readme = ROOT / "README.md"
+        text = stamp_readme(readme.read_text(encoding="utf-8"), repository())
+        readme.write_text(text, encoding="utf-8")
     for name in args.names or NAMES:
         if args.stamp:
             notebook = nbformat.read(path_of(name), as_version=4)

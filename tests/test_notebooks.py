@@ -85,6 +85,14 @@ def test_a_notebook_is_small_and_opens_in_colab(name, run):
     assert stamped == notebook, "run python colab/run.py --stamp"
 
 
+def test_the_readme_has_a_badge_for_each_notebook(run):
+    text = (run.ROOT / "README.md").read_text(encoding="utf-8")
+    assert run.stamp_readme(text, run.repository()) == text, "run python colab/run.py --stamp"
+    there = run.stamp_readme(text, "https://github.com/some/one")
+    assert all(f"/github/some/one/blob/main/colab/{name}.ipynb)" in there for name in run.NAMES)
+    assert run.stamp_readme(there, "") == run.stamp_readme(text, "")
+
+
 def test_an_address_goes_into_badge_and_first_cell(run):
     notebook, _ = code_cells("sample")
     before = copy.deepcopy(notebook)
