@@ -137,6 +137,10 @@ def test_a_command_that_is_not_there_is_guessed(typed, meant):
         ("sample text2im --zzz", "'--zzz': no such flag; unclip sample text2im --help says"),
         ("doctor --workdr x --workdir y", r"did you mean --workdir\?"),
         ("evaluate --dat", "ambiguous|expected one argument"),
+        ("doctor", "--workdir; such as unclip doctor --workdir runs/emoji/prior$"),
+        ("styles", "required: build; such as unclip styles build$"),
+        ("class_conditional", r"--classifier runs/adm/classifier --upsampler .* --out food\.png$"),
+        ("train-all my_pictures", "such as unclip train-all --data my_pictures --out runs/mine"),
     ],
 )
 def test_what_is_typed_wrong_is_told_in_a_line_with_what_was_meant(typed, said, capsys):

@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -71,12 +72,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, about: str | None) -> Parser:
-    """An empty parser of `unclip COMMAND`, whose help keeps the lines of `about`."""
-    return Parser(
+    """An empty parser of `unclip COMMAND`, whose help keeps the lines of `about`.
+
+    Its `example` is the first one there.
+    """
+    made = Parser(
         prog=f"unclip {command}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    lines = re.sub(r" *\\\n *", " ", about or "").splitlines()
+    examples = (line.partition("  #")[0].strip() for line in lines if line.startswith("    "))
+    made.example = next((line for line in examples if line.startswith(made.prog + " ")), "")
+    return made
 
 
 class OneOrMore(argparse.Action):
@@ -245,7 +253,8 @@ def check(values: flags.FlagValues, argv: Sequence[str], command: str, *required
     with _telling(argv):
         for name in required:
             if values[name].value is None:
-                raise UserError(f"--{name}: missing; see unclip {command} --help")
+                such = ", such as --config=emoji/clip" if name == "config" else ""
+                raise UserError(f"--{name}: missing{such}; see unclip {command} --help")
         _config(values)
 
 

@@ -25,7 +25,6 @@ SIZES = ("tiny", "small", "base")
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser("train-all", __doc__)
-    parser.example = "unclip train-all --data my_pictures --out runs/mine"
     parser.about = lambda word: f"a folder of pictures is --data {word}"
     add = parser.add_argument
     named = "pictures with captions: a folder, or emoji, tfds:NAME, ... as for unclip train"

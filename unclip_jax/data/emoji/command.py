@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     """Fetch, render, and say what there is and whose art it is."""
     parser = command_line.parser("styles", __doc__)
     add = parser.add_argument
-    add("command", choices=["build"])
+    add("command", choices=["build"], metavar="build", help="fetch and render")
     add("--data", choices=list(BUILDERS), default="emoji_styles", help="default emoji_styles")
     add("--cache_dir", default="", help="default $UNCLIP_JAX_CACHE, else ~/.cache/unclip_jax")
     add("--size", type=int, nargs="+", default=[64], metavar="PIXELS", help="default 64")
