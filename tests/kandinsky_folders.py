@@ -42,7 +42,10 @@ class Tiny:
 
 
 def tiny(in_channels: int = 4) -> Tiny:
-    """One level in the U-Net, three in MoVQ; 9 channels fill in what is missing."""
+    """One level in the U-Net, three in MoVQ; 9 channels fill in what is missing.
+
+    8 follow a hint, of which a latent sees 8 x 8 pixels: MoVQ then has four levels.
+    """
     sizes, e = karlo_folders.tiny(12, 3, 35, (1, 2), (5,), 10, 1, "gelu"), 12
     unet = UNetConfig(
         image_size=SIDE // 4,
@@ -65,9 +68,22 @@ def tiny(in_channels: int = 4) -> Tiny:
         tokens_first=True,
         x_channels=4,
         inpaint=in_channels == 9,
+        hint=in_channels == 8,
     )
-    movq = {"channels": 32, "channel_mults": (1, 1, 2), "res_blocks": 1, "attention_levels": (2,)}
-    return Tiny(sizes.clip, sizes.prior, decoder, MoVQConfig(**movq, codes=8))
+    mults = (1, 1, 1, 2) if decoder.hint else (1, 1, 2)
+    movq = {"channels": 32, "channel_mults": mults, "attention_levels": (len(mults) - 1,)}
+    return Tiny(sizes.clip, sizes.prior, decoder, MoVQConfig(**movq, res_blocks=1, codes=8))
+
+
+def unet(channels: int, seed: int):
+    """diffusers' U-Net of so many input channels."""
+    settings = kandinsky_configs.unet_settings(tiny(channels).decoder)
+    return make(diffusers.UNet2DConditionModel, settings, seed)
+
+
+def movq(sizes: Tiny):
+    """diffusers' MoVQ."""
+    return make(diffusers.VQModel, kandinsky_configs.movq_settings(sizes.movq), 3)
 
 
 def components(folder) -> dict:
@@ -80,16 +96,11 @@ def components(folder) -> dict:
     with torch.no_grad():
         prior.clip_mean.copy_(torch.randn(1, 12, generator=generator))
         prior.clip_std.copy_(torch.rand(1, 12, generator=generator) + 0.5)
-
-    def unet(channels: int, seed: int):
-        settings = kandinsky_configs.unet_settings(tiny(channels).decoder)
-        return make(diffusers.UNet2DConditionModel, settings, seed)
-
     return {
         "prior": prior,
         "unet": unet(4, 1),
         "inpaint": unet(9, 2),
-        "movq": make(diffusers.VQModel, kandinsky_configs.movq_settings(sizes.movq), 3),
+        "movq": movq(sizes),
         "text_encoder": randomise(
             transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text)), 5
         ),
@@ -132,9 +143,24 @@ def pipelines(base) -> dict:
     for pipeline in made.values():
         pipeline.set_progress_bar_config(disable=True)
     in_double(prior["scheduler"])
-    betas = np.linspace(0.00085, 0.012, 1000)
-    decoder["scheduler"].alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas))
+    betas_in_double(decoder["scheduler"])
     return made
+
+
+def hinted(base):
+    """diffusers' pipeline of a decoder that follows a hint, saved to base/hint."""
+    scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULER)
+    pipeline = diffusers.KandinskyV22ControlnetPipeline(unet(8, 4), scheduler, movq(tiny(8)))
+    pipeline.save_pretrained(base / "hint")
+    pipeline.set_progress_bar_config(disable=True)
+    betas_in_double(scheduler)
+    return pipeline
+
+
+def betas_in_double(scheduler) -> None:
+    """Give the decoder's scheduler a float64 table."""
+    betas = np.linspace(0.00085, 0.012, 1000)
+    scheduler.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas))
 
 
 def first(x):

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import kandinsky_folders as folders
 from tests.kandinsky_folders import SIDE, Feed, first, noise_of
 from unclip_jax import stages
 from unclip_jax.common import config as settings
+from unclip_jax.common.params import flatten, unflatten
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.drawing import DECODER, NEGATIVE, PRIOR, stage_keys
@@ -203,6 +205,23 @@ def test_inpainting_by_nine_channels_is_diffusers(reference, feed):
     np.testing.assert_array_equal(made[0][hole], np.asarray(to_uint8(ours))[0][hole])
 
 
+@pytest.mark.slow
+def test_a_hint_is_followed_as_by_diffusers(reference, feed):
+    """A depth map in colour, beside the latents of a picture that is no square."""
+    _, base = reference
+    pipeline, size, keys = folders.hinted(base), (64, 128), example_keys(KEY, 1)
+    model = loaded(base, "hint").sized(size)
+    rng, noise = np.random.default_rng(8), decoder_noise(model, keys)
+    hint, z_i = rng.integers(0, 256, (*size, 3), np.uint8), rng.standard_normal((1, 12))
+    null = np.array(model.decoder.params["null_z_i"])[None]
+    z_i = z_i.astype(np.float32)
+    given = noise, torch.from_numpy(z_i), torch.from_numpy(null), model
+    theirs = drawn(pipeline, feed, *given, hint=first(hint[None] / np.float32(255)))
+    same(model.hinted(hint).decode(keys, z_i, [""]), theirs)
+    with pytest.raises(UserError, match=r"hint: got None, expected a picture, .* --hint FILE"):
+        model.decode(keys, z_i, [""])
+
+
 def test_the_plain_decoder_fills_in_by_masking(model):
     """What is kept is the picture; what was in the hole changes nothing."""
     rng, size = np.random.default_rng(5), (20, SIDE)
@@ -270,6 +289,42 @@ def test_configs_build(name, variant):
         stage = stages.build(given.stage)
         assert stage.model.embed_dim == 1280
         assert stage.image_size == (512 if name == "decoder" else 0)
+
+
+@pytest.fixture(scope="module")
+def converted(model, tmp_path_factory):
+    """The model's folder, and one of pictures with captions."""
+    base = tmp_path_factory.mktemp("converted")
+    model.save(base / "ours")
+    (base / "pictures").mkdir()
+    for i, caption in enumerate(["a red apple", "two dogs", "the moon", "black ink"]):
+        pixels = np.random.default_rng(i).integers(0, 256, (36, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(base / "pictures" / f"{i}.png")
+        (base / "pictures" / f"{i}.txt").write_text(caption)
+    return base
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_a_run_starts_from_the_folder_and_saves_what_it_learnt_of_it(model, converted, name):
+    """Adapters as they begin change no bit of the folder, MoVQ and nulls included."""
+    config = importlib.import_module(f"configs.kandinsky.{name}").get_config("smoke")
+    config.init, config.clip = str(converted / "ours" / name), str(converted / "ours" / "clip")
+    config.data.update(name=str(converted / "pictures"), split="all", cache_dir=str(converted))
+    config.heldout_split = "all"
+    run, before = prepare.prepare(config), model.parts()[name].params
+    begun = run.init_params()
+    assert {x.dtype for x in jax.tree.leaves(begun["base_network"])} == {jnp.dtype("bfloat16")}
+    assert set(begun) == {*before, "base_network"}
+    adapted = flatten(begun["network"])
+    assert all(name.endswith(("lora_a", "lora_b")) for name in adapted)
+    saved = flatten(run.export(begun))
+    for path, value in flatten(before).items():
+        np.testing.assert_array_equal(saved[path], value, err_msg=path)
+    [moved] = [n for n in sorted(adapted) if n.endswith("lora_b")][:1]
+    learnt = begun | {"network": unflatten(adapted | {moved: adapted[moved] + 1})}
+    saved = flatten(run.export(learnt))
+    changed = {n for n, x in flatten(before).items() if not np.array_equal(saved[n], x)}
+    assert changed == {f"network/{moved.removesuffix('lora_b')}kernel"}
 
 
 def test_what_cannot_be_trained_is_one_line(model):

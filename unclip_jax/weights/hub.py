@@ -34,7 +34,7 @@ def local_folder(model: str | Path) -> Path:
     if not _REPOSITORY.fullmatch(name):
         raise UserError(
             f"model: {name!r} is no folder; give a folder that train.py or UnCLIP.save wrote, a"
-            " folder with Karlo's files, or a hub repository as owner/name"
+            " folder with Karlo's or Kandinsky's files, or a hub repository as owner/name"
         )
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS)))

@@ -214,7 +214,9 @@ def _repositories(paths: list[Path]) -> _Repositories:
     ):
         if len(found) != 1:
             number = f"{len(found)} repositories with a {name} among them"
-            raise UserError(f"Kandinsky {listing}: {number}, expected one; give {which} with it")
+            do = f"leave out all but one of {', '.join(str(path) for path, _ in found)}"
+            do = do if found else f"give {which} with it"
+            raise UserError(f"Kandinsky {listing}: {number}, expected one; {do}")
     return _Repositories(priors[0], decoders[0])
 
 
@@ -223,7 +225,8 @@ def _kinds(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     kinds = *PRIORS, *_DECODERS, *_COMBINED
     kind = str(index.get("_class_name"))
     if kind.startswith("Kandinsky") and not kind.startswith("KandinskyV22"):
-        raise wrong(f"{path / INDEX}: _class_name", kind, "one of Kandinsky 2.2, KandinskyV22...")
+        field, do = f"{path / INDEX}: _class_name", "no other version is read"
+        raise wrong(field, kind, "one of Kandinsky 2.2, KandinskyV22...", do)
     return kinds
 
 
