@@ -219,6 +219,20 @@ def text_to_image(tab: Tab, args: argparse.Namespace, files: list[Path]) -> None
     tab.draw()
 
 
+def from_a_picture(tab: Tab, args: argparse.Namespace, files: list[Path]) -> None:
+    """Draw a picture anew, towards a caption."""
+    tab.upload(files[0])
+    tab.fill("Prompt", args.prompt)
+    tab.draw()
+
+
+def mix(tab: Tab, args: argparse.Namespace, files: list[Path]) -> None:
+    """Mix two pictures and a caption."""
+    tab.upload(*files)
+    tab.fill("Prompts", args.prompt)
+    tab.draw()
+
+
 def variations(tab: Tab, args: argparse.Namespace, files: list[Path]) -> None:
     """Vary one picture."""
     tab.upload(files[0])
@@ -255,6 +269,8 @@ def prior(tab: Tab, args: argparse.Namespace, files: list[Path]) -> None:
 
 SHOTS = {
     "text_to_image": ("Text to image", text_to_image, WIDE, False),
+    "from_a_picture": ("From a picture", from_a_picture, WIDE, False),
+    "mix": ("Mix", mix, WIDE, False),
     "variations": ("Variations", variations, WIDE, False),
     "interpolation": ("Interpolation", interpolation, WIDE, False),
     "text_diff": ("Text diff", text_diff, WIDE, False),

@@ -119,7 +119,16 @@ def test_examples_fill_and_enter_draws_and_the_picture_is_seen_on_the_way(
     assert copied.startswith("unclip sample text2im") and "'a quantum aple'" in copied
 
 
-TABS = {"Variations": 1, "Interpolation": 2, "Text diff": 1, "What CLIP sees": 1}
+TABS = {
+    "From a picture": 1, "Mix": 2, "Variations": 1, "Interpolation": 2, "Text diff": 1,
+    "What CLIP sees": 1,
+}  # fmt: skip
+
+
+def test_every_tab_has_a_screenshot(screenshots, browser, address):
+    screenshots.Tab(browser, address, "Text to image")
+    tabs = {tab.text.strip() for tab in browser.find_elements("css selector", "[role=tab]")}
+    assert tabs - {""} == {name for name, *_ in screenshots.SHOTS.values()} >= {*TABS}
 
 
 @pytest.mark.parametrize("width", [1280, 390])
