@@ -1,5 +1,6 @@
 """Checkpoints that stay, and model folders made of them."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,8 @@ from tests import tiny, toy_run
 from unclip_jax import stages
 from unclip_jax.common.params import fingerprint
 from unclip_jax.errors import UserError
-from unclip_jax.training import loop, save, writers
-from unclip_jax.training.saved import Saved
+from unclip_jax.training import loop, save, sums, writers
+from unclip_jax.training.saved import Saved, damage
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights import trained as parts
 
@@ -64,6 +65,25 @@ def test_a_run_that_goes_on_still_knows_its_best(tmp_path):
         run_with_figures(tmp_path / "parts", best="figure", schedule="constant", b1=0.5)
     run_with_figures(tmp_path / "parts", best="figure", schedule="constant")
     assert steps_in(tmp_path / "parts") == steps_in(tmp_path / "whole") == {8, 20}
+
+
+@pytest.mark.parametrize("best", ["", "figure"])
+def test_a_checkpoint_with_figures_is_whole_and_a_changed_figure_is_told(tmp_path, best):
+    run_with_figures(tmp_path, best=best)
+    checkpoint = tmp_path / "checkpoints" / "20"
+    assert damage(checkpoint) == ""
+    kept = checkpoint / "metrics" / "metrics"
+    assert kept.is_file() == bool(best)  # Orbax keeps what it judges by
+    if best:
+        kept.write_text('{"figure": 9.0, "other": 0.0}')
+        assert damage(checkpoint) == "metrics has changed since it was written"
+
+
+def test_a_sum_of_figures_that_were_never_kept_is_no_damage(tmp_path, monkeypatch):
+    former = functools.partial(sums.table, metrics={"figure": 1.5})
+    monkeypatch.setattr(sums, "table", former)
+    run_with_figures(tmp_path)
+    assert damage(tmp_path / "checkpoints" / "20") == ""
 
 
 def test_a_figure_that_there_is_not_is_named(tmp_path):

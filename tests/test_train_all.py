@@ -252,6 +252,13 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == name]
 
 
+def test_the_page_asks_for_more_minutes_than_it_took(tmp_path):
+    plan = planned(15.0)
+    assert "--minutes 30</pre>" in page._next(tmp_path, plan)
+    plan.spent = 55.2 * 60
+    assert "--minutes 112</pre>" in page._next(tmp_path, plan)
+
+
 def test_a_page_of_nothing_trained_says_what_is_to_do(pictures, tmp_path):
     (tmp_path / "clip").mkdir()
     page.write(tmp_path, found_in(pictures, tmp_path), planned(3.0), drawing=False)

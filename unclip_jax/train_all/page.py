@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -159,7 +160,8 @@ def _recognised(model: UnCLIP, pictures: np.ndarray, captions: list[str]) -> flo
 
 
 def _next(out: Path, budget: Budget) -> str:
-    model, more = ["--model", str(out)], f"{2 * budget.minutes:g}"
+    model = ["--model", str(out)]
+    more = f"{2 * math.ceil(max(budget.minutes, budget.spent / 60)):g}"  # than it has taken
     commands = [
         ["unclip", "sample", "text2im", *model, "--prompt", "a caption"],
         ["unclip", "app", *model],

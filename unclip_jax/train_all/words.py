@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
 from collections.abc import Mapping
 
 from unclip_jax.errors import UserError
@@ -55,7 +58,11 @@ def _found(last: Mapping[str, float], k: int, pairs: str) -> str:
 def diagnosis(run: Workdir, clip: str) -> str:
     """The doctor's words on a run, of what its files show."""
     try:
-        return doctor.as_text(run, doctor.examine(run, clip, files_only=True))
+        findings = doctor.examine(run, clip, files_only=True)
+        # The plan says how many steps there are: of train-all's flags, --minutes does.
+        longer = functools.partial(re.sub, r"--config\.train\.steps=\d+ or more", "more --minutes")
+        told = [dataclasses.replace(one, advice=longer(one.advice)) for one in findings]
+        return doctor.as_text(run, told)
     except UserError as error:
         return f"the doctor could not look: {error}"
 

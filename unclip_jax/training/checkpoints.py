@@ -179,15 +179,15 @@ class Checkpoints(Saved):
             return
         self._check_space(step, state)
         parts = {"data": dict(positions), "description": dict(description)}
-        judged = {"metrics": dict(figures)} if figures else {}
-        parts[SUMS] = sums.table(state, **parts, **judged)
+        judged = dict(figures) if self._config.best else {}  # Orbax keeps no others
+        parts[SUMS] = sums.table(state, **parts, **({"metrics": judged} if judged else {}))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             **{name: ocp.args.JsonSave(value) for name, value in parts.items()},
         )
         self._check_earlier(step)
         with self._writing(f"checkpoint {step}"):
-            self._manager.save(step, args=items, metrics=dict(figures) or None)
+            self._manager.save(step, args=items, metrics=judged or None)
 
     def _check_space(self, step: int, state: Any) -> None:
         """Raise UserError where a disk has no room: better no checkpoint than a part of one."""

@@ -45,7 +45,7 @@ def length(run: Workdir) -> Iterator[Finding]:
     """Whether the run has seen so little that nothing else can be said of it."""
     if not run.short:
         return
-    seen = f"{run.examples:,} examples seen, each as often as it came"
+    seen = f"{run.examples:,} examples seen, repeats counted"
     what = f"from random weights a stage draws nothing to speak of before about {FEWEST_EXAMPLES:,}"
     if run.done >= 1.0:
         steps = -(-3 * FEWEST_EXAMPLES // run.train.batch_size)

@@ -70,7 +70,7 @@ class Workdir:
 
     @property
     def examples(self) -> int:
-        """How many examples it has learned from, each as often as it came."""
+        """How many examples it has learned from, repeats counted."""
         return self.step * self.train.batch_size
 
     @property
