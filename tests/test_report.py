@@ -165,10 +165,11 @@ def test_curves_are_drawn(tmp_path):
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**20)) > 10
 
 
-def test_what_was_measured_once_is_no_curve(tmp_path, monkeypatch):
+def test_what_was_measured_once_or_never_changes_is_no_curve(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.set", lambda axes, **of: drawn.append(of["title"]))
-    records = [{"step": i, "train/loss": 1 / i} for i in (1, 2)] + [{"step": 2, "eval/psnr": 9.0}]
+    records = [{"step": i, "train/loss": 1 / i, "eval/pairs": 20.0} for i in (1, 2)]
+    records += [{"step": 2, "eval/psnr": 9.0}]
     (tmp_path / writers.METRICS_FILE).write_text("\n".join(map(json.dumps, records)) + "\n")
     writers.plot_metrics(tmp_path)
     assert drawn == ["loss"]

@@ -87,7 +87,8 @@ def _png(pixels: np.ndarray) -> bytes:
 def _found(found: Found, budget: Budget) -> str:
     left = budget.left()
     state = f"still to train: {', '.join(left)}" if left else "all is trained"
-    sized = f"size {budget.size}, {budget.spent / 60:.0f} of {budget.minutes:g} minutes; {state}"
+    spent = f"{budget.spent / 60:.0f} minutes spent, {budget.minutes:g} asked for"
+    sized = f"size {budget.size}; {spent}; {state}"
     return f"<p>{_text(sized)}.</p>\n" + _list(found.words())
 
 

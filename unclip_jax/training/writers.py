@@ -200,8 +200,8 @@ def _duration(seconds: float) -> str:
 def plot_metrics(workdir: Path) -> None:
     """Plot every metric of `workdir`/metrics.jsonl over the steps, a panel each, to curves.png.
 
-    Training and held-out values of the same metric share a panel. What was measured once is no
-    curve, and is left out.
+    Training and held-out values of the same metric share a panel. What was measured once, or was
+    always the same, is no curve, and is left out.
     """
     from matplotlib.figure import Figure
 
@@ -218,6 +218,7 @@ def plot_metrics(workdir: Path) -> None:
         metric: groups
         for metric, groups in panels.items()
         if any(len(set(xs)) > 1 for xs, _ in groups.values())
+        and len({y for _, ys in groups.values() for y in ys}) > 1
     }
     if not panels:
         return
