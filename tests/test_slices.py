@@ -185,14 +185,28 @@ def test_what_computes_beside_a_collective_does_not_move_it_again():
     assert program.bytes() == (8 + 16) + 2 * 16
 
 
-@pytest.mark.parametrize(("target", "slices"), [("{1,2}x{0:15}", 2), ("{1:4}x{0:3}", 4)])
-def test_what_goes_to_other_slices_is_read_from_sends(target, slices):
-    attributes = f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="ALL_REDUCE"'
+PAIRS = "{{100003->200000},{100002->200001},{200003->100000},{200002->100001}}"
+GROUPS = "{{100000,100003,200000,200003},{100001,100002,200001,200002}}"
+
+
+@pytest.mark.parametrize(
+    ("target", "how", "slices", "sent"),
+    [
+        ('"{1,2}x{0:15}"', "ALL_REDUCE", 2, 8),
+        ('"{1:4}x{0:3}"', "ALL_REDUCE", 4, 12),
+        ('"{1:4}x{0:3}"', "ALL_GATHER", 4, 24),
+        (GROUPS, "ALL_TO_ALL", 2, 4),
+        (PAIRS, "ONE_TO_ONE", 2, 8),
+    ],
+)
+def test_what_goes_to_other_slices_is_read_from_sends(target, how, slices, sent):
+    attributes = f'_xla_megascale_target={target},_xla_megascale_transfer_type="{how}"'
     text = (
         "ENTRY %main (x: bf16[4]) -> bf16[4] {\n  %x = bf16[4] parameter(0)\n"
         "  %t = token[] after-all()\n  %s = (bf16[4], u32[], token[]) send(%x, %t),"
         f" channel_id=2, is_host_transfer=true, frontend_attributes={{{attributes}}}\n}}"
     )
     (found,) = Program(text, 4).collectives()
-    assert found == Collective("dcn-all-reduce", slices, 8, 1)
-    assert found.between_slices and found.sent == 2 * 8 * (slices - 1) / slices
+    kind = {"ONE_TO_ONE": "collective-permute"}.get(how, how.lower().replace("_", "-"))
+    assert found == Collective(f"dcn-{kind}", slices, 8, 1)
+    assert found.between_slices and found.sent == sent

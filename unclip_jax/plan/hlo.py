@@ -42,7 +42,7 @@ _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?{_NAME} = (.*?[\]}})]) ([a-z][\w\-]*)
 _HEADER = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
 _CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={_NAME}")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
-_MEGASCALE = re.compile(r'_xla_megascale_(target|transfer_type)="([^"]*)"')
+_MEGASCALE = re.compile(r'_xla_megascale_(target|transfer_type)=("[^"]*"|\{\{.*?\}\})')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _FAST_MEMORY = re.compile(r"S\([1-9]\d*\)")
 
@@ -233,8 +233,9 @@ class Program:
         kind = instruction.opcode.removesuffix("-start")
         operands = instruction.operands
         if kind == "send" and (found := dict(_MEGASCALE.findall(instruction.rest))):
-            kind = DCN + found["transfer_type"].lower().replace("_", "-")
-            group, operands = _count(found["target"]), operands[:1]
+            how = found["transfer_type"].strip('"').lower().replace("_", "-")
+            kind = DCN + ("collective-permute" if how == "one-to-one" else how)
+            group, operands = _slices(found["target"].strip('"')), operands[:1]
         elif kind in COLLECTIVES:
             group = self._group(instruction.rest)
         else:
@@ -381,8 +382,16 @@ def _start(carried: Instruction, place: int, around: Mapping[str, Instruction]) 
     return found.constant or 0
 
 
-def _count(target: str) -> int:
-    """Slices in a target such as "{1,2}x{0:15}": each by its number, or a first and a last one."""
+def _slices(target: str) -> int:
+    """How many slices a target of a send names, in any of its three forms.
+
+    "{1,2}x{0:15}" has each by its number, or a first and a last one. An all-to-all has groups of
+    devices, and a permutation pairs of them, {{100003->200000},{200003->100000}}: device 3 of slice
+    1 is 100003.
+    """
+    if target.startswith("{{"):
+        named = target if "->" in target else target.split("}")[0]
+        return len({int(device) // 100_000 for device in re.findall(r"\d+", named)})
     parts = [part.split(":") for part in target[1:].split("}")[0].split(",")]
     return sum(int(part[-1]) - int(part[0]) + 1 for part in parts)
 
