@@ -8,7 +8,8 @@ DEMO ?= runs/demo
 TRAINED ?= runs/emoji
 BENCH ?= runs/bench
 
-# What is imported is compiled then, which is a small part of what is installed.
+# Modules are compiled when they are imported, a small part of what is installed; for the tests,
+# whose many processes import them, beforehand.
 export PIP_NO_COMPILE ?= 1
 # Compiled programs are kept between processes.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -43,6 +44,7 @@ $(VENV)/.installed-test: $(VENV)/.installed-train
 	    ".[test,app,notebooks$(if $(TORCH),$(comma)parity)]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[plan]" \
 	    || echo "no libtpu for this machine: the test that compiles for a TPU is skipped"
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	touch $@
 comma := ,
 
