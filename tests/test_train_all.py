@@ -306,7 +306,7 @@ def test_killed_twice_it_ends_in_a_model_and_a_page(pictures, tmp_path):
         previews = sorted(path.name for path in (out / name / "previews").iterdir())
         assert previews == [f"step_{step:08d}.png" for step in range(1, 6)]
         described = json.loads((out / name / "model" / "config.json").read_text())
-        assert described["step"] == train_all_run.STEPS
+        assert described["description"]["step"] == train_all_run.STEPS
     shown = Page((out / page.PAGE).read_text())
     assert not [1 for tag, of in shown.tags for k in ("src", "href") if "://" in of.get(k, "")]
     images = shown.of("img")
@@ -315,5 +315,6 @@ def test_killed_twice_it_ends_in_a_model_and_a_page(pictures, tmp_path):
     text = (out / page.PAGE).read_text()
     assert text.count("The doctor says") == 4 and "too_short" in text
     assert "for captions it never saw" in text and "nothing is wrong" not in text
+    assert "checkpoint_damaged" not in text
     with Image.open(out / page.SAMPLES) as grid:
         assert grid.width > 200
