@@ -6,8 +6,8 @@
 
 A chip of 16 GB holds, with adapters of rank 16 on all 10 kernels (10.8 M parameters; the 20
 layers are stacked): the frozen network in bfloat16, 2.05 GB; adapters, average and moments,
-0.17 GB; CLIP's text tower, 2.78 GB. That is 5.0 GB, and the activations of 8 examples at a time,
-each block recomputed in the backward pass: about 2 GB by estimate, not measured.
+0.17 GB; CLIP's text tower, 2.78 GB. With the activations of 8 examples at a time, each block
+recomputed in the backward pass, that is 5.3 GB, all but the tower by the compiler of a v5e.
 
 Whole, 20 bytes for each of 1.03 B parameters are 20.5 GB on every chip of a mesh that only splits
 the batch, 2.6 GB on each of eight with --config.mesh.fsdp=8; CLIP's text tower comes on top.

@@ -53,9 +53,6 @@ class Conv(nn.Module):
 
         def convolved(part: jax.Array, rows: jax.Array | None) -> jax.Array:
             part = (first(part, rows) if first else part).astype(self.dtype)
-            if rows is not None:  # beyond the image are zeros
-                inside = (rows >= 0) & (rows < x.shape[1])
-                part = jnp.where(inside.reshape(1, -1, 1, 1), part, 0)
             return self.convolve(part, kernel) + bias
 
         return convolved(x, None) if bands == 1 else in_bands(convolved, x, bands, self.grows)
@@ -69,21 +66,31 @@ def in_bands(change: OfRows, x: jax.Array, bands: int, grows: int) -> jax.Array:
     """`change` of an image, band by band of its rows; it looks one row up and down.
 
     Args:
-        change: makes `grows` rows of each row it is given; of what is beyond the image it is given
-            the nearest row, with its number beyond.
+        change: makes `grows` rows of each row it is given, as if zeros were around those.
         x: `[b, h, w, c]`.
         bands: a divisor of h.
         grows: see `change`.
     """
-    height = x.shape[1] // bands
+    total = x.shape[1]
+    height = total // bands
+    given = min(height + 2, total)  # a band with its neighbours; one at the edge has two inside
 
     def band(i: jax.Array) -> jax.Array:
-        rows = i * height + jnp.arange(-1, height + 1)
-        part = jnp.take(x, rows, axis=1, mode="clip")
-        return change(part, rows)[:, grows:-grows]
+        start = jnp.clip(i * height - 1, 0, total - given)
+        part = jax.lax.dynamic_slice_in_dim(x, start, given, axis=1)
+        made = change(part, start + jnp.arange(given))
+        ours = grows * (i * height - start)
+        return jax.lax.dynamic_slice_in_dim(made, ours, grows * height, axis=1)
 
-    parts = jnp.moveaxis(jax.lax.map(band, jnp.arange(bands)), 0, 1)
-    return parts.reshape(x.shape[0], grows * x.shape[1], *parts.shape[3:])
+    def put(i: jax.Array, whole: jax.Array) -> jax.Array:
+        # Written where it belongs, so that no copy is made of bands side by side.
+        return jax.lax.dynamic_update_slice_in_dim(whole, band(i), grows * height * i, axis=1)
+
+    made = jax.eval_shape(band, jnp.int32(0))
+    # All of it is written over. Zeros would need nothing of x, and so be made long before.
+    begun = x[:, :1, :1, :1].astype(made.dtype)
+    whole = jnp.broadcast_to(begun, (x.shape[0], grows * total, *made.shape[2:]))
+    return jax.lax.fori_loop(0, bands, put, whole)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, pads: Pads = SAME, stride: int = 1) -> jax.Array:

@@ -7,6 +7,7 @@ nothing is quantised on the way from there to a picture; `quantise` is for who w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -67,6 +68,20 @@ class MoVQConfig:
         return 2 ** (len(self.channel_mults) - 1)
 
 
+class Later(nn.Module):
+    """A linear layer as the function that it is, which a loop over rows may call."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """The layer for arrays like `x` `[..., c]`; params are those of `nn.Dense`."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return lambda y: jnp.dot(y, kernel) + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
 class Norm(nn.Module):
     """GroupNorm; with latents, each place then has the gain and the shift that they say."""
 
@@ -79,19 +94,19 @@ class Norm(nn.Module):
         mean, gain, bias = GroupNorm(GROUPS, EPS, name="norm").measure(x)
         if z is None:
             return lambda part, rows: (part.astype(jnp.float32) - mean) * gain + bias
-        scale, shift = (nn.Dense(x.shape[-1], name=name)(z) for name in ("z_scale", "z_shift"))
+        layers = [Later(x.shape[-1], name=name)(z) for name in ("z_scale", "z_shift")]
         side = x.shape[1] // z.shape[1]
 
         def norm(part: jax.Array, rows: jax.Array | None) -> jax.Array:
-            def enlarge(y: jax.Array) -> jax.Array:
+            def enlarged(layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
                 if rows is None:
-                    y = jnp.repeat(y, side, axis=1)
+                    y = jnp.repeat(layer(z), side, axis=1)
                 else:
-                    y = jnp.take(y, rows // side, axis=1, mode="clip")
+                    y = layer(jnp.take(z, rows // side, axis=1))
                 return jnp.repeat(y, side, axis=2)
 
             h = (part.astype(jnp.float32) - mean) * gain + bias
-            return h * enlarge(scale) + enlarge(shift)
+            return h * enlarged(layers[0]) + enlarged(layers[1])
 
         return norm
 
