@@ -107,8 +107,8 @@ def page(commands: dict[str, list[str]], attribution: str) -> str:
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>unclip_jax</title>\n<style>{STYLE}</style>\n<h1>unclip_jax</h1>\n"
-        "<p>Drawn by the model that comes with the package: 19 million parameters, trained on"
-        " emoji in three styles. Every picture can be made again with the command under it.</p>\n"
+        "<p>Drawn by the model that comes with the package: 29 million parameters, trained on"
+        " emoji in eight styles. Every picture can be made again with the command under it.</p>\n"
         f"{sections}<p><small>{html.escape(attribution)}</small></p>\n</html>\n"
     )
 
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     from unclip_jax.common.files import write_text
-    from unclip_jax.data.emoji.art import ATTRIBUTION
+    from unclip_jax.data.emoji.art import MORE_ATTRIBUTION
     from unclip_jax.pipeline.tasks import command
     from unclip_jax.pipeline.tasks.outputs import check_out
     from unclip_jax.pipeline.tasks.run import run
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
         commands[show.name] = [*flags, *model, f"--out={out / show.name}.png"]
         print(f"== {show.title}", flush=True)
         run(command.parse(commands[show.name]))
-    write_text(out / PAGE, page(commands, ATTRIBUTION))
+    write_text(out / PAGE, page(commands, MORE_ATTRIBUTION))
     print(f"Open {(out / PAGE).absolute()} in a browser.")
 
 

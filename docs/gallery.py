@@ -6,7 +6,8 @@
 The captions are every n-th of the names that the model says it knows (`known.json`), 48 in all, in
 its styles by turns. `recognised` in docs/gallery.json is filled by hand once someone who does not
 know the captions has named the pictures: {"right": 30, "of": 48, "seed": 0, "by": "who, and when"}.
-Drawing anew empties it. `make docs` builds the page from the same file.
+Drawing anew empties it. `make docs` builds the page from the same file. README's grid has the first
+picture of every third caption.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 DATA, PAGE, PICTURES = DOCS / "gallery.json", DOCS / "gallery.md", DOCS / "images" / "gallery"
 COUNT, SEEDS, SIDE, COLUMNS, COLOURS = 48, (0, 1), 112, 3, 48
+GRID, EVERY, ROW = DOCS / "images" / "box_grid.png", 3, 8
 
 INTRO = """# Gallery
 
@@ -75,6 +77,7 @@ def draw(model_folder: str | None) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
+    from unclip_jax.common.grids import captioned_grid
     from unclip_jax.errors import UserError
     from unclip_jax.parallel import compile_cache
     from unclip_jax.parallel.cpu import devices
@@ -90,6 +93,12 @@ def draw(model_folder: str | None) -> dict[str, Any]:
         )
     captions = model.known.every(COUNT)
     rows = [model.generate(jax.random.key(s), captions, batch_size=8) for s in SEEDS]
+    small = [
+        np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        for picture in rows[0][::EVERY]
+    ]
+    grid = captioned_grid(small, captions[::EVERY], columns=ROW)
+    grid.quantize(256).save(GRID, optimize=True)
     PICTURES.mkdir(parents=True, exist_ok=True)
     for file in PICTURES.glob("*.png"):
         file.unlink()

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tests import compiling
+from unclip_jax.data.emoji.art import MORE_PACKAGES, PACKAGES
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.weights import box
 from unclip_jax.weights import folder as model_folder
 
-MOST_BYTES = 40_000_000
+MOST_BYTES = 64_000_000
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,17 @@ def test_it_is_small_and_says_where_it_comes_from():
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
     for stage in ("clip", "prior", "decoder", "upsampler_256"):
         description = model_folder.read_description(folder / stage)
-        assert description["data"]["name"] == "emoji_styles" and description["step"] > 0
+        older = stage == "upsampler_256"
+        assert description["data"]["name"] == ("emoji_styles" if older else "emoji_art")
+        assert description["step"] > 0
     card = (folder.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
-    for owner in ("CC-BY 4.0", "Apache-2.0", "MIT"):
-        assert owner in card
+    for style in (*PACKAGES, *MORE_PACKAGES):
+        assert f'"{style} style"' in card
+    for package in (*PACKAGES.values(), *MORE_PACKAGES.values()):
+        owner = package.attribution.split("copyright ")[1].split()[0].rstrip(",")
+        assert f"© {owner}" in card
+    for licence in ("CC-BY 4.0", "Apache-2.0", "MIT"):
+        assert licence in card
 
 
 def test_no_machine_is_named_in_it():

@@ -1,4 +1,4 @@
-"""The model that comes with this package: emoji in three styles.
+"""The model that comes with this package: emoji in eight styles.
 
 `UnCLIP.load()` and every command without `--model` use it; MODEL_CARD.md says what it is.
 """
