@@ -59,7 +59,7 @@ def page(data: dict[str, Any] | None) -> str:
         share = 100 * found["right"] / found["of"]
         parts.append(
             f"**{share:.0f} % were recognised**: of {found['of']} pictures of seed {found['seed']},"
-            f" {found['right']} were named rightly by {found['by']}, who had not seen the captions."
+            f" {found['right']} were named rightly, the captions unseen, by {found['by']}."
             "\n"
         )
     parts.append(("| " * COLUMNS) + "|\n" + ("|---" * COLUMNS) + "|")
