@@ -79,7 +79,10 @@ ROUTES = {drawn: "prior decoder", drawn_by_its_own: "prior decoder", painted: "p
           varied: "decoder"}  # fmt: skip
 
 
-@pytest.mark.parametrize("route", ROUTES)
+HEAVY = [pytest.param(route, marks=pytest.mark.slow) for route in (drawn_by_its_own, painted)]
+
+
+@pytest.mark.parametrize("route", [drawn, varied, *HEAVY])
 def test_a_scale_of_1_runs_every_network_once(route, rows):
     model, draws = tiny.model(), {"prior": 3 * tiny.PRIOR.draws, "decoder": 3, "upsampler": 3}
     route(model, 1.0)

@@ -84,7 +84,7 @@ def unets(draw):
     return fields
 
 
-@examples(60)
+@examples(30)
 @given(unets(), st.integers(1, 3), st.booleans())
 def test_a_unet_of_any_size_gives_images_of_the_side_it_takes(fields, b, masked):
     config = made(UNetConfig, fields)

@@ -69,6 +69,7 @@ def test_products_are_of_bfloat16_but_those_that_are_named(name):
     assert not [place for place in wide if not any(part in place for part in ON_PURPOSE)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_a_tpus_program_multiplies_at_full_precision_in_norms_alone():
     """By libtpu: elsewhere a product is one pass of bfloat16s, whatever its operands came as."""

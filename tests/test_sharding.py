@@ -187,6 +187,7 @@ def check_equal(stage: str, *meshes: str) -> None:
         assert 1 / parts <= figures["held"] <= 1 / parts + (0.12 if parts > 1 else 0), mesh
 
 
+@pytest.mark.slow
 def test_a_mesh_with_every_axis_trains_and_samples_as_one_device():
     """The decoder, which has a U-Net and a Transformer, and a canvas here."""
     check_equal("on_canvas", "all")

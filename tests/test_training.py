@@ -143,7 +143,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
         assert float(metrics[name]) == pytest.approx(float(metrics_of_four[name]), rel=1e-5)
 
 
-@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+@pytest.mark.parametrize("sam_rho", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_microbatches_of_a_clip_keep_the_whole_batch_s_negatives(sam_rho):
     """Loss, gradient and params of one step, with a picture and a caption there twice."""
     batch, found = tiny.batch(8, 16), []

@@ -56,7 +56,6 @@ def use() -> int:
         How many there are to be; 0 where nothing was done.
     """
     global _made
-    _hush_libtpu()
     flags = os.environ.get("XLA_FLAGS", "")
     told = "xla_force_host_platform_device_count" in flags or jax.config.jax_num_cpu_devices > 0
     if told or jax.distributed.is_initialized():
@@ -78,16 +77,6 @@ def use() -> int:
     os.environ["XLA_FLAGS"] = f"{PATIENCE} {flags}".strip()  # read when devices are asked for
     _made = count
     return count
-
-
-def _hush_libtpu() -> None:
-    """Where libtpu is installed and no chip is, it would say in five lines that it finds no host.
-
-    JAX, once imported, has set that variable if there is no chip.
-    """
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and "JAX_FORCE_TPU_INIT" not in os.environ:
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
 
 
 def make_mesh(
