@@ -91,8 +91,8 @@ def mix(args: Settings, images: Images, load: Load, progress: Progress) -> Drawn
     told |= {"negative": args.negative, "guidance_scale": args.guidance_scale}
     made = manipulate.mix(model, key, things, weights, **told)
     given = sources(args, images, made.shape[1:3])
-    cells = [(p, f"{w:g} × {name}") for (p, name), w in zip(given, weights, strict=False)]
-    words = [f'{w:g} × "{c}"' for c, w in zip(args.prompt, weights[len(images) :], strict=True)]
+    cells = [(p, f"{w:.3g} × {name}") for (p, name), w in zip(given, weights, strict=False)]
+    words = [f'{w:.3g} × "{c}"' for c, w in zip(args.prompt, weights[len(images) :], strict=True)]
     cells += [(picture, f"mix {j + 1}") for j, picture in enumerate(made)]
     title = "A mix" + (f" with {', '.join(words)}" if words else "")
     return Drawn(cells, min(len(cells), 6), title)
