@@ -302,6 +302,28 @@ def test_a_loss_that_rises_in_the_warm_up(patient, init, then, expected):
     assert wrong(curves.warm_up(run)) == expected
 
 
+@pytest.mark.parametrize(
+    ("psnr", "said"),
+    [((19.0, 20.0, 20.1), "train longer"), ((21.0, 20.0, 19.0), "raise stage.crop")],
+)
+def test_an_upsampler_that_gets_worse_is_not_told_to_train_on(healthy, psnr, said):
+    rows = [
+        {"step": 100.0 * i, "eval/psnr": x, "eval/psnr_bicubic": 24.0} for i, x in enumerate(psnr)
+    ]
+    run = dataclasses.replace(workdir.read(healthy), stage=tiny.UPSAMPLER, records=rows)
+    [one] = curves.evaluations(run)
+    assert one.name == "worse_than_bicubic" and said in one.advice
+
+
+@pytest.mark.parametrize(("known", "said"), [(0.1, "train longer"), (0.97, "97% of those that it")])
+def test_a_clip_that_knows_its_pairs_by_heart_is_told_so(healthy, known, said):
+    row = {"step": 300, "eval/pairs": 469.0, "eval/chance_r5": 5 / 469, "train/accuracy": known}
+    row |= {f"eval/{way}_r5": 0.01 for way in ("image_to_text", "text_to_image")}
+    run = dataclasses.replace(workdir.read(healthy), stage=tiny.CLIP, records=[row])
+    assert all(said in one.advice for one in curves.evaluations(run))
+    assert len([*curves.evaluations(run)]) == 2
+
+
 @pytest.mark.parametrize(("found", "expected"), [(0.05, set()), (0.03, {"retrieval_at_chance"})])
 def test_retrieval_is_compared_with_chance(healthy, found, expected):
     """Of 469 pairs, 5 in 469 is 1.1 % and one standard error 0.5 %: 3 % is sure, 2 % is not."""

@@ -7,20 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests import toy_run, train_all_run
+from tests import tiny, toy_run, train_all_run
 from unclip_jax.__main__ import dispatch
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import UserError
-from unclip_jax.train_all import budget, page, run, sizes
+from unclip_jax.train_all import budget, page, run, sizes, words
 from unclip_jax.train_all.budget import Budget, Entry
 from unclip_jax.train_all.look import look
 from unclip_jax.train_all.pace import Pace
+from unclip_jax.training.config import TrainConfig
+from unclip_jax.training.doctor import curves, workdir
 
 PNG = page._png(np.zeros((9, 9, 3), np.uint8))
 
@@ -93,6 +97,14 @@ def test_a_folder_of_nothing_is_an_error(tmp_path, files, said):
         found_in(tmp_path / "data", tmp_path)
 
 
+def test_a_misspelt_folder_is_asked_about(tmp_path, monkeypatch):
+    (tmp_path / "my_pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = r"^--data: got 'my_picturs', expected a folder, and none .* did you mean my_pictures\?"
+    with pytest.raises(UserError, match=said):
+        look(DataConfig(name="my_picturs"))
+
+
 # Sizes
 
 
@@ -112,6 +124,21 @@ def test_stages_of_a_size_belong_together(size, pictures, tmp_path):
         assert train["schedule"] == "constant" and train["batch_size"] <= 64
         for every in ("checkpoint_every", "preview_every", "eval_every"):
             assert train[every] * 5 >= train["steps"] > train[every] * 4
+
+
+@pytest.mark.parametrize(
+    ("platform", "minutes", "size"),
+    [("cpu", 15.0, "tiny"), ("cpu", 30.0, "small"), ("gpu", 15.0, "base"), ("tpu", 60.0, "base")],
+)
+def test_the_size_suits_the_machine_and_the_time(
+    platform, minutes, size, tmp_path, monkeypatch, capsys
+):
+    device = types.SimpleNamespace(platform=platform)
+    monkeypatch.setattr(run.jax, "devices", lambda: [device])
+    assert run._size(None, None, minutes, tmp_path) == size
+    assert ("--size small draws 256 px" in capsys.readouterr().out) == (size == "tiny")
+    assert run._size(None, "small", minutes, tmp_path) == "small"
+    assert run._size(planned(60.0), None, minutes, tmp_path) == "tiny"  # as it was begun
 
 
 # Its time
@@ -200,7 +227,8 @@ def test_a_damaged_budget_is_named(tmp_path, content):
     [
         (("--minutes", "0"), "--minutes: got 0"),
         (("--minutes", "nan"), "--minutes"),
-        (("--out", "/proc/nowhere"), "--out.*cannot be written"),
+        (("--out", "/proc/nowhere"), r"--out ./proc/nowhere.: cannot be written \([^/]*\); give"),
+        (("--out", __file__), "--out.*is a file; give a folder"),
         (("--data", "no/such/folder"), "no/such/folder"),
         (("--size", "base"), "--size: got 'base', expected tiny"),
         ((), "--data.*pictures and captions that .* was begun with"),
@@ -259,6 +287,40 @@ def test_the_page_asks_for_more_minutes_than_it_took(tmp_path):
     assert "--minutes 112</pre>" in page._next(tmp_path, plan)
 
 
+FLAG = re.compile(r"train\.\w+|stage\.\w+|data\.augment|--config|batch")
+
+
+@pytest.mark.parametrize(
+    ("records", "name", "said"),
+    [
+        ({"train/loss": (1, 1, 0.7, 0.3)}, "still_falling", "more --minutes would help"),
+        (
+            {"train/loss": (0.9, 0.8, 0.75, 0.74), "eval/heldout_loss": (1, 0.9, 1.2, 1.4)},
+            "overfitting",
+            "more pictures",
+        ),
+        (
+            {"train/loss": (1,) * 4, "eval/cosine_z_i": (0.1,) * 4,
+             "eval/cosine_z_i_shuffled": (0.1,) * 4},
+            "prior_ignores_captions",
+            "then more --minutes",
+        ),
+    ],
+)  # fmt: skip
+def test_the_doctor_speaks_of_flags_that_train_all_has(records, name, said):
+    many = {key: np.repeat(values, 5) for key, values in records.items()}
+    described = {"train": {"steps": 2000}, "stage": {}}
+    rows = [{"step": 100.0 * (i + 1), "train/grad_norm": 3.0, "train/learning_rate": 1e-3,
+             "train/param_norm": 1.0, **{key: float(values[i]) for key, values in many.items()}}
+            for i in range(20)]  # fmt: skip
+    train = TrainConfig(steps=2000, batch_size=64, learning_rate=1e-3)
+    run = workdir.Workdir(Path("runs/mine/prior"), described, tiny.PRIOR, train, rows)
+    found = {one.name: words.in_its_flags(one) for one in curves.examine(run)}
+    assert said in found[name].advice
+    assert not [one for one in found.values() if one.name not in words.UNASKED
+                and FLAG.search(one.advice)]  # fmt: skip
+
+
 def test_a_page_of_nothing_trained_says_what_is_to_do(pictures, tmp_path):
     (tmp_path / "clip").mkdir()
     page.write(tmp_path, found_in(pictures, tmp_path), planned(3.0), drawing=False)
@@ -313,7 +375,8 @@ def test_killed_twice_it_ends_in_a_model_and_a_page(pictures, tmp_path):
     assert len(images) >= 4 + 4 * 3 and all(of["alt"] for of in images)
     assert all(of["src"].startswith("data:image/png;base64,") for of in images)
     text = (out / page.PAGE).read_text()
-    assert text.count("The doctor says") == 4 and "too_short" in text
+    assert text.count("The doctor says") == 4 == text.count("Previews, the first and the last.")
+    assert "too_short" in text
     assert "for captions it never saw" in text and "nothing is wrong" not in text
     assert "checkpoint_damaged" not in text
     with Image.open(out / page.SAMPLES) as grid:

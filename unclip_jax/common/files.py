@@ -89,6 +89,20 @@ def check_place(flag: str, path: Path) -> None:
 
     The folder that it is to lie in is made, and an empty file tried in it.
     """
+    _check_place(flag, path, path, "the name of a file in a folder that you may write to")
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raise UserError, which names the flag, unless files can be written in `folder`.
+
+    It is made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} '{folder}': is a file; give a folder")
+    _check_place(flag, folder, folder / "tried", "a folder that you may write to, or a new name")
+
+
+def _check_place(flag: str, given: Path, path: Path, expected: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -97,7 +111,5 @@ def check_place(flag: str, path: Path) -> None:
         tried.touch()
         tried.unlink()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{flag} '{path}': cannot be written ({error}); give the name of a file in a folder"
-            " that you may write to"
-        ) from error
+        why = getattr(error, "strerror", None) or error  # without the name that was tried
+        raise UserError(f"{flag} '{given}': cannot be written ({why}); give {expected}") from error

@@ -14,7 +14,7 @@ from unclip_jax.common.files import default_cache_dir
 from unclip_jax.data.images import CENTRE, Fit
 from unclip_jax.data.records import Source, summary
 from unclip_jax.data.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
-from unclip_jax.errors import UserError, wrong
+from unclip_jax.errors import UserError, did_you_mean, wrong
 
 KEYS = ("image_key", "caption_key", "label_key")
 DISK_CACHE_BYTES = 2**35
@@ -179,11 +179,14 @@ def load(config: DataConfig, *, needs_images: bool = True, split_field: str = "s
         rest, kind = name, FOLDER
         if os.path.basename(name) == name and not os.path.exists(os.path.expanduser(name)):
             known = ", ".join(known + kind.rest for known, kind in KINDS.items())
+            near = did_you_mean(
+                name, [*KINDS, *(entry.name for entry in os.scandir() if entry.is_dir())]
+            )
             raise wrong(
                 "name",
                 name,
-                f"one of {known}, or the path of a folder",
-                f"a folder of that name is ./{name}, a data set of TFDS tfds:{name}",
+                f"a folder, and none of that name is here, or one of {known}",
+                near or f"a data set of TFDS is tfds:{name}",
             )
     if not kind.has_images:
         if needs_images:

@@ -21,11 +21,11 @@ import dataclasses
 from pathlib import Path
 
 from unclip_jax.common import command_line
-from unclip_jax.common.files import check_place
+from unclip_jax.common.files import check_folder
 from unclip_jax.data.datasets import DataConfig
-from unclip_jax.errors import UserError, wrong
+from unclip_jax.errors import wrong
 from unclip_jax.evaluate.measure import Settings, evaluate
-from unclip_jax.evaluate.page import JSON, PAGE, as_table, write
+from unclip_jax.evaluate.page import PAGE, as_table, write
 from unclip_jax.parallel import compile_cache, distributed, shares
 from unclip_jax.parallel.cpu import devices as cpu_devices
 from unclip_jax.parallel.cpu import memory as host_memory
@@ -86,9 +86,7 @@ def main(argv: list[str]) -> None:
     keys = {key: getattr(args, key) for key in _KEYS if getattr(args, key) is not None}
     data = DataConfig(name=args.data, split=args.split, **keys)
     if args.out:
-        if Path(args.out).exists() and not Path(args.out).is_dir():
-            raise UserError(f"--out {args.out!r}: is a file; give a folder")
-        check_place("--out", Path(args.out) / JSON)
+        check_folder("--out", Path(args.out))
 
     cpu_devices.use()
     compile_cache.use()

@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from unclip_jax.common import checks, command_line
-from unclip_jax.common.files import check_place
+from unclip_jax.common.files import check_folder
 
 SIZES = ("tiny", "small", "base")
 
@@ -30,7 +30,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     named = "pictures with captions: a folder, or emoji, tfds:NAME, ... as for unclip train"
     add("--data", required=True, metavar="FOLDER", help=named)
     add("--out", required=True, metavar="DIR", help="where the model, its runs and the page go")
-    sized = "of the networks; tiny draws 128 px (default: small on a CPU, base on a GPU or TPU)"
+    sized = (
+        "of the networks; tiny draws 128 px, the others 256 px (default: base on a GPU or TPU; on a"
+        " CPU small, or tiny for less than 30 minutes)"
+    )
     add("--size", choices=SIZES, help=sized)
     add("--minutes", type=float, default=60.0, help="for everything, about (default 60)")
     return parser.parse_args(argv)
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     checks.number("--minutes", args.minutes, above=0)
     out = Path(args.out).expanduser()
-    check_place("--out", out / "index.html")
+    check_folder("--out", out)
     print(f"train-all: looking at {args.data}", flush=True)
 
     from unclip_jax.parallel import compile_cache  # imports JAX: wrong usage is told before

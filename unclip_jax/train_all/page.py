@@ -102,6 +102,8 @@ def _stage(out: Path, name: str) -> str:
     parts.append(_list(words.figures(run)))
     previews = sorted((folder / "previews").glob("step_*.png"))
     ends = list(dict.fromkeys([*previews[:1], *previews[-1:]]))
+    if ends:
+        parts.append(f"<p>Previews, the first and the last. {_text(words.PREVIEWS[name])}</p>")
     for file, what in [*((file, f"preview at {file.stem}") for file in ends),
                        (folder / CURVES_FILE, "curves of training")]:  # fmt: skip
         if file.is_file():

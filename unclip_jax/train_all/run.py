@@ -21,6 +21,7 @@ from unclip_jax.training.step import StepFn
 
 # A stage that takes so much longer than was measured ends there: others want time, too.
 PATIENCE = 1.25
+CPU_MINUTES = 30  # that size small wants on a CPU; in less, tiny draws better
 
 
 def run(data: str, out: Path, size: str | None, minutes: float) -> None:
@@ -33,7 +34,7 @@ def run(data: str, out: Path, size: str | None, minutes: float) -> None:
     with lock.hold(out):
         began = time.monotonic()
         budget = Budget.read(out)
-        size = _size(budget, size, out)
+        size = _size(budget, size, minutes, out)
         found = look(DataConfig(name=data, image_size=sizes.draws(size)))
         say(*found.words(), *(f"note: {line}" for line in found.warnings(sizes.draws(size))))
         compiled: dict[str, StepFn] = {}
@@ -57,12 +58,19 @@ def say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _size(budget: Budget | None, size: str | None, out: Path) -> str:
+def _size(budget: Budget | None, size: str | None, minutes: float, out: Path) -> str:
+    """The size asked for, or that in which `out` was begun, or what suits this machine."""
     if budget is not None:
         if size not in (None, budget.size):
             expected = f"{budget.size}, with which {str(out)!r} was begun"
             raise wrong("--size", size, expected, "leave it out, or give another --out")
         return budget.size
+    if size is None and jax.devices()[0].platform == "cpu" and minutes < CPU_MINUTES:
+        say(
+            f"size tiny, for {minutes:g} minutes on a CPU: it draws {sizes.draws('tiny')} px;"
+            f" --size small draws {sizes.draws('small')} px and wants {CPU_MINUTES} minutes or more"
+        )
+        return "tiny"
     return size or ("small" if jax.devices()[0].platform == "cpu" else "base")
 
 

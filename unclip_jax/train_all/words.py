@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 
 from unclip_jax.errors import UserError
 from unclip_jax.training.doctor import command as doctor
 from unclip_jax.training.doctor import workdir as workdirs
+from unclip_jax.training.doctor.findings import Finding
 from unclip_jax.training.doctor.workdir import Workdir
 
 ABOUT = {
@@ -18,6 +18,26 @@ ABOUT = {
     "decoder": "draws a small picture from that embedding and the caption.",
     "upsampler": "makes it large.",
 }
+PREVIEWS = {
+    "clip": "Each picture is the nearest to the caption under it; its own is behind the arrow.",
+    "prior": "Each picture is the nearest to what the prior makes of the caption under it; its own"
+    " is behind the arrow.",
+    "decoder": "Left a real picture, right what the decoder draws from its embedding and caption.",
+    "upsampler": "Left the small picture, plainly enlarged; right the real one; between them what"
+    " the upsampler makes.",
+}
+
+# The doctor's advice in the flags of `unclip train-all`, and findings about settings it has not.
+SAID = (
+    (r"--config\.train\.steps=\d+ or more", "more --minutes"),
+    (r"more steps would help: .*", "more --minutes would help"),
+    (r"more data, data\.augment.*", "more pictures; or fewer --minutes, in another --out"),
+    (r"more data, or fewer steps", "more pictures; or fewer --minutes, in another --out"),
+    (r" and that stage\.caption_drop is about [\d.]+", ""),
+    (r"train longer, on more data or with a larger batch", "more pictures, or more --minutes"),
+    (r"train longer", "more --minutes"),
+)
+UNASKED = ("always_clipped",)
 
 
 def figures(run: Workdir) -> list[str]:
@@ -59,12 +79,18 @@ def diagnosis(run: Workdir, clip: str) -> str:
     """The doctor's words on a run, of what its files show."""
     try:
         findings = doctor.examine(run, clip, files_only=True)
-        # The plan says how many steps there are: of train-all's flags, --minutes does.
-        longer = functools.partial(re.sub, r"--config\.train\.steps=\d+ or more", "more --minutes")
-        told = [dataclasses.replace(one, advice=longer(one.advice)) for one in findings]
+        told = [in_its_flags(one) for one in findings if one.name not in UNASKED]
         return doctor.as_text(run, told)
     except UserError as error:
         return f"the doctor could not look: {error}"
+
+
+def in_its_flags(finding: Finding) -> Finding:
+    """A finding whose advice `unclip train-all` can follow, which has few flags."""
+    advice = finding.advice
+    for theirs, ours in SAID:
+        advice = re.sub(theirs, ours, advice)
+    return dataclasses.replace(finding, advice=advice)
 
 
 read = workdirs.read

@@ -15,6 +15,8 @@ FEWEST_LINES = 8  # of a curve that is judged by its shape
 SURE = 3.0  # standard errors
 UNLIKELY = 0.00135  # the tail of a normal beyond so many
 FEW = 32  # held-out pairs
+BY_HEART = 0.5  # of a batch's pairs that CLIP tells apart, where it tells no others
+FALLEN_DB = 0.3  # PSNR that longer training has cost
 
 
 def examine(run: Workdir) -> Iterator[Finding]:
@@ -268,12 +270,20 @@ def evaluations(run: Workdir) -> Iterator[Finding]:
             "check that captions belong to their pictures and that stage.caption_drop is about 0.1;"
             " then train longer",
         )
-    psnr, bicubic = run.last("eval/psnr"), run.last("eval/psnr_bicubic")
-    if psnr is not None and bicubic is not None and psnr < bicubic:
+    steps, psnrs = run.series("eval/psnr")
+    bicubic = run.last("eval/psnr_bicubic")
+    if len(psnrs) and bicubic is not None and psnrs[-1] < bicubic:
+        best, advice = int(np.argmax(psnrs)), "train longer; it passes bicubic once it can copy"
+        if psnrs[best] > psnrs[-1] + FALLEN_DB:
+            advice = (
+                f"it was {psnrs[best]:.1f} dB at step {int(steps[best]):,}, so longer training does"
+                f" not help; its crops are {run.stage.crop:g} of a picture's side, and whole"
+                " pictures are drawn: raise stage.crop"
+            )
         yield warning(
             "worse_than_bicubic",
-            f"upsampled pictures have a PSNR of {psnr:.1f} dB, bicubic ones {bicubic:.1f} dB",
-            "train longer; an upsampler passes bicubic once it has learned to copy",
+            f"upsampled pictures have a PSNR of {psnrs[-1]:.1f} dB, bicubic ones {bicubic:.1f} dB",
+            advice,
         )
 
 
@@ -304,12 +314,16 @@ def retrieval(run: Workdir) -> Iterator[Finding]:
             _tail(found * tries, tries, chance) > UNLIKELY for _, found, chance in seen
         ):
             k, found, chance = seen[-1]
+            known = run.last("train/accuracy") or 0.0
             yield error(
                 "retrieval_at_chance",
                 f"{way.replace('_', ' ')} finds {found:.1%} of {int(pairs)} held-out pairs"
                 f" {'among the first five' if k == 5 else 'at once'}, and chance {chance:.1%}",
-                "check that captions belong to their pictures; then train longer, on more data or"
-                " with a larger batch",
+                f"it finds {known:.0%} of those that it trains on, which it knows by heart: more"
+                " data, or fewer steps"
+                if known > BY_HEART
+                else "check that captions belong to their pictures; then train longer, on more data"
+                " or with a larger batch",
             )
     if not told:
         yield note(
