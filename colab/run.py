@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +200,10 @@ def execute(
     return notebook
 
 
-def execute_as_in_colab(name: str, work: Path) -> nbformat.NotebookNode:
-    """A notebook, on tiny models, in a new venv that has nothing but jax and a kernel.
+def machine(work: Path) -> None:
+    """What Colab starts with, in `work`, outside of any clone: a venv with jax and a kernel alone.
 
-    It runs in an empty folder but for the wheel; the wheel is built, and what it needs is installed
-    by the notebook's own first cell, so this takes minutes and asks package indices. `work` is a
-    folder outside of any clone.
+    Its folder `content` is empty but for the wheel, which is built.
     """
     folder, venv = work / "content", work / "venv"
     folder.mkdir(parents=True)
@@ -222,12 +220,23 @@ def execute_as_in_colab(name: str, work: Path) -> nbformat.NotebookNode:
     spec.parent.mkdir(parents=True)
     argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec.write_text(json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}))
-    given = smoke_parameters(name, work)
+
+
+def execute_as_in_colab(name: str, work: Path) -> nbformat.NotebookNode:
+    """A notebook, on tiny models, in a `machine`.
+
+    Its own first cell installs the wheel and what it needs, so this asks package indices and takes
+    minutes. Where several share a machine, those with fewer extras come first.
+    """
+    own = work / name
+    own.mkdir()
+    given = smoke_parameters(name, own)
     kept = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    kept |= {"JAX_PLATFORMS": "cpu", "PATH": f"{python.parent}{os.pathsep}{kept['PATH']}"}
+    programs = work / "venv" / "bin"
+    kept |= {"JAX_PLATFORMS": "cpu", "PATH": f"{programs}{os.pathsep}{kept['PATH']}"}
     os.environ["JUPYTER_PATH"] = str(work / "jupyter")
     try:
-        return execute(name, given, folder=folder, kernel="colab", environment=kept)
+        return execute(name, given, folder=work / "content", kernel="colab", environment=kept)
     finally:
         del os.environ["JUPYTER_PATH"]
 
@@ -243,7 +252,7 @@ def smoke_parameters(name: str, work: Path) -> dict[str, Any]:
     if name == "kandinsky":
         return kandinsky_parameters(work) | parameters
     if name == "train_your_own":
-        return {"WORK": _from_root(work / "work")} | parameters
+        return {"WORK": str(work / "work")} | parameters
     sys.path.insert(0, str(ROOT))
     from tests import tiny
 
@@ -262,10 +271,7 @@ def karlo_parameters(work: Path, image_size: int, levels: int) -> dict[str, Any]
     folders = [work / "text2im", work / "variations"]
     for folder, pipeline in zip(folders, karlo_folders.pipelines(sizes, work / "tok"), strict=True):
         pipeline.save_pretrained(folder)
-    return {
-        "KARLO": [_from_root(folder) for folder in folders],
-        "WORK": _from_root(work / "work"),
-    }
+    return {"KARLO": [*map(str, folders)], "WORK": str(work / "work")}
 
 
 def kandinsky_parameters(work: Path) -> dict[str, Any]:
@@ -274,13 +280,15 @@ def kandinsky_parameters(work: Path) -> dict[str, Any]:
     from tests import kandinsky_folders
 
     kandinsky_folders.pipelines(work)
-    folders = [_from_root(work / name) for name in ("prior", "decoder")]
+    folders = [str(work / name) for name in ("prior", "decoder")]
     return {"KANDINSKY": folders, "DTYPE": "float32", "SIZE": (32, 48), "STEPS": 10}
 
 
-def _from_root(path: Path) -> str:
-    """As a notebook names it, so that no path of this machine is printed in one that is saved."""
-    return os.path.relpath(path, ROOT)
+def _from_root(value: Any) -> Any:
+    """Paths as a notebook names them, so that none of this machine is printed in one it saves."""
+    if isinstance(value, list):
+        return [_from_root(each) for each in value]
+    return os.path.relpath(value, ROOT) if os.path.isabs(str(value)) else value
 
 
 def has_public() -> bool:
@@ -358,23 +366,23 @@ def main(argv: list[str]) -> None:
         readme = ROOT / "README.md"
         text = stamp_readme(readme.read_text(encoding="utf-8"), repository())
         readme.write_text(text, encoding="utf-8")
-    for name in args.names or NAMES:
+    names = args.names or NAMES
+    if args.colab:
+        run_as_in_colab(names)
+        return
+    for name in names:
         if args.stamp:
             notebook = nbformat.read(path_of(name), as_version=4)
             stamp(name, notebook, repository())
             nbformat.write(notebook, path_of(name))
             continue
-        if name in PUBLIC and not has_public():
-            print(f"{name}: left out, for PyTorch and diffusers are missing")
+        if not can_run(name):
             continue
         work = ROOT / "build" / "colab" / name
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         print(f"{name} ...", flush=True)
-        if args.colab:
-            with tempfile.TemporaryDirectory() as empty:  # with no clone around it
-                notebook = execute_as_in_colab(name, Path(empty))
-        elif args.smoke:
+        if args.smoke:
             notebook = execute(name, smoke_parameters(name, work))
         else:
             notebook = execute(name, parameters(name, work, args.model))
@@ -382,14 +390,34 @@ def main(argv: list[str]) -> None:
             write(name, notebook)
 
 
+def run_as_in_colab(names: Sequence[str]) -> None:
+    """Run some notebooks in one machine, each before those that need more extras."""
+    with tempfile.TemporaryDirectory() as work:
+        machine(Path(work))
+        for name in sorted(names, key=lambda name: len(EXTRAS[name])):
+            if can_run(name):
+                print(f"{name} ...", flush=True)
+                execute_as_in_colab(name, Path(work))
+
+
+def can_run(name: str) -> bool:
+    """Whether what a notebook stands on can be made; says so if not."""
+    if name in PUBLIC and not has_public():
+        print(f"{name}: left out, for PyTorch and diffusers are missing")
+        return False
+    return True
+
+
 def parameters(name: str, work: Path, model: str | None) -> dict[str, Any]:
     """Settings of the whole form: as in the notebook, but for what it stands on and writes."""
-    if name == "finetune_karlo":
-        return karlo_parameters(work, image_size=16, levels=2) | STAND_IN
-    if name == "kandinsky":
-        return kandinsky_parameters(work)
-    if name == "train_your_own":
-        return {"WORK": _from_root(work / "work")}
+    if name in PUBLIC or name == "train_your_own":
+        if name == "finetune_karlo":
+            given = karlo_parameters(work, image_size=16, levels=2) | STAND_IN
+        elif name == "kandinsky":
+            given = kandinsky_parameters(work)
+        else:
+            given = {"WORK": str(work / "work")}
+        return {key: _from_root(value) for key, value in given.items()}
     return {"MODEL": str(Path(model).resolve())} if model else {}
 
 

@@ -187,6 +187,7 @@ def test_what_is_installed_is_left_alone(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_notebook_runs_from_an_empty_folder_in_a_new_venv_with_the_wheel(run, tmp_path):
+    run.machine(tmp_path)
     notebook = run.execute_as_in_colab("sample", tmp_path)
     [said] = [cell for cell in notebook.cells if cell.metadata.get("tags") == ["install"]]
     printed = "".join(output.get("text", "") for output in said.outputs)
