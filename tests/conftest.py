@@ -26,11 +26,13 @@ from tests import compiling
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(20_000, 20, 20)
 
-# Files that take a minute or more go first, so that no worker is left alone with one at the end.
+# Files that take half a minute go first, so that no worker is left alone with one at the end.
 LONG = (
-    "test_sharding", "test_classifier", "test_convert_karlo", "test_karlo_training", "test_stages",
-    "test_sample_tasks", "test_ar_prior", "test_related", "test_doctor", "test_commands",
-    "test_box", "test_training", "test_multihost", "test_manipulate", "test_app_browser",
+    "test_commands", "test_app", "test_doctor", "test_wrong_inputs", "test_classifier",
+    "test_sample_tasks", "test_stages", "test_sharding", "test_canvas", "test_manipulate",
+    "test_karlo_training", "test_convert_karlo", "test_multihost", "test_kandinsky_networks",
+    "test_kandinsky_pipeline", "test_cpu_devices", "test_guidance_once", "test_export", "test_box",
+    "test_app_browser", "test_ar_prior", "test_related", "test_training", "test_faults",
 )  # fmt: skip
 
 

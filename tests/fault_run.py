@@ -44,4 +44,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    toy_run.no_curves()
     run_command(main)

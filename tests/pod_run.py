@@ -11,7 +11,6 @@ batch it takes, "of" so many processes, and the lead saves the final state.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
@@ -21,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import object_store
+from tests import object_store, toy_run
 from unclip_jax.data import batches
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.errors import run_command
 from unclip_jax.parallel import compile_cache, distributed, sharding
-from unclip_jax.training import loop
+from unclip_jax.training import loop, writers
 
 PICTURES, SIDE = 50, 4
 
@@ -107,7 +106,7 @@ def main(arguments: list[str]) -> None:
     workdir, settings, *processes = arguments
     if processes:
         address, count, index = processes
-        importlib.import_module("tensorboardX")  # the lead's: gloo waits no more than 30 s for it
+        writers.summary_writer()  # the lead's: gloo waits no more than 30 s for it
         distributed.initialize("auto", address, int(count), int(index))
     settings = json.loads(settings)
     found = {"compile_requests_use_cache": 0, "cache_hits": 0}
@@ -161,4 +160,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    toy_run.no_curves()
     run_command(main, sys.argv[1:])

@@ -8,13 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from tests import tar_shards, toy_run
+from tests import fault_run, tar_shards, toy_run
 from tests.toy_run import Batches, assert_same, environment, run
 from unclip_jax.data.records import BadRecord
 from unclip_jax.errors import UserError
@@ -209,25 +208,25 @@ def bare(params, batch, key):
 # Full disks
 
 
-def fault_run(workdir, *limit, **settings):
+def in_a_process(workdir, *limit, **settings):
     """`tests/fault_run.py` in a process of its own."""
-    script = Path(toy_run.__file__).with_name("fault_run.py")
-    command = [sys.executable, str(script), str(workdir), json.dumps(settings), *map(str, limit)]
+    run = [str(workdir), json.dumps(settings), *map(str, limit)]
+    command = [sys.executable, fault_run.__file__, *run]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
 def test_a_write_that_fails_is_a_line_and_the_last_checkpoint_stays(tmp_path):
     """No file may grow beyond 1 MB, as if the disk filled up in the midst of a write."""
     settings = {"checkpoint_every": 2, "log_every": 2}
-    assert fault_run(tmp_path, steps=2, **settings).returncode == 0
-    broken = fault_run(tmp_path, 1_000_000, steps=6, **settings)
+    fault_run.main([str(tmp_path), json.dumps(settings | {"steps": 2})])
+    broken = in_a_process(tmp_path, 1_000_000, steps=6, **settings)
     assert broken.returncode == 1
     # TensorStore's threads may complain before and after.
     (line,) = (line for line in broken.stderr.splitlines() if line.startswith("error: "))
     assert "could not be written" in line
     assert "File too large" in line and line.rstrip().endswith("then run the same command again")
     assert not damage(tmp_path / "checkpoints" / "2")
-    whole = fault_run(tmp_path, steps=6, **settings)
+    whole = in_a_process(tmp_path, steps=6, **settings)
     assert whole.returncode == 0 and "resumed from step 2 of 6" in whole.stdout
     steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert steps == ["4", "6"]  # and nothing of the broken one

@@ -167,14 +167,14 @@ def their_condition(config, cond):
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_decoder_agrees_with_diffusers(kind):
-    """At the nominal size, and at oblong ones that no config names."""
+    """At oblong sizes that no config names; the plain one at the nominal size, too."""
     config = DECODERS[kind]
     settings = kandinsky_configs.unet_settings(config)
     theirs = random(diffusers.UNet2DConditionModel, settings)
     found = {"_class_name": "UNet2DConditionModel"} | json.loads(json.dumps(settings))
     assert kandinsky_configs.read_decoder(found, "config.json") == config
     ours, t, params = Decoder(config), jnp.array([3, 998]), None
-    for side in ((12, 12), (4, 20), (28, 8)):
+    for side in ((28, 8), (12, 12), (4, 20))[: 3 if kind == "plain" else 1]:
         x_t, cond = normal(0, 2, *side, 4), condition(config, 2, *side)
         if params is None:
             target = shapes(ours, x_t, t, cond)

@@ -166,7 +166,7 @@ def test_only_adapters_moved(name, mine, karlo):
 
 
 @pytest.mark.parametrize(
-    "name", ["prior", pytest.param("decoder", marks=pytest.mark.slow), "upsampler"]
+    "name", ["prior", *(pytest.param(n, marks=pytest.mark.slow) for n in ("decoder", "upsampler"))]
 )
 def test_a_stage_trained_whole(name, karlo, pictures, tmp_path):
     changes = QUICK[name] | NO_FIGURES | {"lora.rank": 0}

@@ -183,7 +183,11 @@ def test_sigterm_to_one_process_saves_and_ends_both(whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("devices", "mesh"),
-    [(1, {}), (8, {"data": 8}), pytest.param(8, {"fsdp": 8}, marks=pytest.mark.slow)],
+    [
+        (1, {}),
+        pytest.param(8, {"data": 8}, marks=pytest.mark.slow),
+        pytest.param(8, {"fsdp": 8}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_goes_on_anywhere(whole, tmp_path, devices, mesh):
     """What 2 x 4 devices saved at step 16 ends alike on one device and on eight."""

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -91,6 +92,15 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     (image,) = events.Images("preview")
     with Image.open(io.BytesIO(image.encoded_image_string)) as png:
         assert png.size == (6, 4) and png.getpixel((0, 0)) == RED
+
+
+def test_tensorboard_is_written_without_torch(tmp_path, monkeypatch):
+    """It is asked for, where it is installed, by a module that can do without it."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("tensorboardX", "torch"):
+            monkeypatch.delitem(sys.modules, name)
+    writers.Report(tmp_path, steps=3, start=0).close()
+    assert "tensorboardX" in sys.modules and "torch" not in sys.modules
 
 
 def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):

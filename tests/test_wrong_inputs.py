@@ -407,9 +407,11 @@ def test_nothing_is_written(outcomes, places):
     ("arguments", "start"),
     [
         (["train.py"], TRAIN_CLIP + "surplus"),
-        (["sample.py"], "sample interpolate"),
         (["-m", "unclip_jax", "export"], EXPORT + "--stage vae"),
-        (["-m", "unclip_jax", "convert"], "convert karlo nowhere"),
+        pytest.param(["sample.py"], "sample interpolate", marks=pytest.mark.slow),
+        pytest.param(
+            ["-m", "unclip_jax", "convert"], "convert karlo nowhere", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_command_by_itself_says_the_same(arguments, start, outcomes, places):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.training import loop
+from unclip_jax.training import loop, writers
 
 BATCH = 16
 WEIGHTS = np.linspace(-1.0, 1.0, 15, dtype=np.float32).reshape(5, 3)
@@ -117,10 +117,16 @@ def environment(**changes):
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
 
 
+def no_curves():
+    """Leave out the plots of a script's runs, which take longer than a run of few steps."""
+    writers.plot_metrics = lambda workdir: None
+
+
 if __name__ == "__main__":
     from tests import object_store
 
     object_store.use()
+    no_curves()
     jax.config.update("jax_numpy_rank_promotion", "raise")
     workdir, settings, *save_to = sys.argv[1:]
     final = run(workdir, **json.loads(settings))

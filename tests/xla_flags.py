@@ -14,6 +14,10 @@ _KNOWS_THEM = metadata.version("jaxlib").startswith("0.10.")
 
 def xla_flags(devices: int = 1) -> str:
     """For so many CPU devices; in haste to compile, but for `make test-all`."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    return f"--xla_force_host_platform_device_count={devices}{haste()}"
+
+
+def haste() -> str:
+    """The flags that say nothing of devices."""
     in_haste = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
-    return flags + _HASTE if in_haste and _KNOWS_THEM else flags
+    return _HASTE if in_haste and _KNOWS_THEM else ""

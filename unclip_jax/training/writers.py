@@ -38,11 +38,9 @@ class Report:
         self.progress = Progress(steps, start, io.StringIO() if silent else None)
         self._silent = silent
         if not silent:
-            from tensorboardX import SummaryWriter
-
             self._lines = JsonLinesWriter(workdir / METRICS_FILE, start)
             # The suffix keeps the files of two runs apart that begin within one second.
-            self._board = SummaryWriter(
+            self._board = summary_writer()(
                 str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".from_{start}"
             )
 
@@ -75,6 +73,18 @@ class Report:
         if not self._silent:
             self._lines.close()
             self._board.close()
+
+
+def summary_writer() -> type:
+    """tensorboardX's, without PyTorch, which it would import wherever that is: for seconds."""
+    if hide := "torch" not in sys.modules:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 class JsonLinesWriter:
