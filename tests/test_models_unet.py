@@ -19,8 +19,8 @@ from tests.networks import (
 )
 from unclip_jax.errors import UserError
 from unclip_jax.models import Decoder, DecoderConfig, TextConfig, UNet, UNetConfig
+from unclip_jax.models.denoiser import PixelHead
 from unclip_jax.models.resample import convolve_doubled, depth_to_space, double, space_to_depth
-from unclip_jax.models.unet import PixelHead
 
 UNET = UNetConfig(
     image_size=12,

@@ -20,7 +20,8 @@ from unclip_jax.parallel import flops
 from unclip_jax.plan import analysis, chips, command, hlo, kept, measure, report, search
 from unclip_jax.plan.blocks import Split
 from unclip_jax.plan.chips import CHIPS, Topology
-from unclip_jax.plan.hlo import Collective, Program
+from unclip_jax.plan.collectives import Collective
+from unclip_jax.plan.hlo import Program
 from unclip_jax.plan.measure import Roofline
 from unclip_jax.plan.programs import Plan
 

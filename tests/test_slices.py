@@ -11,7 +11,8 @@ from unclip_jax.errors import UserError
 from unclip_jax.parallel import sharding
 from unclip_jax.parallel.sharding import MeshConfig
 from unclip_jax.plan import chips
-from unclip_jax.plan.hlo import Collective, Program
+from unclip_jax.plan.collectives import Collective
+from unclip_jax.plan.hlo import Program
 
 SHARD = 2 * slices_run.WIDTH * slices_run.HIDDEN  # bytes of a matrix in bfloat16, of which are two
 

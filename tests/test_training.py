@@ -29,7 +29,7 @@ from unclip_jax.training import (
     make_optimizer,
     make_train_step,
     optimizers,
-    prepare,
+    prepared,
     writers,
 )
 from unclip_jax.training import checkpoints as resume
@@ -394,7 +394,7 @@ def test_what_a_description_was_written_too_early_for_is_the_default():
     full = stages.describe(tiny.CLIP)
     model = {name: value for name, value in full["model"].items() if name != "dtype"}
     older = {"stage": full | {"model": model}, "data": {"name": "emoji"}, "train": {"steps": 3}}
-    found = prepare.complete(older | {"clip_fingerprint": "0"})
+    found = prepared.complete(older | {"clip_fingerprint": "0"})
     assert found["stage"] == full and found["clip_fingerprint"] == "0"
     assert found["train"] == settings.to_dict(TrainConfig(steps=3))
     assert found["data"]["split"] == "train" and "cache_bytes" not in found["data"]

@@ -24,6 +24,7 @@ import numpy as np
 from unclip_jax.common import checks
 from unclip_jax.models.attention import attention, caption_mask, split_heads
 from unclip_jax.models.canvas import rms_norm
+from unclip_jax.models.denoiser import PixelHead, check_conditions
 from unclip_jax.models.layers import (
     TimeEmbedding,
     check,
@@ -33,7 +34,6 @@ from unclip_jax.models.layers import (
     scanned,
 )
 from unclip_jax.models.resample import depth_to_space, space_to_depth
-from unclip_jax.models.unet import PixelHead, check_conditions
 from unclip_jax.parallel.axes import constrain
 
 MODULATIONS = ("block", "shared")

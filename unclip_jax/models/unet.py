@@ -7,16 +7,16 @@ the upsamplers (convolutions only, so that they train on crops and run at full s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.common import checks
-from unclip_jax.errors import UserError, wrong
+from unclip_jax.errors import wrong
 from unclip_jax.models.attention import attention, caption_mask, split_heads
 from unclip_jax.models.convolution import Conv
+from unclip_jax.models.denoiser import PixelHead, check_conditions
 from unclip_jax.models.layers import (
     GroupNorm,
     TimeEmbedding,
@@ -151,38 +151,6 @@ class UNetConfig:
             raise wrong("U-Net input's shape", x.shape, expected, "pad or crop the images")
 
 
-def check_conditions(
-    who: str,
-    config: Any,
-    rows: int,
-    emb: jax.Array | None,
-    context: jax.Array | None,
-    context_mask: jax.Array | None,
-) -> None:
-    """Raise `UserError` unless what a denoiser is told fits its config.
-
-    Args:
-        who: the denoiser, for messages.
-        config: what has its `embedding_features` and `context_dim`.
-        rows: images in the batch.
-        emb: as `UNet` is given it.
-        context: likewise.
-        context_mask: likewise.
-    """
-    if emb is not None:
-        checks.shape(f"{who} emb", emb, (rows, config.embedding_features))
-    if (context is None) != (config.context_dim == 0):
-        given = None if context is None else context.shape
-        expected = f"what context_dim = {config.context_dim} says"
-        raise wrong(f"{who} context's shape", given, expected)
-    if context is not None:
-        checks.shape(f"{who} context", context, (rows, None, config.context_dim))
-    if context_mask is not None:
-        if context is None:
-            raise UserError(f"{who} context_mask: given without a context; give both or neither")
-        checks.shape(f"{who} context_mask", context_mask, context.shape[:2])
-
-
 class ResBlock(nn.Module):
     """BigGAN's residual block: norm, SiLU, resample, convolve; embedding; norm, SiLU, convolve.
 
@@ -258,32 +226,6 @@ class AttentionBlock(nn.Module):
         zeros = nn.initializers.zeros
         h = nn.DenseGeneral(c, axis=(-2, -1), dtype=dtype, kernel_init=zeros, name="out")(h)
         return constrain(x + h.reshape(b, height, width, c), "batch", "height", None, None)
-
-
-class PixelHead(nn.Module):
-    """Two convolutions over pixels that see a U-Net's input beside its output, and correct that.
-
-    A U-Net of patches has to carry every pixel of a patch through its features, and too few of
-    them cannot: its output is blurred even where the input is nearly clean. Here detail takes a
-    short way, and the embedding scales it. The second convolution starts at zero.
-
-    Attributes:
-        features: channels between the two.
-        dtype: compute dtype.
-    """
-
-    features: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array, emb: jax.Array) -> jax.Array:
-        """Input `[b, h, w, i]`, output `[b, h, w, o]`, active embedding `[b, d]`: a new output."""
-        h = jnp.concatenate([x, y], axis=-1).astype(self.dtype)
-        h = Conv(self.features, dtype=self.dtype, name="conv_in")(h)
-        emb = nn.Dense(2 * self.features, dtype=self.dtype, name="emb")(emb)[:, None, None, :]
-        scale, shift = jnp.split(emb, 2, axis=-1)
-        h = nn.silu(h * (1 + scale) + shift)
-        return y + Conv(y.shape[-1], kernel_init=nn.initializers.zeros, name="conv_out")(h)
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from unclip_jax.plan.collectives import COLLECTIVES, DCN, Collective, added_up
+
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
     "f8e4m3fn": 8, "f8e5m2": 8,
 }  # fmt: skip
-COLLECTIVES = (
-    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
-)  # fmt: skip
 PRODUCTS = ("dot", "convolution", "ragged-dot")
 KERNELS = ("__cublas", "__cudnn", "tpu_custom_call")  # of which calls are products
-# Between slices: all-reduce is dcn-all-reduce, and so on.
-DCN = "dcn-"
 # They move nothing, or name what others move.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
@@ -72,48 +69,6 @@ class Instruction:
     def is_counter(self) -> bool:
         """Whether it takes an integer out of what a loop carries."""
         return self.opcode == "get-tuple-element" and self.type.startswith("s32[]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind among groups of one size.
-
-    Attributes:
-        kind: one of `COLLECTIVES`; behind `DCN`, among slices.
-        group: devices that take part in one, or slices.
-        bytes: of the operands on one device, over all runs.
-        count: runs.
-    """
-
-    kind: str
-    group: int
-    bytes: int
-    count: int
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends, by the ring algorithms (Thakur et al. 2005)."""
-        n, kind = self.group, self.kind.removeprefix(DCN)
-        if kind == "collective-permute":
-            return self.bytes
-        if kind == "all-gather":  # the operand is one of n parts
-            return self.bytes * (n - 1)
-        return self.bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
-
-    @property
-    def between_slices(self) -> bool:
-        """Whether it goes over the data centre's network."""
-        return self.kind.startswith(DCN)
-
-
-def added_up(collectives: Iterable[tuple[Collective, int]]) -> tuple[Collective, ...]:
-    """Collectives that run so many times each, together, by kind and size of group."""
-    totals: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0])
-    for c, times in collectives:
-        total = totals[c.kind, c.group]
-        total[0] += c.bytes * times
-        total[1] += c.count * times
-    return tuple(Collective(*key, *total) for key, total in sorted(totals.items()))
 
 
 def all_products(found: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:

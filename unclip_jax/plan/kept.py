@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from unclip_jax.common.files import check_place, default_cache_dir, write_text
 from unclip_jax.parallel import sharding
 from unclip_jax.plan import cuda, hlo, measure
-from unclip_jax.plan.hlo import Collective
+from unclip_jax.plan.collectives import Collective
 from unclip_jax.plan.measure import Measured
 
 COMPILERS = ("jax", "jaxlib", "libtpu", *cuda.PLUGINS)

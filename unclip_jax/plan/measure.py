@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import jax
 
 from unclip_jax.plan.chips import GIB, Chip
-from unclip_jax.plan.hlo import Collective, Program, added_up
+from unclip_jax.plan.collectives import Collective, added_up
+from unclip_jax.plan.hlo import Program
 
 # The compiler tries fewer ways to tile a fusion: convolutions take half as long to compile, and the
 # program needs the same memory.

@@ -16,8 +16,8 @@ from unclip_jax.common import checks
 from unclip_jax.errors import wrong
 from unclip_jax.models.movq import MoVQ
 from unclip_jax.parallel.axes import checked
-from unclip_jax.stages.base import GuidedDiffusion
 from unclip_jax.stages.conditioning import Params
+from unclip_jax.stages.guided import GuidedDiffusion
 from unclip_jax.stages.pixels import check_channels
 
 # Latents of a picture that are decoded at once; more are taken in bands of rows.

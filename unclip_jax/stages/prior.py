@@ -18,7 +18,7 @@ from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.errors import UserError
 from unclip_jax.models.prior import Prior, PriorConfig
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import Batch, GuidedDiffusion, Loss
+from unclip_jax.stages.base import Batch, Loss
 from unclip_jax.stages.conditioning import (
     Condition,
     Field,
@@ -31,6 +31,7 @@ from unclip_jax.stages.conditioning import (
     z_t_field,
 )
 from unclip_jax.stages.denoising import denoising_loss
+from unclip_jax.stages.guided import GuidedDiffusion
 
 
 class OfCaptions:

@@ -32,8 +32,9 @@ from unclip_jax.common.params import TRAINED
 from unclip_jax.data.batches import batches
 from unclip_jax.diffusion import METHODS, analytic
 from unclip_jax.errors import UserError
-from unclip_jax.stages.base import GuidedDiffusion
-from unclip_jax.training.prepare import Run, prepare
+from unclip_jax.stages.guided import GuidedDiffusion
+from unclip_jax.training.prepare import prepare
+from unclip_jax.training.prepared import Prepared
 from unclip_jax.weights import folder as model_folder
 from unclip_jax.weights.trained import find_parts, read_stage, stage_folder
 
@@ -73,7 +74,7 @@ def _update(
     return analytic.update(residuals, stage.diffusion, denoise, x_0, t, noise)
 
 
-def measure(run: Run, params: Params, *, num: int, batch_size: int, seed: int) -> np.ndarray:
+def measure(run: Prepared, params: Params, *, num: int, batch_size: int, seed: int) -> np.ndarray:
     """The statistic of a stage over the data of a run, float32 [steps].
 
     Each timestep is met by `num` pairs (rounded up to whole batches over all timesteps), all of
@@ -105,7 +106,7 @@ def measure(run: Run, params: Params, *, num: int, batch_size: int, seed: int) -
     return statistic
 
 
-def run_of(args: argparse.Namespace) -> Run:
+def run_of(args: argparse.Namespace) -> Prepared:
     """The run that would train the stage on: its data, and the encoders that it reads.
 
     Raises:

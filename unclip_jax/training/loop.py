@@ -35,7 +35,7 @@ from unclip_jax.training.feed import BatchIterator, Feed
 from unclip_jax.training.optimizers import Params, make_optimizer, trained
 from unclip_jax.training.profile import Span
 from unclip_jax.training.resume import Complete, begin
-from unclip_jax.training.run import Evaluate, Preview, Run, open_run, to_look_at
+from unclip_jax.training.run import Evaluate, OpenRun, Preview, open_run, to_look_at
 from unclip_jax.training.step import LossFn, StepFn, TrainState, Window
 from unclip_jax.training.workdir import Workdir
 
@@ -45,7 +45,7 @@ _IN_FLIGHT = 4
 
 
 def _train_steps(
-    run: Run, loss_fn: LossFn, step_fn: StepFn, state: TrainState, start: int
+    run: OpenRun, loss_fn: LossFn, step_fn: StepFn, state: TrainState, start: int
 ) -> TrainState:
     """Steps start + 1 to config.steps.
 
@@ -190,7 +190,7 @@ def train(
     return state
 
 
-def _finish(run: Run, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
+def _finish(run: OpenRun, state: TrainState, export: Callable[[Params, int], None] | None) -> None:
     """What is done once training is over: export the averaged params, draw the curves."""
     step = int(state.step)
     if export is not None:
@@ -208,14 +208,14 @@ def _finish(run: Run, state: TrainState, export: Callable[[Params, int], None] |
     distributed.gather(None)  # no process ends before the lead has written everything
 
 
-def _describe(run: Run, train: Mapping[str, Any]) -> str:
+def _describe(run: OpenRun, train: Mapping[str, Any]) -> str:
     """Write description.json, with these settings of the loop; its text."""
     text = json.dumps(run.description | {"train": train}, indent=2, ensure_ascii=False)
     write_text(run.place.local / "description.json", text + "\n")
     return text
 
 
-def _introduce(run: Run, params: Params, start: int, changes: list[Change]) -> None:
+def _introduce(run: OpenRun, params: Params, start: int, changes: list[Change]) -> None:
     """Write what the run is: description.json, parameters.txt, changes.jsonl, a line or two."""
     text = _describe(run, run.description["train"])
     table = parameter_overview.get_parameter_overview(params, include_stats=False)

@@ -51,7 +51,7 @@ class NotFinite(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class OpenRun:
     """What the loop works with; `loop` is the loop."""
 
     config: TrainConfig
@@ -181,7 +181,7 @@ def open_run(
     profile: Span | None,
     begins: Callable[[Workdir, Checkpoints, Copies | None], Begun],
     given: dict[str, Any],
-) -> tuple[Run, Begun]:
+) -> tuple[OpenRun, Begun]:
     """A run in its workdir, which is its own as long as `stack` is open, and where it begins."""
     config = given["config"]
     preemption = Preemption()
@@ -199,7 +199,7 @@ def open_run(
     stack.enter_context(monitor)
     profiler = Profiler(profile, place.local / "profile", begun.step)
     stack.enter_context(contextlib.closing(profiler))
-    run = Run(
+    run = OpenRun(
         place=place,
         checkpoints=checkpoints,
         copies=copies,

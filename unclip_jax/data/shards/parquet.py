@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -23,14 +22,13 @@ from unclip_jax.data.contents import digest
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.memory import Budget
 from unclip_jax.data.records import BadRecord
+from unclip_jax.data.shards import columns
 from unclip_jax.data.shards.index import Sample
 from unclip_jax.data.shards.source import ShardedSource
 from unclip_jax.data.shards.storage import StoredFile, is_remote
-from unclip_jax.errors import UserError, one_line, wrong
+from unclip_jax.errors import UserError, one_line
 
-IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTIONS = ("caption", "text", "TEXT")
-_ADDRESSES = ("url", "URL")
 _STATUS = frozenset({"key", "url", "status"})  # columns of img2dataset, which keeps failures too
 _SUCCESS = "success"
 _OPEN_FILES = 256
@@ -107,20 +105,20 @@ class ParquetShards:
     def _samples(self, file: StoredFile, skipped: dict[str, str]) -> Iterator[Sample]:
         parquet = self._parquet.ParquetFile(file.open())
         schema = parquet.schema_arrow
-        image = _image_column(schema, self._image, file)
+        image = columns.find_image(schema, self._image, file)
         if self._asked:  # refused even where no classes are read
-            _column(schema, self._asked, (), "label_key", file)
-        label = _column(schema, self._label, (), "label_key", file) if self._label else None
+            columns.find(schema, self._asked, (), "label_key", file)
+        label = columns.find(schema, self._label, (), "label_key", file) if self._label else None
         required = label is None and not self._bare
-        caption = _column(schema, self._caption, CAPTIONS, "caption_key", file, required)
+        caption = columns.find(schema, self._caption, CAPTIONS, "caption_key", file, required)
         if caption:
-            _check_text(schema, caption, file)
+            columns.check_text(schema, caption, file)
         wanted = {"caption": caption, "label": label}
         wanted["key"] = "key" if "key" in schema.names else None
         wanted["status"] = "status" if set(schema.names) >= _STATUS else None
         wanted = {role: path for role, path in wanted.items() if path}
-        tops = list(dict.fromkeys(_top(schema, path) for path in wanted.values()))
-        names = _class_names(schema, label) if label else ()
+        tops = list(dict.fromkeys(columns.outer(schema, path) for path in wanted.values()))
+        names = columns.class_names(schema, label) if label else ()
         row = 0
         for group in range(parquet.num_row_groups):
             size = _image_bytes(parquet.metadata.row_group(group), image)
@@ -131,13 +129,15 @@ class ParquetShards:
                 )
             content = _content(file, parquet.metadata.row_group(group), image)
             table = parquet.read_row_group(group, tops, use_threads=False)
-            values = {role: _values(table, schema, path, role) for role, path in wanted.items()}
+            values = {
+                role: columns.values(table, schema, path, role) for role, path in wanted.items()
+            }
             for at in range(len(table)):
                 told = {role: column[at] for role, column in values.items()}
                 try:
-                    key = _text(told.get("key")) or f"{file.name}#{row}"
+                    key = columns.text(told.get("key")) or f"{file.name}#{row}"
                     captions = self._captions(told, wanted, names)
-                    yield Sample(key, captions, row, size, _text(told.get("label")), content)
+                    yield Sample(key, captions, row, size, columns.text(told.get("label")), content)
                 except texts.NotText as error:
                     skipped[f"row {row}"] = str(error)
                 row += 1
@@ -146,9 +146,9 @@ class ParquetShards:
         self, told: dict[str, Any], wanted: dict[str, str], names: tuple[str, ...]
     ) -> tuple[str, ...]:
         """The captions of a row; `NotText` says why it can't be used."""
-        if (status := _text(told.get("status", _SUCCESS))) != _SUCCESS:
+        if (status := columns.text(told.get("status", _SUCCESS))) != _SUCCESS:
             raise texts.NotText(f"not downloaded ({status})")
-        label = _text(told.get("label"))
+        label = columns.text(told.get("label"))
         if names:  # which number the classes
             label = names[int(label)] if label.isdigit() and int(label) < len(names) else ""
         if "label" in wanted and not label:
@@ -166,13 +166,13 @@ class ParquetShards:
     def class_names(self, file: StoredFile) -> tuple[str, ...]:
         """What Hugging Face's datasets say that the numbers of the label mean; () if nothing."""
         schema = self._parquet.ParquetFile(file.open()).schema_arrow
-        return _class_names(schema, self._label)
+        return columns.class_names(schema, self._label)
 
     def _opening(self, file: StoredFile) -> tuple[Any, str, np.ndarray]:
         """Metadata, the column of images, and where each row group ends."""
         parquet = self._parquet.ParquetFile(file.open())
         metadata = parquet.metadata
-        column = _image_column(parquet.schema_arrow, self._image, file)
+        column = columns.find_image(parquet.schema_arrow, self._image, file)
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         largest = max((_image_bytes(group, column) for group in groups), default=0)
         if largest > _LARGE_GROUP and not self._warned:
@@ -221,53 +221,6 @@ class _Recent:
         return future.result()
 
 
-def _column(
-    schema: Any,
-    key: str,
-    usual: tuple[str, ...],
-    field: str,
-    file: StoredFile,
-    required: bool = True,
-) -> str | None:
-    """The column a key names, or the first of the usual ones; None if none is required."""
-    there = ", ".join(schema.names)[:300]
-    if key and _type_of(schema, key) is None:
-        raise wrong(field, key, f"a column of {file.url}: {there}")
-    found = key or next((name for name in usual if name in schema.names), None)
-    if found is None and required:
-        raise UserError(
-            f"{field}: {file.url} has none of {', '.join(usual)}; name one of its columns: {there}"
-        )
-    return found
-
-
-def _image_column(schema: Any, key: str, file: StoredFile) -> str:
-    """The path of the column of image bytes: "jpg", or "image.bytes" within a struct."""
-    import pyarrow as pa
-
-    named = _column(schema, key, IMAGES, "image_key", file, required=False)
-    if named is not None:
-        kind = schema.field(named).type
-        inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        leaf = kind.field("bytes").type if inside else kind
-        if pa.types.is_binary(leaf) or pa.types.is_large_binary(leaf):
-            return f"{named}.bytes" if inside else named
-    if any(name in schema.names for name in _ADDRESSES):
-        raise UserError(
-            f"name: {file.url}: addresses of images and no images; download them with img2dataset, "
-            "or name the tar shards that it wrote beside this file: wds:PATTERN"
-        )
-    if named is not None:
-        raise UserError(f"image_key: {named!r}: {file.url} has {kind} there; expected image bytes")
-    there = ", ".join(schema.names)[:300]
-    if any(name in schema.names for name in ("file_name", "filepath", "image_path")):
-        raise UserError(
-            f"name: {file.url}: names of pictures and no pictures ({there}); name the folder that"
-            " they lie in"
-        )
-    raise UserError(f"image_key: {file.url} has none of {', '.join(IMAGES)}; name one of: {there}")
-
-
 def _content(file: StoredFile, group: Any, column: str) -> str:
     """What differs where the images of a row group do: a digest of their column, as it is stored.
 
@@ -292,113 +245,3 @@ def _image_bytes(group: Any, column: str) -> int:
     """The size of a column of a row group, decoded but still as image files."""
     chunks = (group.column(number) for number in range(group.num_columns))
     return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
-
-
-def _top(schema: Any, path: str) -> str:
-    """The column that "a/b" lies in: the whole name first."""
-    return path if path in schema.names else path.partition("/")[0]
-
-
-def _type_of(schema: Any, path: str) -> Any:
-    """The Arrow type of what lies at "a/b", in lists or not; None if nothing does."""
-    top = _top(schema, path)
-    if top not in schema.names:
-        return None
-    kind, rest = schema.field(top).type, path[len(top) + 1 :]
-    for part in rest.split("/") if rest else ():
-        kind = _item(kind)
-        at = kind.get_field_index(part) if hasattr(kind, "get_field_index") else -1
-        if at < 0:
-            return None
-        kind = kind.field(at).type
-    return kind
-
-
-def _item(kind: Any) -> Any:
-    """The type of what a list or a dictionary holds; any other as it is."""
-    import pyarrow as pa
-
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return kind.value_type if is_list or pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    kind = _item(_item(kind))
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return any(test(kind) for test in tests)
-
-
-def _text_paths(kind: Any, path: str) -> list[str]:
-    """Where in a column there is text."""
-    inner = _item(kind)
-    if _is_text(kind):
-        return [path]
-    if not hasattr(inner, "get_field_index"):
-        return []
-    fields = (inner.field(at) for at in range(inner.num_fields))
-    return [p for field in fields for p in _text_paths(field.type, f"{path}/{field.name}")]
-
-
-def _check_text(schema: Any, caption: str, file: StoredFile) -> None:
-    """Raise UserError unless a caption's column holds text, or numbers of classes with names."""
-    import pyarrow as pa
-
-    kind = _type_of(schema, caption)
-    inner = _item(kind)
-    if (
-        _is_text(kind)
-        or any(test(inner) for test in (pa.types.is_binary, pa.types.is_large_binary))
-        or pa.types.is_null(kind)
-        or _class_names(schema, caption)
-    ):
-        return
-    there = [p for name in schema.names for p in _text_paths(schema.field(name).type, name)]
-    there += [name for name in schema.names if _class_names(schema, name)]
-    raise wrong(
-        "caption_key", caption, f"text, which {kind} is not; {file.url} has {texts.offered(there)}"
-    )
-
-
-def _class_names(schema: Any, column: str) -> tuple[str, ...]:
-    """What Hugging Face's datasets say that a column's numbers mean; () if nothing."""
-    try:
-        said = json.loads((schema.metadata or {})[b"huggingface"])
-        return tuple(map(str, said["info"]["features"][column]["names"]))
-    except (KeyError, ValueError, TypeError):
-        return ()
-
-
-def _values(table: Any, schema: Any, path: str, role: str) -> list[Any]:
-    """What a column holds; texts as bytes, since what should be UTF-8 may be something else."""
-    import pyarrow as pa
-
-    top = _top(schema, path)
-    column = table[top]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if path != top:
-        return [_inside(item, path[len(top) + 1 :]) for item in column]
-    many = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if _is_text(column.type):
-        column = column.cast(pa.list_(pa.binary()) if many else pa.binary())
-    found = column.to_pylist()
-    if role == "caption" and (names := _class_names(schema, path)):
-        return [names[n] if n is not None and 0 <= n < len(names) else None for n in found]
-    return found
-
-
-def _inside(item: Any, path: str) -> Any:
-    """What lies at "a/b" in an Arrow value."""
-    try:
-        return texts.lookup(item.as_py(), path)
-    except KeyError:
-        return None
-    except UnicodeDecodeError:
-        return b"\xff"  # which is not UTF-8 either
-
-
-def _text(found: Any) -> str:
-    """A value as text; "" for none. `NotText` where it is not UTF-8."""
-    return texts.one(found if found is None or isinstance(found, bytes) else str(found))

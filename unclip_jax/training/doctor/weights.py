@@ -27,9 +27,9 @@ from unclip_jax.diffusion import gaussian
 from unclip_jax.errors import UserError
 from unclip_jax.metrics.retrieval import digests
 from unclip_jax.stages import normalisation
-from unclip_jax.stages.base import GuidedDiffusion
 from unclip_jax.stages.clip import encode_image, encode_text
 from unclip_jax.stages.conditioning import Field
+from unclip_jax.stages.guided import GuidedDiffusion
 from unclip_jax.training import inputs
 from unclip_jax.training.doctor.findings import TENTH, Finding, error, note
 from unclip_jax.training.doctor.settings import STD_BAND
