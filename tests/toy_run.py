@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.training import loop, writers
+from unclip_jax.parallel import sharding
+from unclip_jax.training import init_state, loop, make_optimizer, make_train_step, writers
 
 BATCH = 16
 WEIGHTS = np.linspace(-1.0, 1.0, 15, dtype=np.float32).reshape(5, 3)
@@ -98,6 +99,16 @@ def run(workdir, batches=None, loss=noisy_loss_fn, description=None, **settings)
         description=description or {"stage": {"kind": "toy", "layers": 1}},
         **callbacks,
     )
+
+
+def step_fn(config, loss=loss_fn):
+    """A compiled step on all devices."""
+    return make_train_step(loss, make_optimizer(config), config, sharding.make_mesh())
+
+
+def fresh(config):
+    """The state that a run begins with."""
+    return init_state(init_params(), make_optimizer(config))
 
 
 def numpy_leaves(state):
