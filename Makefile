@@ -37,16 +37,18 @@ $(VENV)/.installed-train: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,emoji]"
 	touch $@
 
-# The CPU build of torch, for the parity tests only; set TORCH= to go without.
-$(VENV)/.installed-test: $(VENV)/.installed-train
+# Everything at once, whatever of it is there. The CPU build of torch is for the parity tests only;
+# set TORCH= to go without.
+$(VENV)/.installed-test: pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(BIN)/pip install --quiet --disable-pip-version-check --retries 0 \
 	    --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH))
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable \
-	    ".[test,app,notebooks$(if $(TORCH),$(comma)parity)]"
+	    ".[train,emoji,test,app,notebooks$(if $(TORCH),$(comma)parity)]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[plan]" \
 	    || echo "no libtpu for this machine: the test that compiles for a TPU is skipped"
 	-$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib
-	touch $@
+	touch $(VENV)/.installed $(VENV)/.installed-train $@
 comma := ,
 
 $(VENV)/.installed-docs: $(VENV)/.installed-train

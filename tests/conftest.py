@@ -17,6 +17,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # subprocesses inh
 os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ.setdefault("GLIBC_TUNABLES", "")  # see unclip_jax.parallel.cpu.memory
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A program that another process is just writing into the cache is compiled instead.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:Error reading persistent compilation cache")
 
 import jax
 import pytest

@@ -218,7 +218,10 @@ def same_params(one, other):
     return set(one) == set(other) and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("form", ["bin", "sharded", "sharded bin", "fp16 variant"])
+BOTH = pytest.param("sharded bin", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("form", ["bin", "sharded", BOTH, "fp16 variant"])
 def test_every_form_of_file_gives_the_same(folder, form, tmp_path):
     pipeline = karlo_folders.diffusers.UnCLIPPipeline.from_pretrained(folder)
     settings = {

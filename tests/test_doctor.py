@@ -276,7 +276,7 @@ def replaced(values, **at):
 )  # fmt: skip
 def test_a_curve_broken_by_hand(patient, columns, expected):
     rewrite(patient, **columns)
-    assert wrong(examine(patient, files_only=True)) == expected
+    assert wrong(curves.examine(workdir.read(patient))) == expected
 
 
 @pytest.mark.parametrize(

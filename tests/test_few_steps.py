@@ -113,7 +113,7 @@ def few(stage):
     return dataclasses.replace(stage, sampling=Sampling("consistency", "2"), **guided)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "upsampler"])
+@pytest.mark.parametrize("kind", ["decoder", pytest.param("upsampler", marks=pytest.mark.slow)])
 def test_a_stage_learns_from_itself_and_the_teacher_stays(kind):
     stage = few({"decoder": tiny.DECODER, "upsampler": tiny.UPSAMPLER}[kind])
     config = Distillation(steps=4, guidance_scale=2.0 if kind == "decoder" else 1.0)

@@ -199,7 +199,7 @@ MOVQS = {
     [
         ("two levels", (5, 3)),
         pytest.param("three levels", (2, 7), marks=pytest.mark.slow),
-        ("no attention", (3, 4)),
+        pytest.param("no attention", (3, 4), marks=pytest.mark.slow),
     ],
 )
 def test_movq_agrees_with_diffusers(size, side):

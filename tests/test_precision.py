@@ -70,7 +70,6 @@ def test_products_are_of_bfloat16_but_those_that_are_named(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_a_tpus_program_multiplies_at_full_precision_in_norms_alone():
     """By libtpu: elsewhere a product is one pass of bfloat16s, whatever its operands came as."""
     try:

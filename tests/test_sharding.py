@@ -275,8 +275,8 @@ import jax, jax.numpy as jnp, json, numpy as np, re, sys
 from tests import networks
 from unclip_jax.parallel import axes, sharding
 from unclip_jax.models.unet import UNet, UNetConfig
-net = UNet(UNetConfig(image_size=32, channels=16, channel_mults=(1, 2, 2), res_blocks=1, groups=4,
-                      attention_sizes=(16, 8), head_channels=8, context_dim=12))
+net = UNet(UNetConfig(image_size=32, channels=16, channel_mults=(1, 1), res_blocks=1, groups=4,
+                      attention_sizes=(16,), head_channels=8, context_dim=12))
 rng = np.random.default_rng(0)
 x, context = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 32, 32, 3), (1, 5, 12)))
 params = networks.random(networks.shapes(net, x, jnp.zeros(1), None, context))

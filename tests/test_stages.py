@@ -79,7 +79,12 @@ def test_a_stage_says_what_it_reads_and_makes(stage):
     assert all(hasattr(stage, f"{name}_drop") for name in stage.drops)
 
 
-@pytest.mark.parametrize("stage", ALL, ids=lambda s: s.kind)
+ON_CANVAS = pytest.param(tiny.ON_CANVAS, id="on_canvas", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "stage", [s if s is not tiny.ON_CANVAS else ON_CANVAS for s in ALL], ids=lambda s: s.kind
+)
 def test_loss_depends_on_key_only_where_there_is_noise(stage):
     params, batch = tiny.params(stage), tiny.batch(4, image_size(stage))
     loss = jax.jit(lambda key: stage.loss(params, batch, key)[0])
