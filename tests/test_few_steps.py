@@ -167,6 +167,20 @@ def test_the_boxs_config_is_its_decoders_with_few_steps():
 ECLIPSE = stages.EclipsePriorStage(model=tiny.PRIOR.model)
 
 
+@pytest.mark.parametrize("variant", ["", "gpu"])
+def test_the_boxs_config_has_the_network_of_its_prior(variant):
+    from configs.box import eclipse_prior, prior
+
+    given, whole = (
+        settings.build(prepare.Settings, c.get_config(variant)) for c in (eclipse_prior, prior)
+    )
+    one_call = stages.build(given.stage)
+    assert isinstance(one_call, stages.EclipsePriorStage)
+    assert one_call.model == stages.build(whole.stage).model
+    assert given.data == whole.data
+    assert given.train.batch_size == whole.train.batch_size
+
+
 def test_the_loss_is_a_projection_and_a_contrast_with_equal_captions_as_one():
     params, batch = tiny.params(ECLIPSE), tiny.batch(4, 16)
     batch["z_t"] = batch["z_t"].at[3].set(batch["z_t"][1])
