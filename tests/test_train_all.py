@@ -118,6 +118,9 @@ def test_stages_of_a_size_belong_together(size, pictures, tmp_path):
     assert width == prior["stage"]["model"]["embed_dim"] == decoder["stage"]["model"]["embed_dim"]
     assert decoder["stage"]["model"]["unet"]["image_size"] == upsampler["stage"]["low_size"]
     assert upsampler["stage"]["model"]["image_size"] == sizes.draws(size)
+    # A crop has 16 patches a side at least: of fewer, edges are all that an upsampler ever sees.
+    grid = upsampler["stage"]["crop"] * sizes.draws(size) / upsampler["stage"]["model"]["patch"]
+    assert grid >= 16
     for config in (clip, prior, decoder, upsampler):
         train = config["train"]
         # Nothing that a step computes depends on how many there are.
