@@ -10,7 +10,7 @@ from PIL import Image
 from tests import tiny
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import manipulate
-from unclip_jax.pipeline.manipulate import Walk, masks
+from unclip_jax.pipeline.manipulate import Walk, edits, masks
 from unclip_jax.pipeline.tasks.inputs import read_mask
 from unclip_jax.stages.pixels import squared
 
@@ -172,12 +172,12 @@ def test_a_thin_scratch_is_painted_and_the_rest_is_as_it_was(monkeypatch):
         seen.append(known[1])
         return small
 
-    monkeypatch.setattr(manipulate.edits, "decode", black)
+    monkeypatch.setattr(edits, "decode", black)
 
     def larger(model, keys, small, *_):
         return np.uint8(np.kron(small * 127.5 + 127.5, np.ones((16, 16, 1))))
 
-    monkeypatch.setattr(manipulate.edits, "render", larger)
+    monkeypatch.setattr(edits, "render", larger)
     (made,) = manipulate.inpaint(model, KEY, image, hole, Walk(steps=4, eta=1.0))
     assert (made[hole] == 0).all() and (made[~hole] == 200).all()
     assert seen[0][0, 6, 1:14].all()
