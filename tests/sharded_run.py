@@ -5,7 +5,6 @@ python tests/sharded_run.py STAGE[:OPTIMIZER] MESH... > FIGURES.json
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 
@@ -44,23 +43,13 @@ CLASSIFIER = stages.ClassifierStage(
         attention_sizes=(8,), head_channels=16, groups=8,
     )
 )  # fmt: skip
-# One level, which compiles in half the time; the upsampler has two.
-DECODER = dataclasses.replace(
-    tiny.DECODER,
-    model=dataclasses.replace(
-        tiny.DECODER.model,
-        unet=dataclasses.replace(
-            tiny.DECODER.model.unet, channel_mults=(1,), attention_sizes=(16,), head_channels=8
-        ),
-    ),
-)
 STAGES = {
     "clip": tiny.CLIP,
     "prior": tiny.PRIOR,
     "ar_prior": AR_PRIOR,
     "canvas": tiny.CANVAS,
-    "decoder": DECODER,
-    "on_canvas": DECODER.with_canvas(tiny.CANVAS.model),
+    "decoder": tiny.DECODER,
+    "on_canvas": tiny.ON_CANVAS,
     "upsampler": tiny.UPSAMPLER,
     "classifier": CLASSIFIER,
 }

@@ -444,7 +444,7 @@ def test_what_a_run_needs_is_asked_for(folder):
         prepare.prepare(config_of(folder, tiny.DECODER, canvas=str(folder / "strange")))
 
 
-PATCHED = {"patch": 2, "pixel_channels": 4, "attention_sizes": (4,)}
+PATCHED = {"patch": 2, "pixel_channels": 4, "attention_sizes": (8,)}
 
 
 @pytest.mark.parametrize("unet", [{}, pytest.param(PATCHED, marks=pytest.mark.slow)])

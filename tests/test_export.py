@@ -34,7 +34,7 @@ AR_PRIOR = stages.ARPriorStage(
     )
 )  # fmt: skip
 
-UNET = dataclasses.replace(tiny.DECODER.model.unet, image_size=8, channel_mults=(1,))
+UNET = dataclasses.replace(tiny.DECODER.model.unet, image_size=8, attention_sizes=(8,))
 DECODER = dataclasses.replace(
     tiny.DECODER, model=dataclasses.replace(tiny.DECODER.model, unet=UNET)
 )

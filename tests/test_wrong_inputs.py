@@ -27,11 +27,7 @@ from unclip_jax.weights import folder as model_folder
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
-# One level each: the commands trace these networks again and again.
-UNET = dataclasses.replace(tiny.DECODER.model.unet, channel_mults=(1,), attention_sizes=(16,))
-DECODER = dataclasses.replace(
-    tiny.DECODER, model=dataclasses.replace(tiny.DECODER.model, unet=UNET)
-)
+# One level, as the decoder has: the commands trace these networks again and again.
 UPSAMPLER = dataclasses.replace(
     tiny.UPSAMPLER, model=dataclasses.replace(tiny.UPSAMPLER.model, channel_mults=(1,))
 )
@@ -349,14 +345,14 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for model in ("model", "halved"):
         save(places[model] / "clip", tiny.CLIP)
         save(places[model] / "prior", tiny.PRIOR, **mark)
-        save(places[model] / "decoder", DECODER, **mark)
+        save(places[model] / "decoder", tiny.DECODER, **mark)
         save(places[model] / "upsampler", UPSAMPLER)
     weights = places["halved"] / "clip" / "params.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     save(places["small"] / "clip", tiny.CLIP)
-    save(places["small"] / "decoder", DECODER, **mark)
-    save(places["alone"] / "decoder", DECODER, **mark)
-    unet = dataclasses.replace(UNET, context_dim=0)
+    save(places["small"] / "decoder", tiny.DECODER, **mark)
+    save(places["alone"] / "decoder", tiny.DECODER, **mark)
+    unet = dataclasses.replace(tiny.DECODER.model.unet, context_dim=0)
     by_class = stages.DecoderStage(model=DecoderConfig(unet=unet, num_classes=2))
     save(places["classes"], by_class, classes=["blue", "red"])
     places["pictures"].mkdir()
