@@ -24,7 +24,7 @@ from unclip_jax.train_all.budget import Budget, Entry
 from unclip_jax.train_all.look import look
 from unclip_jax.train_all.pace import Pace
 from unclip_jax.training.config import TrainConfig
-from unclip_jax.training.doctor import curves, workdir
+from unclip_jax.training.doctor import curves, findings, workdir
 
 PNG = page._png(np.zeros((9, 9, 3), np.uint8))
 
@@ -322,6 +322,15 @@ def test_the_doctor_speaks_of_flags_that_train_all_has(records, name, said):
     assert said in found[name].advice
     assert not [one for one in found.values() if one.name not in words.UNASKED
                 and FLAG.search(one.advice)]  # fmt: skip
+
+
+def test_no_finding_speaks_against_another():
+    found = [
+        findings.warning("overfitting", "x", "more data, data.augment"),
+        findings.note("still_falling", "x", "more steps would help: a new workdir"),
+    ]
+    assert [one.name for one in words.told(found)] == ["overfitting"]
+    assert [one.name for one in words.told(found[1:])] == ["still_falling"]
 
 
 def test_a_page_of_nothing_trained_says_what_is_to_do(pictures, tmp_path):

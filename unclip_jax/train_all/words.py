@@ -36,7 +36,10 @@ SAID = (
     (r" and that stage\.caption_drop is about [\d.]+", ""),
     (r"train longer, on more data or with a larger batch", "more pictures, or more --minutes"),
     (r"train longer", "more --minutes"),
+    (r": raise stage\.crop", ""),
 )
+# With these, that the loss still falls is no reason to train on.
+KNOWN_BY_HEART = {"overfitting", "retrieval_at_chance", "worse_than_bicubic"}
 UNASKED = ("always_clipped",)
 
 
@@ -79,10 +82,17 @@ def diagnosis(run: Workdir, clip: str) -> str:
     """The doctor's words on a run, of what its files show."""
     try:
         findings = doctor.examine(run, clip, files_only=True)
-        told = [in_its_flags(one) for one in findings if one.name not in UNASKED]
-        return doctor.as_text(run, told)
+        return doctor.as_text(run, told(findings))
     except UserError as error:
         return f"the doctor could not look: {error}"
+
+
+def told(findings: list[Finding]) -> list[Finding]:
+    """The findings that say something to who gave data and minutes, none against another."""
+    left_out = set(UNASKED)
+    if KNOWN_BY_HEART & {one.name for one in findings}:
+        left_out.add("still_falling")
+    return [in_its_flags(one) for one in findings if one.name not in left_out]
 
 
 def in_its_flags(finding: Finding) -> Finding:
