@@ -90,6 +90,19 @@ def test_the_target_is_never_moved_and_clean_steps_are_the_teachers():
     assert float(jax.grad(loss)(0.5, 0)) == pytest.approx(-1.0, rel=1e-3)
 
 
+def test_what_clips_the_samples_clips_the_targets_at_every_step():
+    diffusion, x_0 = Diffusion(prediction="x_0"), jnp.zeros((4, 2))
+    far = lambda x_t, t: jnp.full_like(x_t, 3.0)  # noqa: E731
+
+    def loss(i, clip):
+        given = diffusion, far, far, x_0, jnp.full(4, i), x_0, Sampling("ddim", 5, clip_x_0=clip)
+        return float(jnp.mean(distillation_loss(*given, 1e-6)))
+
+    for i in range(5):
+        assert loss(i, 1.0) == pytest.approx(2.0, rel=1e-4)  # from 3 to 1
+        assert loss(i, 0.0) == pytest.approx(0.0, abs=1e-6)
+
+
 def test_a_consistency_walk_draws_the_data_in_any_number_of_steps():
     diffusion = Diffusion(prediction="v")
     keys = jax.random.split(jax.random.key(0), 20_000)

@@ -43,7 +43,8 @@ def distillation_loss(
     student's own answer, without a gradient, is the target (with the average of its weights for it,
     as in the paper, training is slower; Song & Dhariwal 2023, arXiv 2310.14189, section 3.2). From
     step 0 the teacher's solver leads to data, which is then the target: so the student's x_0 is
-    anchored without the paper's c_skip and c_out, whatever it predicts.
+    anchored without the paper's c_skip and c_out, whatever it predicts. What clips x_0 clips every
+    target, as it will clip the samples: else targets that are the student's own can run away.
 
     Args:
         diffusion: what both networks predict.
@@ -52,7 +53,7 @@ def distillation_loss(
         x_0: data `[b, ...]`.
         i: steps of the grid, int32 `[b]`, from 0 to its length - 1.
         noise: standard normal, the shape of x_0.
-        sampling: the grid, the solver (one of `TEACHERS`), and what clips the teacher's x_0.
+        sampling: the grid, the solver (one of `TEACHERS`), and what clips x_0.
         huber: c of the pseudo-Huber distance sqrt(d^2 + c^2) - c; None for 0.00054 sqrt(dims)
             (arXiv 2310.14189, section 3.3).
 
@@ -70,7 +71,7 @@ def distillation_loss(
     x = q_sample(process, x_0, i, noise)
     before = solver.step(x, (), asking(teacher, diffusion, process, limits), i, None)[0]
     before = jax.lax.stop_gradient(before)
-    there = ask(before, jnp.maximum(i - 1, 0)).x_0
+    there = asking(student, diffusion, process, limits)(before, jnp.maximum(i - 1, 0)).x_0
     target = jnp.where(at(np.arange(process.steps) > 0, i, x), there, before)
     dims = float(np.prod(x.shape[1:]))
     c = 0.00054 if huber is None else huber / dims**0.5
