@@ -16,7 +16,7 @@ from unclip_jax.weights.convert import karlo, karlo_names
 from unclip_jax.weights.convert.tables import to_theirs
 
 torch = pytest.importorskip("torch")
-clips = pytest.importorskip("tests.test_convert_clip")
+clips = pytest.importorskip("tests.clip_files")
 
 E, CONTEXT = 64, 9
 CLIP = dataclasses.replace(clips.CONFIG, vocab_size=600, embed_dim=E)

@@ -257,8 +257,11 @@ def test_damaged_data_are_named(tmp_path):
         load(config)
 
 
-def test_an_unknown_name_says_what_names_there_are():
-    with pytest.raises(
-        UserError, match=r"got 'emojis', expected one of emoji, .*\./emojis.*tfds:emojis"
-    ):
-        load(DataConfig(name="emojis"))
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("emojis", r"did you mean emoji\?"), ("zzzqq", "a data set of TFDS is tfds:zzzqq")],
+)
+def test_an_unknown_name_says_what_names_there_are(name, advice):
+    expected = f"got '{name}', expected a folder, .* or one of emoji, emoji_styles, .*; {advice}"
+    with pytest.raises(UserError, match=expected):
+        load(DataConfig(name=name))
