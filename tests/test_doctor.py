@@ -148,7 +148,7 @@ SLOW = pytest.mark.slow
     ("name", "changes", "expected"),
     [
         ("rate", RATE, {"loss_above_ignorance"}),
-        ("average", AVERAGE, {"average_too_slow", "average_behind"}),
+        pytest.param("average", AVERAGE, {"average_too_slow", "average_behind"}, marks=SLOW),
         ("untold", {"data": "untold"}, {"prior_ignores_captions"}),
         pytest.param("slow", SLOWLY, {"nothing_learned", "prior_ignores_captions"}, marks=SLOW),
         pytest.param("std", {"normalisation": "none"}, {"embedding_std"}, marks=SLOW),
