@@ -60,10 +60,13 @@ REFERENCE = Sampling(method="heun", spacing="logsnr:100", clip_x_0=1.0)
 SHOWN = 12
 
 
-def spaced(method: str, grid: str, calls: int) -> Sampling:
-    """A sampler that asks the network so often; Heun's, which asks twice a step, once less."""
-    steps = (calls + 1) // 2 if method == "heun" else calls  # Heun's last step asks once
-    return Sampling(method=method, spacing=f"{grid}:{steps}", clip_x_0=1.0)
+def spaced(method: str, grid: str, calls: int) -> tuple[Sampling, int]:
+    """A sampler that asks the network so often at most, and how often it does."""
+    steps, asked = calls, calls
+    if method == "heun":  # two calls a step, and one in the last
+        steps = (calls + 1) // 2
+        asked = 2 * steps - 1
+    return Sampling(method=method, spacing=f"{grid}:{steps}", clip_x_0=1.0), asked
 
 
 def classifier_free(scale: Any, rule: guidance.Rule = guidance.linear) -> Guide:
@@ -196,7 +199,8 @@ def main(argv: list[str]) -> None:
     ways.ask("heun, logsnr: 199", part, plain, REFERENCE)
     for method, grid in WAYS:
         for calls in CALLS:
-            ways.ask(f"{method}, {grid}: {calls}", part, plain, spaced(method, grid, calls))
+            sampling, asked = spaced(method, grid, calls)
+            ways.ask(f"{method}, {grid}: {asked}", part, plain, sampling)
     if args.few:
         few = load_part(args.few)
         for calls in (1, 2, 4):

@@ -4,8 +4,8 @@
     unclip train --config=box/eclipse_prior --workdir=runs/box/eclipse_prior \
         --config.clip=runs/box/clip
 
-In place of the diffusion prior, by a network of its size. In a model folder beside a decoder that
-`box/decoder_cd` distilled, a caption is a picture of 64 px in two calls of networks.
+In place of the diffusion prior, by a network of its size. A caption's z_i is
+one call of the network. What it reaches on the box has not been measured.
 """
 
 from unclip_jax.common import config as settings
