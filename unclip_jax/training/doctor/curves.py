@@ -277,8 +277,13 @@ def evaluations(run: Workdir) -> Iterator[Finding]:
         if psnrs[best] > psnrs[-1] + FALLEN_DB:
             advice = (
                 f"it was {psnrs[best]:.1f} dB at step {int(steps[best]):,}, so longer training does"
-                f" not help; its crops are {run.stage.crop:g} of a picture's side, and whole"
-                " pictures are drawn: raise stage.crop"
+                " not help; "
+            )
+            advice += (
+                f"its crops are {run.stage.crop:g} of a picture's side, and whole pictures are"
+                " drawn: raise stage.crop"
+                if run.stage.crop < 1
+                else "more data, or fewer steps"
             )
         yield warning(
             "worse_than_bicubic",
