@@ -300,14 +300,19 @@ def test_a_loss_that_rises_in_the_warm_up(patient, init, then, expected):
 
 
 @pytest.mark.parametrize(
-    ("psnr", "said"),
-    [((19.0, 20.0, 20.1), "train longer"), ((21.0, 20.0, 19.0), "raise stage.crop")],
+    ("psnr", "crop", "said"),
+    [
+        ((19.0, 20.0, 20.1), 0.25, "train longer"),
+        ((21.0, 20.0, 19.0), 0.25, "raise stage.crop"),
+        ((21.0, 20.0, 19.0), 1.0, "more data, or fewer steps"),
+    ],
 )
-def test_an_upsampler_that_gets_worse_is_not_told_to_train_on(healthy, psnr, said):
+def test_an_upsampler_that_gets_worse_is_not_told_to_train_on(healthy, psnr, crop, said):
     rows = [
         {"step": 100.0 * i, "eval/psnr": x, "eval/psnr_bicubic": 24.0} for i, x in enumerate(psnr)
     ]
-    run = dataclasses.replace(workdir.read(healthy), stage=tiny.UPSAMPLER, records=rows)
+    stage = dataclasses.replace(tiny.UPSAMPLER, crop=crop)
+    run = dataclasses.replace(workdir.read(healthy), stage=stage, records=rows)
     [one] = curves.evaluations(run)
     assert one.name == "worse_than_bicubic" and said in one.advice
 
