@@ -28,15 +28,19 @@ class Show(NamedTuple):
 
 
 # Emoji that the demo edits, by their names. They are drawn from Twemoji, which is installed.
-INPUTS = {"apple": "red apple", "heart": "blue heart", "face": "winking face"}
+INPUTS = {
+    "apple": "red apple", "heart": "blue heart", "face": "winking face",
+    "pale": "light blue heart",
+}  # fmt: skip
 
 CAPTIONS = (
     "crying face, noto style", "red apple, fluent style", "watermelon, twemoji style",
     "France, twemoji style",
 )  # fmt: skip
 
-# Every show draws as many pictures as there are captions, all with guidance, so that one compiled
-# program of the upsampler, and one of the decoder for captions and one for edits, serve them all.
+# Every show draws as many pictures as there are captions, all with guidance, and edits two pictures
+# or none, so that one compiled program of the upsampler, one of the decoder for captions and one
+# for edits, and one of the inversion serve them all.
 SHOWS = (
     Show(
         "text2im",
@@ -51,10 +55,11 @@ SHOWS = (
     ),
     Show(
         "variations",
-        "Variations of a picture",
-        "Pictures that share CLIP's embedding of the first: what CLIP sees stays, the rest is"
-        " drawn anew.",
-        ("variations", "--image={face}", "--num=4", "--guidance_scale=2", "--steps=25"),
+        "Variations of pictures",
+        "Pictures that share CLIP's embedding of the first in their row: what CLIP sees stays, the"
+        " rest is drawn anew.",
+        ("variations", "--image={face}", "--image={heart}", "--num=2", "--guidance_scale=2",
+         "--steps=25"),
     ),
     Show(
         "interpolation",
@@ -67,9 +72,9 @@ SHOWS = (
     Show(
         "text_diff",
         "Turned by words",
-        "The picture's embedding turns from one caption's towards another's.",
-        ("textdiff", "--image={heart}", "--from=blue heart", "--to=red heart", "--frames=4",
-         "--theta_max=0.5", "--guidance_scale=2", "--steps=25"),
+        "The pictures' embeddings turn from one caption's towards another's.",
+        ("textdiff", "--image={heart}", "--image={pale}", "--from=blue heart", "--to=red heart",
+         "--frames=2", "--theta_max=0.5", "--guidance_scale=2", "--steps=25"),
     ),
 )  # fmt: skip
 
