@@ -44,7 +44,9 @@ DECODER = stages.DecoderStage(
     sampling=Sampling(method="ddim", spacing="5", clip_x_0=1.0),
     guidance_scale=1.0,
 )
-UNCONDITIONAL = dataclasses.replace(DECODER, model=DecoderConfig(unet=UNET))
+# Of one patch: it trains in a third of the time, and draws even pictures as well.
+ONE_PATCH = dataclasses.replace(UNET, patch=SIDE, attention_sizes=())
+UNCONDITIONAL = dataclasses.replace(DECODER, model=DecoderConfig(unet=ONE_PATCH))
 
 
 def part(stage, params):

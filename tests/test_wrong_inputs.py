@@ -34,13 +34,19 @@ UPSAMPLER = dataclasses.replace(
 
 # Reads [[command, *arguments], ...], writes [[status, stderr], ...].
 FORKS = """
-import json, os, sys, tempfile, traceback
+import gc, json, os, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
 import unclip_jax.evaluate.command
 import unclip_jax.weights.convert.command, unclip_jax.weights.export.command
 import unclip_jax.pipeline.class_conditional, unclip_jax.pipeline.tasks.run
 import unclip_jax.training.analytic, unclip_jax.training.embed, unclip_jax.training.save
 import unclip_jax.training.loop, demo
+import unclip_jax.configs.base, unclip_jax.plan.command, ml_collections.config_flags, PIL.Image
+try:
+    import gradio
+except ImportError:
+    pass
+PIL.Image.init()
 from unclip_jax.__main__ import dispatch
 from unclip_jax.errors import run_command
 
@@ -59,6 +65,7 @@ def run(*argv):
     os._exit(status)
 
 outcomes = []
+gc.disable()  # a collection would copy all that a fork shares
 for command in json.load(sys.stdin):
     with tempfile.TemporaryFile() as stderr:
         child = os.fork()
