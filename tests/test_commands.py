@@ -19,6 +19,24 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "UNCLIP_JAX_CACHE": str(ROOT / ".cache" /
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 210), "black": (0, 0, 0)}
 
 
+# Runs of training one after another, each in a fork of a process that has imported everything.
+NEXT = "== the next run ==\n"
+IN_A_ROW = f"""
+import json, os, sys
+import matplotlib.pyplot
+from unclip_jax.training import command, loop, prepare
+for i, argv in enumerate(json.loads(sys.argv[1])):
+    for stream in (sys.stdout, sys.stderr):
+        stream.write({NEXT!r} * (i > 0))
+        stream.flush()
+    child = os.fork()
+    if not child:
+        command.main(argv[1:])
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0, argv
+"""
+
+
 def run(*command, check=True):
     """A command in the checkout, as a process of its own; returns status, stdout and stderr."""
     done = subprocess.run(
@@ -80,20 +98,28 @@ def trained(pictures, tmp_path_factory):
             "--config.stage.model.unet.channel_mults=(1,)",
             "--config.stage.model.unet.attention_sizes=(16,)",
         ),
-        "upsampler": ("--config.stage.model.channel_mults=(1,)",),
-    }
-    for stage, flags in extra.items():
-        done = run(
+        "upsampler": (
+            "--config.stage.model.channel_mults=(1,)", "--config.stage.model.image_size=128",
+        ),
+    }  # fmt: skip
+    argv = {
+        stage: [
             "train.py", f"--config=configs/emoji/{stage}.py:smoke", f"--workdir={out / stage}",
             *data, *flags,
-        )  # fmt: skip
-        assert "broken.png" in done.stderr, "the bad image is named"
-        assert "step 4/4" in done.stdout + done.stderr
-        lines = done.stdout.splitlines()
+        ]
+        for stage, flags in extra.items()
+    }  # fmt: skip
+    clip = run(*argv.pop("clip"))
+    rest = run("-c", IN_A_ROW, json.dumps(list(argv.values())))
+    told = zip(*(text.split(NEXT) for text in (rest.stdout, rest.stderr)), strict=True)
+    for stage, (stdout, stderr) in zip(extra, [(clip.stdout, clip.stderr), *told], strict=True):
+        assert "broken.png" in stderr, "the bad image is named"
+        assert "step 4/4" in stdout + stderr
+        lines = stdout.splitlines()
         assert lines[0] == f"train: configs/emoji/{stage}.py:smoke in {out / stage}, starting"
         assert any(line.startswith("data: ") and " images" in line for line in lines)
-        assert "compiling, about " in done.stdout and "the first step took " in done.stdout
-        assert ("embedding " in done.stdout) == (stage == "prior"), "they are kept"
+        assert "compiling, about " in stdout and "the first step took " in stdout
+        assert ("embedding " in stdout) == (stage == "prior"), "they are kept"
     return out
 
 
@@ -122,7 +148,7 @@ def test_sample_writes_a_grid_that_says_how_it_was_made(trained, tmp_path):
     assert settings["seed"] == 5 and settings["guidance_scale"] == 1.5
     singles = sorted((tmp_path / "new" / "grid").iterdir())
     assert len(singles) == 6
-    assert Image.open(singles[0]).size == (256, 256)
+    assert Image.open(singles[0]).size == (128, 128)
     assert read_png_metadata(singles[3])["prompt"] == "ein Stück 🍎"
 
 
@@ -170,7 +196,7 @@ def test_resuming_with_another_network_is_refused(trained, pictures):
         f"--workdir={trained / 'upsampler'}", f"--config.data.name={pictures}",
         "--config.data.split=all", "--config.heldout_split=all", "--config.train.batch_size=4",
         f"--config.data.cache_dir={trained / 'cache'}", "--config.stage.model.channels=96",
-        "--config.stage.model.channel_mults=(1,)",
+        "--config.stage.model.channel_mults=(1,)", "--config.stage.model.image_size=128",
     )  # fmt: skip
     assert "stage.model.channels was 64, now 96" in line
 
