@@ -30,7 +30,7 @@ class Show(NamedTuple):
 # Emoji that the demo edits, by their names. They are drawn from Twemoji, which is installed.
 INPUTS = {
     "apple": "red apple", "heart": "blue heart", "face": "winking face",
-    "pale": "light blue heart",
+    "purple": "purple heart",
 }  # fmt: skip
 
 CAPTIONS = (
@@ -73,7 +73,7 @@ SHOWS = (
         "text_diff",
         "Turned by words",
         "The pictures' embeddings turn from one caption's towards another's.",
-        ("textdiff", "--image={heart}", "--image={pale}", "--from=blue heart", "--to=red heart",
+        ("textdiff", "--image={heart}", "--image={purple}", "--from=blue heart", "--to=red heart",
          "--frames=2", "--theta_max=0.5", "--guidance_scale=2", "--steps=25"),
     ),
 )  # fmt: skip
