@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.unclip import UnCLIP
+from unclip_jax.stages import canvas
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.training import command, prepare, prior_samples, save
 from unclip_jax.training.config import TrainConfig
@@ -73,6 +76,69 @@ def test_it_is_the_perceptron_of_its_formula():
     np.testing.assert_allclose(found, by_hand(PARAMS, batch["z_i"], batch["z_t"]), atol=1e-5)
     large = tiny.call(STAGE, "sample", PARAMS, example_keys(jax.random.key(0), 3), batch)
     assert large.shape == (3, 16, 16, 3)
+
+
+BASIS = dataclasses.replace(
+    STAGE, model=dataclasses.replace(STAGE.model, centres=40, layers=0, width=12)
+)
+
+
+def pictures(count, captions=3):
+    """So many pictures' z_i and z_t, of several captions each, as `Stage.fit_constants` reads."""
+    z_i, z_t = np.random.default_rng(0).standard_normal((2, count * captions, tiny.DIM))
+    return np.float32(np.repeat(z_i[:count], captions, axis=0)), np.float32(z_t)
+
+
+def test_radial_basis_functions_are_those_of_their_formula():
+    z_i, z_t = pictures(5, captions=1)
+    params = stats(tiny.params(BASIS), "z_t_normalisation")
+    drawn = tiny.call(BASIS, "draw", params, {"z_i": z_i, "z_t": z_t})
+    c = {name: np.asarray(x, np.float64) for name, x in flatten(params["network"]).items()}
+    stat = params["z_t_normalisation"]
+    x = np.concatenate([z_i, (z_t - stat["mean"][None]) / stat["std"][None]], axis=1)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    near = np.exp(
+        np.exp(c["basis/log_scale"]) * (x @ c["basis/centres/kernel"] + c["basis/centres/bias"])
+    )
+    h = 30 * near / near.sum(1, keepdims=True) @ c["basis/values/kernel"]
+    expected = h @ c["pixels/kernel"] + c["pixels/bias"]
+    np.testing.assert_allclose(drawn, expected.reshape(-1, 8, 8, 3), atol=1e-5)
+    # Of nothing at all it draws something, and how that changes with its input is finite.
+    none = jax.grad(lambda z: jnp.sum(BASIS.apply(params, z)))(jnp.zeros((2, 2 * tiny.DIM)))
+    assert np.all(np.isfinite(none))
+
+
+@pytest.mark.parametrize("count", [40, 20, 90])
+def test_centres_begin_as_the_first_pair_of_each_picture(count):
+    z_i, z_t = pictures(count)
+
+    cuts = (0, 3, 7, 50, len(z_i))  # a picture's captions are in two chunks
+
+    def chunks():
+        return ((z_i[a:b], z_t[a:b]) for a, b in itertools.pairwise(cuts))
+
+    found = BASIS.fit_constants("whiten", chunks)
+    kernel = np.asarray(found["network"]["basis"]["centres"]["kernel"]).T
+    x = (z_i - z_i.mean(0)) / z_i.std(0), 2 * (z_t - z_t.mean(0)) / z_t.std(0)
+    x = np.concatenate(x, axis=1)[::3]
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(kernel, x[np.arange(40) * count // 40], atol=1e-5)
+    # Of several processes each finds some, and one without a part none.
+    every = [{"pairs": np.full((40, 2), i)} for i in range(2)]
+    told = []
+    both = canvas.one_a_picture(40, lambda: iter(()), lambda own: told.append(own) or [*every, own])
+    np.testing.assert_array_equal(both[:, 0], np.repeat([0, 1], 20))
+    assert told == [{}]
+
+
+def test_a_run_begins_with_centres_among_its_data_and_learns_them(folder, no_curves):
+    def centres(steps):
+        stage = run(folder, BASIS, "basis", train={"steps": steps})
+        return np.asarray(stage.params["network"]["basis"]["centres"]["kernel"])
+
+    begun, later = centres(2), centres(4)
+    np.testing.assert_allclose(np.linalg.norm(begun, axis=0), 1.0, atol=0.05)
+    assert 0 < np.max(np.abs(later - begun)) < 0.1  # and no new ones when it goes on
 
 
 @pytest.mark.parametrize("penalty", ["squared", "charbonnier"])
@@ -386,6 +452,29 @@ def test_each_pair_has_the_priors_samples_of_its_own_caption(folder, monkeypatch
     prepare.prepare(config_of(folder, STAGE, **flags))
     np.testing.assert_array_equal(np.load(parts[1]), whole)
     assert parts[0].stat().st_mtime_ns == times and sorted(cached.iterdir()) == parts
+
+
+def test_a_sample_is_of_the_picture_that_it_is_nearest_to():
+    said = ["a dog", "a cat", "a dog", "a dog, blob style", "a dog"]
+    z_i = np.float32(np.eye(5)) * np.float32([1, 1, 9, 1, 1])[:, None]  # lengths say nothing
+    store = [
+        types.SimpleNamespace(caption=caption, z_i=z, flags=prior_samples.VALID)
+        for caption, z in zip(said, z_i, strict=True)
+    ]
+    store[4].flags = 0  # a bad pair is no picture
+
+    class Source(list):
+        pass
+
+    source = Source(store)
+    source.store = store
+    drawn = np.float32(
+        [[0.6, 0, 0.5, 0, 0.9], [0, 0, 1, 0, 0], [0.6, 0, 0.5, 0, 0], [1, 0, 0, 0, 0]]
+    )
+    found = prior_samples.Alike(source).own(range(4), drawn)
+    expected = drawn.copy()
+    expected[2] = store[2].z_i  # nearer to the first, so that one's alone
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_as_many_rows_as_asked_take_a_sample():

@@ -25,7 +25,7 @@ VOCAB_SIZE = 4096
 EMBED_DIM = 192
 IMAGE_SIZE = 64  # of what the decoder draws
 
-CANVAS = CanvasConfig(embed_dim=EMBED_DIM, width=1536, layers=2, size=32)
+CANVAS = CanvasConfig(embed_dim=EMBED_DIM, width=512, layers=0, size=32, centres=9270)
 
 DATA = DataConfig(name="emoji_art")
 

@@ -2,6 +2,10 @@
 
 A decoder that sees it beside x_t need not learn the layout of a picture from z_i and z_t itself,
 which a diffusion model is slow to do: a perceptron is trained on thousands of pictures a second.
+
+Its first layer is a product, or a network of normalised radial basis functions (Moody and Darken
+1989): centres in the space of the embeddings, each with a value, and what the embeddings are near
+to is what they become. That learns many pictures by heart sooner and more sharply.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.models.layers import ACTIVATIONS, DTYPES, check_counts
 
 _EPS = 1e-6
+
+SHARPNESS = 20.0  # s, to begin with
+VALUE_SCALE = 30.0  # Adam moves all params alike, and values have as far to go as pictures differ
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class CanvasConfig:
         embed_dim: dimension of CLIP's embeddings z_i and z_t.
         width: features between its products.
         layers: products from `width` to `width`, each with a residual around it.
+        centres: radial basis functions in the first layer; 0 for a product instead.
         size: side of the pictures that it draws, in pixels.
         dtype: compute dtype.
     """
@@ -34,12 +43,13 @@ class CanvasConfig:
     width: int = 2048
     layers: int = 2
     size: int = 32
+    centres: int = 0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Raise `UserError` where a field makes no network."""
         check_counts(self, "embed_dim", "width", "size")
-        check_counts(self, "layers", least=0)
+        check_counts(self, "layers", "centres", least=0)
         checks.choice("CanvasConfig.dtype", self.dtype, DTYPES)
 
 
@@ -54,12 +64,47 @@ class Canvas(nn.Module):
         c = self.config
         checks.shape("canvas embeddings", embeddings, (None, 2 * c.embed_dim))
         gelu, width = ACTIVATIONS["gelu"], c.width
-        h = gelu(nn.Dense(width, dtype=c.dtype, name="in")(embeddings))
+        if c.centres:
+            h = RadialBasis(c.centres, width, c.dtype, name="basis")(embeddings)
+        else:
+            h = gelu(nn.Dense(width, dtype=c.dtype, name="in")(embeddings))
         for i in range(c.layers):
             h = h + gelu(nn.Dense(width, dtype=c.dtype, name=f"hidden_{i}")(rms_norm(h)))
-        small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
-        pixels = nn.Dense(3 * c.size**2, dtype=c.dtype, kernel_init=small, name="pixels")
-        return pixels(rms_norm(h)).astype(jnp.float32).reshape(-1, c.size, c.size, 3)
+        gain = 1.0 if c.centres else 0.01  # values begin at zero themselves
+        init = nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal")
+        pixels = nn.Dense(3 * c.size**2, dtype=c.dtype, kernel_init=init, name="pixels")
+        h = h if c.centres else rms_norm(h)
+        return pixels(h).astype(jnp.float32).reshape(-1, c.size, c.size, 3)
+
+
+class RadialBasis(nn.Module):
+    """A mean of values, of those whose centres lie in the direction of the input.
+
+    With x of length one, `sum_k p_k v_k` where p is the softmax of `s (x c_k + b_k)`. It wants
+    centres that lie where inputs do, `CanvasStage.fit_constants`; at random it learns slowly.
+
+    Attributes:
+        centres: how many.
+        features: of each value.
+        dtype: compute dtype.
+    """
+
+    centres: int
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, d]` to `[b, features]`."""
+        unit = rms_norm(x) / np.sqrt(x.shape[-1])
+        near = nn.Dense(self.centres, dtype=self.dtype, name="centres")(unit).astype(jnp.float32)
+        log_scale = self.param("log_scale", nn.initializers.constant(np.log(SHARPNESS)), ())
+        p = jax.nn.softmax(jnp.exp(log_scale) * near, axis=-1)
+        zeros = nn.initializers.zeros
+        values = nn.Dense(
+            self.features, use_bias=False, dtype=self.dtype, kernel_init=zeros, name="values"
+        )
+        return VALUE_SCALE * values(p)
 
 
 def rms_norm(x: jax.Array) -> jax.Array:

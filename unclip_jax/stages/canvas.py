@@ -7,14 +7,16 @@ takes it as further channels beside x_t (`DecoderStage.canvas`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.common import checks
 from unclip_jax.errors import wrong
-from unclip_jax.metrics.vectors import Gather, alone
+from unclip_jax.metrics.vectors import Gather, alone, unit
 from unclip_jax.models.canvas import Canvas, CanvasConfig
 from unclip_jax.stages import normalisation
 from unclip_jax.stages.base import Batch, Chunks, Loss, Stage
@@ -23,6 +25,8 @@ from unclip_jax.stages.pixels import to_float
 
 PENALTIES = ("squared", "charbonnier")
 KNEE = 0.03  # where Charbonnier's penalty turns from a square to an absolute value
+
+Z_T_WEIGHT = 2.0  # of z_t in first centres: z_i as a prior draws it says less of the picture
 
 INPUTS = {"z_i": "normalisation", "z_t": "z_t_normalisation"}  # each with its normalisation
 
@@ -84,12 +88,28 @@ class CanvasStage(Stage):
         return {"network": self.fresh(key, jnp.zeros((1, 2 * e)))} | constants
 
     def fit_constants(self, name: str, chunks: Chunks, gather: Gather = alone) -> Params:
-        """Both normalisations of that name."""
+        """Both normalisations of that name; and where there are centres, pairs to begin as them.
+
+        These are evenly spaced among the pictures, some more than once where those are fewer.
+        """
         e = self.model.embed_dim
-        return {
+        found: Params = {
             stats: normalisation.fit(name, e, (pair[i] for pair in chunks()), gather)
             for i, stats in enumerate(INPUTS.values())
         }
+        if self.model.centres:
+            pairs = one_a_picture(self.model.centres, chunks, gather)
+            z_i, z_t = np.split(pairs, 2, axis=1)
+            z_i = normalisation.normalise(found["normalisation"], z_i)
+            z_t = normalisation.normalise(found["z_t_normalisation"], z_t)
+            centres = unit(jnp.concatenate([z_i, Z_T_WEIGHT * z_t], axis=1))
+            found["network"] = {"basis": {"centres": {"kernel": centres.T}}}
+        return found
+
+    def measures(self, name: str) -> list[Any] | None:
+        """See the base."""
+        centres = self.model.centres
+        return [name, self.model.embed_dim, centres] if centres else super().measures(name)
 
     def draw(
         self,
@@ -152,3 +172,28 @@ def noised(
 ) -> jax.Array:
     """z [b, e] in CLIP's coordinates with normal noise of that size on what it is normalised to."""
     return z + size * stats["std"][None] * jax.random.normal(key, z.shape) if size else z
+
+
+def one_a_picture(count: int, chunks: Chunks, gather: Gather = alone) -> np.ndarray:
+    """So many pairs of z_i and z_t, joined [count, 2 * e], evenly spaced among all pictures.
+
+    Of the captions of a picture, which follow each other, it is the first. The arguments are those
+    of `Stage.fit_constants`.
+    """
+
+    def firsts() -> Iterator[np.ndarray]:
+        before = None
+        for z_i, z_t in chunks():
+            same = np.all(z_i[1:] == z_i[:-1], axis=1)
+            again = before is not None and np.array_equal(z_i[0], before)
+            yield np.concatenate([z_i, z_t], axis=1)[~np.concatenate([[again], same])]
+            before = z_i[-1]
+
+    own = sum(map(len, firsts()))
+    wanted, begun, chosen = np.arange(count) * own // count, 0, []
+    for part in firsts():
+        chosen.append(part[wanted[(wanted >= begun) & (wanted < begun + len(part))] - begun])
+        begun += len(part)
+    found = gather({"pairs": np.concatenate(chosen)} if chosen else {})
+    every = np.concatenate([told["pairs"] for told in found if told])
+    return every[np.arange(count) * len(every) // count]

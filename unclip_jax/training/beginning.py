@@ -39,8 +39,9 @@ class FromRandom:
 
     def __call__(self) -> Params:
         """Draw and measure them, in the host's memory."""
-        measured = self._measured()
-        return random_params(self._stage.init, self._key) | measured | self._beside
+        found = flatten(self._measured())
+        drawn = flatten(random_params(self._stage.init, self._key))
+        return unflatten(drawn | found) | self._beside
 
     def shapes(self) -> Params:
         """Their shapes and dtypes: nothing is drawn, measured or computed."""

@@ -2,6 +2,9 @@
 
 Sampling hands the decoder z_i as the prior draws them, which is not how CLIP sees pictures. So some
 rows of each batch take a stored sample of the prior for their caption in place of the real z_i.
+
+Where several pictures have the same caption, a sample is of the one whose z_i is nearest to it.
+With any other of them it would teach that z_i says nothing of the picture.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from unclip_jax.common.params import fingerprint
 from unclip_jax.data.embeddings.shards import VALID
 from unclip_jax.data.embeddings.store import WithEmbeddings
 from unclip_jax.data.records import fingerprint_of
+from unclip_jax.metrics.vectors import unit
 from unclip_jax.stages.conditioning import Condition
 from unclip_jax.training.step import LossFn
 from unclip_jax.weights.clip_text import ClipText
@@ -31,6 +35,7 @@ NAME = "prior_z_i"  # in records and batches: float32 [samples, e]
 PAIRS_PER_PART = 4096
 BATCH = 256
 
+_FORMAT = 2  # of what is kept; raised when the same samples are kept otherwise
 _CHOICE = np.iinfo(np.uint32).max - 1  # folded into a step's key, for the choice of rows
 
 
@@ -66,10 +71,11 @@ def with_samples(
     """The source with so many samples of the prior for each pair's caption.
 
     They are drawn the first time, with the prior's own settings and a fixed key for each pair and
-    number, and kept in `cache`, part by part: a run that is cut short goes on where it stopped.
+    number, and kept in `cache`, part by part: a run that is cut short goes on where it stopped. In
+    place of a sample that is nearer to another picture of the same caption is the pair's own z_i.
     """
     about = [clip_fingerprint(clip), fingerprint(prior.params), source.fingerprint]
-    about.append(fingerprint_of([prior.description["stage"], str(samples)])[:8])
+    about.append(fingerprint_of([_FORMAT, prior.description["stage"], str(samples)])[:8])
     folder = cache / "prior_samples" / "-".join(about)
     paths = [folder / f"{start:09d}.npy" for start in range(0, len(source), PAIRS_PER_PART)]
     if missing := [path for path in paths if not path.exists()]:
@@ -82,6 +88,7 @@ def _fill(
 ) -> None:
     """Draw and write the parts that are not there."""
     encoder = ClipText.of(clip) if prior.stage.reads_states else tokenizer(prior)
+    alike = Alike(source)
     parts = [range(int(p.stem), min(int(p.stem) + PAIRS_PER_PART, len(source))) for p in missing]
     with tqdm(desc="samples of the prior", total=sum(map(len, parts)), disable=None) as bar:
         for path, pairs in zip(missing, parts, strict=True):
@@ -89,10 +96,36 @@ def _fill(
             for start in range(0, len(pairs), BATCH):
                 rows = pairs[start : start + BATCH]
                 for i in range(samples):
-                    part[start : start + BATCH, i] = _draw(source, prior, encoder, rows, i)
+                    drawn = _draw(source, prior, encoder, rows, i)
+                    part[start : start + BATCH, i] = alike.own(rows, drawn)
                 bar.update(len(rows))
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, part)
+
+
+class Alike:
+    """The pairs of a source whose captions others have, too."""
+
+    def __init__(self, source: WithEmbeddings):
+        """Read all captions."""
+        found: dict[str, list[int]] = {}
+        for i in range(len(source)):
+            pair = source.store[i]
+            if pair.flags & VALID:
+                found.setdefault(pair.caption, []).append(i)
+        self._source = source
+        self._others = {i: pairs for pairs in found.values() if len(pairs) > 1 for i in pairs}
+
+    def own(self, pairs: range, drawn: np.ndarray) -> np.ndarray:
+        """Samples for the captions of pairs [n, e], or z_i of the pair where another is nearer."""
+        drawn = drawn.copy()
+        for row, i in enumerate(pairs):
+            if others := self._others.get(i):
+                z_i = np.stack([self._source.store[j].z_i for j in others])
+                near, mine = unit(z_i) @ drawn[row], others.index(i)
+                if near[mine] < near.max():
+                    drawn[row] = z_i[mine]
+        return drawn
 
 
 @functools.partial(jax.jit, static_argnames="stage")
