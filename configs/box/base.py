@@ -1,6 +1,6 @@
 """What the configs of the box model share: sizes that its stages agree on, variants.
 
-All stages together have 29.5 M parameters, 59 MB in bf16: the canvas is part of the decoder.
+All stages together have 29.3 M parameters, 59 MB in bf16: the canvas is part of the decoder.
 configs/box/train.sh trains them in order and resumes. The variants, the text after the colon
 (clip.py:gpu):
 

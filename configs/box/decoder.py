@@ -5,7 +5,7 @@
         --config.clip=runs/box/clip --config.prior=runs/box/prior \
         --config.canvas=runs/box/canvas
 
-It sees a canvas, 10.0 M parameters more that are frozen, and half of the rows take the prior's own
+It sees a canvas, 9.9 M parameters more that are frozen, and half of the rows take the prior's own
 z_i.
 
 The U-Net works on 4x4 patches, so its first level has a side of 16, and too few features to carry
@@ -48,11 +48,14 @@ def get_config(variant=""):
             ),
             embed_dim=base.EMBED_DIM,
         ),
-        diffusion=Diffusion(prediction="x_0", variance="fixed_small", timestep_shift=2.5),
+        diffusion=Diffusion(prediction="x_0", variance="fixed_small", timestep_shift=1.5),
         sampling=Sampling(method="dpm++", spacing="12", clip_x_0=1.0),
         guidance_scale=2.0,
         caption_drop=0.3,
         z_i_noise=0.15,
+        canvas_noise=0.25,
+        canvas_z_i_drop=0.1,
+        canvas_z_t_drop=0.1,
     ).with_canvas(base.CANVAS)
     train = TrainConfig(
         batch_size=64,

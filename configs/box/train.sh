@@ -4,7 +4,7 @@
 #
 #   bash configs/box/train.sh [FOLDER [VARIANT]]    runs/box on a CPU; variants: configs/box/base.py
 #
-# On two CPU cores that other work used as well: CLIP 36 minutes, prior 15, canvas 21, and what the
+# On two CPU cores that other work used as well: CLIP 36 minutes, prior 15, canvas 13, and what the
 # decoder and the upsampler are given. One sample of the prior a caption, in 4 steps, took 3; the
 # configs ask for 6 times that.
 set -euo pipefail
