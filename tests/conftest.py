@@ -7,10 +7,8 @@ share the cores, so PyTorch has one thread in each. Tracing makes garbage by the
 of it in cycles: it is looked for less often.
 """
 
-import functools
 import gc
 import os
-import types
 from pathlib import Path
 
 from tests.xla_flags import xla_flags
@@ -23,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A program that another process is just writing into the cache is compiled instead.
 os.environ.setdefault("PYTHONWARNINGS", "ignore:Error reading persistent compilation cache")
 
-import flax.core
 import jax
 import pytest
 
@@ -31,29 +28,6 @@ from tests import compiling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(20_000, 20, 20)
-
-
-@functools.lru_cache(4096)
-def _shapes(init, args, kwargs):
-    return jax.eval_shape(lambda: init(jax.random.key(0), *args, **dict(kwargs)))
-
-
-def _shapes_of_param(function, *given):
-    """`jax.eval_shape` for Flax, which asks in every trace what shape each param starts with.
-
-    Its function of nothing holds an initialiser and what it takes; it is traced once for the same.
-    """
-    held = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    match {name: cell.cell_contents for name, cell in held}:
-        case {"init_fn": init, "init_args": args, "init_kwargs": kwargs}:
-            try:
-                return _shapes(init, args, tuple(kwargs.items()))
-            except TypeError:  # what cannot be a key
-                pass
-    return jax.eval_shape(function, *given)
-
-
-flax.core.scope.jax = types.SimpleNamespace(**vars(jax) | {"eval_shape": _shapes_of_param})
 
 # Files that take half a minute go first, so that no worker is left alone with one at the end.
 LONG = (
