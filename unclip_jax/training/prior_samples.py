@@ -104,25 +104,28 @@ def _fill(
 
 
 class Alike:
-    """The pairs of a source whose captions others have, too."""
+    """The pairs of a source whose captions others have, too, with their z_i."""
 
     def __init__(self, source: WithEmbeddings):
-        """Read all captions."""
+        """Read all pairs once; z_i of those whose captions repeat stay in memory."""
         found: dict[str, list[int]] = {}
         for i in range(len(source)):
             pair = source.store[i]
             if pair.flags & VALID:
                 found.setdefault(pair.caption, []).append(i)
-        self._source = source
-        self._others = {i: pairs for pairs in found.values() if len(pairs) > 1 for i in pairs}
+        self._place: dict[int, tuple[np.ndarray, int]] = {}  # of a pair: all z_i, and which is its
+        for pairs in found.values():
+            if len(pairs) > 1:
+                z_i = np.stack([source.store[i].z_i for i in pairs])
+                self._place |= {i: (z_i, row) for row, i in enumerate(pairs)}
 
     def own(self, pairs: range, drawn: np.ndarray) -> np.ndarray:
         """Samples for the captions of pairs [n, e], or z_i of the pair where another is nearer."""
         drawn = drawn.copy()
         for row, i in enumerate(pairs):
-            if others := self._others.get(i):
-                z_i = np.stack([self._source.store[j].z_i for j in others])
-                near, mine = unit(z_i) @ drawn[row], others.index(i)
+            if i in self._place:
+                z_i, mine = self._place[i]
+                near = unit(z_i) @ drawn[row]
                 if near[mine] < near.max():
                     drawn[row] = z_i[mine]
         return drawn
