@@ -23,6 +23,9 @@ AR_PRIOR = stages.ARPriorStage(
         vocab_size=tiny.VOCAB, code_dims=5, buckets=16, dot_buckets=4,
     )
 )  # fmt: skip
+CENTRED = dataclasses.replace(
+    tiny.CANVAS, model=dataclasses.replace(tiny.CANVAS.model, centres=30, layers=0)
+)
 STAGES = {"prior": tiny.PRIOR, "canvas": tiny.CANVAS, "ar_prior": AR_PRIOR}
 
 
@@ -52,15 +55,15 @@ def same(one, other, **near):
         np.testing.assert_allclose(a, b, **near or {"rtol": 0})
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", [*STAGES, "centred"])
 def test_what_is_measured_is_kept_under_the_datas_fingerprint(kind, tmp_path):
-    stage, name, source = STAGES[kind], name_of(kind), Stored()
+    stage, name, source = (STAGES | {"centred": CENTRED})[kind], name_of(kind), Stored()
     expected = stage.fit_constants(name, source.chunks)
     for where in (str(tmp_path), "memory://bucket/measured"):
         source = Stored()
         first = beginning.measured(stage, name, source, where)
         passes = source.passes
-        assert passes == {"prior": 1, "canvas": 2, "ar_prior": 2}[kind]
+        assert passes == {"prior": 1, "canvas": 2, "ar_prior": 2, "centred": 4}[kind]
         same(first, expected)
         same(beginning.measured(stage, name, source, where), expected)
         assert source.passes == passes
@@ -92,10 +95,8 @@ def test_other_codes_and_other_normalisations_are_measured_apart(tmp_path):
     assert source.passes == passes and len(list((tmp_path / "constants").iterdir())) == 2
 
 
-@pytest.mark.parametrize("kind", STAGES)
-@pytest.mark.parametrize("count", [2, 8])  # of eight, one has no part
-def test_processes_measure_together_what_one_measures(kind, count):
-    stage, name, source = STAGES[kind], name_of(kind), Stored()
+def together(stage, name, source, count):
+    """What each of so many processes measures, each on its part of the data."""
     barrier, told, found = threading.Barrier(count), {}, {}
 
     def process(index):
@@ -115,10 +116,29 @@ def test_processes_measure_together_what_one_measures(kind, count):
         thread.start()
     for thread in threads:
         thread.join()
-    expected = stage.fit_constants(name, source.chunks)
     for index in range(count):
         same(found[index], found[0])
-        same(found[index], expected, rtol=1e-4, atol=1e-5)
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("count", [2, 8])  # of eight, one has no part
+def test_processes_measure_together_what_one_measures(kind, count):
+    stage, name, source = STAGES[kind], name_of(kind), Stored()
+    found = together(stage, name, source, count)
+    same(found, stage.fit_constants(name, source.chunks), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_centres_of_several_processes_are_pairs_of_all_of_them(count):
+    source = Stored()
+    found = together(CENTRED, "whiten", source, count)["network"]["basis"]["centres"]["kernel"]
+    every = dataclasses.replace(CENTRED.model, centres=70)  # one of each pair there is
+    one = dataclasses.replace(CENTRED, model=every).fit_constants("whiten", source.chunks)
+    near = np.asarray(found).T @ one["network"]["basis"]["centres"]["kernel"]
+    np.testing.assert_allclose(near.max(axis=1), 1.0, atol=1e-4)
+    parts = {int(i) % 70 // 10 for i in near.argmax(axis=1)}
+    assert len(set(near.argmax(axis=1).tolist())) == 30 and len(parts) == 7
 
 
 def test_dots_are_evenly_spaced_ones_and_a_bounded_number(monkeypatch):

@@ -22,7 +22,6 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.canvas import CanvasConfig
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.unclip import UnCLIP
-from unclip_jax.stages import canvas
 from unclip_jax.stages.conditioning import example_keys
 from unclip_jax.training import command, prepare, prior_samples, save
 from unclip_jax.training.config import TrainConfig
@@ -111,7 +110,6 @@ def test_radial_basis_functions_are_those_of_their_formula():
 @pytest.mark.parametrize("count", [40, 20, 90])
 def test_centres_begin_as_the_first_pair_of_each_picture(count):
     z_i, z_t = pictures(count)
-
     cuts = (0, 3, 7, 50, len(z_i))  # a picture's captions are in two chunks
 
     def chunks():
@@ -123,12 +121,6 @@ def test_centres_begin_as_the_first_pair_of_each_picture(count):
     x = np.concatenate(x, axis=1)[::3]
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(kernel, x[np.arange(40) * count // 40], atol=1e-5)
-    # Of several processes each finds some, and one without a part none.
-    every = [{"pairs": np.full((40, 2), i)} for i in range(2)]
-    told = []
-    both = canvas.one_a_picture(40, lambda: iter(()), lambda own: told.append(own) or [*every, own])
-    np.testing.assert_array_equal(both[:, 0], np.repeat([0, 1], 20))
-    assert told == [{}]
 
 
 def test_a_run_begins_with_centres_among_its_data_and_learns_them(folder, no_curves):

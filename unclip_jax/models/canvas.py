@@ -32,7 +32,7 @@ class CanvasConfig:
 
     Attributes:
         embed_dim: dimension of CLIP's embeddings z_i and z_t.
-        width: features between its products.
+        width: features between its products, and of each centre's value.
         layers: products from `width` to `width`, each with a residual around it.
         centres: radial basis functions in the first layer; 0 for a product instead.
         size: side of the pictures that it draws, in pixels.
@@ -54,7 +54,10 @@ class CanvasConfig:
 
 
 class Canvas(nn.Module):
-    """The perceptron: GELU after each product but the last, and RMS norms before those inside."""
+    """The perceptron: GELU after each product but the last, and RMS norms before those inside.
+
+    What the centres make of its input is a mean of pictures, and goes to the last without a norm.
+    """
 
     config: CanvasConfig
 
@@ -86,7 +89,7 @@ class RadialBasis(nn.Module):
     Attributes:
         centres: how many.
         features: of each value.
-        dtype: compute dtype.
+        dtype: compute dtype of the mean; how near a centre is stays float32.
     """
 
     centres: int
@@ -97,7 +100,8 @@ class RadialBasis(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[b, d]` to `[b, features]`."""
         unit = rms_norm(x) / np.sqrt(x.shape[-1])
-        near = nn.Dense(self.centres, dtype=self.dtype, name="centres")(unit).astype(jnp.float32)
+        # Sharpened, what bfloat16 rounds off would show.
+        near = nn.Dense(self.centres, dtype="float32", name="centres")(unit)
         log_scale = self.param("log_scale", nn.initializers.constant(np.log(SHARPNESS)), ())
         p = jax.nn.softmax(jnp.exp(log_scale) * near, axis=-1)
         zeros = nn.initializers.zeros
