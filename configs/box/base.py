@@ -25,7 +25,9 @@ VOCAB_SIZE = 4096
 EMBED_DIM = 192
 IMAGE_SIZE = 64  # of what the decoder draws
 
-CANVAS = CanvasConfig(embed_dim=EMBED_DIM, width=512, layers=0, size=32, centres=9270)
+CANVAS = CanvasConfig(
+    embed_dim=EMBED_DIM, width=512, layers=0, size=32, centres=9270
+)  # as many as it has pictures
 
 DATA = DataConfig(name="emoji_art")
 

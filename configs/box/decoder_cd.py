@@ -8,8 +8,8 @@ step where its way ends. The copy asks the network once a step and needs no guid
 picture in two steps costs a twelfth of twelve guided ones; another guidance scale takes another
 distillation. A step of training asks the teacher for two rows an example, and the student twice.
 
-It does not work on the box yet, see docs/methods.md: on the decoder in the package the student
-drifts away from its teacher at every learning rate that was tried, this one too.
+It does not work on the box yet, see docs/methods.md: of the decoder before the present one the
+student drifted away from its teacher at every learning rate that was tried, this one too.
 """
 
 import dataclasses
