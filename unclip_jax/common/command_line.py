@@ -105,7 +105,7 @@ class OneOrMore(argparse.Action):
 
 def add_model(to: argparse.ArgumentParser) -> None:
     """Add the flags that name a model, for `UnCLIP.load`."""
-    named = "model folder; Karlo or Kandinsky, folders or hub names (default: the box model)"
+    named = "model folder, gs:// too; Karlo or Kandinsky, folders or hub names (default: the box)"
     add = to.add_argument
     add("--model", nargs="+", action=OneOrMore, metavar="DIR", help=named)
     add("--dtype", choices=("float32", "bfloat16"), default="", help="of weights and compute")

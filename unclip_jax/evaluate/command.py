@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser("evaluate", __doc__)
     add, usual = parser.add_argument, Settings()
-    add("--model", metavar="DIR", help="a model folder (default: the box model)")
+    add("--model", metavar="DIR", help="a model folder, gs:// too (default: the box)")
     add("--clip", metavar="DIR", help="stage folder of a CLIP to measure by (default the model's)")
     add("--t5", metavar="DIR", help="T5 of a decoder that reads T5's states")
     add("--dtype", default="", help="float32 or bfloat16: keep the weights and compute in it")

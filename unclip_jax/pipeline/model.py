@@ -43,7 +43,7 @@ def _read(
     """The parts in some folders by the fields of `Model`, and what they were trained to draw."""
     for known, load in (kandinsky.is_kandinsky, kandinsky.load), (karlo.is_karlo, karlo.load):
         if any(map(known, folders)):
-            return load(folders, dtype, mesh), None
+            return load([*map(hub.local_folder, folders)], dtype, mesh), None
     if len(folders) > 1:
         expected = "one model folder, or the repositories of a public model"
         raise wrong("model", [str(folder) for folder in folders], expected)
@@ -86,7 +86,8 @@ class Model:
         """Load a model.
 
         Args:
-            model: a model folder with one sub-folder per stage, as training writes them; or Karlo
+            model: a model folder with one sub-folder per stage, as training writes them, or its
+                address in a bucket, of which weights are copied to the cache folder once; or Karlo
                 or Kandinsky 2.2, as the folder of its files (diffusers' layout, or Karlo's
                 original one) or as the name of its repository on the Hugging Face hub. Of several
                 repositories, such as Kandinsky's prior and decoder, a list. None is the box model,
@@ -108,7 +109,7 @@ class Model:
         if mesh == "all":
             mesh = shares.local_mesh()
         named = [model] if isinstance(model, str | Path) else list(model or ())
-        folders = [hub.local_folder(name) for name in named] or [box.folder()]
+        folders = [hub.folder_of(name) for name in named] or [box.folder()]
         parts, known = _read(folders, dtype, mesh)
         if dtype:
             parts = _each(lambda part: part._replace(stage=in_dtype(part.stage, dtype)), parts)

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, by the name of their repository."""
+"""Where a model is: a folder, one in a bucket, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
+from unclip_jax.data.shards import storage
 from unclip_jax.errors import UserError, one_line
 
 # What a model is made of; code and other programs' formats stay where they are.
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.ckpt", "*.th", "*.pt", "*.txt", "*.model")
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder of a model, in a bucket too, as what can be asked like a path.
+
+    Of a model folder in a bucket weights are copied to the cache folder as they are read, once.
+
+    Args:
+        model: as for `local_folder`, or gs:// or s3:// of what train.py or `UnCLIP.save` wrote.
+
+    Raises:
+        UserError: as for `local_folder`; or the bucket can't be reached.
+    """
+    return storage.place(model, "model") if storage.is_address(model) else local_folder(model)
 
 
 def local_folder(model: str | Path) -> Path:
@@ -31,6 +46,11 @@ def local_folder(model: str | Path) -> Path:
     name, folder = str(model), Path(model)
     if name and folder.exists():
         return folder
+    if storage.is_address(name):
+        raise UserError(
+            f"model: {name!r} is an address; public weights are read from files, so copy the folder"
+            " here, or give a hub repository as owner/name"
+        )
     if not _REPOSITORY.fullmatch(name):
         raise UserError(
             f"model: {name!r} is no folder; give a folder that train.py or UnCLIP.save wrote, a"

@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = command_line.parser("export", __doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     add = kinds.add_parser("program", help="a stage's sampler as StableHLO").add_argument
-    add("--model", metavar="DIR", help="a model folder, or one stage's (default: the box model)")
+    add("--model", metavar="DIR", help="folder of a model or a stage, gs:// too (default: the box)")
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     add("--stage", required=True, choices=tuple(program.KINDS), help="what to export")
     add("--upsampler", type=int, metavar="N", help="which: the one that makes images of N pixels")
@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         " weights)")  # fmt: skip
     add("--steps", metavar="N", help="sampling steps (default: the stage's own)")
     add = kinds.add_parser("clip", help="a CLIP as transformers reads it").add_argument
-    add("--model", metavar="DIR", help="a model folder, or a CLIP's (default: the box model)")
+    add("--model", metavar="DIR", help="folder of a model or a CLIP, gs:// too (default: the box)")
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     add = kinds.add_parser("diffusers", help="Karlo or Kandinsky for diffusers").add_argument
     add("--model", required=True, metavar="DIR", help="as `unclip convert` writes it")
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
             print(out / name)
         return
     folders.check_out(out)
-    model = box.folder() if args.model is None else hub.local_folder(args.model)
+    model = box.folder() if args.model is None else hub.folder_of(args.model)
     if args.kind == "clip":
         clip.write(out, folders.find(model, "clip"))
         print(f"{out}: a CLIPModel with its CLIPProcessor")

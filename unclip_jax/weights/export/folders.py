@@ -67,7 +67,7 @@ def find(model: str | Path, kind: str, size: int | None = None, dtype: str = "")
         raise UserError(f"--upsampler: got {size}, but a {kind} is asked for; leave it out")
     folder = stage_folder(model)
     single = (folder / model_folder.CONFIG_FILE).is_file()
-    paths = [folder] if single else find_parts(Path(model)).get(kind, [])
+    paths = [folder] if single else find_parts(folder).get(kind, [])
     sizes = {path: read_stage(path)[0].image_size for path in paths} if kind == "upsampler" else {}
     chosen = [path for path in paths if size in (None, sizes.get(path))]
     if len(chosen) != 1 and sizes:
