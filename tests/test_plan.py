@@ -17,7 +17,17 @@ from unclip_jax import stages
 from unclip_jax.configs.emoji import prior as emoji_prior
 from unclip_jax.errors import UserError
 from unclip_jax.parallel import flops
-from unclip_jax.plan import analysis, chips, command, hlo, kept, measure, report, search
+from unclip_jax.plan import (
+    analysis,
+    chips,
+    collectives,
+    command,
+    hlo,
+    kept,
+    measure,
+    report,
+    search,
+)
 from unclip_jax.plan.blocks import Split
 from unclip_jax.plan.chips import CHIPS, Topology
 from unclip_jax.plan.collectives import Collective
@@ -235,10 +245,12 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     again = needs(2.0)
     assert again == first and len(compiles) == 5
     assert again.compile_s > 0 and needs(2.0).compile_s == again.compile_s
-    reader = tmp_path / "hlo.py"
-    reader.write_text(Path(hlo.__file__).read_text(encoding="utf-8") + "# another\n")
-    monkeypatch.setattr(hlo, "__file__", str(reader))
-    assert needs(2.0) == first and len(compiles) == 6
+    for count, module in enumerate((hlo, collectives, measure), start=6):  # all that read figures
+        reader = tmp_path / "reader.py"
+        reader.write_text(Path(module.__file__).read_text(encoding="utf-8") + "# another\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(reader))
+            assert needs(2.0) == first and len(compiles) == count
 
 
 # Chips and time

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from unclip_jax.common.files import check_place, default_cache_dir, write_text
 from unclip_jax.parallel import sharding
-from unclip_jax.plan import cuda, hlo, measure
+from unclip_jax.plan import collectives, cuda, hlo, measure
 from unclip_jax.plan.collectives import Collective
 from unclip_jax.plan.measure import Measured
 
@@ -57,7 +57,8 @@ def digest(lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, str]) -> 
         for name in COMPILERS
         for found in importlib.metadata.distributions(name=name)
     ]
-    readers = [Path(module.__file__).read_text(encoding="utf-8") for module in (hlo, measure)]
+    modules = (hlo, collectives, measure)
+    readers = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
     around = repr((chips, dict(mesh.shape), sorted(options.items()), releases, readers))
     return hashlib.sha256(f"{around}\n{lowered.as_text()}".encode()).hexdigest()
 
