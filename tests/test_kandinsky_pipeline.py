@@ -376,6 +376,15 @@ def test_a_size_that_does_not_fit_is_one_line(model, size, message):
         model.sized(size)
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"), [(["--height", "30"], "'30 x "), (["--width", "0"], "0")]
+)
+def test_a_size_of_the_command_line_is_named_as_it_was_given(model, asked, found):
+    args = command.parse(["text2im", "--prompt", PROMPT, *asked])
+    with pytest.raises(UserError, match=f"--height and --width: got {found}"):
+        inputs.told_of(args, model)
+
+
 def test_other_models_have_one_size():
     from tests import tiny
 

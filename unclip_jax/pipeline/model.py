@@ -246,10 +246,11 @@ class Model:
         """Height and width of the pictures `generate` makes."""
         return (self.upsamplers[-1] if self.upsamplers else self.decoder).stage.picture_size
 
-    def sized(self, size: int | Sequence[int]) -> Self:
+    def sized(self, size: int | Sequence[int], field: str = "size") -> Self:
         """This model drawing pictures of another size: a side, or height and width, in pixels.
 
         Everything that draws or edits then works at that size; each has its own compiled programs.
+        `field` is what messages call it.
 
         Raises:
             UserError: the decoder has one size alone, the sides are no multiples of what its levels
@@ -257,8 +258,8 @@ class Model:
         """
         if self.upsamplers:
             side = self.decoder.stage.image_size
-            raise wrong("size", size, f"none: the upsamplers start from the decoder's {side} px")
-        stage = self.decoder.stage.of_size(size)
+            raise wrong(field, size, f"none: the upsamplers start from the decoder's {side} px")
+        stage = self.decoder.stage.of_size(size, field)
         return dataclasses.replace(self, decoder=self.decoder._replace(stage=stage))
 
     def hinted(self, image: np.ndarray) -> Self:

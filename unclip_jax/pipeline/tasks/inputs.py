@@ -114,7 +114,7 @@ def told_of(args: argparse.Namespace, model: UnCLIP) -> UnCLIP:
     if any(side is not None for side in asked):
         own = model.decoder.stage.picture_size
         sides = (o if a is None else a for a, o in zip(asked, own, strict=True))
-        model = model.sized(tuple(sides))
+        model = model.sized(tuple(sides), "--height and --width")
     return model.hinted(read_image(args.hint, "--hint")) if hint and args.hint else model
 
 
