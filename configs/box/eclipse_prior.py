@@ -4,8 +4,9 @@
     unclip train --config=box/eclipse_prior --workdir=runs/box/eclipse_prior \
         --config.clip=runs/box/clip
 
-In place of the diffusion prior, by a network of its size. A caption's z_i is
-one call of the network. What it reaches on the box has not been measured.
+In place of the diffusion prior, by a network of its size. A caption's z_i is one call of the
+network, and draws as well (docs/methods.md has the figures), but always the same: noise is an
+input that it does not heed.
 """
 
 from unclip_jax.common import config as settings
