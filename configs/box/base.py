@@ -8,7 +8,8 @@ configs/box/train.sh trains them in order and resumes. The variants, the text af
     :gpu    bfloat16, larger batches, more of them: one accelerator
     :smoke  seconds, on the plain emoji, which need no art fetched
 
-Only steps may change in a workdir; a run begun on a CPU goes on with the same variant.
+Sizes, data and batches may not change in a workdir (docs/training.md says what may); a run begun on
+a CPU goes on with the same variant.
 """
 
 import dataclasses

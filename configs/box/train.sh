@@ -4,9 +4,10 @@
 #
 #   bash configs/box/train.sh [FOLDER [VARIANT]]    runs/box on a CPU; variants: configs/box/base.py
 #
-# On two CPU cores that other work used as well: CLIP 36 minutes, prior 15, canvas 13, and what the
-# decoder and the upsampler are given. One sample of the prior a caption, in 4 steps, took 3; the
-# configs ask for 6 times that.
+# On two CPU cores that other work used as well: CLIP 36 minutes, prior 15, canvas 13. The
+# decoder's 10,000 steps take about 5 hours (1360 took 41 minutes); the upsampler's were not timed.
+# One sample of the prior a caption, of one draw in 4 steps, took 3 minutes; the configs ask for two
+# samples of two draws in 6 steps, 6 times that.
 set -euo pipefail
 out=${1:-runs/box}
 variant=${2:+:$2}
