@@ -17,6 +17,9 @@ from tests import tiny
 from unclip_jax import stages
 from unclip_jax.common.params import flatten
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.data.embeddings.shards import VALID
+from unclip_jax.data.embeddings.store import EmbeddingStore
+from unclip_jax.data.records import BadRecord
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
 from unclip_jax.models.canvas import CanvasConfig
@@ -105,6 +108,18 @@ def test_radial_basis_functions_are_those_of_their_formula():
     # Of nothing at all it draws something, and how that changes with its input is finite.
     none = jax.grad(lambda z: jnp.sum(BASIS.apply(params, z)))(jnp.zeros((2, 2 * tiny.DIM)))
     assert np.all(np.isfinite(none))
+
+
+def test_radial_basis_functions_kept_in_bfloat16_are_as_sharp():
+    """What is kept in half the bytes computes what its values in float32 do."""
+    z = dict(zip(("z_i", "z_t"), pictures(5, captions=1), strict=True))
+    params = tiny.params(BASIS)
+    params["network"]["basis"]["log_scale"] = jnp.float32(3.0)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["network"])
+    whole = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    # Not compiled: XLA leaves out the rounding between two operations that it joins.
+    found, expected = (BASIS.draw(params | {"network": network}, z) for network in (half, whole))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [40, 20, 90])
@@ -446,20 +461,89 @@ def test_each_pair_has_the_priors_samples_of_its_own_caption(folder, monkeypatch
     assert parts[0].stat().st_mtime_ns == times and sorted(cached.iterdir()) == parts
 
 
+@pytest.mark.parametrize("damage", ["", "no array", "cut", "an archive", "shape", "dtype"])
+def test_a_part_that_is_not_what_was_kept_is_drawn_again(damage, folder):
+    config = config_of(folder, STAGE, prior=str(folder / "prior"), prior_samples=1)
+    whole = np.copy(prepare.prepare(config).source[3][prior_samples.NAME])
+    files = (folder / "cache" / "prior_samples").rglob("*.npy")
+    (path,) = (p for p in files if np.load(p).shape[1] == 1)
+    kept = path.read_bytes()
+    others = {"shape": np.zeros((3, 1, tiny.DIM), np.float32), "dtype": np.load(path).astype("f8")}
+    if damage in others:
+        np.save(path, others[damage])
+    else:
+        content = {"cut": kept[:-9], "an archive": b"PK\x03\x04" + kept[4:]}
+        path.write_bytes(content.get(damage, damage.encode()))
+    np.testing.assert_array_equal(prepare.prepare(config).source[3][prior_samples.NAME], whole)
+    assert path.read_bytes() == kept
+
+
+class Pairs(list):
+    """A source and its store at once; what is None in it can't be read."""
+
+    name = where = "some pairs"
+
+    def __init__(self, captions, z_i):
+        super().__init__(
+            types.SimpleNamespace(caption=caption, z_i=z, flags=VALID, name=caption)
+            for caption, z in zip(captions, z_i, strict=True)
+        )
+        self.store = self
+
+    def __getitem__(self, index):
+        if (pair := super().__getitem__(index)) is None:
+            raise BadRecord(f"pair {index} of some pairs: damaged")
+        return pair
+
+
+def test_a_pair_that_cannot_be_read_has_no_sample_and_is_named(folder, monkeypatch, caplog):
+    at, bad = EmbeddingStore.at, {4, 9}
+
+    def damaged(self, shard, page, row):
+        if row in bad:
+            raise BadRecord(f"pair {row} of a shard: damaged")
+        return at(self, shard, page, row)
+
+    config = config_of(folder, STAGE, prior=str(folder / "prior"), prior_samples=4)
+    monkeypatch.setattr(EmbeddingStore, "at", damaged)
+    source = prepare.prepare(config).source
+    for row in bad:
+        assert caplog.text.count(f"skipped pair {row} of a shard: damaged") == 1
+    with pytest.raises(BadRecord):
+        source[4]
+    bad.clear()  # it was the network: then the pair's own z_i is there
+    found = {row: source[row] for row in (3, 4)}
+    np.testing.assert_array_equal(found[4][prior_samples.NAME], np.tile(found[4]["z_i"], (4, 1)))
+    assert not np.any(found[3][prior_samples.NAME] == found[3]["z_i"])
+
+
+def test_a_store_that_cannot_be_read_at_all_is_no_store_without_samples():
+    source = Pairs(["a dog"] * 3 + ["a cat"], np.eye(4, dtype=np.float32))
+    alike = prior_samples.Alike(source)
+    source[:] = [None] * 4
+    with pytest.raises(UserError, match="some pairs: can't be read any more"):
+        alike.read(range(4))
+    with pytest.raises(UserError, match="some pairs: every one of the 4 records read is bad"):
+        prior_samples.Alike(source)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 9])
+def test_copies_of_a_picture_all_have_its_samples(count):
+    rng = np.random.default_rng(count)
+    for _ in range(20):
+        z_i, away = rng.standard_normal((2, 24)).astype(np.float32)
+        alike = prior_samples.Alike(Pairs(["a flag"] * (count + 1), [*[z_i] * count, -z_i]))
+        drawn = np.tile(z_i + away / 3, (count + 1, 1))
+        found = alike.own(range(count + 1), drawn)
+        np.testing.assert_array_equal(found[:count], drawn[:count])
+        np.testing.assert_array_equal(found[count], -z_i)
+
+
 def test_a_sample_is_of_the_picture_that_it_is_nearest_to():
     said = ["a dog", "a cat", "a dog", "a dog, blob style", "a dog"]
     z_i = np.float32(np.eye(5)) * np.float32([1, 1, 9, 1, 1])[:, None]  # lengths say nothing
-    store = [
-        types.SimpleNamespace(caption=caption, z_i=z, flags=prior_samples.VALID)
-        for caption, z in zip(said, z_i, strict=True)
-    ]
+    store = source = Pairs(said, z_i)
     store[4].flags = 0  # a bad pair is no picture
-
-    class Source(list):
-        pass
-
-    source = Source(store)
-    source.store = store
     drawn = np.float32(
         [[0.6, 0, 0.5, 0, 0.9], [0, 0, 1, 0, 0], [0.6, 0, 0.5, 0, 0], [1, 0, 0, 0, 0]]
     )

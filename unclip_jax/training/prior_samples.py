@@ -3,28 +3,33 @@
 Sampling hands the decoder z_i as the prior draws them, which is not how CLIP sees pictures. So some
 rows of each batch take a stored sample of the prior for their caption in place of the real z_i.
 
-Where several pictures have the same caption, a sample is of the one whose z_i is nearest to it.
-With any other of them it would teach that z_i says nothing of the picture.
+Where several pictures have the same caption, a sample is of the one whose z_i is nearest to it,
+and of copies of that one. With any other of them it would teach that z_i says nothing of the
+picture.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from unclip_jax.common.files import replacing
 from unclip_jax.common.params import fingerprint
-from unclip_jax.data.embeddings.shards import VALID
-from unclip_jax.data.embeddings.store import WithEmbeddings
-from unclip_jax.data.records import fingerprint_of
-from unclip_jax.metrics.vectors import unit
+from unclip_jax.data.embeddings.shards import Pair
+from unclip_jax.data.embeddings.store import WithEmbeddings, with_embeddings
+from unclip_jax.data.examples import Met
+from unclip_jax.data.records import BadRecord, fingerprint_of
+from unclip_jax.errors import UserError
 from unclip_jax.stages.conditioning import Condition
 from unclip_jax.training.step import LossFn
 from unclip_jax.weights.clip_text import ClipText
@@ -35,7 +40,9 @@ NAME = "prior_z_i"  # in records and batches: float32 [samples, e]
 PAIRS_PER_PART = 4096
 BATCH = 256
 
-_FORMAT = 2  # of what is kept; raised when the same samples are kept otherwise
+SLACK = 2e-6  # what float32 products of equal z_i may differ by, as a fraction of their lengths
+
+_FORMAT = 3  # of what is kept; raised when the same samples are kept otherwise
 _CHOICE = np.iinfo(np.uint32).max - 1  # folded into a step's key, for the choice of rows
 
 
@@ -60,9 +67,11 @@ class WithSamples:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The pair at `index`, with its samples."""
+        """The pair at `index`, with its samples; its own z_i for one that was not drawn."""
         part, row = divmod(index, PAIRS_PER_PART)
-        return {**self._source[index], NAME: np.array(self._parts[part][row])}
+        pair, drawn = self._source[index], np.array(self._parts[part][row])
+        drawn[~drawn.any(axis=1)] = pair["z_i"]
+        return {**pair, NAME: drawn}
 
 
 def with_samples(
@@ -73,14 +82,32 @@ def with_samples(
     They are drawn the first time, with the prior's own settings and a fixed key for each pair and
     number, and kept in `cache`, part by part: a run that is cut short goes on where it stopped. In
     place of a sample that is nearer to another picture of the same caption is the pair's own z_i.
+    A part that does not open as what was kept is drawn again. A pair that can't be read, which
+    training skips, has no sample.
+
+    Raises:
+        UserError: no pair can be read, or none any more.
     """
     about = [clip_fingerprint(clip), fingerprint(prior.params), source.fingerprint]
     about.append(fingerprint_of([_FORMAT, prior.description["stage"], str(samples)])[:8])
     folder = cache / "prior_samples" / "-".join(about)
-    paths = [folder / f"{start:09d}.npy" for start in range(0, len(source), PAIRS_PER_PART)]
-    if missing := [path for path in paths if not path.exists()]:
+    starts, each = range(0, len(source), PAIRS_PER_PART), (samples, prior.stage.model.embed_dim)
+    shapes = {
+        folder / f"{start:09d}.npy": (min(PAIRS_PER_PART, len(source) - start), *each)
+        for start in starts
+    }
+    if missing := [path for path, shape in shapes.items() if not _is_kept(path, shape)]:
         _fill(missing, source, prior, clip, samples)
-    return WithSamples(source, [np.load(path, mmap_mode="r") for path in paths])
+    return WithSamples(source, [np.load(path, mmap_mode="r") for path in shapes])
+
+
+def _is_kept(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file opens as a part of that shape."""
+    try:
+        part = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return part.shape == shape and part.dtype == np.float32
 
 
 def _fill(
@@ -96,7 +123,7 @@ def _fill(
             for start in range(0, len(pairs), BATCH):
                 rows = pairs[start : start + BATCH]
                 for i in range(samples):
-                    drawn = _draw(source, prior, encoder, rows, i)
+                    drawn = _draw(alike, prior, encoder, rows, i)
                     part[start : start + BATCH, i] = alike.own(rows, drawn)
                 bar.update(len(rows))
             with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -104,30 +131,71 @@ def _fill(
 
 
 class Alike:
-    """The pairs of a source whose captions others have, too, with their z_i."""
+    """The valid pairs of a source, and all z_i of those whose captions others have, too."""
 
     def __init__(self, source: WithEmbeddings):
-        """Read all pairs once; z_i of those whose captions repeat stay in memory."""
+        """Read all pairs; z_i of those whose captions repeat are read again, and stay in memory.
+
+        Raises:
+            UserError: none is valid.
+        """
+        self._source, self._bad = source, Met()
+        self._valid = np.zeros(len(source), bool)
         found: dict[str, list[int]] = {}
-        for i in range(len(source)):
-            pair = source.store[i]
-            if pair.flags & VALID:
-                found.setdefault(pair.caption, []).append(i)
-        self._place: dict[int, tuple[np.ndarray, int]] = {}  # of a pair: all z_i, and which is its
-        for pairs in found.values():
-            if len(pairs) > 1:
-                z_i = np.stack([source.store[i].z_i for i in pairs])
-                self._place |= {i: (z_i, row) for row, i in enumerate(pairs)}
+        for start in range(0, len(source), BATCH):
+            indices = range(start, min(start + BATCH, len(source)))
+            for i, pair in zip(indices, self.read(indices), strict=True):
+                if pair is not None:
+                    self._valid[i] = True
+                    found.setdefault(pair.caption, []).append(i)
+        if not found:
+            raise UserError(
+                f"name: {source.name}: every one of the {len(source)} records read is bad; the"
+                " warnings above say why"
+            )
+        self._groups: list[tuple[np.ndarray, np.ndarray]] = []  # z_i [n, e], their lengths [n]
+        self._place: dict[int, tuple[int, int]] = {}  # of a pair: its group, and its row there
+        for indices in found.values():
+            read = zip(indices, self.read(indices), strict=True) if len(indices) > 1 else ()
+            if z_i := {i: pair.z_i for i, pair in read if pair is not None}:
+                self._place |= {i: (len(self._groups), row) for row, i in enumerate(z_i)}
+                every = np.stack([*z_i.values()])
+                self._groups.append((every, np.linalg.norm(every, axis=1).clip(1e-12)))
+
+    def read(self, indices: Sequence[int]) -> list[Pair | None]:
+        """Some pairs, None where one is not valid or can't be read; the first time it is told.
+
+        Raises:
+            UserError: some could be read before, and now none can.
+        """
+        found: list[Pair | None] = []
+        for i in indices:
+            try:
+                found.append(with_embeddings(self._source.store[i]))
+            except BadRecord as error:
+                found.append(None)
+                if self._bad.add(i):
+                    logging.warning("%s: skipped %s", self._source.name, error)
+        if self._valid[indices].any() and not any(found):
+            raise UserError(
+                f"embeddings: {self._source.store.where}: can't be read any more, the warnings"
+                " above say why; run the same command again, which goes on where it stopped"
+            )
+        return found
 
     def own(self, pairs: range, drawn: np.ndarray) -> np.ndarray:
         """Samples for the captions of pairs [n, e], or z_i of the pair where another is nearer."""
-        drawn = drawn.copy()
+        drawn, together = drawn.copy(), defaultdict(list)
         for row, i in enumerate(pairs):
             if i in self._place:
-                z_i, mine = self._place[i]
-                near = unit(z_i) @ drawn[row]
-                if near[mine] < near.max():
-                    drawn[row] = z_i[mine]
+                group, mine = self._place[i]
+                together[group].append((row, mine))
+        for group, places in together.items():
+            (z_i, lengths), (rows, mine) = self._groups[group], np.array(places).T
+            near = drawn[rows] @ z_i.T / lengths[None]
+            most = near.max(axis=1) - SLACK * np.linalg.norm(drawn[rows], axis=1)
+            other = near[np.arange(len(rows)), mine] < most
+            drawn[rows[other]] = z_i[mine[other]]
         return drawn
 
 
@@ -144,12 +212,10 @@ def _sample(
     return stage.sample(params, jax.vmap(key)(pairs), cond, **settings)
 
 
-def _draw(
-    source: WithEmbeddings, prior: Part, encoder: Any, pairs: range, number: int
-) -> np.ndarray:
-    """Sample `number` for the captions of pairs [n, e]; zero where a pair has no embeddings."""
-    found = [source.store[i] for i in pairs]
-    valid = np.array([bool(pair.flags & VALID) for pair in found])
+def _draw(alike: Alike, prior: Part, encoder: Any, pairs: range, number: int) -> np.ndarray:
+    """Sample `number` for the captions of pairs [n, e]; zero where a pair is not valid."""
+    found = alike.read(pairs)
+    valid = np.array([pair is not None for pair in found])
     if not valid.any():
         return np.zeros((len(pairs), prior.stage.model.embed_dim), np.float32)
     rows = np.resize(np.flatnonzero(valid), BATCH)  # always as many: one program
