@@ -12,6 +12,7 @@ import pytest
 from tests import tiny, toy_run
 from unclip_jax import stages
 from unclip_jax.data.embeddings.shards import Meta
+from unclip_jax.errors import UserError
 from unclip_jax.models.ar_prior import ARPriorConfig
 from unclip_jax.parallel import distributed
 from unclip_jax.stages import ar_prior
@@ -129,16 +130,26 @@ def test_processes_measure_together_what_one_measures(kind, count):
     same(found, stage.fit_constants(name, source.chunks), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_centres_of_several_processes_are_pairs_of_all_of_them(count):
-    source = Stored()
-    found = together(CENTRED, "whiten", source, count)["network"]["basis"]["centres"]["kernel"]
+@pytest.mark.parametrize("count, centres", [(2, 30), (8, 30), (2, 70), (5, 69), (2, 90)])
+def test_centres_of_several_processes_are_spread_over_the_pairs_of_all(count, centres):
+    """Of seven parts, one process has more than another."""
+    source, model = Stored(), dataclasses.replace(CENTRED.model, centres=centres)
+    stage = dataclasses.replace(CENTRED, model=model)
+    found = together(stage, "whiten", source, count)["network"]["basis"]["centres"]["kernel"]
     every = dataclasses.replace(CENTRED.model, centres=70)  # one of each pair there is
     one = dataclasses.replace(CENTRED, model=every).fit_constants("whiten", source.chunks)
     near = np.asarray(found).T @ one["network"]["basis"]["centres"]["kernel"]
     np.testing.assert_allclose(near.max(axis=1), 1.0, atol=1e-4)
-    parts = {int(i) % 70 // 10 for i in near.argmax(axis=1)}
-    assert len(set(near.argmax(axis=1).tolist())) == 30 and len(parts) == 7
+    times = np.bincount(near.argmax(axis=1), minlength=70)
+    assert np.sum(times > 0) == min(centres, 70) and times.max() <= -(-centres // 70)
+    parts = times.reshape(7, 10).sum(axis=1)
+    assert np.ptp(parts) <= 2  # as many of each part
+
+
+@pytest.mark.parametrize("name", ["whiten", "scale", "none"])
+def test_centres_of_no_pairs_are_refused(name):
+    with pytest.raises(UserError, match="embeddings: got 0, expected at least"):
+        CENTRED.fit_constants(name, lambda: iter(()))
 
 
 def test_dots_are_evenly_spaced_ones_and_a_bounded_number(monkeypatch):

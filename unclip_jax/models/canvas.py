@@ -103,7 +103,8 @@ class RadialBasis(nn.Module):
         # Sharpened, what bfloat16 rounds off would show.
         near = nn.Dense(self.centres, dtype="float32", name="centres")(unit)
         log_scale = self.param("log_scale", nn.initializers.constant(np.log(SHARPNESS)), ())
-        p = jax.nn.softmax(jnp.exp(log_scale) * near, axis=-1)
+        scale = jnp.exp(log_scale.astype(jnp.float32))  # the weights may be kept in bfloat16
+        p = jax.nn.softmax(scale * near, axis=-1)
         zeros = nn.initializers.zeros
         values = nn.Dense(
             self.features, use_bias=False, dtype=self.dtype, kernel_init=zeros, name="values"

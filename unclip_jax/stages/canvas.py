@@ -90,7 +90,8 @@ class CanvasStage(Stage):
     def fit_constants(self, name: str, chunks: Chunks, gather: Gather = alone) -> Params:
         """Both normalisations of that name; and where there are centres, pairs to begin as them.
 
-        These are evenly spaced among the pictures, some more than once where those are fewer.
+        These are spread evenly over the pictures, see `one_a_picture`; some more than once where
+        those are fewer. UserError if there are no pairs at all.
         """
         e = self.model.embed_dim
         found: Params = {
@@ -175,10 +176,14 @@ def noised(
 
 
 def one_a_picture(count: int, chunks: Chunks, gather: Gather = alone) -> np.ndarray:
-    """So many pairs of z_i and z_t, joined [count, 2 * e], evenly spaced among all pictures.
+    """So many pairs of z_i and z_t, joined [count, 2 * e], spread evenly over all pictures.
 
-    Of the captions of a picture, which follow each other, it is the first. The arguments are those
-    of `Stage.fit_constants`.
+    Of the captions of a picture, which follow each other, it is the first. No picture is taken
+    twice before all are taken once. Of several processes each offers evenly spaced ones of its
+    own, in proportion to how many it has. The arguments are those of `Stage.fit_constants`.
+
+    Raises:
+        UserError: no process has any pair.
     """
 
     def firsts() -> Iterator[np.ndarray]:
@@ -190,7 +195,11 @@ def one_a_picture(count: int, chunks: Chunks, gather: Gather = alone) -> np.ndar
             before = z_i[-1]
 
     own = sum(map(len, firsts()))
-    wanted, begun, chosen = np.arange(count) * own // count, 0, []
+    total = sum(int(told["pictures"]) for told in gather({"pictures": np.array(own)}))
+    if not total:
+        raise wrong("embeddings", 0, "at least 1, to begin centres as", "use a larger data set")
+    offered = min(own, -(-count * own // total))  # together as many as asked for, or all there are
+    wanted, begun, chosen = np.arange(offered) * own // max(offered, 1), 0, []
     for part in firsts():
         chosen.append(part[wanted[(wanted >= begun) & (wanted < begun + len(part))] - begun])
         begun += len(part)

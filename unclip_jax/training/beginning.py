@@ -25,7 +25,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.parallel import distributed
 from unclip_jax.training.step import random_params
 
-_FORMAT = 1  # of what is kept; raised when the same name is measured otherwise
+_FORMAT = 2  # of what is kept; raised when the same name is measured otherwise
 
 
 class FromRandom:
