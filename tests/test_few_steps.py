@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,22 @@ def test_a_stage_learns_from_itself_and_the_teacher_stays(kind):
              if n.endswith("network")}  # fmt: skip
     assert moved["network"] > 0 and moved["base_network"] == 0
     assert set(distillation.detach(params)) == set(params) - {"base_network"}
+
+
+def test_targets_are_thresholded_as_the_samples_will_be(monkeypatch):
+    limits = {"clip_x_0": 0.5, "dynamic_percentile": 90.0, "dynamic_most": 1.5}
+    stage, seen = types.SimpleNamespace(), []
+    stage.sampling, stage.diffusion = Sampling("consistency", "2", **limits), Diffusion()
+    stage.denoising = lambda params, batch, key: (jnp.zeros((2, 1)), lambda params, scale: None)
+
+    def apart(*given):
+        seen.append(given[6])
+        return jnp.zeros(2)
+
+    monkeypatch.setattr(distillation.consistency, "distillation_loss", apart)
+    loss = distillation.loss(stage, Distillation(steps=4))
+    loss(distillation.attach({"network": {}}), {}, jax.random.key(0))
+    assert seen == [Sampling("ddim", 4, **limits)]
 
 
 @pytest.mark.parametrize(

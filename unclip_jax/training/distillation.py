@@ -64,7 +64,9 @@ def detach(params: Params) -> Params:
 
 def loss(stage: Stage, config: Distillation) -> Callable[[Params, Batch, jax.Array], Loss]:
     """The loss of `attach`ed params, as the training loop takes it."""
-    teaching = Sampling(config.method, config.steps, clip_x_0=stage.sampling.clip_x_0)
+    limits = ("clip_x_0", "dynamic_percentile", "dynamic_most")
+    as_sampled = {name: getattr(stage.sampling, name) for name in limits}
+    teaching = Sampling(config.method, config.steps, **as_sampled)
 
     def distils(params: Params, batch: Batch, key: jax.Array) -> Loss:
         i_key, noise_key, data_key = jax.random.split(key, 3)
