@@ -183,6 +183,12 @@ def test_folders_that_are_no_model(folder, tmp_path):
         UnCLIP.load(folder)
 
 
+def test_a_list_of_no_folders_is_no_box_model():
+    for none in ([], (), iter([])):
+        with pytest.raises(UserError, match=r"model: got \[\], expected a folder or more, or None"):
+            UnCLIP.load(none)
+
+
 def test_a_model_may_lack_a_prior_but_not_a_decoder(folder, model):
     shutil.rmtree(folder / "prior")
     without = UnCLIP.load(folder)

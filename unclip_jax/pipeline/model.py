@@ -101,15 +101,18 @@ class Model:
                 process; of a CPU's, as many as the weights fit in memory for.
 
         Raises:
-            UserError: no stage or not every stage is there, a file is damaged, the stages do not
-                belong together, or the weights do not split over the mesh.
+            UserError: nothing is named, no stage or not every stage is there, a file is damaged,
+                the stages do not belong together, or the weights do not split over the mesh.
         """
         if dtype:
             checks.choice("dtype", dtype, ("float32", "bfloat16"))
         if mesh == "all":
             mesh = shares.local_mesh()
-        named = [model] if isinstance(model, str | Path) else list(model or ())
-        folders = [hub.folder_of(name) for name in named] or [box.folder()]
+        model = box.folder() if model is None else model
+        named = [model] if isinstance(model, str | Path) else list(model)
+        if not named:
+            raise wrong("model", named, "a folder or more, or None for the box model")
+        folders = [hub.folder_of(name) for name in named]
         parts, known = _read(folders, dtype, mesh)
         if dtype:
             parts = _each(lambda part: part._replace(stage=in_dtype(part.stage, dtype)), parts)
