@@ -184,6 +184,8 @@ def test_positions_are_those_of_a_square():
         ({"heads": 4, "rope": True}, "DiTConfig.rope: got True, expected False, as a head has 6"),
         ({"mlp": "relu"}, "DiTConfig.mlp: got 'relu'"),
         ({"layers": 0}, "DiTConfig.layers: got 0"),
+        ({"mlp_ratio": 0.04}, "DiTConfig.mlp_ratio: got 0.04, expected more, for a perceptron of"),
+        ({"mlp_ratio": 0.05, "mlp": "swiglu"}, "DiTConfig.mlp_ratio: got 0.05, expected more"),
     ],
 )
 def test_a_config_that_makes_no_network(changes, words):

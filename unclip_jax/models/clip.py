@@ -22,6 +22,7 @@ from unclip_jax.models.layers import (
     check_compute,
     check_counts,
     check_heads,
+    check_hidden,
     layer_norm,
 )
 
@@ -103,8 +104,11 @@ class ClipConfig:
         check_heads(self, "vision_width", "vision_heads")
         check_heads(self, "text_width", "text_heads")
         checks.choice("ClipConfig.activation", self.activation, ACTIVATIONS)
-        check(self, "mlp_ratio", self.mlp_ratio > 0, "a positive number")
-        check(self, "vision_mlp_ratio", self.vision_mlp_ratio >= 0, "a positive number, or 0")
+        checks.number("ClipConfig.mlp_ratio", self.mlp_ratio, above=0)
+        checks.number("ClipConfig.vision_mlp_ratio", self.vision_mlp_ratio, least=0)
+        check_hidden(self, "mlp_ratio", int(self.text_width * self.mlp_ratio))
+        seen_by = "vision_mlp_ratio" if self.vision_mlp_ratio else "mlp_ratio"
+        check_hidden(self, seen_by, int(self.vision_width * getattr(self, seen_by)))
         known = -1 <= self.end_token < self.vocab_size
         check(self, "end_token", known, f"an id below vocab_size = {self.vocab_size}, or -1")
         for field in ("pixel_mean", "pixel_std"):

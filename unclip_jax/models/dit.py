@@ -31,6 +31,7 @@ from unclip_jax.models.layers import (
     check_compute,
     check_counts,
     check_heads,
+    check_hidden,
     scanned,
 )
 from unclip_jax.models.resample import depth_to_space, space_to_depth
@@ -95,6 +96,7 @@ class DiTConfig:
         check_counts(self, "layers", "heads")
         check_counts(self, "context_dim", "bottleneck", "pixel_channels", least=0)
         checks.number("DiTConfig.mlp_ratio", self.mlp_ratio, above=0)
+        check_hidden(self, "mlp_ratio", self.hidden)
         fits = self.image_size % self.patch == 0
         check(self, "image_size", fits, f"a multiple of patch = {self.patch}")
         check(self, "width", self.width % 4 == 0, "a multiple of 4, for the sinusoids of positions")

@@ -52,6 +52,11 @@ def check_heads(config: Any, width: str, heads: str) -> None:
     check(config, width, getattr(config, width) % n == 0, f"a multiple of {heads} = {n}")
 
 
+def check_hidden(config: Any, ratio: str, features: int) -> None:
+    """The field named by `ratio` must leave a perceptron inner features; it leaves so many."""
+    check(config, ratio, features > 0, "more, for a perceptron of one hidden feature at least")
+
+
 def check_compute(config: Any) -> None:
     """The fields `dtype` and `remat` must name a compute dtype and a remat policy."""
     for field, choices in (("dtype", DTYPES), ("remat", REMAT_POLICIES)):
