@@ -15,7 +15,7 @@ from scipy.special import erf
 from configs import base
 from tests import tiny
 from unclip_jax import stages
-from unclip_jax.common.params import flatten
+from unclip_jax.common.params import TRAINED, flatten, is_weights
 from unclip_jax.data.datasets import DataConfig
 from unclip_jax.data.embeddings.shards import VALID
 from unclip_jax.data.embeddings.store import EmbeddingStore
@@ -23,6 +23,7 @@ from unclip_jax.data.records import BadRecord
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
 from unclip_jax.models.canvas import CanvasConfig
+from unclip_jax.models.dit import DiTConfig
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
@@ -294,6 +295,14 @@ def test_it_is_exported_for_any_number_of_pictures():
     exported = program.program(sampler, flatten(FULL), ("cpu",))
     (images,) = jax.tree.leaves(exported.out_avals)
     assert str(images.shape) == "(b, 16, 16, 3)"
+
+
+def test_a_canvas_of_any_size_is_enlarged():
+    decoder = tiny.DECODER.with_canvas(dataclasses.replace(STAGE.model, size=12))
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+    cond = decoder.condition_of(tiny.batch(2, 16))
+    found = jax.eval_shape(lambda p: decoder.draw_canvas(p, cond), shapes)
+    assert found.shape == (2, 16, 16, 3)
 
 
 def test_what_does_not_fit_is_refused():
@@ -609,13 +618,82 @@ def test_what_a_run_needs_is_asked_for(folder):
         prepare.prepare(config_of(folder, tiny.DECODER, canvas=str(folder / "strange")))
 
 
-PATCHED = {"patch": 2, "pixel_channels": 4, "attention_sizes": (8,)}
+@pytest.fixture(scope="module")
+def two_canvases(folder):
+    """Beside the others "one" and "two", canvases, and "on_one", a decoder that has the first."""
+    about = tiny.model().decoder.description
+    kept = {name: tiny.params(STAGE, seed) for seed, name in enumerate(("one", "two"), 1)}
+    for name, params in kept.items():
+        told = about | {"stage": stages.describe(STAGE)}
+        model_folder.save_stage(folder / name, params=params, description=told)
+    params = tiny.params(DECODER) | {"canvas": kept["one"]}
+    told = about | {"stage": stages.describe(DECODER)}
+    model_folder.save_stage(folder / "on_one", params=params, description=told)
+    return kept
 
 
-@pytest.mark.parametrize("unet", [{}, pytest.param(PATCHED, marks=pytest.mark.slow)])
-def test_a_decoder_that_is_given_a_canvas_draws_the_same_at_first(unet, tmp_path):
-    model = tiny.DECODER.model
-    model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, **unet))
+@pytest.mark.parametrize(
+    ("init", "canvas"), [("plain", "two"), ("on_one", "two"), ("on_one", "")], ids=str
+)
+def test_adapters_are_saved_with_the_canvas_that_they_were_trained_on(
+    folder, two_canvases, init, canvas
+):
+    stage, where = DECODER if init == "on_one" else tiny.DECODER, str(folder / init)
+    flags = {"canvas": str(folder / canvas) if canvas else "", "init": where}
+    lora = {"rank": 2, "convolutions": True}
+    run = prepare.prepare(config_of(folder, stage, lora=lora, **flags))
+    begun = run.init_params()
+    assert run.stage == DECODER
+    kept = {n: x for n, x in begun.items() if n == TRAINED or not is_weights(n)}
+    origin = save.origin_of(run.description, where, run.stage)
+    exported = run.export(begun)
+    saved = save.whole(kept, run.description, origin)  # of a checkpoint, which has no more
+    expected = tiny.params(DECODER) if init == "on_one" else origin.params()
+    expected = expected | {"canvas": two_canvases[canvas or "one"]}
+    for found in (exported, saved):
+        found, wanted = flatten(found), flatten(expected)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_how_a_decoder_samples_with_its_canvas_is_free(folder, two_canvases):
+    assert Origin.read(str(folder / "on_one"), {"from_canvas": True}).stage.from_canvas
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_that_is_given_a_canvas_is_saved_as_it_was_exported(folder, two_canvases):
+    flags = {"init": str(folder / "plain"), "canvas": str(folder / "two")}
+    lora = {"rank": 2, "convolutions": True}
+    made = run(folder, tiny.DECODER, "adapted", lora=lora, train={"preview_every": 0}, **flags)
+    out = folder / "adapted_saved"
+    save.main(["--workdir", str(folder / "adapted"), "--out", str(out), "--init", flags["init"]])
+    saved = load_part(out)
+    assert saved.stage == made.stage == DECODER
+    assert jax.tree.all(jax.tree.map(np.array_equal, saved.params, made.params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, made.params["canvas"], two_canvases["two"]))
+    assert np.any(made.params["network"]["unet"]["conv_in"]["kernel"][:, :, 3:])  # it is looked at
+
+
+UNET = tiny.DECODER.model.unet
+PATCHED = dataclasses.replace(UNET, patch=2, pixel_channels=4, attention_sizes=(8,))
+DIT = DiTConfig(
+    image_size=16, out_channels=6, patch=4, width=16, layers=1, heads=2, context_dim=16
+)  # fmt: skip
+NARROW = dataclasses.replace(DIT, bottleneck=8, pixel_channels=4)
+
+
+@pytest.mark.parametrize(
+    ("unet", "first"),
+    [
+        pytest.param(UNET, "conv_in", id="unet"),
+        pytest.param(PATCHED, "conv_in", id="patched", marks=pytest.mark.slow),
+        pytest.param(DIT, "from_pixels", id="dit"),
+        pytest.param(NARROW, "narrow", id="narrow", marks=pytest.mark.slow),
+    ],
+)
+def test_a_decoder_that_is_given_a_canvas_draws_the_same_at_first(unet, first, tmp_path):
+    model = dataclasses.replace(tiny.DECODER.model, unet=unet)
     stage = dataclasses.replace(tiny.DECODER, model=model)
     before, about = tiny.params(stage), {"stage": stages.describe(stage)}
     model_folder.save_stage(tmp_path / "plain", params=before, description=about)
@@ -631,8 +709,8 @@ def test_a_decoder_that_is_given_a_canvas_draws_the_same_at_first(unet, tmp_path
         for s, p in ((origin.stage, params), (stage, before))
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)  # the sums have other partial sums
-    moved = jax.tree.map(lambda x: x + 0.1, params["network"]["unet"]["conv_in"])
-    network = params["network"] | {"unet": params["network"]["unet"] | {"conv_in": moved}}
+    moved = jax.tree.map(lambda x: x + 0.1, params["network"]["unet"][first])
+    network = params["network"] | {"unet": params["network"]["unet"] | {first: moved}}
     other = params | {"network": network}
     one, two = (
         tiny.call(

@@ -7,7 +7,8 @@ leads away from.
 
 With a canvas (`models.canvas`, trained before it and frozen) the U-Net sees beside x_t what a
 perceptron draws of z_i and z_t, of those that are given. In training the canvas is made worse at
-random, or the decoder would trust it too much. Guidance leads away from the canvas of nothing.
+random, or the decoder would trust it too much. Guidance leads away from the canvas of
+nothing; with `empty_null`, whose dropped captions have a z_t, from that of the empty caption.
 
 With an autoencoder (`models.movq`, frozen; Kandinsky) it denoises latents: pictures go in and come
 out as pixels, of any size that the levels of both networks divide.
@@ -155,6 +156,10 @@ class DecoderStage(OfPictures):
         return dataclasses.replace(self, model=model, canvas=canvas)
 
     @property
+    def _canvas_stage(self) -> CanvasStage:
+        return CanvasStage(self.canvas, image_size=self.canvas.size)
+
+    @property
     def text_encoder(self) -> str:
         """CLIP in Karlo, T5 in Imagen; none for a decoder with its own caption Transformer."""
         if not self.model.text_width:
@@ -219,7 +224,7 @@ class DecoderStage(OfPictures):
         x_t, t = jnp.zeros((1, *self.x_shape)), jnp.zeros((1,), jnp.int32)
         cond, params = blank(self.conditions), self.constants()
         if self.canvas:
-            params["canvas"] = CanvasStage(self.canvas).init(jax.random.fold_in(key, 1))
+            params["canvas"] = self._canvas_stage.init(jax.random.fold_in(key, 1))
             cond["canvas"] = x_t
         if self.autoencoder:
             params["autoencoder"] = self.fresh_autoencoder(jax.random.fold_in(key, 2))
@@ -322,7 +327,7 @@ class DecoderStage(OfPictures):
             kept["z_t"] &= keep(z_t_key, rows, self.canvas_z_t_drop)
             size = jax.random.uniform(size_key, (rows, 1), maxval=self.canvas_noise)
             noise = size * jax.random.normal(noise_key, (rows, 2 * e))
-        small = CanvasStage(self.canvas).draw(params["canvas"], told, kept, noise)
+        small = self._canvas_stage.draw(params["canvas"], told, kept, noise)
         return enlarge(jnp.clip(small, -CANVAS_RANGE, CANVAS_RANGE), self.image_size)
 
     def data(self, params: Params, batch: Batch) -> tuple[jax.Array, Condition]:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from unclip_jax import stages
 from unclip_jax.common.params import TRAINED, flatten, in_weights, unflatten
 from unclip_jax.errors import UserError
+from unclip_jax.models.dit import DiTConfig
 from unclip_jax.models.unet import UNetConfig
 from unclip_jax.training import lora
 from unclip_jax.training.lora import Lora
@@ -31,7 +32,7 @@ Params = dict[str, Any]
 # how it samples and trains, and in which precision; and so may any NAME_drop. All others say what
 # its weights mean.
 FREE = frozenset({
-    "sampling", "guidance_scale", "draws", "sides", "dtype", "remat", "dropout",
+    "sampling", "guidance_scale", "from_canvas", "draws", "sides", "dtype", "remat", "dropout",
     "loss", "min_snr_gamma", "timestep_shift", "crop", "corruption", "blur_probability",
     "blur_sigma", "bsr", "noise_level", "canvas_noise", "z_i_noise", "input_noise", "penalty",
 })  # fmt: skip
@@ -53,6 +54,7 @@ class Origin:
         stage: the stage to train: with the same weights, and perhaps more.
         fingerprint: of those weights.
         description: what the folder says of itself.
+        replaced: constants to take in place of the folder's: the canvas of config.canvas.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class Origin:
     stage: stages.Stage
     fingerprint: str
     description: dict[str, Any]
+    replaced: Params = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: str, overrides: Mapping[str, Any]) -> Origin:
@@ -96,7 +99,8 @@ class Origin:
     def params(self, dtype: str = "") -> Params:
         """The stage's params; `dtype` is that of its weights in memory, "" for float32.
 
-        What the stage has more than the folder is drawn at random, the same each time.
+        What is `replaced` keeps its own dtype. What the stage has more than the folder is drawn at
+        random, the same each time.
 
         Raises:
             UserError: the folder is damaged, or has changed since it was read.
@@ -111,21 +115,25 @@ class Origin:
         params, _ = model_folder.load_stage(
             self.folder, jax.eval_shape(self.trained.init, key), dtype
         )
-        if jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(self.stage.init, key)):
-            return params
         if self.stage.canvas and not self.trained.canvas:
-            unet = widened(params[TRAINED]["unet"], self.trained.unet, self.stage.unet)
+            unet = widened(params[TRAINED]["unet"], self.trained.model.unet, self.stage.model.unet)
             params = params | {TRAINED: params[TRAINED] | {"unet": unet}}
-        fresh = flatten(jax.jit(self.stage.init)(key))
+        known = flatten(params | self.replaced)
+
+        def lacking(key: jax.Array) -> Params:
+            drawn = flatten(self.stage.init(key))
+            return {name: x for name, x in drawn.items() if name not in known}
+
+        fresh = jax.jit(lacking)(key)
         rounded = {n: x.astype(dtype or x.dtype) if in_weights(n) else x for n, x in fresh.items()}
-        return unflatten(rounded | flatten(params))
+        return unflatten(known | rounded)
 
     def adapted(self, config: Lora, key: jax.Array) -> Params:
         """The params to train with low-rank adapters: theirs, and the frozen network's."""
         return lora.attach(config, key, self.params(config.dtype))
 
     def merged(self, config: Lora, params: Params) -> Params:
-        """What to save of `adapted` params: the adapters in the weights as the folder has them."""
+        """What to save of `adapted` params: `params()`, rounded nowhere, and the adapters in it."""
         whole = self.params()
         return whole | {TRAINED: lora.merge(config, whole[TRAINED], params[TRAINED])}
 
@@ -155,26 +163,27 @@ def _overlaid(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
     return found
 
 
-def widened(unet: Params, old: UNetConfig, new: UNetConfig) -> Params:
-    """A U-Net's params for an input of more channels, which count for nothing at first.
+def widened(unet: Params, old: UNetConfig | DiTConfig, new: UNetConfig | DiTConfig) -> Params:
+    """A network's params for an input of more channels, which count for nothing at first.
 
     Args:
-        unet: its params.
+        unet: the params, of a U-Net or of a Transformer over patches.
         old: its config.
         new: the same with more `in_channels`; what else it has more is left out here.
     """
 
-    def wide(conv: Params, pixels: int) -> Params:
-        """A convolution that sees so many pixels of the input first, and other features then."""
-        *window, _, features = conv["kernel"].shape
-        known, rest = jnp.split(conv["kernel"], [pixels * old.in_channels], axis=2)
+    def wide(layer: Params, pixels: int) -> Params:
+        """A layer that sees so many pixels of the input first, and other features then."""
+        *window, _, features = layer["kernel"].shape
+        known, rest = jnp.split(layer["kernel"], [pixels * old.in_channels], axis=-2)
         known = known.reshape(*window, pixels, old.in_channels, features)
-        none = [(0, 0)] * 3
-        known = jnp.pad(known, [*none, (0, new.in_channels - old.in_channels), (0, 0)])
+        none = [(0, 0)] * len(window)
+        known = jnp.pad(known, [*none, (0, 0), (0, new.in_channels - old.in_channels), (0, 0)])
         known = known.reshape(*window, pixels * new.in_channels, features)
-        return conv | {"kernel": jnp.concatenate([known, rest], axis=2)}
+        return layer | {"kernel": jnp.concatenate([known, rest], axis=-2)}
 
-    found = unet | {"conv_in": wide(unet["conv_in"], old.patch**2)}
+    first = next(name for name in ("conv_in", "narrow", "from_pixels") if name in unet)
+    found = unet | {first: wide(unet[first], old.patch**2)}
     if head := unet.get("pixels"):
         found["pixels"] = head | {"conv_in": wide(head["conv_in"], 1)}
     return found

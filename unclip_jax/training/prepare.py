@@ -47,7 +47,7 @@ from unclip_jax.training.prior_samples import Mixed, with_samples
 from unclip_jax.training.step import LossFn
 from unclip_jax.weights.clip_text import ClipText
 from unclip_jax.weights.t5 import T5
-from unclip_jax.weights.trained import Part, clip_fingerprint, read_stage, stage_folder
+from unclip_jax.weights.trained import clip_fingerprint, read_stage, stage_folder
 
 STATE_COPIES = 4  # of the params: themselves, their average, two moments
 
@@ -99,12 +99,13 @@ def prepare(config: Mapping[str, Any]) -> Prepared:
         distillation.check(stage, given.distillation, has_origin=origin is not None)
     if origin is None:
         check_from_the_beginning(given, stage)
-    else:
-        origin = dataclasses.replace(origin, stage=stage)
     clip = load_clip(given.clip, stage) if "z_i" in stage.reads else None
     if origin is not None and clip is not None:
         origin.check_clip(clip_fingerprint(clip), given.clip)
     canvas = load_canvas(given.canvas, clip) if given.canvas else None
+    beside: Params = {} if canvas is None else {"canvas": canvas.params}
+    if origin is not None:
+        origin = dataclasses.replace(origin, stage=stage, replaced=beside)
     prior = load_prior(given.prior, stage, clip) if given.prior else None
     data = data_for(stage, given.data)
     encoder = text_encoder(stage, clip, given.t5, given.t5_dtype)
@@ -146,7 +147,7 @@ def prepare(config: Mapping[str, Any]) -> Prepared:
     evaluate, preview = figures(stage, held)
     run = Prepared(
         stage=stage,
-        init_params=first_params(given, stage, origin, source, encoder, canvas),
+        init_params=first_params(given, stage, origin, source, encoder, beside),
         loss=loss,
         source=source,
         data=data,
@@ -227,15 +228,13 @@ def first_params(
     origin: Origin | None,
     source: Source,
     encoder: TextEncoder | None,
-    canvas: Part | None,
+    beside: Params,
 ) -> Callable[[], Params]:
-    """What makes the params that training begins with."""
+    """What makes the params that training begins with; `beside` are trained before it."""
     key = jax.random.key(given.train.seed)
-    beside: Params = {} if canvas is None else {"canvas": canvas.params}
     if origin is not None:
         lora = given.lora
-        begun = functools.partial(origin.adapted, lora, key) if lora.rank else origin.params
-        return lambda: begun() | beside
+        return functools.partial(origin.adapted, lora, key) if lora.rank else origin.params
 
     def measured() -> Params:
         found: Params = {}

@@ -12,6 +12,7 @@ name that ends in .safetensors holds those alone, and --lora of other commands t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def best(saved: Saved) -> int:
     return (min if train["best_is"] == "least" else max)(values, key=values.get)
 
 
-def origin_of(description: dict[str, Any], init: str) -> Origin | None:
+def origin_of(description: dict[str, Any], init: str, stage: stages.Stage) -> Origin | None:
     """The trained stage that a run started from; None if it started from none.
 
     Args:
         description: of the run.
+        stage: what it trains, which may have more than the folder's.
         init: the folder that it started from, "" if it started from none.
 
     Raises:
@@ -92,13 +94,15 @@ def origin_of(description: dict[str, Any], init: str) -> Origin | None:
             f"--init: {init!r} holds weights {origin.fingerprint}, but the run started from"
             f" {description['init']['fingerprint']}; give that folder"
         )
-    return origin
+    return dataclasses.replace(origin, stage=stage)
 
 
 def whole(params: Params, description: dict[str, Any], origin: Origin | None) -> Params:
     """A checkpoint's params with those it leaves out because they never change."""
     if origin is None:
         return params
+    if "canvas" in description:  # config.canvas, which may differ from the folder's
+        origin = dataclasses.replace(origin, replaced={"canvas": params["canvas"]})
     if "lora" in description:
         return origin.merged(settings.build(Lora, description["lora"], "lora"), params)
     return origin.params() | params
@@ -122,7 +126,7 @@ def main(argv: list[str]) -> None:
         step = choose(saved, args.step)
         averaged, description = saved.averaged(step), saved.item(step, "description")
         stage = stages.build(description["stage"], "checkpoint: stage")
-        origin = origin_of(description, args.init)
+        origin = origin_of(description, args.init, stage)
     if Path(args.out).suffix == ".safetensors":
         save_adapters(Path(args.out), averaged, description | {"step": step}, origin)
         print(f"{args.out}: the adapters of a {stage.kind} at step {step} of {args.workdir}")
