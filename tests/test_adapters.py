@@ -156,6 +156,19 @@ def test_what_is_no_file_of_adapters_is_named(files, tmp_path):
         adapters.save_adapters(tmp_path / "a.bin", model.prior, trained(model.prior, 1), 1.0)
 
 
+def test_adapters_trained_with_another_canvas_are_refused(tmp_path):
+    own, other = ({"canvas": {"fingerprint": digit * 16}} for digit in "12")
+    plain, path = tiny.model().decoder, tmp_path / "a.safetensors"
+    made = plain._replace(stage=tiny.ON_CANVAS, params=tiny.params(tiny.ON_CANVAS))
+    adapters.save_adapters(path, made, trained(made, 1), 1.0, own)
+    found = adapters.read_adapters(path)
+    for described in (own, {}):  # one that was fine-tuned without config.canvas says nothing of it
+        adapters.check(found, made._replace(description=described))
+    for part in (made._replace(description=other), plain):
+        with pytest.raises(UserError, match="trained with another canvas"):
+            adapters.check(found, part)
+
+
 def test_a_run_of_adapters_writes_them_for_the_folder_it_began_from(tmp_path):
     """What training makes beside frozen weights in bfloat16, on the same weights in float32."""
     part = tiny.model().prior

@@ -33,6 +33,7 @@ from unclip_jax.training.doctor import workdir
 from unclip_jax.training.doctor.command import examine
 from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.weights import folder as model_folder
+from unclip_jax.weights.adapters import read_adapters
 from unclip_jax.weights.export import program
 from unclip_jax.weights.trained import load_part
 
@@ -666,9 +667,17 @@ def test_a_run_of_adapters_that_is_given_a_canvas_is_saved_as_it_was_exported(fo
     flags = {"init": str(folder / "plain"), "canvas": str(folder / "two")}
     lora = {"rank": 2, "convolutions": True}
     made = run(folder, tiny.DECODER, "adapted", lora=lora, train={"preview_every": 0}, **flags)
-    out = folder / "adapted_saved"
-    save.main(["--workdir", str(folder / "adapted"), "--out", str(out), "--init", flags["init"]])
+    out, alone = folder / "adapted_saved", folder / "adapted.safetensors"
+    for path in (out, alone):
+        told = ["--workdir", str(folder / "adapted"), "--init", flags["init"]]
+        save.main([*told, "--out", str(path)])
     saved = load_part(out)
+    first, again = map(read_adapters, (folder / "adapted" / "lora.safetensors", alone))
+    assert first.about == again.about and first.about["canvas"] == made.description["canvas"]
+    assert first.kernels.keys() == again.kernels.keys()
+    for name, kernel in first.kernels.items():
+        for one, other in zip(kernel, again.kernels[name], strict=True):
+            np.testing.assert_array_equal(one, other)
     assert saved.stage == made.stage == DECODER
     assert jax.tree.all(jax.tree.map(np.array_equal, saved.params, made.params))
     assert jax.tree.all(jax.tree.map(np.array_equal, made.params["canvas"], two_canvases["two"]))

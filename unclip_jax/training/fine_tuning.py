@@ -145,7 +145,7 @@ class Origin:
         `description` is the run's, with the step.
         """
         base = Part(self.stage, self.params(), {})
-        names = ("lora", "data", "data_fingerprint", "init", "step")
+        names = ("lora", "data", "data_fingerprint", "init", "canvas", "step")
         about = {name: description[name] for name in names if name in description}
         adapters.save_adapters(path, base, params[TRAINED], config.scale, about)
 

@@ -114,7 +114,7 @@ def read_adapters(path: str | Path) -> Adapters:
         kind, size, about = told["kind"], told["image_size"], told["about"]
         places = [n.removesuffix(low_rank.A) for n in tensors if n.endswith(low_rank.A)]
         kernels = {p: tuple(tensors[p + n] for n in (low_rank.A, low_rank.B, MARK)) for p in places}
-        if not all(np.isfinite(x).all() for x in tensors.values()):
+        if not isinstance(about, dict) or not all(np.isfinite(x).all() for x in tensors.values()):
             raise damaged
     except (KeyError, ValueError, TypeError, IndexError) as error:  # as only a made-up file does
         raise damaged from error
@@ -173,6 +173,13 @@ def check(adapters: Adapters, part: Part) -> None:
     name = f"adapters {adapters.path!r}"
     if found != own:
         raise UserError(f"{name}: of a {found[0]} of {found[1]} px, expected one of {own[1]} px")
+    canvas = adapters.about.get("canvas")
+    own_canvas = part.description.get("canvas", canvas) if "canvas" in part.params else None
+    if canvas != own_canvas and canvas:
+        raise UserError(
+            f"{name}: trained with another canvas (config.canvas) than this {stage.kind} has; use"
+            " the model that the same training wrote"
+        )
     wrong = []
     for where, (a, b, mark) in adapters.kernels.items():
         kernel = network.get(where + "kernel")
