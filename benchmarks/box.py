@@ -44,7 +44,7 @@ from unclip_jax.common.grids import captioned_grid, save_png
 from unclip_jax.data.datasets import DataConfig, load
 from unclip_jax.data.emoji.styles import BUILDERS, PARAPHRASES
 from unclip_jax.data.images import square
-from unclip_jax.errors import run_command
+from unclip_jax.errors import run_command, wrong
 from unclip_jax.evaluate import features as feature_networks
 from unclip_jax.evaluate.measure import choose
 from unclip_jax.evaluate.pictures import Measurer, Real
@@ -193,14 +193,18 @@ def looked_at(measurer: Measurer, config: DataConfig, keep: Path | None) -> Real
         return Real(source, config.image_size, kept["index"], kept["labels"], vectors, alike)
 
 
+def config_of(data: str, split: str, size: int) -> DataConfig:
+    """How a split of a data set is read: each drawing once, with its style."""
+    return DataConfig(name=data, split=split, image_size=size, labels=True, captions="first")
+
+
 def read(
     measurer: Measurer, data: str, splits: tuple[str, ...], size: int, keep: Path | None
 ) -> Drawings:
     """Look at every drawing of a data set."""
     images, captions, names, alike, found, first = [], [], [], [], [], {}
     for split in splits:
-        config = DataConfig(name=data, split=split, image_size=size, labels=True, captions="first")
-        real = looked_at(measurer, config, keep)
+        real = looked_at(measurer, config_of(data, split, size), keep)
         records = [real.source[int(i)] for i in real.index]
         first[split] = len(captions)
         images += [square(record["image"], size) for record in records]
@@ -265,7 +269,12 @@ class Bench:
     """A model, all real drawings, and what is fitted to them."""
 
     def __init__(self, model: UnCLIP, data: str, args: argparse.Namespace) -> None:
-        """Look at the drawings, and choose captions of each split."""
+        """Look at the drawings, and choose captions of each split; UserError for a wrong num."""
+        size = model.decoder.stage.image_size
+        total = len(load(config_of(data, "train", size)))
+        if not 2 <= args.num <= total - 2:  # a covariance takes two, on both sides
+            expected = f"2 to {total - 2}, as training has {total} captions"
+            raise wrong("--num", args.num, expected, "those that are not drawn are the reference")
         clip = feature_networks.of_clip(model.clip)
         plain = feature_networks.load(f"{args.judge}:{JUDGE_SIZE}", clip)
         judge = Enlarging(plain.name, plain.params, plain.apply, plain.mesh)
@@ -273,7 +282,7 @@ class Bench:
         self.stage = model.decoder.stage
         splits = BUILDERS[data][0].splits if data in BUILDERS else ("train", "heldout")
         self.data = data
-        self.real = real = read(self.measurer, data, splits, self.stage.image_size, args.keep)
+        self.real = real = read(self.measurer, data, splits, size, args.keep)
         self.z_t = self.measurer.read_captions(real.captions)
         self.told = self.measurer.captions_alike(real.captions)
         self.nearest = Nearest(real.vectors.features, real.emoji, real.same)

@@ -24,6 +24,7 @@ Writes figures.json, tables.md, and a picture with a row for each way, of the fi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -120,11 +121,12 @@ class Ways:
     def draw(self, part: Any, guide: Guide, sampling: Sampling) -> np.ndarray:
         """Pictures float32 [n, s, s, 3] in about [-1, 1]."""
         stage = part.stage
+        walked = dataclasses.replace(stage, sampling=sampling)  # begun where this walk begins
 
         @jax.jit
         def drawn(params, keys, cond):
             noise, step_keys, _ = initial_noise(keys, stage.x_shape)
-            denoise, x_T = guide(stage, params, cond), stage.begun(params, cond, noise)
+            denoise, x_T = guide(stage, params, cond), walked.begun(params, cond, noise)
             return sample(denoise, x_T, step_keys, stage.diffusion, sampling)
 
         parts = zip(self._batches(), self.conds, strict=True)

@@ -1,12 +1,19 @@
 """What the benchmark of the box counts, on drawings that are made up."""
 
+import dataclasses
+import importlib
+import sys
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import box
+from tests import tiny
 from unclip_jax.data.datasets import DataConfig
+from unclip_jax.errors import UserError
 from unclip_jax.metrics.nearest import Nearest, by_chance, copies, errors, top
 from unclip_jax.metrics.vectors import Vectors
 
@@ -159,3 +166,35 @@ def test_words_find_what_is_called_so():
     chance = by_chance({"drawing": right})
     assert chance["drawing_top1"] == pytest.approx((1 / 7 + 1 / 7 + 2 / 7) / 3)
     assert chance["drawing_top5"] == pytest.approx((5 / 7 + 5 / 7 + 1 - 1 / 21) / 3)
+
+
+@pytest.mark.parametrize("num", [6, 7, 8, 1, 0, -1])
+def test_as_many_captions_as_training_has_are_refused_before_anything_is_looked_at(
+    num, real, monkeypatch
+):
+    monkeypatch.setattr(box, "load", lambda config: real.captions[:7])
+    args = SimpleNamespace(num=num, heldout=1, judge=None, batch_size=1, keep=None)
+    with pytest.raises(UserError, match=rf"--num: got {num}, expected 2 to 5, as training has 7"):
+        box.Bench(SimpleNamespace(decoder=SimpleNamespace(stage=tiny.DECODER)), "some", args)
+
+
+def test_every_walk_begins_with_the_canvas_under_the_noise_of_its_own_first_step(monkeypatch):
+    """A network that sees no noise gives back what sampling began with: canvas and noise."""
+    monkeypatch.setitem(sys.modules, "box", box)
+    box_sampling = importlib.import_module("benchmarks.box_sampling")
+    stage = dataclasses.replace(tiny.ON_CANVAS, from_canvas=True)
+    params = tiny.params(stage) | {"canvas": tiny.params(tiny.CANVAS)}
+    keys = box_sampling.example_keys(jax.random.key(0), 2)
+    cond = stage.condition_of(tiny.batch(2, 16))
+    ways = SimpleNamespace(_batches=lambda: [np.arange(2)], conds=[cond], keys=keys)
+    sampling = dataclasses.replace(stage.sampling, method="ddim", spacing=(500,), clip_x_0=0.0)
+
+    def blind(*_):
+        return lambda x_t, t: jnp.zeros((*x_t.shape[:-1], 6))
+
+    part = SimpleNamespace(stage=stage, params=params)
+    found = box_sampling.Ways.draw(ways, part, blind, sampling)
+    noise = box_sampling.initial_noise(keys, stage.x_shape)[0]
+    alpha, sigma = (x.item() for x in stage.diffusion.levels(jnp.int32(500), jnp.zeros(())))
+    canvas = tiny.call(stage, "draw_canvas", params, cond)
+    np.testing.assert_allclose(found, canvas + sigma / alpha * noise, atol=1e-4)
