@@ -549,6 +549,17 @@ def test_copies_of_a_picture_all_have_its_samples(count):
         np.testing.assert_array_equal(found[count], -z_i)
 
 
+def test_lengths_of_pictures_are_found_once_and_not_for_every_sample(monkeypatch):
+    z_i = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
+    alike = prior_samples.Alike(Pairs(["a flag"] * 50, z_i))
+    norm, normed = np.linalg.norm, []
+    monkeypatch.setattr(np.linalg, "norm", lambda x, **how: normed.append(x) or norm(x, **how))
+    drawn = z_i[[0, 7, 2]]
+    expected = z_i[:3]  # the second is of another picture
+    np.testing.assert_array_equal(alike.own(range(3), drawn), expected)
+    assert all(len(x) <= 3 for x in normed)
+
+
 def test_a_sample_is_of_the_picture_that_it_is_nearest_to():
     said = ["a dog", "a cat", "a dog", "a dog, blob style", "a dog"]
     z_i = np.float32(np.eye(5)) * np.float32([1, 1, 9, 1, 1])[:, None]  # lengths say nothing
