@@ -6,12 +6,12 @@
 
 A chip of 16 GB holds, with adapters of rank 16 on the 125 kernels of attention and linear
 layers (7.0 M parameters), 4 pictures at a time, each block recomputed in the backward pass:
-5.64 GB. It was read off a v5e's compiled step, with stand-ins for the blocks, and its two
-largest blocks. The frozen network in bfloat16 is 2.51 GB of it, MoVQ 0.14 GB, adapters, their
-average and moments 0.11 GB.
+5.64 GB, by the compiled step of a v5e. The frozen network in bfloat16 is 2.51 GB of it, MoVQ 0.14
+GB, adapters, their average and moments 0.11 GB.
 
 Whole, 20 bytes for each of 1.25 B parameters are 25.1 GB on every chip of a mesh that only splits
-the batch, 3.1 GB on each of eight with --config.mesh.fsdp=8.
+the batch, 3.1 GB on each of eight with --config.mesh.fsdp=8, where a step with 4 pictures on each
+chip needs 9.59 GB of a v5e.
 
 It trains on squares of 512 px, the size it was made for; --config.stage.sides='(768, 768)' is
 another, of 64 px steps, and takes 2.25 times the activations.
