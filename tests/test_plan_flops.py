@@ -110,3 +110,75 @@ def test_what_devices_compute_apart_is_counted_for_all_of_them():
     mesh = AbstractMesh((2, 3), ("a", "b"))
     rows = jax.shard_map(matmul, mesh=mesh, in_specs=(P(("a", "b")), P()), out_specs=P(("a", "b")))
     assert flops.count(rows, shape(6, 5), shape(5, 7)) == 2 * 6 * 5 * 7
+
+
+# A step of training
+
+
+def frozen_then_trained(params, x):
+    return jnp.tanh(jnp.tanh(x @ params["frozen"]) @ params["network"]).sum()
+
+
+PARAMS = {"frozen": shape(5, 7), "network": shape(7, 11)}
+FROZEN, TRAINED = 2 * 3 * 5 * 7, 2 * 3 * 7 * 11
+
+
+def of_training(loss, params=PARAMS, **settings):
+    return flops.of_training(loss, params, shape(3, 5), trained={"network": None}, **settings)
+
+
+def test_what_is_trained_counts_three_times_and_what_is_constant_once():
+    assert of_training(frozen_then_trained) == FROZEN + 3 * TRAINED
+    assert of_training(frozen_then_trained, times=2) == FROZEN + 2 * TRAINED
+    first = lambda params, x: ((x @ params["network"]) @ params["frozen"]).sum()  # noqa: E731
+    params = {"network": shape(5, 7), "frozen": shape(7, 11)}
+    assert of_training(first, params) == 3 * (FROZEN + TRAINED), "what is behind it, too"
+    assert flops.of_training(frozen_then_trained, PARAMS, shape(3, 5), trained=PARAMS) == (
+        3 * (FROZEN + TRAINED)
+    )
+
+
+@jax.custom_vjp
+def own_rule(params, x):
+    return frozen_then_trained(params, x)
+
+
+own_rule.defvjp(lambda params, x: (own_rule(params, x), None), lambda _, g: (None, None))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: own_rule])
+def test_a_call_is_looked_into(wrap):
+    wrapped = wrap(frozen_then_trained)
+    assert of_training(lambda params, x: wrapped(params, x)) == FROZEN + 3 * TRAINED
+
+
+def test_what_a_gradient_does_not_pass_is_constant():
+    def stopped(params, x):
+        h = jax.lax.stop_gradient(x @ params["network"])
+        return (h @ params["frozen"]).sum()
+
+    params = {"network": shape(5, 7), "frozen": shape(7, 11)}
+    assert of_training(stopped, params) == 3 * FROZEN + TRAINED
+
+
+def test_a_loop_depends_from_the_turn_on_that_brings_it():
+    """The carry is constant at first; a constant of the body that no turn mixes in stays so."""
+
+    def loss(params, x):
+        def turn(h, _):
+            aside = (x @ params["frozen"]).sum()
+            return jnp.tanh(h @ params["network"]), aside
+
+        h, aside = jax.lax.scan(turn, jnp.ones((3, 7)), length=4)
+        return h.sum() + aside.sum()
+
+    params = {"frozen": shape(5, 9), "network": shape(7, 7)}
+    assert of_training(loss, params) == 4 * (2 * 3 * 5 * 9 + 3 * 2 * 3 * 7 * 7)
+
+
+def test_of_branches_that_depend_the_dearest_counts():
+    def loss(params, x):
+        h = x @ params["frozen"]
+        return jax.lax.cond(x.sum() > 0, lambda: (h @ params["network"]).sum(), lambda: h.sum())
+
+    assert of_training(loss) == FROZEN + 3 * TRAINED

@@ -8,7 +8,7 @@ recomputes is in the traced function and so in the count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,32 @@ def count(function: Callable[..., Any], *args: Any) -> int:
             time.
     """
     return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def of_training(
+    loss: Callable[..., Any], params: Any, *args: Any, trained: Any, times: int = 3
+) -> int:
+    """FLOPs of a loss and its gradient, of which nothing is recomputed.
+
+    What depends on trained params counts `times`, once forward and twice backward as is usual
+    (Chowdhery et al. 2022, appendix B); what does not, such as a frozen encoder, counts once.
+
+    Args:
+        loss: a function of the params and of `args`.
+        params: arrays by their names, or their shapes.
+        args: whatever else it takes, or the shapes.
+        trained: those entries of `params` that training moves.
+        times: 2 where a trained layer's kernel is frozen, as beside adapters.
+
+    Raises:
+        UserError: as `count`.
+    """
+    marks = {
+        name: jax.tree.map(lambda _, n=name: n in trained, part) for name, part in params.items()
+    }
+    jaxpr = jax.make_jaxpr(loss)(params, *args).jaxpr
+    marks = [*jax.tree.leaves(marks), *(False for _ in jax.tree.leaves(args))]
+    return of_jaxpr(jaxpr) + (times - 1) * _depending(jaxpr, marks)[0]
 
 
 def of_jaxpr(jaxpr: core.Jaxpr) -> int:
@@ -64,6 +90,43 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     if name.startswith("custom_") and inner:
         return inner[0]  # the function; its derivatives are traced where they are taken
     return sum(inner)
+
+
+def _depending(jaxpr: core.Jaxpr, marks: Sequence[bool]) -> tuple[int, list[bool]]:
+    """FLOPs of what depends on the marked arguments, and which results do."""
+    marked = {variable for variable, mark in zip(jaxpr.invars, marks, strict=True) if mark}
+    total = 0
+    for equation in jaxpr.eqns:
+        given = [not isinstance(v, core.Literal) and v in marked for v in equation.invars]
+        if any(given):
+            own, results = _depending_equation(equation, given)
+            total += own
+            marked |= {v for v, mark in zip(equation.outvars, results, strict=True) if mark}
+    return total, [not isinstance(v, core.Literal) and v in marked for v in jaxpr.outvars]
+
+
+def _depending_equation(equation: core.JaxprEqn, given: list[bool]) -> tuple[int, list[bool]]:
+    name, inner = equation.primitive.name, list(sub_jaxprs(equation))
+    results = [name != "stop_gradient"] * len(equation.outvars)
+    if name == "cond" and not given[0]:
+        found = [_depending(branch, given[1:]) for branch in inner]
+        results = [any(marks) for marks in zip(*(marks for _, marks in found), strict=True)]
+        return max(own for own, _ in found), results
+    if name == "scan":
+        first, count = equation.params["num_consts"], equation.params["num_carry"]
+        while True:
+            own, results = _depending(inner[0], given)
+            carried = [
+                a or b for a, b in zip(given[first : first + count], results[:count], strict=True)
+            ]
+            if carried == given[first : first + count]:
+                return equation.params["length"] * own, results
+            given = [*given[:first], *carried, *given[first + count :]]
+    if inner and name != "while" and len(inner[0].invars) == len(given):
+        own, marks = _depending(inner[0], given)
+        if len(marks) == len(results):
+            return own * _of_equation(equation) // max(of_jaxpr(inner[0]), 1), marks
+    return _of_equation(equation), results
 
 
 def _of_product(equation: core.JaxprEqn) -> int:

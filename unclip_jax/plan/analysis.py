@@ -90,10 +90,10 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
     micro = plan.batch(plan.micro_size)
     total = flops.count(plan.step(), state, plan.batch())
     times = 2 if plan.lora.rank else 3  # frozen kernels have no gradients
-    if joint := isinstance(loss, JointLoss) and train.grad_accum > 1:
-        model = times * flops.count(loss, params, plan.batch(), key) * gradients
-    else:
-        model = times * flops.count(loss, params, micro, key) * passes
+    joint = isinstance(loss, JointLoss) and train.grad_accum > 1
+    batch, often = (plan.batch(), gradients) if joint else (micro, passes)
+    moved = trained(params)
+    model = often * flops.of_training(loss, params, batch, key, trained=moved, times=times)
 
     def in_blocks() -> tuple[Split, LossFn]:
         if not joint:
@@ -110,13 +110,13 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
         "params": device_bytes(state.params),
         "ema": device_bytes(state.ema_params),
         "optimizer": device_bytes(state.opt_state),
-        "gradients": 4 * sum(_elements_held(x) for x in jax.tree.leaves(trained(params))),
+        "gradients": 4 * sum(_elements_held(x) for x in jax.tree.leaves(moved)),
     }
     return figures | {
         "batch_size": train.batch_size,
         "grad_accum": train.grad_accum,
         "parameters": _elements(params),
-        "trained": _elements(trained(params)),
+        "trained": _elements(moved),
         "bytes": kept | {"activations": peak - sum(kept.values()), "peak": peak},
         "flops": {"step": total, "chip": total / topology.device_count, "model": model},
         "steps": train.steps,

@@ -14,7 +14,8 @@ ASSUMPTIONS = (
     "FLOPs are of matrix products and convolutions, recomputation included, spread evenly over"
     " chips; bytes and collectives are the compiled program's; ring algorithms use every link at"
     " once. The least time overlaps computing, memory and network entirely, the most overlaps"
-    " nothing. MFU counts three forward passes' FLOPs, of adapters two, at the peak of bfloat16."
+    " nothing. MFU counts three forward passes' FLOPs, beside adapters two, of constant networks"
+    " one, at the peak of bfloat16."
 )
 GPUS = (
     "FLOPs are of matrix products and convolutions, recomputation included, spread evenly over"

@@ -24,6 +24,7 @@ import jax
 from unclip_jax.parallel import distributed, flops
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.goodput import OVERHEADS, Goodput
+from unclip_jax.training.optimizers import trained
 
 # A host is slow that keeps the steps waiting, and takes this many times what the others take.
 SLOW, SLOW_SHARE = 1.5, 0.5
@@ -155,13 +156,14 @@ class Monitor:
     def count_flops(self, loss_fn: Any, params: Any, batch: Any) -> None:
         """Learn what a step of `loss_fn` computes; only where a device's peak is known.
 
-        Three forward passes, whatever is recomputed (Chowdhery et al. 2022, appendix B).
+        See `flops.of_training`: whatever is recomputed does not count.
         """
         if flops.peak(jax.devices()[0].device_kind) is None:
             return
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
         with contextlib.suppress(Exception):  # a loss that can't be counted trains all the same
-            self._model_flops = 3 * flops.count(loss_fn, *shapes, jax.random.key(0))
+            key = jax.random.key(0)
+            self._model_flops = flops.of_training(loss_fn, *shapes, key, trained=trained(shapes[0]))
 
     # What the loop does
 
