@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -321,6 +322,17 @@ def test_a_stage_that_is_not_there_is_named(folder, stage, place, size, message)
 
 def test_one_stages_folder_will_do(folder):
     assert folders.find(folder / "prior", "prior").stage == tiny.PRIOR
+
+
+def test_workdirs_beside_a_whole_model_are_those_that_are_drawn_with(folder, tmp_path):
+    """`FOLDER/prior` and `FOLDER/model/prior`, as train.sh leaves them: FOLDER is the first."""
+    shutil.copytree(folder / "prior", tmp_path / "prior")
+    other = dataclasses.replace(tiny.PRIOR, guidance_scale=7.0)
+    told = {"stage": stages.describe(other)}
+    params = tiny.params(tiny.PRIOR)
+    model_folder.save_stage(tmp_path / "model" / "prior", params=params, description=told)
+    assert folders.find(tmp_path, "prior").stage == tiny.PRIOR
+    assert folders.find(tmp_path / "model", "prior").stage == other
 
 
 def test_a_tower_that_is_not_there_is_refused(folder):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from unclip_jax.common.files import making_folder
+from unclip_jax.data.shards import storage
 from unclip_jax.errors import UserError, wrong
 from unclip_jax.models import ClipConfig
 from unclip_jax.weights import folder as model_folder
@@ -67,7 +68,7 @@ def find(model: str | Path, kind: str, size: int | None = None, dtype: str = "")
         raise UserError(f"--upsampler: got {size}, but a {kind} is asked for; leave it out")
     folder = stage_folder(model)
     single = (folder / model_folder.CONFIG_FILE).is_file()
-    paths = [folder] if single else find_parts(folder).get(kind, [])
+    paths = [folder] if single else find_parts(storage.place(model, "model")).get(kind, [])
     sizes = {path: read_stage(path)[0].image_size for path in paths} if kind == "upsampler" else {}
     chosen = [path for path in paths if size in (None, sizes.get(path))]
     if len(chosen) != 1 and sizes:
