@@ -115,8 +115,12 @@ def test_what_devices_compute_apart_is_counted_for_all_of_them():
 # A step of training
 
 
+def frozen_then_kept(params, x):
+    return jnp.tanh(jnp.tanh(x @ params["frozen"]) @ params["network"])
+
+
 def frozen_then_trained(params, x):
-    return jnp.tanh(jnp.tanh(x @ params["frozen"]) @ params["network"]).sum()
+    return frozen_then_kept(params, x).sum()
 
 
 PARAMS = {"frozen": shape(5, 7), "network": shape(7, 11)}
@@ -150,6 +154,16 @@ own_rule.defvjp(lambda params, x: (own_rule(params, x), None), lambda _, g: (Non
 def test_a_call_is_looked_into(wrap):
     wrapped = wrap(frozen_then_trained)
     assert of_training(lambda params, x: wrapped(params, x)) == FROZEN + 3 * TRAINED
+
+
+def test_what_devices_compute_apart_depends_for_all_of_them():
+    mesh = AbstractMesh((2, 3), ("a", "b"))
+    rows = P(("a", "b"))
+    apart = jax.shard_map(frozen_then_kept, mesh=mesh, in_specs=(P(), rows), out_specs=rows)
+    found = flops.of_training(
+        lambda params, x: apart(params, x).sum(), PARAMS, shape(6, 5), trained={"network": None}
+    )
+    assert found == 2 * (FROZEN + 3 * TRAINED)
 
 
 def test_what_a_gradient_does_not_pass_is_constant():

@@ -75,11 +75,6 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     if name == "conv_general_dilated":
         return _of_convolution(equation)
     inner = [of_jaxpr(jaxpr) for jaxpr in sub_jaxprs(equation)]
-    if name == "scan":
-        return equation.params["length"] * sum(inner)
-    if name == "shard_map":  # its shapes are one device's
-        sizes = equation.params["mesh"].shape
-        return sum(inner) * math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
     if name == "cond":
         return max(inner)
     if name == "while" and sum(inner):
@@ -89,7 +84,15 @@ def _of_equation(equation: core.JaxprEqn) -> int:
         )
     if name.startswith("custom_") and inner:
         return inner[0]  # the function; its derivatives are traced where they are taken
-    return sum(inner)
+    return _turns(equation) * sum(inner)
+
+
+def _turns(equation: core.JaxprEqn) -> int:
+    """How often the jaxpr of a call, a scan or a shard_map is computed."""
+    if equation.primitive.name == "shard_map":  # its shapes are one device's
+        sizes = equation.params["mesh"].shape
+        return math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
+    return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
 def _depending(jaxpr: core.Jaxpr, marks: Sequence[bool]) -> tuple[int, list[bool]]:
@@ -106,6 +109,7 @@ def _depending(jaxpr: core.Jaxpr, marks: Sequence[bool]) -> tuple[int, list[bool
 
 
 def _depending_equation(equation: core.JaxprEqn, given: list[bool]) -> tuple[int, list[bool]]:
+    """As `_depending`, of an equation with a marked argument; what is not looked into, whole."""
     name, inner = equation.primitive.name, list(sub_jaxprs(equation))
     results = [name != "stop_gradient"] * len(equation.outvars)
     if name == "cond" and not given[0]:
@@ -120,12 +124,12 @@ def _depending_equation(equation: core.JaxprEqn, given: list[bool]) -> tuple[int
                 a or b for a, b in zip(given[first : first + count], results[:count], strict=True)
             ]
             if carried == given[first : first + count]:
-                return equation.params["length"] * own, results
+                return _turns(equation) * own, results
             given = [*given[:first], *carried, *given[first + count :]]
     if inner and name != "while" and len(inner[0].invars) == len(given):
         own, marks = _depending(inner[0], given)
         if len(marks) == len(results):
-            return own * _of_equation(equation) // max(of_jaxpr(inner[0]), 1), marks
+            return _turns(equation) * own, marks
     return _of_equation(equation), results
 
 
