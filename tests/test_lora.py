@@ -14,7 +14,7 @@ from tests import tiny, toy_run
 from unclip_jax.common.params import flatten, unflatten
 from unclip_jax.errors import UserError
 from unclip_jax.models import low_rank
-from unclip_jax.parallel import sharding
+from unclip_jax.parallel import flops, sharding
 from unclip_jax.training import init_state, loop, lora, make_optimizer, make_train_step, writers
 from unclip_jax.training.lora import Lora
 
@@ -312,6 +312,16 @@ def test_a_step_moves_the_adapters_alone():
         assert_bits_equal(state.params[name], before[name])
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, before)
     assert all(x > 0 for x in jax.tree.leaves(moved["network"]))
+
+
+def test_mfu_counts_two_forward_passes(tmp_path, monkeypatch, no_curves):
+    """Kernels beside adapters have no gradient: W + A B of [5, 3], and x of [16, 5] through it."""
+    monkeypatch.setitem(flops.PEAKS, jax.devices()[0].device_kind, 1e9)
+    train(tmp_path, log_every=12)
+    last = writers.read_metrics(tmp_path / "metrics.jsonl")[-1]
+    model = 2 * (2 * 5 * 3 * 3 + 2 * 16 * 5 * 3)
+    expected = model * last["train/steps_per_second"] / jax.device_count() / 1e9
+    assert last["run/mfu"] == pytest.approx(expected)
 
 
 def test_at_first_only_b_has_a_gradient():

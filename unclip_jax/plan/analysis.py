@@ -22,6 +22,7 @@ from unclip_jax.plan.kept import COMPILERS, compiled
 from unclip_jax.plan.measure import QUICK, Measured, Roofline, together
 from unclip_jax.plan.programs import Plan, device_bytes
 from unclip_jax.stages.base import JointLoss
+from unclip_jax.training import lora
 from unclip_jax.training.optimizers import trained
 from unclip_jax.training.step import LossFn
 
@@ -89,10 +90,10 @@ def train_figures(plan: Plan, topology: Topology, *, blocks: bool, say: Say) -> 
     params, state, key = plan.params(), plan.state(), jax.random.key(0)
     micro = plan.batch(plan.micro_size)
     total = flops.count(plan.step(), state, plan.batch())
-    times = 2 if plan.lora.rank else 3  # frozen kernels have no gradients
     joint = isinstance(loss, JointLoss) and train.grad_accum > 1
     batch, often = (plan.batch(), gradients) if joint else (micro, passes)
     moved = trained(params)
+    times = lora.passes(params)
     model = often * flops.of_training(loss, params, batch, key, trained=moved, times=times)
 
     def in_blocks() -> tuple[Split, LossFn]:

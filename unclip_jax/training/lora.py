@@ -63,6 +63,14 @@ class Lora:
         return self.alpha / self.rank
 
 
+def passes(params: Params) -> int:
+    """How many forward passes a step computes of what it trains; frozen kernels have no gradient.
+
+    Two with adapters, else three (Chowdhery et al. 2022, appendix B).
+    """
+    return 2 if any(name.endswith(low_rank.A) for name in flatten(params[TRAINED])) else 3
+
+
 def init(config: Lora, key: jax.Array, network: Params) -> Params:
     """Adapters of a network: a tree of "lora_a" [.., in, rank] and "lora_b" [.., rank, out].
 

@@ -22,6 +22,7 @@ from typing import Any, Self
 import jax
 
 from unclip_jax.parallel import distributed, flops
+from unclip_jax.training import lora
 from unclip_jax.training.config import TrainConfig
 from unclip_jax.training.goodput import OVERHEADS, Goodput
 from unclip_jax.training.optimizers import trained
@@ -163,7 +164,8 @@ class Monitor:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
         with contextlib.suppress(Exception):  # a loss that can't be counted trains all the same
             key = jax.random.key(0)
-            self._model_flops = flops.of_training(loss_fn, *shapes, key, trained=trained(shapes[0]))
+            told = {"trained": trained(shapes[0]), "times": lora.passes(shapes[0])}
+            self._model_flops = flops.of_training(loss_fn, *shapes, key, **told)
 
     # What the loop does
 
