@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import fsspec
+from fsspec.registry import _registry as registered
 from fsspec.spec import AbstractFileSystem
 
 FOLDER = "TEST_BUCKETS"  # of the environment: where the objects lie
@@ -289,3 +290,15 @@ def use() -> None:
     cloud.storage = storage
     sys.modules.setdefault("google.cloud", cloud)
     sys.modules.setdefault("google.cloud.storage", storage)
+
+
+@contextlib.contextmanager
+def bucket(root: Path, monkeypatch):
+    """`serving`, with `gs://` there for this process and for those that it starts; the server."""
+    with serving(root) as (variables, server):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        use()
+        yield server
+    for name in BucketFileSystem.protocol:
+        registered.pop(name, None)

@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from fsspec.registry import _registry as registered
 from PIL import Image
 
 from tests import object_store, test_app
@@ -31,16 +30,11 @@ def folder(tmp_path_factory):
 def files(folder, tmp_path, monkeypatch):
     """A bucket that holds the folder."""
     monkeypatch.setenv("UNCLIP_JAX_CACHE", str(tmp_path / "cache"))
-    with object_store.serving(tmp_path / "objects") as (variables, _):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        object_store.use()
+    with object_store.bucket(tmp_path / "objects", monkeypatch):
         files = object_store.BucketFileSystem()
         for file in filter(lambda path: path.is_file(), folder.rglob("*")):
             files.pipe_file(f"{MODEL}/{file.relative_to(folder)}", file.read_bytes())
         yield files
-    for name in files.protocol:
-        registered.pop(name, None)
 
 
 def test_a_model_is_loaded_from_its_address(folder, files, tmp_path):

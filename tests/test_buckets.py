@@ -11,7 +11,6 @@ from urllib.parse import quote, unquote
 import jax
 import numpy as np
 import pytest
-from fsspec.registry import _registry as registered
 
 from tests import object_store, test_multihost, toy_run
 from tests.object_store import BucketFileSystem
@@ -34,16 +33,11 @@ def quick(monkeypatch, tmp_path):
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """A server of buckets; gs:// is there for this process and for those that it starts."""
-    with object_store.serving(tmp_path / "objects") as (variables, server):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        object_store.use()
+    with object_store.bucket(tmp_path / "objects", monkeypatch) as server:
         monkeypatch.setattr(lock, "BEAT", 0.2)
         monkeypatch.setattr(lock, "PATIENCE", 1.0)
         monkeypatch.setattr(workdir, "WAITS", (0.01, 0.01))
         yield server
-    for name in BucketFileSystem.protocol:
-        registered.pop(name, None)
 
 
 def objects(server):

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from fsspec.registry import _registry as registered
 from PIL import Image
 
 from configs import base
@@ -457,10 +456,7 @@ def bucket(home, healthy, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.1)
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     monkeypatch.setenv("UNCLIP_JAX_CACHE", str(tmp_path / "cache"))
-    with object_store.serving(tmp_path / "objects") as (variables, _):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        object_store.use()
+    with object_store.bucket(tmp_path / "objects", monkeypatch):
         files = object_store.BucketFileSystem()
 
         def put(path, name):
@@ -474,8 +470,6 @@ def bucket(home, healthy, tmp_path, monkeypatch):
         for step in (150, 300):  # there is no renaming: this is how Orbax says that one is whole
             files.pipe_file(f"{THERE}/healthy/checkpoints/{step}/commit_success.txt", b"")
         yield files, put
-    for name in files.protocol:
-        registered.pop(name, None)
 
 
 @pytest.mark.parametrize("files_only", [True, pytest.param(False, marks=SLOW)])
