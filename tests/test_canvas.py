@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +11,20 @@ import pytest
 from PIL import Image
 from scipy.special import erf
 
-from configs import base
 from tests import tiny
+from tests.canvas_runs import config_of, fill, run
 from unclip_jax import stages
-from unclip_jax.common.params import TRAINED, flatten, is_weights
-from unclip_jax.data.datasets import DataConfig
-from unclip_jax.data.embeddings.shards import VALID
-from unclip_jax.data.embeddings.store import EmbeddingStore
-from unclip_jax.data.records import BadRecord
+from unclip_jax.common.params import flatten
 from unclip_jax.diffusion import guidance
 from unclip_jax.errors import UserError
 from unclip_jax.models.canvas import CanvasConfig
-from unclip_jax.models.dit import DiTConfig
 from unclip_jax.pipeline import manipulate
 from unclip_jax.pipeline.unclip import UnCLIP
 from unclip_jax.stages.conditioning import example_keys
-from unclip_jax.training import command, prepare, prior_samples, save
-from unclip_jax.training.config import TrainConfig
+from unclip_jax.training import prepare, save
 from unclip_jax.training.doctor import workdir
 from unclip_jax.training.doctor.command import examine
-from unclip_jax.training.fine_tuning import Origin
 from unclip_jax.weights import folder as model_folder
-from unclip_jax.weights.adapters import read_adapters
 from unclip_jax.weights.export import program
 from unclip_jax.weights.trained import load_part
 
@@ -330,43 +321,9 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with pictures, and the workdirs of a tiny CLIP and a decoder without a canvas."""
     folder = tmp_path_factory.mktemp("canvas")
-    rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir()
-    for i in range(40):
-        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{i:02d}.png")
-        (folder / "pictures" / f"{i:02d}.txt").write_text(f"picture {i}\nthe same {i}")
-    clip = tiny.params(tiny.CLIP)
-    about = {"stage": stages.describe(tiny.CLIP)}
-    model_folder.save_stage(folder / "clip", params=clip, description=about)
-    for part, name in ((tiny.model().decoder, "plain"), (tiny.model().prior, "prior")):
-        model_folder.save_stage(folder / name, params=part.params, description=part.description)
+    fill(folder)
     return folder
-
-
-def run(folder, stage, name, **settings):
-    """Train for a few steps in `folder`/`name`, as the command does."""
-    config = config_of(folder, stage, **settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "parse", lambda argv: None)
-        patch.setattr(command.command_line, "name_of", lambda values: "a config of this test")
-        for flag, value in (("CONFIG", config), ("WORKDIR", str(folder / name))):
-            patch.setattr(command, flag, type("Flag", (), {"value": value}))
-        for flag in ("DISTRIBUTED", "COORDINATOR", "PROCESSES", "PROCESS", "PROFILE"):
-            value = {"DISTRIBUTED": "off", "PROFILE": ""}.get(flag)
-            patch.setattr(command, flag, type("Flag", (), {"value": value}))
-        command.main([])
-    return load_part(folder / name)
-
-
-def config_of(folder, stage, train=None, **settings):
-    data = DataConfig(name=str(folder / "pictures"), cache_dir=str(folder / "cache"))
-    train = {"batch_size": 8, "steps": 4, "checkpoint_every": 2, "log_every": 2} | (train or {})
-    train = TrainConfig(**{"eval_every": 4, "preview_every": 4} | train)
-    given = {"previews": 2, "clip": str(folder / "clip")} | settings
-    return base.make(stage, data, train, **given)
 
 
 @pytest.fixture(scope="module")
@@ -435,318 +392,3 @@ def test_a_decoder_with_a_canvas_resumes_bit_for_bit(folder, no_curves):
     assert np.any(other.params["network"]["in"]["bias"])
     with pytest.raises(UserError, match="canvas"):
         run(folder, stage, "parts", train={"steps": 6}, canvas=str(folder / "other"))
-
-
-# ------------------------------------------------------------------- the prior's own z_i
-
-
-def test_each_pair_has_the_priors_samples_of_its_own_caption(folder, monkeypatch):
-    monkeypatch.setattr(prior_samples, "PAIRS_PER_PART", 30)
-    monkeypatch.setattr(prior_samples, "BATCH", 16)
-    flags = {"prior": str(folder / "prior"), "prior_samples": 3}
-    given = prepare.prepare(config_of(folder, STAGE, **flags))
-    (cached,) = (folder / "cache" / "prior_samples").iterdir()
-    parts = sorted(cached.iterdir())
-    assert len(parts) == -(-len(given.source) // 30) > 1
-    pairs = (0, 1, 29, 30, len(given.source) - 1)
-    records = [given.source[i] for i in pairs]
-    model = tiny.model()
-    for number in range(3):
-        keys = jnp.stack(
-            [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), number) for i in pairs]
-        )
-        text = jnp.asarray(model.tokens(model.prior, [record["caption"] for record in records]))
-        cond = tiny.PRIOR.condition(text, jnp.stack([record["z_t"] for record in records]))
-        expected = tiny.call(
-            tiny.PRIOR, "sample", model.prior.params, keys, cond,
-            guidance_scale=tiny.PRIOR.guidance_scale,
-        )  # fmt: skip
-        found = [record[prior_samples.NAME][number] for record in records]
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    # A part that is missing is drawn again, the same; those that are there are not touched.
-    whole, times = np.load(parts[1]), parts[0].stat().st_mtime_ns
-    parts[1].unlink()
-    prepare.prepare(config_of(folder, STAGE, **flags))
-    np.testing.assert_array_equal(np.load(parts[1]), whole)
-    assert parts[0].stat().st_mtime_ns == times and sorted(cached.iterdir()) == parts
-
-
-@pytest.mark.parametrize("damage", ["", "no array", "cut", "an archive", "shape", "dtype"])
-def test_a_part_that_is_not_what_was_kept_is_drawn_again(damage, folder):
-    config = config_of(folder, STAGE, prior=str(folder / "prior"), prior_samples=1)
-    whole = np.copy(prepare.prepare(config).source[3][prior_samples.NAME])
-    files = (folder / "cache" / "prior_samples").rglob("*.npy")
-    (path,) = (p for p in files if np.load(p).shape[1] == 1)
-    kept = path.read_bytes()
-    others = {"shape": np.zeros((3, 1, tiny.DIM), np.float32), "dtype": np.load(path).astype("f8")}
-    if damage in others:
-        np.save(path, others[damage])
-    else:
-        content = {"cut": kept[:-9], "an archive": b"PK\x03\x04" + kept[4:]}
-        path.write_bytes(content.get(damage, damage.encode()))
-    np.testing.assert_array_equal(prepare.prepare(config).source[3][prior_samples.NAME], whole)
-    assert path.read_bytes() == kept
-
-
-class Pairs(list):
-    """A source and its store at once; what is None in it can't be read."""
-
-    name = where = "some pairs"
-
-    def __init__(self, captions, z_i):
-        super().__init__(
-            types.SimpleNamespace(caption=caption, z_i=z, flags=VALID, name=caption)
-            for caption, z in zip(captions, z_i, strict=True)
-        )
-        self.store = self
-
-    def __getitem__(self, index):
-        if (pair := super().__getitem__(index)) is None:
-            raise BadRecord(f"pair {index} of some pairs: damaged")
-        return pair
-
-
-def test_a_pair_that_cannot_be_read_has_no_sample_and_is_named(folder, monkeypatch, caplog):
-    at, bad = EmbeddingStore.at, {4, 9}
-
-    def damaged(self, shard, page, row):
-        if row in bad:
-            raise BadRecord(f"pair {row} of a shard: damaged")
-        return at(self, shard, page, row)
-
-    config = config_of(folder, STAGE, prior=str(folder / "prior"), prior_samples=4)
-    monkeypatch.setattr(EmbeddingStore, "at", damaged)
-    source = prepare.prepare(config).source
-    for row in bad:
-        assert caplog.text.count(f"skipped pair {row} of a shard: damaged") == 1
-    with pytest.raises(BadRecord):
-        source[4]
-    bad.clear()  # it was the network: then the pair's own z_i is there
-    found = {row: source[row] for row in (3, 4)}
-    np.testing.assert_array_equal(found[4][prior_samples.NAME], np.tile(found[4]["z_i"], (4, 1)))
-    assert not np.any(found[3][prior_samples.NAME] == found[3]["z_i"])
-
-
-def test_a_store_that_cannot_be_read_at_all_is_no_store_without_samples():
-    source = Pairs(["a dog"] * 3 + ["a cat"], np.eye(4, dtype=np.float32))
-    alike = prior_samples.Alike(source)
-    source[:] = [None] * 4
-    with pytest.raises(UserError, match="some pairs: can't be read any more"):
-        alike.read(range(4))
-    with pytest.raises(UserError, match="some pairs: every one of the 4 records read is bad"):
-        prior_samples.Alike(source)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 9])
-def test_copies_of_a_picture_all_have_its_samples(count):
-    rng = np.random.default_rng(count)
-    for _ in range(20):
-        z_i, away = rng.standard_normal((2, 24)).astype(np.float32)
-        alike = prior_samples.Alike(Pairs(["a flag"] * (count + 1), [*[z_i] * count, -z_i]))
-        drawn = np.tile(z_i + away / 3, (count + 1, 1))
-        found = alike.own(range(count + 1), drawn)
-        np.testing.assert_array_equal(found[:count], drawn[:count])
-        np.testing.assert_array_equal(found[count], -z_i)
-
-
-def test_lengths_of_pictures_are_found_once_and_not_for_every_sample(monkeypatch):
-    z_i = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
-    alike = prior_samples.Alike(Pairs(["a flag"] * 50, z_i))
-    norm, normed = np.linalg.norm, []
-    monkeypatch.setattr(np.linalg, "norm", lambda x, **how: normed.append(x) or norm(x, **how))
-    drawn = z_i[[0, 7, 2]]
-    expected = z_i[:3]  # the second is of another picture
-    np.testing.assert_array_equal(alike.own(range(3), drawn), expected)
-    assert all(len(x) <= 3 for x in normed)
-
-
-def test_a_sample_is_of_the_picture_that_it_is_nearest_to():
-    said = ["a dog", "a cat", "a dog", "a dog, blob style", "a dog"]
-    z_i = np.float32(np.eye(5)) * np.float32([1, 1, 9, 1, 1])[:, None]  # lengths say nothing
-    store = source = Pairs(said, z_i)
-    store[4].flags = 0  # a bad pair is no picture
-    drawn = np.float32(
-        [[0.6, 0, 0.5, 0, 0.9], [0, 0, 1, 0, 0], [0.6, 0, 0.5, 0, 0], [1, 0, 0, 0, 0]]
-    )
-    found = prior_samples.Alike(source).own(range(4), drawn)
-    expected = drawn.copy()
-    expected[2] = store[2].z_i  # nearer to the first, so that one's alone
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_as_many_rows_as_asked_take_a_sample():
-    rows = 1000
-    batch = {"z_i": jnp.zeros((rows, 2)), "image": jnp.zeros(rows)}
-    batch[prior_samples.NAME] = jnp.broadcast_to(jnp.arange(1.0, 5.0)[None, :, None], (rows, 4, 2))
-
-    def taken(share, seed=0):
-        def loss(params, batch, key):
-            assert set(batch) == {"z_i", "image"} and params == {} and key == jax.random.key(seed)
-            return batch["z_i"], {}
-
-        z_i, _ = prior_samples.Mixed(loss, share)({}, batch, jax.random.key(seed))
-        np.testing.assert_array_equal(z_i[:, 0], z_i[:, 1])
-        return np.asarray(z_i[:, 0])
-
-    assert not taken(0.0).any() and taken(1.0).all()
-    counts = np.bincount(taken(0.6).astype(int), minlength=5) / rows
-    np.testing.assert_allclose(counts, [0.4, 0.15, 0.15, 0.15, 0.15], atol=0.05)
-    np.testing.assert_array_equal(taken(0.6), taken(0.6))
-    assert np.any(taken(0.6) != taken(0.6, seed=1))
-
-
-def test_a_run_on_the_priors_samples_resumes_bit_for_bit(folder, no_curves):
-    flags = {"prior": str(folder / "prior")}
-    stage = dataclasses.replace(STAGE, z_i_noise=0.1)
-    whole = run(folder, stage, "sampled", **flags)
-    run(folder, stage, "sampled_parts", train={"steps": 2}, **flags)
-    parts = run(folder, stage, "sampled_parts", **flags)
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole.params, parts.params))
-    plain = run(folder, stage, "unsampled")
-    assert not jax.tree.all(jax.tree.map(np.array_equal, whole.params, plain.params))
-    assert whole.description["prior"]["share"] == 0.5
-    with pytest.raises(UserError, match="prior"):
-        run(folder, stage, "sampled_parts", train={"steps": 6}, prior_share=0.6, **flags)
-
-
-def test_what_a_run_needs_is_asked_for(folder):
-    for stage, changes, message in (
-        (STAGE, {"prior": str(folder / "clip")}, "holds a clip, expected a prior"),
-        (tiny.PRIOR, {"prior": str(folder / "prior")}, "a prior is not drawn of z_i"),
-        (STAGE, {"prior_share": 1.5}, r"config\.prior_share: got 1\.5"),
-        (STAGE, {"prior_samples": 0}, r"config\.prior_samples: got 0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            prepare.prepare(config_of(folder, stage, **changes))
-    with pytest.raises(UserError, match=r"config\.canvas: empty, expected the folder"):
-        prepare.prepare(config_of(folder, DECODER))
-    with pytest.raises(UserError, match="holds a clip, expected a canvas"):
-        prepare.prepare(config_of(folder, tiny.DECODER, canvas=str(folder / "clip")))
-    about = {"stage": stages.describe(STAGE), "clip_fingerprint": "0" * 16}
-    model_folder.save_stage(folder / "strange", params=tiny.params(STAGE), description=about)
-    with pytest.raises(UserError, match="a clip takes no canvas"):
-        prepare.prepare(config_of(folder, tiny.CLIP, canvas=str(folder / "strange")))
-    with pytest.raises(UserError, match="was trained with CLIP 0000000000000000, but config"):
-        prepare.prepare(config_of(folder, tiny.DECODER, canvas=str(folder / "strange")))
-
-
-@pytest.fixture(scope="module")
-def two_canvases(folder):
-    """Beside the others "one" and "two", canvases, and "on_one", a decoder that has the first."""
-    about = tiny.model().decoder.description
-    kept = {name: tiny.params(STAGE, seed) for seed, name in enumerate(("one", "two"), 1)}
-    for name, params in kept.items():
-        told = about | {"stage": stages.describe(STAGE)}
-        model_folder.save_stage(folder / name, params=params, description=told)
-    params = tiny.params(DECODER) | {"canvas": kept["one"]}
-    told = about | {"stage": stages.describe(DECODER)}
-    model_folder.save_stage(folder / "on_one", params=params, description=told)
-    return kept
-
-
-@pytest.mark.parametrize(
-    ("init", "canvas"), [("plain", "two"), ("on_one", "two"), ("on_one", "")], ids=str
-)
-def test_adapters_are_saved_with_the_canvas_that_they_were_trained_on(
-    folder, two_canvases, init, canvas
-):
-    stage, where = DECODER if init == "on_one" else tiny.DECODER, str(folder / init)
-    flags = {"canvas": str(folder / canvas) if canvas else "", "init": where}
-    lora = {"rank": 2, "convolutions": True}
-    run = prepare.prepare(config_of(folder, stage, lora=lora, **flags))
-    begun = run.init_params()
-    assert run.stage == DECODER
-    kept = {n: x for n, x in begun.items() if n == TRAINED or not is_weights(n)}
-    origin = save.origin_of(run.description, where, run.stage)
-    exported = run.export(begun)
-    saved = save.whole(kept, run.description, origin)  # of a checkpoint, which has no more
-    expected = tiny.params(DECODER) if init == "on_one" else origin.params()
-    expected = expected | {"canvas": two_canvases[canvas or "one"]}
-    for found in (exported, saved):
-        found, wanted = flatten(found), flatten(expected)
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            np.testing.assert_array_equal(found[name], value, err_msg=name)
-
-
-def test_how_a_decoder_samples_with_its_canvas_is_free(folder, two_canvases):
-    assert Origin.read(str(folder / "on_one"), {"from_canvas": True}).stage.from_canvas
-
-
-@pytest.mark.slow
-def test_a_run_of_adapters_that_is_given_a_canvas_is_saved_as_it_was_exported(folder, two_canvases):
-    flags = {"init": str(folder / "plain"), "canvas": str(folder / "two")}
-    lora = {"rank": 2, "convolutions": True}
-    made = run(folder, tiny.DECODER, "adapted", lora=lora, train={"preview_every": 0}, **flags)
-    out, alone = folder / "adapted_saved", folder / "adapted.safetensors"
-    for path in (out, alone):
-        told = ["--workdir", str(folder / "adapted"), "--init", flags["init"]]
-        save.main([*told, "--out", str(path)])
-    saved = load_part(out)
-    first, again = map(read_adapters, (folder / "adapted" / "lora.safetensors", alone))
-    assert first.about == again.about and first.about["canvas"] == made.description["canvas"]
-    assert first.kernels.keys() == again.kernels.keys()
-    for name, kernel in first.kernels.items():
-        for one, other in zip(kernel, again.kernels[name], strict=True):
-            np.testing.assert_array_equal(one, other)
-    assert saved.stage == made.stage == DECODER
-    assert jax.tree.all(jax.tree.map(np.array_equal, saved.params, made.params))
-    assert jax.tree.all(jax.tree.map(np.array_equal, made.params["canvas"], two_canvases["two"]))
-    assert np.any(made.params["network"]["unet"]["conv_in"]["kernel"][:, :, 3:])  # it is looked at
-
-
-UNET = tiny.DECODER.model.unet
-PATCHED = dataclasses.replace(UNET, patch=2, pixel_channels=4, attention_sizes=(8,))
-DIT = DiTConfig(
-    image_size=16, out_channels=6, patch=4, width=16, layers=1, heads=2, context_dim=16
-)  # fmt: skip
-NARROW = dataclasses.replace(DIT, bottleneck=8, pixel_channels=4)
-
-
-@pytest.mark.parametrize(
-    ("unet", "first"),
-    [
-        pytest.param(UNET, "conv_in", id="unet"),
-        pytest.param(PATCHED, "conv_in", id="patched", marks=pytest.mark.slow),
-        pytest.param(DIT, "from_pixels", id="dit"),
-        pytest.param(NARROW, "narrow", id="narrow", marks=pytest.mark.slow),
-    ],
-)
-def test_a_decoder_that_is_given_a_canvas_draws_the_same_at_first(unet, first, tmp_path):
-    model = dataclasses.replace(tiny.DECODER.model, unet=unet)
-    stage = dataclasses.replace(tiny.DECODER, model=model)
-    before, about = tiny.params(stage), {"stage": stages.describe(stage)}
-    model_folder.save_stage(tmp_path / "plain", params=before, description=about)
-    asked = stages.describe(stage.with_canvas(STAGE.model))
-    origin = Origin.read(str(tmp_path / "plain"), asked)
-    params = origin.params()
-    shapes = jax.eval_shape(origin.stage.init, jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
-    batch = tiny.batch(2, 16)
-    x_t, t = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.array([3, 900])
-    found, expected = (
-        tiny.call(s, "denoise", p, x_t, t, tiny.call(s, "encode", p, s.condition_of(batch)))
-        for s, p in ((origin.stage, params), (stage, before))
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-5)  # the sums have other partial sums
-    moved = jax.tree.map(lambda x: x + 0.1, params["network"]["unet"][first])
-    network = params["network"] | {"unet": params["network"]["unet"] | {first: moved}}
-    other = params | {"network": network}
-    one, two = (
-        tiny.call(
-            origin.stage, "denoise", p, x_t, t,
-            tiny.call(origin.stage, "encode", p, origin.stage.condition_of(batch | {"z_t": z_t})),
-        )
-        for p, z_t in ((other, batch["z_t"]), (other, -batch["z_t"]))
-    )  # fmt: skip
-    assert np.any(np.asarray(one) != two)
-
-
-def test_no_other_change_of_the_input_is_taken(folder):
-    for overrides, message in (
-        ({"model": {"unet": {"in_channels": 6}}}, "in_channels"),
-        ({"canvas": {"embed_dim": 8}}, "in_channels: got 3, expected 6"),
-        ({"model": {"embed_dim": 9}}, "model.embed_dim is 9, but there 8"),
-    ):
-        with pytest.raises(UserError, match=message):
-            Origin.read(str(folder / "plain"), overrides)
